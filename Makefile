@@ -1,0 +1,73 @@
+# What each target does is said in CONTRIBUTING.md. Every recipe runs in the environment that
+# `setup` makes once; nothing is installed anywhere else.
+
+VENV ?= .venv
+PARITY_VENV ?= .venv-parity
+BIN = $(VENV)/bin
+
+# A Python counts when it runs (a version manager's stand-in may not), is new enough and can make
+# environments. `PYTHON=python3.12` picks another.
+SUITABLE = 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	if $$python -c $(SUITABLE) >/dev/null 2>&1; then echo $$python; break; fi; done)
+
+# torch comes as a CPU build or with gigabytes of CUDA libraries: only the former is wanted, in
+# the version of constraints.txt. A Mac's ordinary build is one.
+TORCH_VERSION = $(shell sed -n 's/^torch==//p' constraints.txt)
+CPU_TORCH = $(shell $(1) -m pip index versions torch 2>/dev/null \
+	| tr ', ' '\n\n' | grep -qx '$(TORCH_VERSION)+cpu' && echo 'torch==$(TORCH_VERSION)+cpu')
+ifeq ($(shell uname -s),Darwin)
+CPU_TORCH = torch==$(TORCH_VERSION)
+endif
+
+INSTALL = -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+.PHONY: setup demo test test-all test-parity cpu-torch lint clean
+.DEFAULT_GOAL := setup
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@python="$(PYTHON)"; if ! "$$python" -c $(SUITABLE) >/dev/null 2>&1; then \
+	echo "error: no Python 3.11 or newer that can make environments was found$${python:+: $$python}." \
+	"Install one, or name it: make setup PYTHON=/path/to/python" >&2; exit 2; fi; \
+	echo "Setting up $(VENV) with $$("$$python" --version); about a minute, once."; \
+	"$$python" -m venv $(VENV)
+	@$(BIN)/python $(INSTALL) -e '.[dev]'
+	@touch $@
+
+demo: setup
+	@$(BIN)/python train.py
+	@$(BIN)/python sample.py runs/tiny --prompt "def main(" --prompt "import "
+	@$(BIN)/python -m gpt.bench runs/tiny
+
+test: setup
+	@$(BIN)/python -m pytest -q
+
+test-all: setup
+	@$(BIN)/python -m pytest -q -m "not parity"
+
+test-parity: $(PARITY_VENV)/ready
+	@$(PARITY_VENV)/bin/python -m pytest -q -m parity
+
+$(PARITY_VENV)/ready: $(VENV)/ready
+	@torch="$(call CPU_TORCH,$(BIN)/python)"; if [ -z "$$torch" ]; then \
+	echo "error: pip finds no CPU build of torch $(TORCH_VERSION) for $$($(BIN)/python --version)." \
+	"Give pip an index that has one (PIP_EXTRA_INDEX_URL), or set it up with VENV of another Python" \
+	>&2; exit 2; fi; \
+	echo "Setting up $(PARITY_VENV) with $$torch and transformers, once."; \
+	$(BIN)/python -m venv $(PARITY_VENV); \
+	$(PARITY_VENV)/bin/python $(INSTALL) "$$torch" -e '.[dev,parity]'
+	@touch $@
+
+# The CPU build of torch that pip would install here, or nothing.
+cpu-torch: setup
+	@echo $(call CPU_TORCH,$(BIN)/python)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+clean:
+	@rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
