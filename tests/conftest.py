@@ -1,0 +1,12 @@
+"""The conditions under which every test runs, set before anything can import JAX."""
+
+import os
+import tempfile
+
+caches = tempfile.TemporaryDirectory(prefix="gpt-jax-tests-")
+os.environ["XDG_CACHE_HOME"] = caches.name  # inherited by the processes that tests start
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+os.environ["MPLBACKEND"] = "agg"
+for name in ("JAX_COMPILATION_CACHE_DIR", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR", "XLA_FLAGS"):
+    os.environ.pop(name, None)

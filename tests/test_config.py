@@ -1,0 +1,212 @@
+"""Configs refuse what cannot work, in one sentence; presets are GPT-2; every field is read."""
+
+import ast
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt.config import PRESETS, MeshConfig, ModelConfig, TrainConfig, from_json, preset, to_json
+from gpt.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+REFUSED = [
+    (ModelConfig, {"n_layers": 0}, "model.n_layers is 0: expected at least 1"),
+    (ModelConfig, {"vocab_size": -1}, "model.vocab_size is -1: expected at least 1"),
+    (ModelConfig, {"context_length": 0}, "model.context_length is 0: expected at least 1"),
+    (ModelConfig, {"d_ff": 0}, "model.d_ff is 0: expected at least 1"),
+    (ModelConfig, {"n_kv_heads": 0}, "model.n_kv_heads is 0: expected at least 1"),
+    (ModelConfig, {"d_model": 100, "n_heads": 3}, "model.d_model 100 is not divisible by"),
+    (ModelConfig, {"n_heads": 4, "n_kv_heads": 3}, "model.n_heads 4 is not divisible by"),
+    (ModelConfig, {"dropout": 1.0}, "model.dropout is 1.0: expected 0 <= dropout < 1"),
+    (ModelConfig, {"dropout": float("nan")}, "model.dropout is nan"),
+    (MeshConfig, {"fsdp": 0}, "mesh (-1, 0, 1): expected positive sizes"),
+    (MeshConfig, {"tensor": -1}, "mesh (-1, 1, -1): expected positive sizes, at most one"),
+    (TrainConfig, {"steps": 0}, "steps is 0: expected at least 1"),
+    (TrainConfig, {"batch_size": -4}, "batch_size is -4: expected at least 1"),
+    (TrainConfig, {"batch_size": 10, "grad_accum": 4}, "batch_size 10 is not divisible by"),
+    (TrainConfig, {"learning_rate": 0.0}, "learning_rate is 0.0: expected a positive number"),
+    (TrainConfig, {"learning_rate": float("nan")}, "learning_rate is nan"),
+    (TrainConfig, {"min_learning_rate": 1.0}, "min_learning_rate is 1.0: expected between"),
+    (TrainConfig, {"warmup_steps": -1}, "warmup_steps is -1: expected zero or more"),
+    (TrainConfig, {"clip_norm": float("inf")}, "clip_norm is inf: expected zero or more"),
+    (TrainConfig, {"beta1": 1.0}, "beta1 is 1.0: expected 0 <= beta1 < 1"),
+    (TrainConfig, {"beta2": -0.1}, "beta2 is -0.1: expected 0 <= beta2 < 1"),
+    (TrainConfig, {"seed": -1}, "seed is -1: expected 0 <= seed < 2^31"),
+    (TrainConfig, {"seq_len": 0}, "seq_len is 0: expected at least 1"),
+    (TrainConfig, {"keep": 0}, "keep is 0: expected at least 1"),
+    (TrainConfig, {"vocab_size": 0}, "vocab_size is 0: expected at least 1"),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "sentence"), REFUSED)
+def test_impossible_settings_are_refused_in_one_sentence(kind, values, sentence):
+    with pytest.raises(UserError) as refusal:
+        kind(**values)
+    assert str(refusal.value).startswith(sentence)
+    assert "\n" not in str(refusal.value)
+
+
+NUMBERS = st.integers(-(2**70), 2**70) | st.integers(-3, 70) | st.floats()
+SMALL = st.integers(1, 6)
+HEADS = st.tuples(SMALL, SMALL, SMALL)  # key/value heads, queries per group, head width
+
+
+def wild_settings(kind):
+    """The numeric and boolean fields of a config, each with a strategy of wild values."""
+    wild = {}
+    for field in dataclasses.fields(kind):
+        if isinstance(field.default, bool):
+            wild[field.name] = st.booleans()
+        elif isinstance(field.default, int | float) or field.name in ("n_kv_heads", "d_ff"):
+            wild[field.name] = NUMBERS
+    return st.fixed_dictionaries({}, optional=wild)
+
+
+@pytest.mark.parametrize("kind", [ModelConfig, MeshConfig, TrainConfig])
+@given(data=st.data())
+def test_wild_values_raise_nothing_but_user_errors(kind, data):
+    values = data.draw(wild_settings(kind))
+    try:
+        made = kind(**values)
+    except UserError:
+        return
+    assert made == kind(**values)
+
+
+MODELS = st.builds(
+    lambda heads, **rest: ModelConfig(
+        n_kv_heads=heads[0],
+        n_heads=heads[0] * heads[1],
+        d_model=heads[0] * heads[1] * heads[2],
+        **rest,
+    ),
+    HEADS,
+    vocab_size=st.integers(1, 10**6),
+    context_length=st.integers(1, 10**5),
+    n_layers=SMALL,
+    d_ff=st.none() | SMALL,
+    bias=st.booleans(),
+    dropout=st.floats(0, 0.99),
+    compute_dtype=st.sampled_from([None, "float32", "bfloat16"]),
+)
+CONFIGS = st.builds(
+    lambda accum, micro, **rest: TrainConfig(batch_size=accum * micro, grad_accum=accum, **rest),
+    SMALL,
+    SMALL,
+    model=MODELS,
+    mesh=st.builds(MeshConfig, st.sampled_from([-1, 1, 4]), SMALL, SMALL),
+    tokenizer=st.text(),
+    seq_len=st.none() | st.integers(1, 10**4),
+    learning_rate=st.floats(1e-4, 10),
+    seed=st.integers(0, 2**31 - 1),
+    dtype=st.sampled_from([None, "float32", "bfloat16"]),
+)
+
+
+@given(CONFIGS)
+def test_a_config_survives_json(config):
+    assert from_json(TrainConfig, json.loads(json.dumps(to_json(config)))) == config
+    assert from_json(ModelConfig, json.loads(json.dumps(to_json(config.model)))) == config.model
+
+
+@given(MODELS)
+def test_derived_shapes_agree(model):
+    assert model.kv_heads * (model.n_heads // model.kv_heads) * model.head_width == model.d_model
+    assert model.padded_vocab % 128 == 0
+    assert 0 <= model.padded_vocab - model.vocab_size < 128
+
+
+@pytest.mark.parametrize("values", [{"stepz": 1}, {"model": {"depth": 2}}, {"model": 3}, [1]])
+def test_json_of_another_shape_is_refused(values):
+    with pytest.raises(UserError):
+        from_json(TrainConfig, values)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    ),
+    st.sampled_from([field.name for field in dataclasses.fields(TrainConfig)]),
+)
+def test_wild_json_raises_nothing_but_user_errors(value, name):
+    try:
+        from_json(TrainConfig, {name: value})
+    except UserError as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "heads", "width", "parameters"),
+    [
+        ("gpt2", 12, 12, 768, 124_439_808),
+        ("gpt2-medium", 24, 16, 1024, 354_823_168),
+        ("gpt2-large", 36, 20, 1280, 774_030_080),
+        ("gpt2-xl", 48, 25, 1600, 1_557_611_200),
+    ],
+)
+def test_gpt2_presets_have_gpt2s_shapes(name, layers, heads, width, parameters):
+    model = preset(name).model
+    assert (model.n_layers, model.n_heads, model.d_model) == (layers, heads, width)
+    assert (model.vocab_size, model.context_length) == (50257, 1024)
+    assert (model.ff_width, model.kv_heads, model.bias) == (4 * width, heads, True)
+    block = 12 * width**2 + 13 * width  # four D x D, two D x 4D, their biases, two norms
+    total = (50257 + 1024) * width + layers * block + 2 * width
+    assert total == parameters
+
+
+def test_presets_are_known_by_name():
+    assert preset("tiny") is PRESETS["tiny"]
+    with pytest.raises(UserError, match="no preset named 'gpt3': choose one of tiny, "):
+        preset("gpt3")
+
+
+def test_seq_len_sets_the_context():
+    config = TrainConfig(seq_len=32)
+    assert config.window == config.model.context_length == 32
+
+
+def test_types_left_open_are_filled():
+    model = ModelConfig(cache_dtype="float32").computing_in("bfloat16")
+    assert (model.param_dtype, model.compute_dtype, model.cache_dtype) == (
+        "float32",
+        "bfloat16",
+        "float32",
+    )
+    assert ModelConfig(compute_dtype="float32").computing_in("bfloat16").cache_dtype == "float32"
+
+
+def attributes(node: ast.AST) -> set[str]:
+    return {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+
+
+def reads() -> set[str]:
+    """Attributes read anywhere in the project, the checks of config.py left out.
+
+    A property of a config counts for the fields it reads only when it is itself read elsewhere.
+    """
+    others = [path for path in (ROOT / "gpt").rglob("*.py") if path.name != "config.py"]
+    others += list(ROOT.glob("*.py"))
+    seen = set().union(*(attributes(ast.parse(path.read_text("utf-8"))) for path in others))
+    config = ast.parse((ROOT / "gpt/config.py").read_text("utf-8"))
+    methods = {
+        node.name: attributes(node)
+        for owner in config.body
+        if isinstance(owner, ast.ClassDef)
+        for node in owner.body
+        if isinstance(node, ast.FunctionDef) and node.name != "__post_init__"
+    }
+    while more := set().union(*(methods[name] for name in seen & set(methods))) - seen:
+        seen |= more
+    return seen
+
+
+@pytest.mark.parametrize("kind", [ModelConfig, MeshConfig, TrainConfig])
+def test_every_field_is_read(kind):
+    fields = {field.name for field in dataclasses.fields(kind)}
+    assert sorted(fields - reads()) == []
