@@ -245,7 +245,8 @@ def shell(command: str, tmp_path: Path) -> subprocess.CompletedProcess:
     """A shell command in which $PROGRAM prints as many lines as it is told."""
     (tmp_path / "script.py").write_text(SCRIPT)
     program = f"{sys.executable} {tmp_path / 'script.py'}"
-    environment = {**os.environ, "PROGRAM": program, "PYTHONPATH": str(ROOT)}
+    buffered = {"PYTHONUNBUFFERED": ""}  # so that there is something left to write at the end
+    environment = {**os.environ, "PROGRAM": program, "PYTHONPATH": str(ROOT), **buffered}
     return subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"],
         env=environment,

@@ -23,6 +23,7 @@ REFUSED = [
     (ModelConfig, {"d_model": 100, "n_heads": 3}, "model.d_model 100 is not divisible by"),
     (ModelConfig, {"n_heads": 4, "n_kv_heads": 3}, "model.n_heads 4 is not divisible by"),
     (ModelConfig, {"dropout": 1.0}, "model.dropout is 1.0: expected 0 <= dropout < 1"),
+    (ModelConfig, {"dropout": -0.1}, "model.dropout is -0.1: expected 0 <= dropout < 1"),
     (ModelConfig, {"dropout": float("nan")}, "model.dropout is nan"),
     (MeshConfig, {"fsdp": 0}, "mesh (-1, 0, 1): expected positive sizes"),
     (MeshConfig, {"tensor": -1}, "mesh (-1, 1, -1): expected positive sizes, at most one"),
