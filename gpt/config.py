@@ -231,9 +231,7 @@ PRESETS = {
         tokenizer="bpe",
     ),
     "shakespeare-char": TrainConfig(
-        model=ModelConfig(
-            128, context_length=64, n_layers=4, n_heads=4, d_model=128, bias=False
-        ),
+        model=ModelConfig(128, context_length=64, n_layers=4, n_heads=4, d_model=128, bias=False),
         tokenizer="char",
         batch_size=12,
         eval_tokens=0,
