@@ -1,0 +1,82 @@
+"""The KV cache: the keys and values of every position so far, with a length of its own per row.
+
+One layout, [B, K, S, H] per layer. An empty cache has no slots at all: reading a prompt into it
+makes the prompt's own keys and values the cache. Shape letters: see transformer.py.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from gpt.config import ModelConfig
+from gpt.sharding import constrain
+
+APPEND = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(3,),
+    inserted_window_dims=(2,),
+    scatter_dims_to_operand_dims=(2,),
+    operand_batching_dims=(0, 1),
+    scatter_indices_batching_dims=(0, 1),
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """`k`, `v`: one [B, K, S, H] array a layer. `length_B`: filled slots of each row, int32.
+
+    Slots from a row's length on hold nothing: they are masked, then overwritten.
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    length_B: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        """Slots per row, S."""
+        return self.k[0].shape[2]
+
+    def advanced(self, n_B: jax.Array) -> "KVCache":
+        """The cache with `n_B` more slots counted as filled."""
+        return replace(self, length_B=self.length_B + n_B)
+
+
+def empty(config: ModelConfig, batch_size: int) -> KVCache:
+    """A cache without slots, for `batch_size` rows."""
+    shape = (batch_size, config.kv_heads, 0, config.head_width)
+    layer = jnp.zeros(shape, config.cache_dtype or "float32")
+    layers = (layer,) * config.n_layers
+    return KVCache(layers, layers, jnp.zeros(batch_size, jnp.int32))
+
+
+def append(cache_BKSH: jax.Array, new_BKTH: jax.Array, pos_BT: jax.Array) -> jax.Array:
+    """`cache_BKSH` with `new_BKTH` at slots `pos_BT`; positions past the end are dropped.
+
+    This form of scatter updates in place under donation and needs no communication when rows and
+    heads are sharded; the more obvious spellings copy the cache or gather it.
+    """
+    new = new_BKTH.astype(cache_BKSH.dtype)
+    index = jnp.broadcast_to(pos_BT[:, None, :, None], (*new.shape[:3], 1))
+    out = jax.lax.scatter(cache_BKSH, index, new, APPEND, mode="drop", unique_indices=True)
+    return constrain(out, "batch", "kv_heads", None, None)
+
+
+def remember(past: tuple, new: tuple, pos_BT: jax.Array | None) -> tuple:
+    """One layer's keys and values with `new` at `pos_BT`; None: the past is empty, `new` is all."""
+    if pos_BT is None:
+        return tuple(n.astype(p.dtype) for p, n in zip(past, new, strict=True))
+    return tuple(append(p, n, pos_BT) for p, n in zip(past, new, strict=True))
+
+
+def grow(cache: KVCache, capacity: int) -> KVCache:
+    """The cache with `capacity` slots per row, at least as many as it has."""
+    more = [(0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0)]
+    k, v = jax.tree.map(lambda a: jnp.pad(a, more), (cache.k, cache.v))
+    return replace(cache, k=k, v=v)
+
+
+def repeat(cache: KVCache, n: int) -> KVCache:
+    """Each row `n` times in a row: several samples from one prefill."""
+    return jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), cache)
