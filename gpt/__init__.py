@@ -1,0 +1,32 @@
+"""A decoder-only GPT in JAX: pretrain it, sample from it, measure prefill against decode.
+
+import gpt
+model = gpt.load("runs/tiny")
+print(model.generate("def "))
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("gpt-jax")
+except PackageNotFoundError:
+    __version__ = "0 (not installed)"
+
+HOMES = {
+    "load": "gpt.sampling.language_model",
+    "LanguageModel": "gpt.sampling.language_model",
+    "Settings": "gpt.sampling.settings",
+    "Completion": "gpt.sampling.generate",
+    "ModelConfig": "gpt.config",
+    "TrainConfig": "gpt.config",
+    "UserError": "gpt.errors",
+}
+__all__ = [*HOMES, "__version__"]
+
+
+def __getattr__(name: str):
+    """Public names, imported when first used: `--help` need not wait for JAX."""
+    if name not in HOMES:
+        raise AttributeError(f"module 'gpt' has no attribute {name!r}")
+    return getattr(import_module(HOMES[name]), name)

@@ -1,0 +1,1 @@
+"""From a prompt to text: prefill, decode, draw, stop. Knows nothing of training."""

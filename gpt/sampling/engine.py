@@ -1,0 +1,74 @@
+"""The two regimes, as functions over one model and one cache.
+
+Prefill reads whole prompts at once: large matrix products, bound by arithmetic. Decode reads one
+token a row and re-reads every weight and the cache to do so: bound by memory bandwidth. `extend`
+stands between: several tokens a row on top of a cache.
+One program each per (batch, bucket, capacity): lengths and positions are traced.
+Shape letters: see model/transformer.py.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from gpt.config import ModelConfig
+from gpt.model import cache as kv
+from gpt.model import transformer
+
+SMALLEST_BUCKET = 32
+
+
+def bucket(n_tokens: int, context_length: int) -> int:
+    """The power of two, at least 32 and at most the context, into which `n_tokens` fit."""
+    return min(max(SMALLEST_BUCKET, 1 << (n_tokens - 1).bit_length()), context_length)
+
+
+def last_logits(config: ModelConfig, params: dict, x_BTD: jax.Array, n_B: jax.Array) -> jax.Array:
+    """logits_BV after the last of each row's `n_B` real tokens."""
+    last_BD = jnp.take_along_axis(x_BTD, (n_B - 1)[:, None, None], axis=1)[:, 0]
+    return transformer.unembed(config, params, last_BD)
+
+
+@partial(jax.jit, static_argnames="config")
+def prefill(config: ModelConfig, params: dict, tokens_BT: jax.Array, n_B: jax.Array):
+    """Read prompts from nothing: the cache (capacity T) and logits_BV of each row's next token.
+
+    `tokens_BT` is padded on the right; row b holds `n_B[b]` >= 1 tokens. `params` is unstacked.
+    """
+    empty = kv.empty(config, len(tokens_BT))
+    x_BTD, cache = transformer.hidden(config, params, tokens_BT, empty)
+    return cache.advanced(n_B), last_logits(config, params, x_BTD, n_B)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def extend(config: ModelConfig, params: dict, cache: kv.KVCache, tokens_BT, n_B: jax.Array):
+    """Read `n_B` >= 1 more tokens a row on top of `cache`, which is consumed; as `prefill`.
+
+    The caller sees to it that they fit: what lies past the capacity is dropped.
+    """
+    x_BTD, cache = transformer.hidden(config, params, tokens_BT, cache)
+    return cache.advanced(n_B), last_logits(config, params, x_BTD, n_B)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def decode_step(config: ModelConfig, params: dict, cache: kv.KVCache, token_B, active_B):
+    """Read one token a row on top of `cache`, which is consumed; as `prefill`.
+
+    Rows not active are computed like the others and keep their length.
+    """
+    x_BTD, cache = transformer.hidden(config, params, token_B[:, None], cache)
+    logits_BV = transformer.unembed(config, params, x_BTD[:, 0])
+    return cache.advanced(active_B.astype(jnp.int32)), logits_BV
+
+
+@partial(jax.jit, static_argnames="capacity")
+def grow(cache: kv.KVCache, capacity: int) -> kv.KVCache:
+    """The cache with room for `capacity` tokens a row: one copy, each time the room doubles."""
+    return kv.grow(cache, capacity)
+
+
+@partial(jax.jit, static_argnames="n")
+def fork(cache: kv.KVCache, logits_BV: jax.Array, n: int):
+    """Each row of a prefill `n` times: several samples for the price of one reading."""
+    return kv.repeat(cache, n), jnp.repeat(logits_BV, n, axis=0)

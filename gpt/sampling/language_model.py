@@ -1,0 +1,68 @@
+"""A trained model as an object: weights ready for decoding, its config and its tokenizer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+
+from gpt import checkpoint, tokenizer
+from gpt.config import Dtype, ModelConfig, from_json
+from gpt.errors import require
+from gpt.model import transformer
+from gpt.sampling import generate, score
+from gpt.sampling.generate import Completion, Piece
+from gpt.sampling.settings import Settings
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """What `gpt.load` returns. `params` is unstacked; `notes` tells what loading came across."""
+
+    config: ModelConfig
+    params: dict = field(repr=False)
+    tokenizer: tokenizer.Tokenizer = field(repr=False)
+    step: int
+    notes: list[str] = field(default_factory=list, repr=False)
+
+    def generate(self, prompt: str | list[str] = "", **settings) -> Completion | list[Completion]:
+        """Complete a prompt, or several together. `settings`: the fields of Settings.
+
+        One prompt and one sample give one Completion (printing it shows the text), else a list,
+        prompt by prompt.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        done = generate.complete(self, prompts, Settings(**settings))
+        return done[0] if isinstance(prompt, str) and len(done) == 1 else done
+
+    def stream(self, prompt: str | list[str] = "", **settings) -> Iterator[Piece]:
+        """As `generate`, handing out pieces of text as they are drawn."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        return generate.stream(self, prompts, Settings(**settings))
+
+    def score(self, text: str) -> score.Score:
+        """Log-probability of each token of `text`, its loss, bits per byte and perplexity."""
+        return score.score(self, text)
+
+
+def load(run: str | Path, step: int | None = None, dtype: Dtype | None = None) -> LanguageModel:
+    """The model of a run's folder: its newest whole checkpoint, or the one of `step`.
+
+    `dtype`: type of the computation (default: float32 on CPU, bfloat16 on accelerators).
+    UserError if there is no checkpoint, or it is damaged.
+    """
+    require(Path(run).is_dir(), f"no folder {run}: expected a run's folder made by train.py")
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+    def read(step: int) -> LanguageModel:
+        about = checkpoint.read_metadata(run, step)
+        config = from_json(ModelConfig, about["model"]).computing_in(dtype)
+        params = checkpoint.restore(run, step, "params", transformer.abstract(config))
+        unstacked = jax.jit(transformer.unstack, donate_argnums=0)(params)
+        return LanguageModel(config, unstacked, tokenizer.from_json(about["tokenizer"]), step)
+
+    if step is not None:
+        return read(step)
+    _, model, notes = checkpoint.latest_good(run, read)
+    model.notes.extend(notes)
+    return model
