@@ -1,0 +1,59 @@
+"""Cross-entropy over the vocabulary, a chunk of its rows at a time.
+
+Whole float32 logits never exist: for GPT-2 they would take as much memory as all else together.
+Chunks are of vocabulary rows and not of tokens, so that the gradient of a sharded embedding table
+is reduced across devices once and not once a chunk.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from gpt.config import ModelConfig
+from gpt.model import transformer
+
+CHUNK_ROWS = 16_384  # most vocabulary rows at once
+
+
+def count_chunks(rows: int) -> int:
+    """Fewest equal chunks, a power of two, of at most CHUNK_ROWS rows."""
+    n = 1
+    while rows // n > CHUNK_ROWS:
+        n *= 2
+    return n
+
+
+def token_losses(config: ModelConfig, params: dict, x_MD: jax.Array, target_M: jax.Array):
+    """-log p(target) of each token in nats, loss_M float32, from hidden states."""
+    table_VD = transformer.head_table(params)
+    n = count_chunks(len(table_VD))
+    # Strided chunks (c, c+n, c+2n, ...): a table sharded by rows then needs no communication.
+    chunks = table_VD.reshape(-1, n, table_VD.shape[1]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def add_chunk(sums, chunk):
+        """Running max, sum of exp and target logit (online softmax, Milakov & Gimelshein 2018)."""
+        top_M, total_M, hit_M = sums
+        rows_CD, c = chunk
+        ids_C = c + n * jnp.arange(len(rows_CD))
+        logits_MC = transformer.unembed_rows(config, x_MD, rows_CD, ids_C)
+        new_M = jax.lax.stop_gradient(jnp.maximum(top_M, logits_MC.max(-1)))
+        total_M = total_M * jnp.exp(top_M - new_M) + jnp.exp(logits_MC - new_M[:, None]).sum(-1)
+        mine_M = target_M % n == c
+        place_M = jnp.where(mine_M, target_M // n, 0)
+        logit_M = jnp.take_along_axis(logits_MC, place_M[:, None], axis=-1)[:, 0]
+        return (new_M, total_M, hit_M + jnp.where(mine_M, logit_M, 0)), None
+
+    zero_M = jnp.zeros(len(x_MD), jnp.float32)
+    start = (zero_M + transformer.MASKED, zero_M, zero_M)
+    (top_M, total_M, hit_M), _ = jax.lax.scan(add_chunk, start, (chunks, jnp.arange(n)))
+    return top_M + jnp.log(total_M) - hit_M
+
+
+def sequence_losses(
+    config: ModelConfig, params: dict, tokens_BU: jax.Array, key_B=None, remat: bool = True
+) -> jax.Array:
+    """Losses [B, T] in nats of predicting tokens 1..T from tokens 0..T-1 (U = T + 1)."""
+    inputs_BT, targets_BT = tokens_BU[:, :-1], tokens_BU[:, 1:]
+    x_BTD, _ = transformer.hidden(config, params, inputs_BT, key_B=key_B, remat=remat)
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    return token_losses(config, params, x_MD, targets_BT.reshape(-1)).reshape(targets_BT.shape)

@@ -1,0 +1,46 @@
+"""What may change when a run continues, and what would make it a different run."""
+
+from typing import Any
+
+from gpt.config import TrainConfig, to_json
+from gpt.errors import require
+
+# These change what is printed, kept or where it is computed, never what is learned.
+MAY_CHANGE = {
+    "mesh", "grad_accum", "remat", "log_every", "eval_every", "eval_tokens", "sample_every",
+    "save_every", "keep",
+}  # fmt: skip
+
+
+def differences(saved: dict[str, Any], config: TrainConfig) -> list[str]:
+    """A line for each setting that differs from the saved ones and may not."""
+    lines = []
+    for name, now in flat(to_json(config)).items():
+        then = flat(saved).get(name)
+        if then != now and name.split(".")[0] not in MAY_CHANGE:
+            lines.append(f"{name}: the run has {then}, you asked for {now}")
+    return lines
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name, as the flags spell them; lists as tuples."""
+    out = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            out |= flat(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = tuple(value) if isinstance(value, list) else value
+    return out
+
+
+def require_same_run(folder, about: dict[str, Any], config: TrainConfig, fingerprint: str) -> None:
+    """UserError listing what differs between the run in `folder` and what was asked for."""
+    lines = differences(about["train"], config)
+    if about["data"]["fingerprint"] != fingerprint:
+        lines.append("data: the run was trained on other text, or the text has changed")
+    listed = "".join(f"\n  {line}" for line in lines)
+    require(
+        not lines,
+        f"{folder} holds a run that these settings would change:{listed}\n"
+        "Give the run's own settings to continue it, another --out, or --overwrite to start afresh",
+    )

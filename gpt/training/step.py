@@ -1,0 +1,114 @@
+"""One optimizer step and one evaluation step: pure functions, jitted, the state donated."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gpt import sharding
+from gpt.config import TrainConfig
+from gpt.model import transformer
+from gpt.training.loss import sequence_losses
+from gpt.training.optim import make_optimizer, make_schedule
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that a step changes: stacked weights, optimizer state, steps done (int32)."""
+
+    params: dict
+    optimizer: optax.OptState
+    step: jax.Array
+
+
+def fresh_state(config: TrainConfig) -> TrainState:
+    """The state before the first step, a function of config.seed alone."""
+    params = transformer.init(config.model, jax.random.key(config.seed))
+    return TrainState(params, make_optimizer(config).init(params), jnp.zeros((), jnp.int32))
+
+
+def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """The sharding of every leaf of the state on `mesh`."""
+    abstract = jax.eval_shape(partial(fresh_state, config))
+    return sharding.state_shardings(mesh, transformer.logical_axes(config.model), abstract)
+
+
+def make_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """A fresh state, each array born on the devices that keep it."""
+    with sharding.on_mesh(mesh):
+        make = jax.jit(partial(fresh_state, config), out_shardings=state_shardings(config, mesh))
+        return make()
+
+
+def row_keys(seed: int, step: jax.Array, n_rows: int) -> jax.Array:
+    """A dropout key for each row of the step's batch, whatever its micro-batch or device."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(n_rows))
+
+
+def gradients(config: TrainConfig, params: dict, tokens_ABU: jax.Array, step: jax.Array):
+    """Mean loss in nats a token over all micro-batches A, and its gradient."""
+    A, B = tokens_ABU.shape[:2]
+    key_AB = row_keys(config.seed, step, A * B).reshape(A, B) if config.model.dropout else None
+
+    def mean_loss(params, tokens_BU, key_B):
+        return sequence_losses(config.model, params, tokens_BU, key_B, config.remat).mean() / A
+
+    def micro(total, micro_batch):
+        more = jax.value_and_grad(mean_loss)(params, *micro_batch)
+        return jax.tree.map(jnp.add, total, more), None
+
+    if A == 1:
+        key_B = None if key_AB is None else key_AB[0]
+        return jax.value_and_grad(mean_loss)(params, tokens_ABU[0], key_B)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(micro, (jnp.zeros(()), zeros), (tokens_ABU, key_AB))[0]
+
+
+def train_step(config: TrainConfig, state: TrainState, tokens_ABU: jax.Array):
+    """The state after one optimizer step on [A, B, T+1] tokens, and its metrics.
+
+    Metrics: `loss` (nats a token), `grad_norm` (before clipping), `learning_rate`.
+    """
+    loss, grads = gradients(config, state.params, tokens_ABU, state.step)
+    updates, optimizer = make_optimizer(config).update(grads, state.optimizer, state.params)
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": make_schedule(config)(state.step),
+    }
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, optimizer, state.step + 1), metrics
+
+
+def eval_step(config: TrainConfig, params: dict, tokens_BU: jax.Array, weight_BT: jax.Array):
+    """Summed loss in nats and summed weight of the targets of a batch [B, T+1]."""
+    losses_BT = sequence_losses(config.model, params, tokens_BU, remat=False)
+    return jnp.sum(losses_BT * weight_BT), jnp.sum(weight_BT)
+
+
+def compile_steps(config: TrainConfig, mesh: Mesh) -> tuple[Callable, Callable]:
+    """`train_step(state, tokens_ABU)`, which consumes its state, and `eval_step(params, ...)`."""
+    shardings, replicated = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
+    train = jax.jit(
+        partial(train_step, config),
+        donate_argnums=0,
+        in_shardings=(shardings, sharding.rows(mesh, axis=1)),
+        out_shardings=(shardings, replicated),
+    )
+    rows = sharding.rows(mesh)
+    evaluate = jax.jit(partial(eval_step, config), in_shardings=(shardings.params, rows, rows))
+
+    def on_mesh(function):
+        def call(*args):
+            with sharding.on_mesh(mesh):
+                return function(*args)
+
+        return call
+
+    return on_mesh(train), on_mesh(evaluate)
