@@ -3,6 +3,8 @@
 import os
 import tempfile
 
+from hypothesis import settings
+
 caches = tempfile.TemporaryDirectory(prefix="gpt-jax-tests-")
 os.environ["XDG_CACHE_HOME"] = caches.name  # inherited by the processes that tests start
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -10,3 +12,7 @@ os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 os.environ["MPLBACKEND"] = "agg"
 for name in ("JAX_COMPILATION_CACHE_DIR", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR", "XLA_FLAGS"):
     os.environ.pop(name, None)
+
+# The same examples on every machine, however slow it is: a red suite means a changed program.
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.load_profile("suite")

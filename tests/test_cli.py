@@ -127,12 +127,17 @@ def test_an_unreadable_flag_is_one_line(argv, words):
     assert "---" not in message
 
 
-@given(st.lists(st.text(), max_size=4))
+WORDS = st.text() | st.sampled_from(["--", "-h", "-", "--steps", "--no-remat", "--data=", "@x"])
+
+
+@given(st.lists(WORDS, max_size=4))
 def test_wild_arguments_raise_nothing_but_user_errors(argv):
     try:
         read("--seed", "1", *argv)
     except UserError as error:
         assert str(error)
+    except SystemExit as leaving:
+        assert leaving.code == 0 and "-h" in argv
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-1"])
