@@ -1,0 +1,176 @@
+"""How each tokenizer is made: bytes, characters, a trained BPE, OpenAI's encodings.
+
+Knows nothing of files of ours, of models or of JAX.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Sequence
+
+import rustbpe
+import tiktoken
+import tiktoken.load
+from tiktoken_ext import openai_public
+
+from gpt.errors import UserError, require
+
+END_OF_TEXT = "<|endoftext|>"
+BYTE_PATTERN = r"[\s\S]{1,32}"  # any 32 characters: nothing is ever merged, short is fast
+GPT4_PATTERN = (  # cl100k_base's; a run of spaces stays one piece, as source code wants
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+TRAINING_BUFFER = 64  # texts handed to the BPE trainer at once: each may be a megabyte
+LONGEST_BLANK = 65_536  # characters; the regex engine's stack overflows at some 700,000
+PUBLIC = "https://openaipublic.blob.core.windows.net"
+OPENAI_FILES = {  # what tiktoken downloads for each encoding
+    "gpt2": (
+        f"{PUBLIC}/gpt-2/encodings/main/vocab.bpe",
+        f"{PUBLIC}/gpt-2/encodings/main/encoder.json",
+    ),
+    "cl100k_base": (f"{PUBLIC}/encodings/cl100k_base.tiktoken",),
+    "o200k_base": (f"{PUBLIC}/encodings/o200k_base.tiktoken",),
+}
+
+
+class ByteLevelTokenizer(tiktoken.Encoding):
+    """A tiktoken encoding that also survives very long runs of white space."""
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of `text`, never a special one; a lone surrogate becomes U+FFFD."""
+        encode = super().encode_ordinary
+        return [token for part in cut_long_blanks(text) for token in encode(part)]
+
+
+class CharTokenizer:
+    """One id for each character seen in the training text, and one for end-of-text."""
+
+    name = "char"
+
+    def __init__(self, characters: str):
+        self.characters = characters
+        self._ids = {character: i for i, character in enumerate(characters)}
+        self.eot_token = len(characters)
+        self.n_vocab = len(characters) + 1
+        self._bytes = [character.encode() for character in characters] + [END_OF_TEXT.encode()]
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of `text`, never the special one; UserError names a character without one."""
+        try:
+            return [self._ids[character] for character in without_lone_surrogates(text)]
+        except KeyError as error:
+            raise UserError(
+                f"the character {error.args[0]!r} is not among the {len(self.characters)} "
+                "the char tokenizer knows: leave it out, or train with --tokenizer byte or bpe"
+            ) from None
+
+    def encode_ordinary_batch(self, texts: list[str], *, num_threads: int = 1) -> list[list[int]]:
+        """Ids of each text. Threads would not help here: the work holds Python's lock."""
+        return [self.encode_ordinary(text) for text in texts]
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The UTF-8 bytes of `ids`."""
+        return b"".join(self._bytes[i] for i in ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`."""
+        return self.decode_bytes(ids).decode()
+
+
+Tokenizer = tiktoken.Encoding | CharTokenizer
+
+
+def byte_tokenizer() -> ByteLevelTokenizer:
+    """One id for each byte, and one for end-of-text."""
+    return byte_level("byte", BYTE_PATTERN, [bytes([byte]) for byte in range(256)])
+
+
+def byte_level(
+    name: str, pattern: str, ranks: list[bytes], special_tokens: dict[str, int] | None = None
+) -> ByteLevelTokenizer:
+    """A byte-level BPE from its tokens in order of rank; end-of-text follows them by default."""
+    return ByteLevelTokenizer(
+        name,
+        pat_str=pattern,
+        mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
+        special_tokens=special_tokens or {END_OF_TEXT: len(ranks)},
+    )
+
+
+def learn_characters(documents: Iterable[str]) -> CharTokenizer:
+    """The character tokenizer of all characters in `documents`, sorted."""
+    characters: set[str] = set()
+    for text in documents:
+        characters.update(without_lone_surrogates(text))
+    require(bool(characters), "the char tokenizer needs text to learn its characters from")
+    return CharTokenizer("".join(sorted(characters)))
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> ByteLevelTokenizer:
+    """A byte-level BPE of `vocab_size` ids, fewer if the text is too small for that many merges."""
+    require(
+        vocab_size >= 257,
+        f"vocab_size is {vocab_size}: a bpe needs at least 257, the 256 bytes and end-of-text",
+    )
+    trainer = rustbpe.Tokenizer()
+    texts = (part for text in documents for part in cut_long_blanks(without_lone_surrogates(text)))
+    trainer.train_from_iterator(
+        texts, vocab_size=vocab_size - 1, buffer_size=TRAINING_BUFFER, pattern=GPT4_PATTERN
+    )
+    ranked = sorted(trainer.get_mergeable_ranks(), key=lambda entry: entry[1])
+    return byte_level("bpe", GPT4_PATTERN, [bytes(token) for token, _ in ranked])
+
+
+def openai_encoding(name: str) -> ByteLevelTokenizer:
+    """OpenAI's encoding from tiktoken's cache or the network, its unused ids given names."""
+    tiktokens_own = tiktoken.load.read_file
+    tiktoken.load.read_file = download  # its own would wait for ever on a network that drops
+    try:
+        parts = openai_public.ENCODING_CONSTRUCTORS[name]()
+    except (OSError, ValueError) as error:
+        files = " and ".join(
+            f"{url} as {hashlib.sha1(url.encode()).hexdigest()}" for url in OPENAI_FILES[name]
+        )
+        raise UserError(
+            f"the vocabulary of {name} is not on this machine and could not be downloaded "
+            f"({type(error).__name__}): save {files} in a folder, and set TIKTOKEN_CACHE_DIR to it"
+        ) from None
+    finally:
+        tiktoken.load.read_file = tiktokens_own
+    ranks = sorted(parts["mergeable_ranks"], key=parts["mergeable_ranks"].__getitem__)
+    special = parts["special_tokens"]
+    unused = set(range(len(ranks), max(special.values()) + 1)) - set(special.values())
+    special = special | {f"<|unused_{i}|>": i for i in unused}
+    return byte_level(name, parts["pat_str"], ranks, special)
+
+
+def download(url: str) -> bytes:
+    """The file at `url`; OSError after 5 seconds without a connection, 30 without data."""
+    import requests  # tiktoken's own way out, slow to import and seldom needed
+
+    response = requests.get(url, timeout=(5, 30))
+    response.raise_for_status()
+    return response.content
+
+
+def without_lone_surrogates(text: str) -> str:
+    """`text` as valid Unicode: halves of pairs are joined, lone ones become U+FFFD."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def cut_long_blanks(text: str) -> list[str]:
+    """`text` in parts, none with a run of white space of twice LONGEST_BLANK or more."""
+    if len(text) < LONGEST_BLANK:
+        return [text]
+    cuts = {0, len(text)}
+    for start in range(0, len(text), LONGEST_BLANK):
+        if text[start : start + LONGEST_BLANK].isspace():
+            cuts |= {start, min(start + LONGEST_BLANK, len(text))}
+    edges = sorted(cuts)
+    return [text[a:b] for a, b in itertools.pairwise(edges)]
