@@ -1,0 +1,1 @@
+"""Pretraining: text in, weights out. Knows nothing of sampling, which reads what it leaves."""
