@@ -1,0 +1,180 @@
+"""Checkpoints come back to the bit, on any mesh, or say what is wrong with them."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from trees import (
+    METADATA,
+    abstract,
+    files_of,
+    newest_metadata,
+    params,
+    restore_all,
+    run_python,
+    same_bits,
+    save,
+    state,
+)
+
+from gpt import checkpoint
+from gpt.checkpoint import Damaged, Writer
+from gpt.errors import UserError
+
+
+def test_trees_and_metadata_come_back_to_the_bit(saved):
+    metadata, restored = restore_all(saved, 2)
+    assert metadata == METADATA | {"step": 2}
+    assert same_bits(restored, state(2))
+
+
+def test_shapes_are_known_without_reading_arrays(mine):
+    for path in files_of(mine, 2):
+        if "/d/" in str(path):
+            path.unlink()  # the arrays themselves
+    shapes = checkpoint.read_shapes(mine, 2, "params")
+    assert shapes["blocks/scale"] == jax.ShapeDtypeStruct((4, 8), jnp.bfloat16)
+    assert shapes["empty"].shape == (0, 3)
+    assert checkpoint.read_shapes(mine, 2, "nothing") == {}
+
+
+def test_one_tree_is_restored_without_the_others(mine):
+    shutil.rmtree(checkpoint.place_of(mine, 2) / "opt")
+    like = abstract(params())
+    assert same_bits(checkpoint.restore(mine, 2, "params", like), params(2))
+    with pytest.raises(Damaged, match="opt"):
+        checkpoint.restore(mine, 2, "opt", abstract(state()["opt"]))
+
+
+def test_buffers_may_be_donated_while_the_save_runs(tmp_path):
+    @jax.jit
+    def bump(x):
+        return x + 1
+
+    train = jax.jit(bump, donate_argnums=0)
+    x = jnp.arange(1_000_000, dtype=jnp.float32)
+    with Writer(tmp_path, keep=5) as writer:
+        for step in range(5):
+            writer.save(step, {"params": {"x": x}}, {})
+            for _ in range(3):
+                x = train(x)
+    like = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}
+    for step in range(5):
+        restored = checkpoint.restore(tmp_path, step, "params", like)["x"]
+        assert np.array_equal(restored, np.arange(1_000_000, dtype=np.float32) + 3 * step)
+
+
+def test_the_latest_are_kept(tmp_path):
+    save(tmp_path, 1, 5, 9, 12, keep=2)
+    assert checkpoint.steps(tmp_path) == [9, 12]
+
+
+def test_saving_the_latest_step_again_does_nothing(mine):
+    before = {p: p.stat().st_mtime_ns for p in files_of(mine, 2)}
+    with Writer(mine, keep=5) as writer:
+        writer.save(2, state(7), {}, wait=True)
+    assert {p: p.stat().st_mtime_ns for p in files_of(mine, 2)} == before
+
+
+def test_steps_past_the_resumed_one_are_replaced(tmp_path):
+    save(tmp_path, 1, 2, 3)
+    with Writer(tmp_path, keep=2, resumed=1) as writer:
+        assert checkpoint.steps(tmp_path) == [1, 2, 3]  # nothing is lost before there is a new one
+        writer.save(2, state(20), {"step": 20})
+    assert checkpoint.steps(tmp_path) == [1, 2]
+    assert checkpoint.read_metadata(tmp_path, 2) == {"step": 20}
+
+
+def test_a_relative_path_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save("runs/mine", 4)
+    assert checkpoint.steps("runs/mine") == [4]
+    assert same_bits(restore_all("runs/mine", 4)[1], state(4))
+
+
+def test_another_dtype_is_cast_after_verifying(saved):
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params())
+    restored = checkpoint.restore(saved, 2, "params", like)
+    assert same_bits(restored, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params(2)))
+
+
+def test_shapes_that_differ_are_listed(saved):
+    like = abstract(params())
+    like["blocks"]["q"] = jax.ShapeDtypeStruct((4, 8, 32), jnp.float32)
+    like["new"] = like.pop("mask")
+    with pytest.raises(UserError) as caught:
+        checkpoint.restore(saved, 2, "params", like)
+    message = str(caught.value)
+    assert "blocks/q: stored (4, 8, 16), expected (4, 8, 32)" in message
+    assert "new: stored none, expected (3,)" in message
+    assert "mask: stored (3,), expected none" in message
+    assert "dotted" not in message and not isinstance(caught.value, Damaged)
+
+
+def test_two_leaves_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="same name"):
+        checkpoint.named_leaves({"a": {"b": 1}, "a/b": 2})
+
+
+def test_a_folder_without_checkpoints_is_named(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UserError, match=r"no checkpoint in .*: expected a run's folder"):
+            newest_metadata(folder)
+    assert not (tmp_path / "absent").exists()
+
+
+def test_a_half_written_checkpoint_is_absent_and_cleared_away(mine):
+    source = checkpoint.place_of(mine, 2)
+    half = source.rename(source.with_name("2.orbax-checkpoint-tmp"))
+    assert checkpoint.steps(mine) == [1]
+    assert newest_metadata(mine)[::2] == (1, [])
+    save(mine, 3)
+    assert checkpoint.steps(mine) == [1, 3] and not half.exists()
+
+
+def test_an_absent_step_is_refused_with_those_there_are(saved):
+    with pytest.raises(UserError, match=r"no checkpoint of step 3 in .*: it has \[1, 2\]"):
+        checkpoint.read_metadata(saved, 3)
+
+
+MESH = """
+import json, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+sys.path.insert(0, "tests/checkpoint")
+import trees as t
+from gpt import checkpoint
+
+folder = sys.argv[1]
+mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+specs = [P("b", "a"), P(None, ("a", "b")), P("b", None, "a"), P()]
+
+def on(spec):
+    def one(x):
+        fits = x.ndim >= max(2, len(spec)) and x.size
+        sharding = NamedSharding(mesh, spec if fits else P())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(one, t.abstract(t.params()))
+
+for spec in specs:  # written on one device, read onto each of these
+    restored = checkpoint.restore(folder, 2, "params", on(spec))
+    assert restored["blocks"]["q"].sharding.spec == (spec if len(spec) <= 3 else P())
+    assert t.same_bits(restored, t.params(2)), spec
+    assert checkpoint.digest(restored) == checkpoint.digest(t.params(2)), spec
+with checkpoint.Writer(folder, 5) as writer:  # written sharded, read onto one device
+    writer.save(3, {"params": restored | checkpoint.restore(folder, 2, "params", on(specs[0]))}, {})
+assert t.same_bits(checkpoint.restore(folder, 3, "params", t.abstract(t.params())), t.params(2))
+print(json.dumps(checkpoint.digest(restored)))
+"""
+
+
+def test_digests_and_arrays_are_the_same_on_a_mesh_of_eight(mine):
+    done = run_python(MESH, mine)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == checkpoint.digest(params(2))
+    written_there = checkpoint.restore(mine, 3, "params", abstract(params()))
+    assert same_bits(written_there, params(2))

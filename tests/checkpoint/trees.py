@@ -1,0 +1,88 @@
+"""What the tests of checkpoints save, restore and compare."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gpt import checkpoint
+from gpt.checkpoint import Writer
+
+METADATA = {"text": "今天", "none": None, "fraction": 0.1, "nested": {"list": [1, 2]}}
+
+
+class Pair(NamedTuple):
+    first: jax.Array
+    second: dict
+
+
+def params(seed: int = 0):
+    return {
+        "blocks": {
+            "q": jax.random.normal(jax.random.key(seed), (4, 8, 16)),
+            "scale": jax.random.normal(jax.random.key(seed + 1), (4, 8), jnp.bfloat16),
+        },
+        "dotted.name": jnp.arange(5, dtype=jnp.int32) + seed,
+        "mask": jnp.array([True, False, True]),
+        "scalar": jnp.float32(3 + seed),
+        "bits": jnp.array([0, 2**32 - 1], jnp.uint32),
+        "odd": jnp.array([jnp.nan, -jnp.inf, -0.0]),
+        "empty": jnp.zeros((0, 3)),
+    }
+
+
+def state(seed: int = 0):
+    """Trees as a training run has them: nested dicts, an optimizer's NamedTuples, a tuple."""
+    weights = params(seed)
+    moments = optax.adamw(1e-3).init(weights)
+    return {"params": weights, "opt": (moments, Pair(jnp.int32(seed), {"ema": weights["odd"]}))}
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def same_bits(a, b) -> bool:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs
+    )
+
+
+def save(folder, *steps, keep=10):
+    with Writer(folder, keep) as writer:
+        for step in steps:
+            writer.save(step, state(step), METADATA | {"step": step})
+
+
+def restore_all(folder, step):
+    trees = abstract(state())
+    metadata = checkpoint.read_metadata(folder, step)
+    restored = {name: checkpoint.restore(folder, step, name, trees[name]) for name in trees}
+    return metadata, restored
+
+
+def files_of(folder, step):
+    return sorted(p for p in checkpoint.place_of(folder, step).rglob("*") if p.is_file())
+
+
+def run_python(code: str, *arguments) -> subprocess.CompletedProcess:
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=root, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def newest_metadata(folder):
+    return checkpoint.latest_good(folder, lambda step: checkpoint.read_metadata(folder, step))
+
+
+def largest_data_file(folder, step):
+    files = [p for p in files_of(folder, step) if "params/ocdbt.process_0/d" in str(p)]
+    return max(files, key=lambda p: p.stat().st_size)
