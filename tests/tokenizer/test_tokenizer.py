@@ -161,6 +161,22 @@ def test_a_wrong_file_is_refused(values):
         tokenizer.from_json(values)
 
 
+BYTES = [bytes([byte]) for byte in range(256)]
+FORGED = {  # with a digest that is right
+    "pattern that drops a letter": encodings.byte_level("x", r"[^\u07d0]+", BYTES),
+    "pattern that drops spaces": encodings.byte_level("x", r"\S+|\n", BYTES),
+    "pattern that drops spaces at the end": encodings.byte_level("x", r"\s*\S+", BYTES),
+    "special id far away": encodings.byte_level("x", r"[\s\S]", BYTES, {"<|endoftext|>": 10**6}),
+    "no end-of-text": encodings.byte_level("x", r"[\s\S]", BYTES, {"<|end|>": 256}),
+}
+
+
+@pytest.mark.parametrize("forged", FORGED.values(), ids=FORGED)
+def test_a_right_digest_does_not_save_a_wrong_tokenizer(forged):
+    with pytest.raises(UserError, match="survive|special ids|lacks"):
+        tokenizer.from_json(tokenizer.to_json(forged))
+
+
 def test_each_reason_for_refusal_is_its_own():
     """Not all refused for their digest alone: the checks before it see most of them."""
     reasons = set()
