@@ -173,7 +173,7 @@ FORGED = {  # with a digest that is right
 
 @pytest.mark.parametrize("forged", FORGED.values(), ids=FORGED)
 def test_a_right_digest_does_not_save_a_wrong_tokenizer(forged):
-    with pytest.raises(UserError, match="survive|special ids|lacks"):
+    with pytest.raises(UserError, match=r"survive|special ids|lacks"):
         tokenizer.from_json(tokenizer.to_json(forged))
 
 
