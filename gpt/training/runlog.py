@@ -1,0 +1,241 @@
+"""What a run says of itself: metrics.jsonl, the progress bar, the picture of its losses.
+
+Knows no model and no data: numbers come in, lines and pictures go out.
+"""
+
+import contextlib
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from gpt.config import TrainConfig
+
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal to draw a bar on
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl, in order, without a torn line; none if there is no file."""
+    with contextlib.suppress(FileNotFoundError):
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        return [record for line in lines if (record := parse(line))]
+    return []
+
+
+def parse(line: str) -> dict[str, Any] | None:
+    """The object on one line, or None where the line is torn."""
+    with contextlib.suppress(ValueError):
+        record = json.loads(line)
+        return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return None
+
+
+def open_metrics(path: str | Path, step: int) -> TextIO:
+    """metrics.jsonl, ready to take the lines after `step`: later ones and a torn one are dropped.
+
+    The lines that stay are written aside and renamed, so that no crash loses them.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".new")
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(to_line(r) for r in read_metrics(path) if r["step"] <= step)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    return path.open("a", encoding="utf-8")
+
+
+def to_line(record: Mapping[str, Any]) -> str:
+    """One line of JSON; what is not a number there, NaN and infinities, becomes null."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+class RunLog:
+    """Takes the numbers of a run as it goes: to metrics.jsonl, and to `console` as they suit it.
+
+    `first`: the step the run continues from. `peak_tokens_per_second`: what the hardware could do
+    at best; with it the lines have `mfu`, the share of it reached. Close it, or use it in `with`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        first: int,
+        config: TrainConfig,
+        console: Console,
+        peak_tokens_per_second: float | None = None,
+    ):
+        self.config, self.console, self.peak = config, console, peak_tokens_per_second
+        self.file = open_metrics(path, first)
+        self.window_step = first
+        self.said = -math.inf
+        self.bar = Bar(console, first, config.steps) if console.is_terminal else None
+        self.start()
+
+    def start(self) -> None:
+        """Start the clock: call it when compilation is over and the first step begins."""
+        self.started = self.window_started = time.perf_counter()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside (an evaluation, a sample) does not count in tokens a second."""
+        began = time.perf_counter()
+        yield
+        self.window_started += time.perf_counter() - began
+
+    def log_train(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Note that `step` is done; every `log_every` steps, and at the last, write its line.
+
+        `metrics`: scalars `loss` (nats a token), `learning_rate`, `grad_norm` and any others, on
+        the device or not: they are fetched only for a line.
+        """
+        if step % self.config.log_every and step != self.config.steps:
+            if self.bar:
+                self.bar.advance(step)
+            return
+        numbers = {name: float(value) for name, value in metrics.items()}
+        line = {"step": step} | numbers | self.measure(step)
+        self.write(line)
+        self.show(step, line)
+
+    def measure(self, step: int) -> dict[str, Any]:
+        """Tokens and speed since the last line, and seconds since the first step."""
+        now, a_step = time.perf_counter(), self.config.batch_size * self.config.window
+        done, taken = (step - self.window_step) * a_step, now - self.window_started
+        speed = done / max(taken, 1e-9)
+        self.window_step, self.window_started = step, now
+        mfu = {"mfu": speed / self.peak} if self.peak else {}
+        seconds = now - self.started
+        return {"tokens": step * a_step, "tokens_per_second": speed, "seconds": seconds} | mfu
+
+    def log_eval(self, step: int, val_loss: float, val_bits_per_byte: float) -> None:
+        """Write and show what an evaluation on held-out text found, in nats a token and bits."""
+        self.write(
+            {
+                "step": step,
+                "val_loss": float(val_loss),
+                "val_bits_per_byte": float(val_bits_per_byte),
+            }
+        )
+        self.console.print(
+            f"step {step:,}  validation loss {val_loss:.4f}, {val_bits_per_byte:.4f} bits a byte",
+            soft_wrap=True,
+        )
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append a line that is in the file before this returns."""
+        self.file.write(to_line(record))
+        self.file.flush()
+
+    def show(self, step: int, line: Mapping[str, Any]) -> None:
+        """Progress: on the bar, or now and then as a line where there is no terminal."""
+        speed = line["tokens_per_second"]
+        left = (self.config.steps - step) * self.config.batch_size * self.config.window
+        text = f"loss {line['loss']:.4f}  {speed:,.0f} tokens/s"
+        text += f"  MFU {line['mfu']:.0%}" if "mfu" in line else ""
+        text += f"  {clock(left / speed)} left" if left and speed else ""
+        now = time.perf_counter()
+        if self.bar:
+            self.bar.advance(step, text)
+        elif now - self.said >= SECONDS_BETWEEN_LINES or not left:
+            self.said = now
+            self.console.print(f"step {step:,}/{self.config.steps:,}  {text}", soft_wrap=True)
+
+    def close(self) -> None:
+        """Take the bar from the screen and close the file."""
+        if self.bar:
+            self.bar.progress.stop()
+        self.file.close()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class Bar:
+    """A progress bar over the steps of the run, with a text of the latest numbers."""
+
+    def __init__(self, console: Console, first: int, steps: int):
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        self.progress = Progress(*columns, console=console, refresh_per_second=4)
+        self.task = self.progress.add_task("train", completed=first, total=steps, text="")
+        self.progress.start()
+
+    def advance(self, step: int, text: str | None = None) -> None:
+        """Move to `step`; a text replaces the one that stands there."""
+        self.progress.update(self.task, completed=step, **({} if text is None else {"text": text}))
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss, or h:mm:ss from an hour on."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def draw_curves(path_metrics: str | Path, path_png: str | Path) -> None:
+    """Draw the training and validation losses of a metrics.jsonl; nothing if it has none."""
+    records = read_metrics(path_metrics)
+    training, validation = curve(records, "loss"), curve(records, "val_loss")
+    if not training[0] and not validation[0]:
+        return
+    from matplotlib.figure import Figure  # half a second that only this needs
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    draw_losses(axes, training, validation)
+    figure.savefig(path_png, format="png")
+
+
+def curve(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric, where it was a number."""
+    points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float)]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def draw_losses(axes: Any, training: tuple, validation: tuple) -> None:
+    """Both curves on `axes`: each batch faint, their mean over it, validation on top."""
+    blue, orange = "#3b6ea8", "#d9702f"
+    axes.plot(*training, color=blue, alpha=0.3, linewidth=0.8)
+    axes.plot(training[0], smoothed(training[1]), color=blue, linewidth=1.8, label="training")
+    axes.plot(*validation, "o-", color=orange, linewidth=1.6, markersize=4, label="validation")
+    axes.set(xlabel="optimizer steps", ylabel="loss, nats a token")
+    axes.set_title(title_of(training, validation), loc="left", fontsize=11, pad=10)
+    axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+    axes.margins(x=0.01)
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def title_of(training: tuple, validation: tuple) -> str:
+    """The last loss, of the validation where there was one."""
+    name, (steps, losses) = ("Validation", validation) if validation[0] else ("Training", training)
+    return f"{name} loss {losses[-1]:.3f} after {steps[-1]:,} steps"
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """The mean over a twentieth of `values` around each: narrower at the ends, so never late."""
+    widest, last = len(values) // 40, len(values) - 1
+    reach = [min(i, last - i, widest) for i in range(len(values))]
+    return [statistics.fmean(values[i - n : i + n + 1]) for i, n in enumerate(reach)]
