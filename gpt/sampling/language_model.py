@@ -6,7 +6,8 @@ from pathlib import Path
 
 import jax
 
-from gpt import checkpoint, tokenizer
+from gpt import checkpoint
+from gpt import tokenizer as tokenizers
 from gpt.config import Dtype, ModelConfig, from_json
 from gpt.errors import require
 from gpt.model import transformer
@@ -21,7 +22,7 @@ class LanguageModel:
 
     config: ModelConfig
     params: dict = field(repr=False)
-    tokenizer: tokenizer.Tokenizer = field(repr=False)
+    tokenizer: tokenizers.Tokenizer = field(repr=False)
     step: int
     notes: list[str] = field(default_factory=list, repr=False)
 
@@ -52,17 +53,22 @@ def load(run: str | Path, step: int | None = None, dtype: Dtype | None = None) -
     UserError if there is no checkpoint, or it is damaged.
     """
     require(Path(run).is_dir(), f"no folder {run}: expected a run's folder made by train.py")
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = dtype or platform_dtype()
 
     def read(step: int) -> LanguageModel:
         about = checkpoint.read_metadata(run, step)
         config = from_json(ModelConfig, about["model"]).computing_in(dtype)
         params = checkpoint.restore(run, step, "params", transformer.abstract(config))
         unstacked = jax.jit(transformer.unstack, donate_argnums=0)(params)
-        return LanguageModel(config, unstacked, tokenizer.from_json(about["tokenizer"]), step)
+        return LanguageModel(config, unstacked, tokenizers.from_json(about["tokenizer"]), step)
 
     if step is not None:
         return read(step)
     _, model, notes = checkpoint.latest_good(run, read)
     model.notes.extend(notes)
     return model
+
+
+def platform_dtype() -> Dtype:
+    """The type to compute in where nothing says otherwise: only accelerators gain by bfloat16."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt import sharding
 from gpt.config import TrainConfig
+from gpt.errors import require
 from gpt.model import transformer
 from gpt.training.loss import sequence_losses
 from gpt.training.optim import make_optimizer, make_schedule
@@ -32,17 +33,32 @@ def fresh_state(config: TrainConfig) -> TrainState:
     return TrainState(params, make_optimizer(config).init(params), jnp.zeros((), jnp.int32))
 
 
-def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """The sharding of every leaf of the state on `mesh`."""
+def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the state on `mesh`; nothing is computed."""
     abstract = jax.eval_shape(partial(fresh_state, config))
-    return sharding.state_shardings(mesh, transformer.logical_axes(config.model), abstract)
+    axes = transformer.logical_axes(config.model)
+    shardings = sharding.state_shardings(mesh, axes, abstract)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+
+
+def require_fit(config: TrainConfig, mesh: Mesh) -> None:
+    """UserError unless a micro-batch's rows divide evenly among the devices that take rows."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = config.batch_size // config.grad_accum
+    require(
+        rows % shards == 0,
+        f"a micro-batch of {rows} sequences (--batch-size / --grad-accum) does not divide among "
+        f"{shards} devices (--mesh.data x --mesh.fsdp)",
+    )
 
 
 def make_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     """A fresh state, each array born on the devices that keep it."""
     with sharding.on_mesh(mesh):
-        make = jax.jit(partial(fresh_state, config), out_shardings=state_shardings(config, mesh))
-        return make()
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+        return jax.jit(partial(fresh_state, config), out_shardings=shardings)()
 
 
 def row_keys(seed: int, step: jax.Array, n_rows: int) -> jax.Array:
@@ -93,14 +109,16 @@ def eval_step(config: TrainConfig, params: dict, tokens_BU: jax.Array, weight_BT
 
 
 def compile_steps(config: TrainConfig, mesh: Mesh) -> tuple[Callable, Callable]:
-    """`train_step(state, tokens_ABU)`, which consumes its state, and `eval_step(params, ...)`."""
-    shardings, replicated = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
-    train = jax.jit(
-        partial(train_step, config),
-        donate_argnums=0,
-        in_shardings=(shardings, sharding.rows(mesh, axis=1)),
-        out_shardings=(shardings, replicated),
-    )
+    """`train_step(state, tokens_ABU)`, which consumes its state, and `eval_step(params, ...)`.
+
+    The training step is compiled here, ahead of time; evaluation when it is first called.
+    """
+    state, replicated = abstract_state(config, mesh), NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    micro = (config.grad_accum, config.batch_size // config.grad_accum, config.window + 1)
+    tokens = jax.ShapeDtypeStruct(micro, jnp.int32, sharding=sharding.rows(mesh, axis=1))
+    out = (shardings, replicated)
+    train = jax.jit(partial(train_step, config), donate_argnums=0, out_shardings=out)
     rows = sharding.rows(mesh)
     evaluate = jax.jit(partial(eval_step, config), in_shardings=(shardings.params, rows, rows))
 
@@ -111,4 +129,5 @@ def compile_steps(config: TrainConfig, mesh: Mesh) -> tuple[Callable, Callable]:
 
         return call
 
-    return on_mesh(train), on_mesh(evaluate)
+    with sharding.on_mesh(mesh):
+        return on_mesh(train.lower(state, tokens).compile()), on_mesh(evaluate)

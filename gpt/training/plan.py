@@ -1,0 +1,28 @@
+"""The dry run: what a run would take, by arithmetic, before anything is built."""
+
+from gpt import cost
+from gpt.config import TrainConfig
+
+MIB = 2**20
+
+
+def describe(config: TrainConfig, n_devices: int, n_tokens: int) -> list[str]:
+    """Lines about the model, the bytes it needs in all and what the run computes.
+
+    `n_tokens`: tokens of the training text.
+    """
+    c, tokens = config.model, config.batch_size * config.window
+    weights = cost.weight_bytes(c)
+    flops = cost.train_flops_per_token(c)
+    total = tokens * config.steps
+    return [
+        f"parameters     {cost.parameters(c):,}",
+        f"weights        {weights / MIB:,.1f} MiB in {c.param_dtype}",
+        f"gradients      {weights / MIB:,.1f} MiB",
+        f"optimizer      {2 * weights / MIB:,.1f} MiB (two moments)",
+        f"computation    {c.compute_dtype}, {flops / 1e6:,.2f} MFLOP a token to train",
+        f"batch          {config.batch_size} x {config.window} = {tokens:,} tokens a step, "
+        f"in {config.grad_accum} micro-batches, on {n_devices} device(s)",
+        f"run            {config.steps:,} steps, {total:,} tokens "
+        f"({total / max(n_tokens, 1):.2f} epochs), {total * flops:.3g} FLOPs",
+    ]

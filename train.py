@@ -1,0 +1,293 @@
+"""Pretrain a GPT: python train.py [PRESET] [flags]. Reads from top to bottom.
+
+    python train.py                                    tiny, on Python's standard library
+    python train.py shakespeare-char --data my.txt     another preset, your own text
+
+The same command again continues the run where it stopped.
+"""
+
+import contextlib
+import dataclasses
+import math
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from gpt import cli
+from gpt import tokenizer as tokenizers
+from gpt.config import PRESETS, TrainConfig, to_json
+from gpt.training import corpus, data, shards
+
+Loaded = TypeVar("Loaded")
+SAMPLE_TOKENS = 120
+RUN_FILES = ("checkpoints", "metrics.jsonl", "tokenizer.json", "loss.png")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to train, on what, and where to keep it."""
+
+    preset: tyro.conf.Positional[Literal[tuple(PRESETS)]] = "tiny"
+    """Where all settings come from that no flag gives."""
+    data: tuple[Path, ...] = ()
+    """Text files, folders of text, or prepared tokens (default: Python's standard library)."""
+    out: Path | None = None
+    """Folder of the run (default: runs/PRESET). If it holds a run, that run continues."""
+    overwrite: bool = False
+    """Start afresh: remove the run that --out holds."""
+    init_from: Path | None = None
+    """Start from the weights and the tokenizer of another run."""
+    dry_run: bool = False
+    """Print what this would train, and stop."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = PRESETS["tiny"]
+
+
+def main(argv: list[str]) -> int:
+    """Read the flags, prepare JAX, train; the exit code."""
+    preset = cli.peek(Command, argv, "preset", default=Command())
+    default = Command(preset=preset, train=PRESETS.get(preset, PRESETS["tiny"]))
+    command = cli.parse(Command, argv, program="train.py", description=__doc__, default=default)
+    cli.prepare_jax()
+    return train(command, command.out or Path("runs") / command.preset)
+
+
+def train(command: Command, out: Path) -> int:
+    """The whole run: what is there already, data, mesh, state, loop."""
+    from rich.console import Console
+
+    from gpt import checkpoint, sharding
+    from gpt.stopwatch import Stopwatch
+    from gpt.training import plan, resume, runlog, step, stop
+
+    console = Console(stderr=True, highlight=False)
+    resuming = bool(checkpoint.steps(out)) and not command.overwrite
+    source = out if resuming else command.init_from
+    about = restore(source, console, partial(checkpoint.read_metadata, source)) if source else None
+
+    tokenizer, dataset = prepare_data(command, about, console)
+    config = settle(command.train, tokenizer)
+    if resuming:
+        resume.require_same_run(out, about, config, dataset.fingerprint)
+    data.require_length(dataset.train, config.window)
+    mesh = sharding.make_mesh(config.mesh)
+    step.require_fit(config, mesh)
+    for line in plan.describe(config, mesh.size, len(dataset.train)):
+        console.print(line)
+    if command.dry_run:
+        return 0
+
+    if resuming:
+        state = restore(out, console, partial(load_state, out, step.abstract_state(config, mesh)))
+    else:
+        state = step.make_state(config, mesh)
+    if source and not resuming:
+        like = step.abstract_state(config, mesh).params
+        load = partial(checkpoint.restore, source, name="params", like=like)
+        state = dataclasses.replace(state, params=restore(source, console, lambda s: load(step=s)))
+    if command.overwrite:
+        remove_run(out)  # not before everything that can be refused has been looked at
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizers.save(tokenizer, out / "tokenizer.json")
+    first = int(state.step)
+    watch = Stopwatch()
+    with watch:
+        steps = step.compile_steps(config, mesh)
+    console.print(f"compiled       in {watch.compile_seconds:.1f} s")
+    with (
+        checkpoint.Writer(out, config.keep, resumed=first or None) as writer,
+        runlog.RunLog(out / "metrics.jsonl", first, config, console) as log,
+        stop.StopSignal() as signals,
+    ):
+        run = Run(config, mesh, tokenizer, dataset, writer, log, signals)
+        run.loop(state, first, *steps)
+    runlog.draw_curves(out / "metrics.jsonl", out / "loss.png")
+    console.print(f"loss curve     {out / 'loss.png'}")
+    console.print(f"sample it      python sample.py {shlex.quote(str(out))} --prompt TEXT")
+    return signals.code
+
+
+def remove_run(out: Path) -> None:
+    """Remove what a run wrote in its folder, and nothing else."""
+    for path in (out / name for name in RUN_FILES):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def restore(source: Path, console, load: Callable[[int], Loaded]) -> Loaded:
+    """What `load` makes of the newest whole checkpoint of a run; a note for each damaged one."""
+    from gpt import checkpoint
+
+    _, loaded, damaged = checkpoint.latest_good(source, load)
+    for note in damaged:
+        console.print(f"note: {note}; an earlier checkpoint is used", soft_wrap=True)
+    return loaded
+
+
+def load_state(source: Path, like, step: int):
+    """The whole training state of one checkpoint, placed as `like` says."""
+    from gpt import checkpoint
+
+    params = checkpoint.restore(source, step, "params", like.params)
+    rest = checkpoint.restore(
+        source, step, "rest", {"optimizer": like.optimizer, "step": like.step}
+    )
+    return dataclasses.replace(like, params=params, **rest)
+
+
+def prepare_data(command: Command, about: dict[str, Any] | None, console):
+    """The tokenizer, that of an earlier run if there is one, and the text as tokens."""
+    prepared = len(command.data) == 1 and shards.is_prepared(command.data[0])
+    text = None
+    if not prepared:
+        text = corpus.read_corpus(command.data) if command.data else corpus.standard_library()
+        console.print(
+            f"text           {text.description}: {text.size_bytes / 1e6:.1f} MB, "
+            f"{text.n_documents:,} documents, fingerprint {text.fingerprint[:12]}"
+            + ("" if command.data else "; for your own: --data PATH")
+        )
+        for name in text.skipped[:5]:
+            console.print(f"skipped        {name}: not text")
+        if len(text.skipped) > 5:
+            console.print(f"skipped        {len(text.skipped) - 5:,} more")
+    config = command.train
+    if about:
+        tokenizer = tokenizers.from_json(about["tokenizer"])
+    elif prepared and (command.data[0] / "tokenizer.json").exists():
+        tokenizer = tokenizers.load(command.data[0] / "tokenizer.json")
+    else:
+        documents = text.documents if text else lambda: ()
+        tokenizer = tokenizers.create(config.tokenizer, documents, config.vocab_size)
+    if prepared:
+        return tokenizer, shards.open_prepared(command.data[0], tokenizer)
+    with tokenizing(console) as report:
+        return tokenizer, shards.tokenize(text, tokenizer, cli.cache_folder() / "tokens", report)
+
+
+@contextlib.contextmanager
+def tokenizing(console):
+    """A progress bar over the bytes of text, shown only if there is work to do."""
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("tokenizing", visible=False)
+
+        def report(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, visible=True)
+
+        yield report
+
+
+def settle(config: TrainConfig, tokenizer) -> TrainConfig:
+    """The config with what the tokenizer and the machine decide: vocabulary and types."""
+    from gpt.sampling.language_model import platform_dtype
+
+    dtype = config.dtype or platform_dtype()
+    model = dataclasses.replace(config.model, vocab_size=tokenizer.n_vocab)
+    return dataclasses.replace(config, model=model.computing_in(dtype), dtype=dtype)
+
+
+def describe_run(config: TrainConfig, tokenizer, dataset) -> dict[str, Any]:
+    """All that a checkpoint says beside its arrays: it needs nothing else to be used."""
+    return {
+        "model": to_json(dataclasses.replace(config.model, compute_dtype=None, cache_dtype=None)),
+        "train": to_json(config),
+        "tokenizer": tokenizers.to_json(tokenizer),
+        "data": {"fingerprint": dataset.fingerprint},
+    }
+
+
+@dataclass
+class Run:
+    """The loop, and what it works with."""
+
+    config: TrainConfig
+    mesh: Any
+    tokenizer: tokenizers.Tokenizer
+    dataset: shards.Dataset
+    writer: Any
+    log: Any
+    signals: Any
+
+    def loop(self, state, first: int, train_step, eval_step) -> None:
+        """Train from step `first` to the last; now and then log, evaluate, sample and save."""
+        import jax
+
+        last = self.config.steps
+        batches, late = data.prefetch(self.batch, first, last), None
+        for done, tokens_ABU in enumerate(batches, first + 1):
+            state, metrics = train_step(state, tokens_ABU)
+            if late:  # the device has its next step while we look at the one before
+                self.log.log_train(done - 1, jax.block_until_ready(late))
+            late = metrics
+            ending = done == last or bool(self.signals.code)
+            if ending or self.due("eval_every", done):
+                with self.log.pause():
+                    self.evaluate(state.params, eval_step, done)
+            if done == last or self.due("sample_every", done):
+                with self.log.pause():
+                    self.show_sample(state.params)
+            if ending or self.due("save_every", done):
+                self.save(state, done, wait=ending)
+            if ending:
+                break
+        if late:
+            self.log.log_train(done, late)
+        batches.close()
+
+    def due(self, interval: str, done: int) -> bool:
+        """Whether an interval of the config, in steps, ends with step `done`."""
+        length = getattr(self.config, interval)
+        return bool(length) and done % length == 0
+
+    def batch(self, index: int):
+        """The batch of step `index` on its devices, [grad_accum, rows, T+1] int32."""
+        import jax
+
+        from gpt import sharding
+
+        c = self.config
+        tokens = data.batch(self.dataset.train, c.seed, index, c.batch_size, c.window)
+        micro = tokens.reshape(c.grad_accum, -1, c.window + 1)
+        return jax.device_put(micro, sharding.rows(self.mesh, axis=1))
+
+    def evaluate(self, params, eval_step, done: int) -> None:
+        """Log the loss on held-out text, always the same windows of it."""
+        c, val = self.config, self.dataset.val
+        rows = c.batch_size // c.grad_accum
+        windows = data.evaluation_windows(val, c.window, c.eval_tokens, rows)
+        sums = [eval_step(params, tokens, weights) for tokens, weights in windows]
+        loss = float(sum(total for total, _ in sums) / sum(n for _, n in sums))
+        self.log.log_eval(done, loss, loss / math.log(2) * len(val) / val.n_bytes)
+
+    def show_sample(self, params) -> None:
+        """Print what the model writes now, from nothing."""
+        import jax
+
+        from gpt.model.transformer import unstack
+        from gpt.sampling.language_model import LanguageModel
+
+        weights = jax.jit(unstack)(params)
+        model = LanguageModel(self.config.model, weights, self.tokenizer, step=0)
+        text = str(model.generate(max_new_tokens=SAMPLE_TOKENS))
+        self.log.console.print(f"--- sample ---\n{text}\n---", markup=False)
+
+    def save(self, state, done: int, wait: bool) -> None:
+        """Write a checkpoint in the background, or `wait` until it is on disk."""
+        trees = {
+            "params": state.params,
+            "rest": {"optimizer": state.optimizer, "step": state.step},
+        }
+        about = describe_run(self.config, self.tokenizer, self.dataset)
+        self.writer.save(done, trees, about, wait=wait)
+
+
+if __name__ == "__main__":
+    cli.run(main)
