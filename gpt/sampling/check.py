@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 from gpt.config import ModelConfig
 from gpt.model import transformer
 from gpt.sampling import engine, generate
+from gpt.sampling.generate import NO_TOKEN
 from gpt.sampling.settings import Settings
 from gpt.stopwatch import Stopwatch
 
@@ -185,19 +186,18 @@ def check_programs(probe: Probe) -> Check:
     """Invariant 3: decode steps at new lengths and settings compile nothing."""
     n_B, _ = ragged(probe)
     T = probe.tokens_BT.shape[1]
-    cache, _ = probe.read(probe.tokens_BT, n_B, T, T)
-    token_B = probe.tokens_BT[:, 0]
-    loop = generate.Loop(cache, jnp.asarray(token_B), jnp.ones(N_ROWS, jnp.int32))
     watch = Stopwatch()
     for i, (temperature, top_k) in enumerate([(0.0, 0), (0.0, 0), (0.7, 0), (1.3, 5), (0.0, 9)]):
         settings = Settings(temperature=temperature, top_k=top_k, seed=i)
         rows = generate.row_settings(settings, N_ROWS)
-        jax.block_until_ready(rows)
-        loop = replace(loop, left_B=jnp.full(N_ROWS, i + 1, jnp.int32))
+        left_B = np.full(N_ROWS, i + 5, np.int32)
         with watch if i else Stopwatch():
-            loop, *_ = generate.decode_chunk(
-                probe.config, probe.params, loop, rows, probe.config.vocab_size, 2
-            )
+            cache, logits_BV = probe.read(probe.tokens_BT, np.maximum(n_B - i, 1), T, 2 * T)
+            loop, _ = generate.begin(cache, logits_BV, rows, left_B, NO_TOKEN)
+            for _ in range(2):
+                loop, *_ = generate.decode_chunk(
+                    probe.config, probe.params, loop, rows, NO_TOKEN, 2
+                )
     return Check("new lengths and settings compile nothing", float(watch.programs), 0.0)
 
 

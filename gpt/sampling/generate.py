@@ -80,11 +80,11 @@ def settle(token_B: jax.Array, left_B: jax.Array, eot: jax.Array) -> jax.Array:
     return jnp.where(token_B == eot, 0, left_B - 1)
 
 
-@jax.jit
-def first_tokens(logits_BV: jax.Array, rows: Draw, length_B: jax.Array):
-    """The first token of each row and its log-probability, from the prefill's logits."""
-    token_B = draw.sample(logits_BV, rows, length_B)
-    return token_B, draw.logprob(logits_BV, token_B)
+@partial(jax.jit, donate_argnames="cache")
+def begin(cache: KVCache, logits_BV: jax.Array, rows: Draw, left_B: jax.Array, eot: jax.Array):
+    """The loop after the prefill, its first tokens drawn, and their logprob_B."""
+    token_B = draw.sample(logits_BV, rows, cache.length_B)
+    return Loop(cache, token_B, settle(token_B, left_B, eot)), draw.logprob(logits_BV, token_B)
 
 
 @partial(jax.jit, static_argnames=("config", "size"), donate_argnames="loop")
@@ -184,17 +184,16 @@ def stream(
     ids = [model.tokenizer.encode_ordinary(prompt) or [eot] for prompt in prompts]
     tokens_BT, n_B = pad_prompts(ids, config.context_length)
     rows = row_settings(settings, len(prompts))
+    # A token may be drawn at the context's end, but none after it: it would have no position.
+    allowed_B = config.context_length + 1 - np.repeat(n_B, settings.num_samples)
+    left_B = np.minimum(settings.max_new_tokens, allowed_B).astype(np.int32)
     prefilling, decoding = Stopwatch(), Stopwatch()
     with prefilling:
         cache, logits_BV = engine.prefill(config, model.params, tokens_BT, n_B)
         if settings.num_samples > 1:
             cache, logits_BV = engine.fork(cache, logits_BV, settings.num_samples)
-        token_B, logprob_B = first_tokens(logits_BV, rows, cache.length_B)
-        tokens_BC, logprobs_BC = np.asarray(token_B)[:, None], np.asarray(logprob_B)[:, None]
-    # A token may be drawn at the context's end, but none after it: it would have no position.
-    allowed_B = config.context_length + 1 - np.repeat(n_B, settings.num_samples)
-    left_B = jnp.asarray(np.minimum(settings.max_new_tokens, allowed_B))
-    loop = Loop(cache, token_B, settle(token_B, left_B, eot))
+        loop, logprob_B = begin(cache, logits_BV, rows, left_B, eot)
+        tokens_BC, logprobs_BC = np.asarray(loop.token_B)[:, None], np.asarray(logprob_B)[:, None]
     done = [
         Completion(
             prompts[row // settings.num_samples],

@@ -59,7 +59,7 @@ def load(run: str | Path, step: int | None = None, dtype: Dtype | None = None) -
         about = checkpoint.read_metadata(run, step)
         config = from_json(ModelConfig, about["model"]).computing_in(dtype)
         params = checkpoint.restore(run, step, "params", transformer.abstract(config))
-        unstacked = jax.jit(transformer.unstack, donate_argnums=0)(params)
+        unstacked = jax.jit(transformer.unstack)(params)
         return LanguageModel(config, unstacked, tokenizers.from_json(about["tokenizer"]), step)
 
     if step is not None:
