@@ -26,13 +26,16 @@ INSTALL = -m pip install -qq --disable-pip-version-check -c constraints.txt
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/ready
+	@:
 
+# An environment that works is kept, with the Python it was made with, and only brought up to date.
 $(VENV)/ready: pyproject.toml constraints.txt
-	@python="$(PYTHON)"; if ! "$$python" -c $(SUITABLE) >/dev/null 2>&1; then \
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	python="$(PYTHON)"; if ! "$$python" -c $(SUITABLE) >/dev/null 2>&1; then \
 	echo "error: no Python 3.11 or newer that can make environments was found$${python:+: $$python}." \
 	"Install one, or name it: make setup PYTHON=/path/to/python" >&2; exit 2; fi; \
 	echo "Setting up $(VENV) with $$("$$python" --version); about a minute, once."; \
-	"$$python" -m venv $(VENV)
+	"$$python" -m venv --clear $(VENV); fi
 	@$(BIN)/python $(INSTALL) -e '.[dev]'
 	@touch $@
 
@@ -56,7 +59,7 @@ $(PARITY_VENV)/ready: $(VENV)/ready
 	"Give pip an index that has one (PIP_EXTRA_INDEX_URL), or set it up with VENV of another Python" \
 	>&2; exit 2; fi; \
 	echo "Setting up $(PARITY_VENV) with $$torch and transformers, once."; \
-	$(BIN)/python -m venv $(PARITY_VENV); \
+	$(BIN)/python -m venv --clear $(PARITY_VENV); \
 	$(PARITY_VENV)/bin/python $(INSTALL) "$$torch" -e '.[dev,parity]'
 	@touch $@
 
