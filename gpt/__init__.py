@@ -17,7 +17,7 @@ HOMES = {
     "load": "gpt.sampling.language_model",
     "LanguageModel": "gpt.sampling.language_model",
     "Settings": "gpt.sampling.settings",
-    "Completion": "gpt.sampling.generate",
+    "Completion": "gpt.sampling.completion",
     "ModelConfig": "gpt.config",
     "TrainConfig": "gpt.config",
     "UserError": "gpt.errors",

@@ -13,6 +13,7 @@ FLOORS = {
     "errors": 0,
     "config": 1,
     "stopwatch": 1,
+    "digest": 1,
     "tokenizer": 2,
     "sharding": 2,
     "cost": 2,

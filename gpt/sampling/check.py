@@ -17,7 +17,7 @@ import numpy as np
 from gpt.config import ModelConfig
 from gpt.model import transformer
 from gpt.sampling import engine, generate
-from gpt.sampling.generate import NO_TOKEN
+from gpt.sampling.completion import NO_TOKEN
 from gpt.sampling.settings import Settings
 from gpt.stopwatch import Stopwatch
 

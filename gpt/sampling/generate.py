@@ -5,7 +5,7 @@ host hands out text and grows the cache. `complete` is `stream` drained.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -16,53 +16,12 @@ from gpt.config import ModelConfig
 from gpt.errors import require
 from gpt.model.cache import KVCache
 from gpt.sampling import draw, engine
+from gpt.sampling.completion import NO_TOKEN, Completion, Piece
 from gpt.sampling.draw import Draw
 from gpt.sampling.settings import Settings
-from gpt.sampling.text import TextStream
 from gpt.stopwatch import Stopwatch
 
 CHUNK = 16  # steps between looks at the host: text appears this often
-NO_TOKEN = -1
-
-
-@dataclass
-class Completion:
-    """One row: its prompt, and what has been drawn after it so far.
-
-    `logprobs`: the model's own, in nats, before temperature and filters. `finish_reason`: "eos",
-    "length" or "context" (None while it runs). `prefill_seconds` and `decode_seconds` are those of
-    the whole batch until this row ended, compilation left out.
-    """
-
-    prompt: str
-    sample: int
-    seed: int
-    stream: TextStream = field(repr=False)
-    allowed: int  # tokens until the context is full
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: str | None = None
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Tokens of this row per second of decoding; the first token is the prefill's."""
-        decoded = len(self.token_ids) - 1
-        return decoded / self.decode_seconds if decoded > 0 and self.decode_seconds else None
-
-    def __str__(self) -> str:
-        return self.prompt + self.text
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Text that one completion has just gained, whole characters only."""
-
-    row: int
-    text: str
-    completion: Completion
 
 
 @jax.tree_util.register_dataclass
@@ -151,24 +110,25 @@ def with_room(config: ModelConfig, loop: Loop) -> Loop:
     return replace(loop, cache=engine.grow(loop.cache, capacity))
 
 
-def record(done: Completion, tokens, logprobs, eot: int, max_new_tokens: int) -> str:
-    """Append a chunk's tokens to a completion; the whole characters it gained."""
-    if done.finish_reason:
-        return ""
-    drawn = [(int(t), float(p)) for t, p in zip(tokens, logprobs, strict=True) if t != NO_TOKEN]
-    new = [pair for pair in drawn if pair[0] != eot]
-    done.token_ids += [token for token, _ in new]
-    done.logprobs += [logprob for _, logprob in new]
-    if len(new) < len(drawn):
-        done.finish_reason = "eos"
-    elif len(done.token_ids) == max_new_tokens:
-        done.finish_reason = "length"
-    elif len(done.token_ids) == done.allowed:
-        done.finish_reason = "context"
-    gained = done.stream.push([token for token, _ in new])
-    gained += done.stream.finish() if done.finish_reason else ""
-    done.text += gained
-    return gained
+def start(model, ids: Sequence[Sequence[int]], settings: Settings, rows: Draw):
+    """The prompts read and a first token drawn after each: the loop, and what was drawn."""
+    config = model.config
+    tokens_BT, n_B = pad_prompts(ids, config.context_length)
+    allowed_B = config.context_length + 1 - np.repeat(n_B, settings.num_samples)
+    left_B = np.minimum(settings.max_new_tokens, allowed_B).astype(np.int32)
+    cache, logits_BV = engine.prefill(config, model.params, tokens_BT, n_B)
+    if settings.num_samples > 1:
+        cache, logits_BV = engine.fork(cache, logits_BV, settings.num_samples)
+    loop, logprob_B = begin(cache, logits_BV, rows, left_B, model.tokenizer.eot_token)
+    return loop, (np.asarray(loop.token_B)[:, None], np.asarray(logprob_B)[:, None])
+
+
+def advance(model, loop: Loop, rows: Draw, chunk: int):
+    """Up to `chunk` more tokens a row: the loop, and what was drawn."""
+    loop = with_room(model.config, loop)
+    eot = model.tokenizer.eot_token
+    loop, *drawn = decode_chunk(model.config, model.params, loop, rows, eot, chunk)
+    return loop, jax.device_get(drawn)
 
 
 def stream(
@@ -180,48 +140,28 @@ def stream(
     end-of-text, which is how every document began. `chunk`: steps between looks at the host; it
     changes no token. UserError if a prompt exceeds the context.
     """
-    config, eot = model.config, model.tokenizer.eot_token
+    eot = model.tokenizer.eot_token
     ids = [model.tokenizer.encode_ordinary(prompt) or [eot] for prompt in prompts]
-    tokens_BT, n_B = pad_prompts(ids, config.context_length)
     rows = row_settings(settings, len(prompts))
-    # A token may be drawn at the context's end, but none after it: it would have no position.
-    allowed_B = config.context_length + 1 - np.repeat(n_B, settings.num_samples)
-    left_B = np.minimum(settings.max_new_tokens, allowed_B).astype(np.int32)
+    done = [
+        Completion.blank(model, prompt, len(prompt_ids), sample, settings)
+        for prompt, prompt_ids in zip(prompts, ids, strict=True)
+        for sample in range(settings.num_samples)
+    ]
     prefilling, decoding = Stopwatch(), Stopwatch()
     with prefilling:
-        cache, logits_BV = engine.prefill(config, model.params, tokens_BT, n_B)
-        if settings.num_samples > 1:
-            cache, logits_BV = engine.fork(cache, logits_BV, settings.num_samples)
-        loop, logprob_B = begin(cache, logits_BV, rows, left_B, eot)
-        tokens_BC, logprobs_BC = np.asarray(loop.token_B)[:, None], np.asarray(logprob_B)[:, None]
-    done = [
-        Completion(
-            prompts[row // settings.num_samples],
-            row % settings.num_samples,
-            settings.seed,
-            TextStream(model.tokenizer.decode_bytes),
-            int(allowed),
-        )
-        for row, allowed in enumerate(allowed_B)
-    ]
-    while True:
-        for row, completion in enumerate(done):
-            ran = not completion.finish_reason
-            text = record(
-                completion, tokens_BC[row], logprobs_BC[row], eot, settings.max_new_tokens
+        loop, drawn = start(model, ids, settings, rows)
+    while running := [row for row, completion in enumerate(done) if not completion.finish_reason]:
+        for row in running:
+            text = done[row].record(*(array[row] for array in drawn))
+            done[row].prefill_seconds, done[row].decode_seconds = (
+                prefilling.seconds,
+                decoding.seconds,
             )
-            if ran:
-                completion.prefill_seconds = prefilling.seconds
-                completion.decode_seconds = decoding.seconds
-                yield Piece(row, text, completion)
-        if all(completion.finish_reason for completion in done):
-            return
-        with decoding:
-            loop = with_room(config, loop)
-            loop, tokens_BC, logprobs_BC = decode_chunk(
-                config, model.params, loop, rows, eot, chunk
-            )
-            tokens_BC, logprobs_BC = np.asarray(tokens_BC), np.asarray(logprobs_BC)
+            yield Piece(row, text, done[row])
+        if any(not completion.finish_reason for completion in done):
+            with decoding:
+                loop, drawn = advance(model, loop, rows, chunk)
 
 
 def complete(model, prompts: Sequence[str], settings: Settings) -> list[Completion]:

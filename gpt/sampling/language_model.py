@@ -12,7 +12,7 @@ from gpt.config import Dtype, ModelConfig, from_json
 from gpt.errors import require
 from gpt.model import transformer
 from gpt.sampling import generate, score
-from gpt.sampling.generate import Completion, Piece
+from gpt.sampling.completion import Completion, Piece
 from gpt.sampling.settings import Settings
 
 
