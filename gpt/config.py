@@ -193,7 +193,7 @@ class TrainConfig:
     @property
     def window(self) -> int:
         """Tokens in a training sequence, T."""
-        return self.model.context_length
+        return self.seq_len or self.model.context_length
 
 
 def positive(name: str, value: int) -> None:

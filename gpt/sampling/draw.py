@@ -27,7 +27,7 @@ class Draw:
 
 def ordered_bits(x: jax.Array) -> jax.Array:
     """uint32 in the same order as the float32 `x`."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # -0 equals 0
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
