@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import shlex
-import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from gpt.training import corpus, data, shards
 
 Loaded = TypeVar("Loaded")
 SAMPLE_TOKENS = 120
-RUN_FILES = ("checkpoints", "metrics.jsonl", "tokenizer.json", "loss.png")
+INTERVALS = ("eval_every", "sample_every", "save_every")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     preset = cli.peek(Command, argv, "preset", default=Command())
     default = Command(preset=preset, train=PRESETS.get(preset, PRESETS["tiny"]))
     command = cli.parse(Command, argv, program="train.py", description=__doc__, default=default)
-    cli.prepare_jax()
+    cli.prepare_jax(cache=not command.dry_run)
     return train(command, command.out or Path("runs") / command.preset)
 
 
@@ -65,7 +65,8 @@ def train(command: Command, out: Path) -> int:
     from gpt.stopwatch import Stopwatch
     from gpt.training import plan, resume, runlog, step, stop
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    resume.require_folder(out)
     resuming = bool(checkpoint.steps(out)) and not command.overwrite
     source = out if resuming else command.init_from
     about = restore(source, console, partial(checkpoint.read_metadata, source)) if source else None
@@ -90,11 +91,15 @@ def train(command: Command, out: Path) -> int:
         like = step.abstract_state(config, mesh).params
         load = partial(checkpoint.restore, source, name="params", like=like)
         state = dataclasses.replace(state, params=restore(source, console, lambda s: load(step=s)))
+    first = int(state.step)
+    hint = f"sample it      python sample.py {shlex.quote(str(out))} --prompt TEXT"
+    if first == config.steps:
+        console.print(f"complete       {first:,} steps done; --overwrite starts afresh\n{hint}")
+        return 0
     if command.overwrite:
-        remove_run(out)  # not before everything that can be refused has been looked at
+        resume.remove_run(out)  # not before everything that can be refused has been looked at
     out.mkdir(parents=True, exist_ok=True)
     tokenizers.save(tokenizer, out / "tokenizer.json")
-    first = int(state.step)
     watch = Stopwatch()
     with watch:
         steps = step.compile_steps(config, mesh)
@@ -108,17 +113,10 @@ def train(command: Command, out: Path) -> int:
         run.loop(state, first, *steps)
     runlog.draw_curves(out / "metrics.jsonl", out / "loss.png")
     console.print(f"loss curve     {out / 'loss.png'}")
-    console.print(f"sample it      python sample.py {shlex.quote(str(out))} --prompt TEXT")
+    if signals.code:
+        console.print("stopped        the same command continues the run")
+    console.print(hint)
     return signals.code
-
-
-def remove_run(out: Path) -> None:
-    """Remove what a run wrote in its folder, and nothing else."""
-    for path in (out / name for name in RUN_FILES):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def restore(source: Path, console, load: Callable[[int], Loaded]) -> Loaded:
@@ -127,7 +125,7 @@ def restore(source: Path, console, load: Callable[[int], Loaded]) -> Loaded:
 
     _, loaded, damaged = checkpoint.latest_good(source, load)
     for note in damaged:
-        console.print(f"note: {note}; an earlier checkpoint is used", soft_wrap=True)
+        console.print(f"note: {note}; an earlier checkpoint is used")
     return loaded
 
 
@@ -149,14 +147,13 @@ def prepare_data(command: Command, about: dict[str, Any] | None, console):
     if not prepared:
         text = corpus.read_corpus(command.data) if command.data else corpus.standard_library()
         console.print(
-            f"text           {text.description}: {text.size_bytes / 1e6:.1f} MB, "
-            f"{text.n_documents:,} documents, fingerprint {text.fingerprint[:12]}"
+            f"text           {text.description}, {text.n_documents:,} document(s), "
+            f"fingerprint {text.fingerprint[:12]}"
             + ("" if command.data else "; for your own: --data PATH")
         )
-        for name in text.skipped[:5]:
-            console.print(f"skipped        {name}: not text")
-        if len(text.skipped) > 5:
-            console.print(f"skipped        {len(text.skipped) - 5:,} more")
+        if text.skipped:
+            names = ", ".join(text.skipped[:5]) + (", ..." if len(text.skipped) > 5 else "")
+            console.print(f"skipped        {len(text.skipped):,} file(s), not text: {names}")
     config = command.train
     if about:
         tokenizer = tokenizers.from_json(about["tokenizer"])
@@ -167,8 +164,15 @@ def prepare_data(command: Command, about: dict[str, Any] | None, console):
         tokenizer = tokenizers.create(config.tokenizer, documents, config.vocab_size)
     if prepared:
         return tokenizer, shards.open_prepared(command.data[0], tokenizer)
-    with tokenizing(console) as report:
-        return tokenizer, shards.tokenize(text, tokenizer, cli.cache_folder() / "tokens", report)
+    with token_folder(command.dry_run) as folder, tokenizing(console) as report:
+        return tokenizer, shards.tokenize(text, tokenizer, Path(folder), report)
+
+
+def token_folder(dry_run: bool):
+    """Where token shards are kept for the next run; a dry run leaves nothing behind."""
+    if dry_run:
+        return tempfile.TemporaryDirectory()
+    return contextlib.nullcontext(cli.cache_folder() / "tokens")
 
 
 @contextlib.contextmanager
@@ -217,35 +221,37 @@ class Run:
     signals: Any
 
     def loop(self, state, first: int, train_step, eval_step) -> None:
-        """Train from step `first` to the last; now and then log, evaluate, sample and save."""
+        """Train from step `first` to the last, or to a signal."""
         import jax
 
-        last = self.config.steps
-        batches, late = data.prefetch(self.batch, first, last), None
-        for done, tokens_ABU in enumerate(batches, first + 1):
-            state, metrics = train_step(state, tokens_ABU)
-            if late:  # the device has its next step while we look at the one before
-                self.log.log_train(done - 1, jax.block_until_ready(late))
-            late = metrics
-            ending = done == last or bool(self.signals.code)
-            if ending or self.due("eval_every", done):
-                with self.log.pause():
-                    self.evaluate(state.params, eval_step, done)
-            if done == last or self.due("sample_every", done):
-                with self.log.pause():
-                    self.show_sample(state.params)
-            if ending or self.due("save_every", done):
-                self.save(state, done, wait=ending)
-            if ending:
-                break
-        if late:
-            self.log.log_train(done, late)
-        batches.close()
+        last, late = self.config.steps, None
+        with contextlib.closing(data.prefetch(self.batch, first, last)) as batches:
+            for done, tokens_ABU in enumerate(batches, first + 1):
+                state, metrics = train_step(state, tokens_ABU)
+                if late:  # the device has its next step while we look at the one before
+                    self.log.log_train(done - 1, jax.block_until_ready(late))
+                late, ending = metrics, done == last or bool(self.signals.code)
+                if ending or any(self.due(name, done) for name in INTERVALS):
+                    self.log.log_train(done, jax.block_until_ready(late))
+                    late = None
+                    with self.log.pause():
+                        self.look_up(state, eval_step, done, ending)
+                if ending:
+                    break
+
+    def look_up(self, state, eval_step, done: int, ending: bool) -> None:
+        """What is due between two steps: evaluate, show a sample, save."""
+        if self.due("eval_every", done):
+            self.evaluate(state.params, eval_step, done)
+        if self.due("sample_every", done):
+            self.show_sample(state.params)
+        if ending or self.due("save_every", done):
+            self.save(state, done, wait=ending)
 
     def due(self, interval: str, done: int) -> bool:
-        """Whether an interval of the config, in steps, ends with step `done`."""
+        """Whether an interval of the config, in steps, ends with step `done` or with the run."""
         length = getattr(self.config, interval)
-        return bool(length) and done % length == 0
+        return bool(length) and (done % length == 0 or done == self.config.steps)
 
     def batch(self, index: int):
         """The batch of step `index` on its devices, [grad_accum, rows, T+1] int32."""
@@ -277,7 +283,7 @@ class Run:
         weights = jax.jit(unstack)(params)
         model = LanguageModel(self.config.model, weights, self.tokenizer, step=0)
         text = str(model.generate(max_new_tokens=SAMPLE_TOKENS))
-        self.log.console.print(f"--- sample ---\n{text}\n---", markup=False)
+        self.log.console.print(f"--- sample ---\n{text}\n---")
 
     def save(self, state, done: int, wait: bool) -> None:
         """Write a checkpoint in the background, or `wait` until it is on disk."""

@@ -1,15 +1,20 @@
-"""What may change when a run continues, and what would make it a different run."""
+"""A run's folder met again: what may change when it continues, what goes when it starts afresh."""
 
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
+from gpt import checkpoint
 from gpt.config import TrainConfig, to_json
 from gpt.errors import require
 
 # These change what is printed, kept or where it is computed, never what is learned.
 MAY_CHANGE = {
     "mesh", "grad_accum", "remat", "log_every", "eval_every", "eval_tokens", "sample_every",
-    "save_every", "keep",
+    "save_every", "keep", "seq_len",  # which model.context_length repeats
 }  # fmt: skip
+FILES = ("metrics.jsonl", "tokenizer.json", "loss.png")
 
 
 def differences(saved: dict[str, Any], config: TrainConfig) -> list[str]:
@@ -44,3 +49,21 @@ def require_same_run(folder, about: dict[str, Any], config: TrainConfig, fingerp
         f"{folder} holds a run that these settings would change:{listed}\n"
         "Give the run's own settings to continue it, another --out, or --overwrite to start afresh",
     )
+
+
+def require_folder(out: Path) -> None:
+    """UserError unless a run can be kept in `out`, which need not exist yet."""
+    nearest = next(path for path in (out, *out.parents) if path.exists())
+    require(
+        nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
+        f"--out {out} cannot be used: {nearest} is not a folder that you may write to; "
+        "choose another --out",
+    )
+
+
+def remove_run(out: Path) -> None:
+    """Remove what a run wrote in its folder, and nothing else."""
+    for step in checkpoint.steps(out):
+        shutil.rmtree(checkpoint.place_of(out, step))
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)
