@@ -10,6 +10,7 @@ from gpt.model.attention import MASKED
 from gpt.sampling import draw
 
 V = 17
+keep_top_k, argmax, inverse_cdf = map(jax.jit, (draw.keep_top_k, draw.argmax, draw.inverse_cdf))
 
 
 def rows(temperature=1.0, top_k=0, seed=0, n=1):
@@ -22,14 +23,15 @@ def rows(temperature=1.0, top_k=0, seed=0, n=1):
     )
 
 
-values = st.lists(st.floats(-50, 50, width=32), min_size=V, max_size=V)
+# Subnormal numbers are zero to most devices.
+values = st.lists(st.floats(-50, 50, width=32, allow_subnormal=False), min_size=V, max_size=V)
 
 
 @settings(max_examples=200, deadline=None)
 @given(values, st.integers(0, V + 3))
 def test_top_k_keeps_the_k_largest_and_their_ties(logits, k):
     x = np.array([logits], np.float32)
-    kept = np.asarray(draw.keep_top_k(jnp.asarray(x), jnp.array([k])))[0]
+    kept = np.asarray(keep_top_k(jnp.asarray(x), jnp.array([k])))[0]
     smallest = np.sort(x[0])[::-1][min(k, V) - 1] if k else -np.inf
     assert np.array_equal(kept, np.where(x[0] >= smallest, x[0], np.float32(MASKED)))
 
@@ -38,7 +40,7 @@ def test_top_k_keeps_the_k_largest_and_their_ties(logits, k):
 @given(values)
 def test_argmax_is_the_first_largest(logits):
     x = np.array([logits], np.float32)
-    assert int(draw.argmax(jnp.asarray(x))[0]) == x[0].argmax()
+    assert int(argmax(jnp.asarray(x))[0]) == x[0].argmax()
 
 
 @settings(max_examples=200, deadline=None)
@@ -46,7 +48,7 @@ def test_argmax_is_the_first_largest(logits):
 def test_inverse_cdf_never_draws_a_masked_token(logits, u, n_kept):
     x = np.array([logits], np.float32)
     x[0, n_kept:] = MASKED
-    token = int(draw.inverse_cdf(jnp.asarray(x), jnp.array([u], jnp.float32))[0])
+    token = int(inverse_cdf(jnp.asarray(x), jnp.array([u], jnp.float32))[0])
     assert 0 <= token < n_kept
 
 
