@@ -1,8 +1,11 @@
 """The conditions under which every test runs, set before anything can import JAX."""
 
 import os
+import sys
 import tempfile
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 caches = tempfile.TemporaryDirectory(prefix="gpt-jax-tests-")
@@ -16,3 +19,24 @@ for name in ("JAX_COMPILATION_CACHE_DIR", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_
 # The same examples on every machine, however slow it is: a red suite means a changed program.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
+
+sys.path.append(str(Path(__file__).parent))  # for programs.py
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A file of text."""
+    import programs
+
+    return programs.write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def trained(text, tmp_path_factory):
+    """How a run of twelve steps ended, and its folder: to read from or to copy."""
+    import programs
+
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    done = programs.call("train", *programs.TINY, "--data", text, "--out", folder)
+    assert done.code == 0, done.err
+    return done, folder

@@ -1,0 +1,100 @@
+"""train.py and sample.py, called in this process as a shell would call them; a small text."""
+
+import contextlib
+import functools
+import importlib.util
+import io
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from gpt import checkpoint, cli
+
+ROOT = Path(__file__).parent.parent
+SHAPE = [
+    *("--tokenizer", "byte", "--seq-len", "16", "--batch-size", "4", "--grad-accum", "2"),
+    *("--model.n-layers", "2", "--model.d-model", "16", "--model.n-heads", "2"),
+]
+STEPS = ["--steps", "12", "--warmup-steps", "2", "--model.dropout", "0.1"]
+EVERY = ["--log-every", "1", "--eval-every", "5", "--save-every", "4", "--sample-every", "7"]
+TINY = [*SHAPE, *STEPS, *EVERY]
+WORDS = ("the", "a", "cat", "dog", "sat", "ran", "on", "over", "hill", "river", "and", "then")
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a program left, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+@functools.cache
+def program(name: str) -> ModuleType:
+    """train.py or sample.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their annotations up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def keep_compiled() -> None:
+    """Compile each program of these tests once: every run compiles its own steps."""
+    jax.config.update("jax_compilation_cache_dir", str(cli.cache_folder() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    compilation_cache.reset_cache()  # which has noticed, by now, that there was none
+
+
+def call(name: str, *argv) -> Done:
+    """`python NAME.py ARGV...`, without a process of its own and the surroundings of one."""
+    keep_compiled()
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(cli, "prepare_jax", lambda cache=True: None),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            cli.run(lambda _: program(name).main([str(word) for word in argv]))
+        except SystemExit as leaving:
+            return Done(leaving.code, out.getvalue(), err.getvalue())
+
+
+def write_text(path: Path, seed: int = 0) -> Path:
+    """Two hundred lines of a few English words."""
+    chosen = random.Random(seed).choices(WORDS, k=1600)
+    lines = [" ".join(chosen[i : i + 8]) for i in range(0, len(chosen), 8)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder: the content of each file, None for a folder."""
+    paths = sorted(folder.rglob("*"))
+    return {str(p.relative_to(folder)): None if p.is_dir() else p.read_bytes() for p in paths}
+
+
+def arrays(folder: Path, step: int) -> dict[str, np.ndarray]:
+    """All arrays of a checkpoint, by tree and name: weights, optimizer, step."""
+    found = {}
+    for tree in ("params", "rest"):
+        shapes = checkpoint.read_shapes(folder, step, tree)
+        restored = checkpoint.restore(folder, step, tree, shapes)
+        found |= {f"{tree}/{name}": np.asarray(array) for name, array in restored.items()}
+    return found
+
+
+def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    """Whether two trees of arrays hold the same bits."""
+    return a.keys() == b.keys() and all(a[k].tobytes() == b[k].tobytes() for k in a)

@@ -1,0 +1,378 @@
+"""train.py: what a run leaves, that it continues to the bit, what it refuses and never harms."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from programs import ROOT, SHAPE, TINY, arrays, call, same_bits, snapshot, write_text
+
+from gpt import checkpoint
+from gpt import tokenizer as tokenizers
+from gpt.tokenizer import encodings
+from gpt.training import step
+
+TIMINGS = ("seconds", "tokens_per_second")
+
+
+def read_lines(folder):
+    """The lines of a run's metrics, without what time they took."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """A finished run of one's own."""
+    return shutil.copytree(trained[1], tmp_path / "run")
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Have something happen in the middle of a run: interrupt(at_step, action)."""
+    honest = step.compile_steps
+
+    def plan(at: int, action):
+        def compile_steps(config, mesh):
+            train_step, eval_step = honest(config, mesh)
+
+            def watched(state, tokens):
+                if int(state.step) + 1 == at:
+                    action()
+                return train_step(state, tokens)
+
+            return watched, eval_step
+
+        monkeypatch.setattr(step, "compile_steps", compile_steps)
+
+    yield plan
+    monkeypatch.setattr(step, "compile_steps", honest)
+
+
+# What a run leaves.
+
+
+def test_a_run_leaves_what_the_next_command_needs(trained):
+    done, folder = trained
+    assert {p.name for p in folder.iterdir()} == {
+        "checkpoints", "metrics.jsonl", "tokenizer.json", "loss.png"
+    }  # fmt: skip
+    assert checkpoint.steps(folder) == [8, 12]
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert tokenizers.load(folder / "tokenizer.json").name == "byte"
+    assert f"python sample.py {folder} --prompt TEXT" in done.err
+    assert done.out == ""
+
+
+def test_metrics_have_the_fields_that_others_read(trained):
+    text = (trained[1] / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    training = [line for line in lines if "loss" in line]
+    evaluation = [line for line in lines if "val_loss" in line]
+    fields = {"step", "loss", "learning_rate", "grad_norm", "tokens"}
+    assert all(fields | set(TIMINGS) <= line.keys() for line in training)
+    assert all({"step", "val_loss", "val_bits_per_byte"} <= line.keys() for line in evaluation)
+    assert [line["step"] for line in training] == list(range(1, 13))
+    assert [line["step"] for line in evaluation] == [5, 10, 12]
+    assert [line["tokens"] for line in training] == list(range(64, 12 * 64 + 1, 64))
+    # A byte tokenizer without end-of-text inside: a token is a byte, and a bit is log 2 nats.
+    for line in evaluation:
+        assert line["val_bits_per_byte"] == pytest.approx(line["val_loss"] / np.log(2), rel=1e-6)
+
+
+def test_the_model_learns(trained):
+    losses = [line["loss"] for line in read_lines(trained[1]) if "loss" in line]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(text, tmp_path, monkeypatch):
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    monkeypatch.chdir(here)
+    done = call("train", *TINY, "--data", text, "--dry-run")
+    assert done.code == 0
+    for words in ("parameters", "optimizer", "4 x 16 = 64 tokens", "2 micro-batches", "12 steps"):
+        assert words in done.err
+    assert snapshot(tmp_path) == {"here": None}
+    call("train", *TINY, "--data", text, "--dry-run", "--out", here / "deep" / "run")
+    assert snapshot(tmp_path) == {"here": None}
+
+
+def test_samples_are_shown_now_and_then(trained):
+    assert trained[0].err.count("--- sample ---") == 2  # after step 7, and at the end
+
+
+# Continuing.
+
+
+def kill(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_a_stopped_run_continues_to_the_bit(number, code, text, trained, tmp_path, interrupt):
+    """With dropout and two micro-batches: weights, both moments, the step and the metrics."""
+    argv = [*TINY, "--data", text, "--out", tmp_path / "run"]
+    interrupt(6, kill(number))
+    done = call("train", *argv)
+    assert done.code == code and "the same command continues the run" in done.err
+    assert checkpoint.steps(tmp_path / "run")[-1] == 6
+    assert read_lines(tmp_path / "run") == [x for x in read_lines(trained[1]) if x["step"] <= 6]
+    interrupt(0, None)
+    assert call("train", *argv).code == 0
+    assert same_bits(arrays(tmp_path / "run", 12), arrays(trained[1], 12))
+    assert read_lines(tmp_path / "run") == read_lines(trained[1])
+    names = " ".join(arrays(trained[1], 12))
+    assert all(name in names for name in ("rest/step", "mu/blocks", "nu/blocks", "params/tokens"))
+
+
+def test_a_crashed_run_continues_to_the_bit(text, trained, tmp_path, interrupt):
+    """From the checkpoint of step 8; the lines of 9 and 10 are written anew."""
+
+    def crash():
+        raise RuntimeError("the power went")
+
+    argv = [*TINY, "--data", text, "--out", tmp_path / "run"]
+    interrupt(11, crash)
+    with pytest.raises(RuntimeError, match="the power went"):
+        call("train", *argv)
+    assert checkpoint.steps(tmp_path / "run") == [4, 8]
+    assert read_lines(tmp_path / "run")[-1]["step"] > 8
+    interrupt(0, None)
+    assert call("train", *argv).code == 0
+    assert same_bits(arrays(tmp_path / "run", 12), arrays(trained[1], 12))
+    assert read_lines(tmp_path / "run") == read_lines(trained[1])
+
+
+def test_a_real_process_saves_before_it_leaves(text, tmp_path):
+    argv = [*SHAPE, "--steps", "1000000", "--log-every", "1", "--data", text, "--out", tmp_path]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, argv)], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        metrics, waited = tmp_path / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert process.poll() is None and time.monotonic() < waited
+            time.sleep(0.05)
+        process.terminate()
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 143 and "Traceback" not in err
+    (saved,) = checkpoint.steps(tmp_path)
+    assert read_lines(tmp_path)[-1]["step"] == saved > 0
+
+
+def test_the_same_command_on_a_finished_run(text, finished):
+    before = snapshot(finished)
+    done = call("train", *TINY, "--data", text, "--out", finished)
+    assert done.code == 0 and "complete" in done.err and "python sample.py" in done.err
+    assert snapshot(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "listed"),
+    [
+        (("--learning-rate", "2e-3", "--seed", "7"), ("learning_rate: the run has 0.001", "seed")),
+        (("--steps", "24"), ("steps: the run has 12, you asked for 24",)),
+        (("--model.d-model", "32"), ("model.d_model: the run has 16",)),
+        (("--seq-len", "8"), ("model.context_length: the run has 16",)),
+        (("--batch-size", "8"), ("batch_size",)),
+        (("--dtype", "bfloat16"), ("dtype", "compute_dtype", "cache_dtype")),
+        (("--tokenizer", "char"), ("tokenizer: the run has byte, you asked for char",)),
+    ],
+)
+def test_a_changed_setting_is_refused_with_the_differences(changed, listed, text, finished):
+    before = snapshot(finished)
+    done = call("train", *TINY, *changed, "--data", text, "--out", finished)
+    assert done.code == 2
+    assert all(words in done.err for words in (*listed, "--overwrite", f"error: {finished} holds"))
+    assert done.err.split("error: ")[1].count("\n  ") == len(listed)
+    assert snapshot(finished) == before
+
+
+def test_changed_data_are_refused(finished, tmp_path):
+    before = snapshot(finished)
+    other = write_text(tmp_path / "text.txt", seed=1)
+    done = call("train", *TINY, "--data", other, "--out", finished)
+    assert done.code == 2 and "data: the run was trained on other text" in done.err
+    assert snapshot(finished) == before
+
+
+def test_what_changes_no_result_may_change(text, trained, tmp_path, interrupt):
+    argv = [*TINY, "--data", text, "--out", tmp_path / "run"]
+    interrupt(6, kill(signal.SIGTERM))
+    assert call("train", *argv).code == 143
+    interrupt(0, None)
+    argv += ["--log-every", "3", "--eval-every", "4", "--save-every", "11", "--keep", "3"]
+    argv += ["--grad-accum", "1", "--mesh.data", "1", "--no-remat", "--sample-every", "0"]
+    done = call("train", *argv, "--eval-tokens", "64", "--model.context-length", "16")
+    assert done.code == 0, done.err
+    assert checkpoint.steps(tmp_path / "run") == [6, 11, 12]
+    assert "--- sample ---" not in done.err
+    mine, reference = arrays(tmp_path / "run", 12), arrays(trained[1], 12)
+    assert all(np.allclose(mine[k], reference[k], rtol=1e-3, atol=1e-5) for k in reference)
+
+
+def test_overwrite_starts_afresh_and_removes_only_what_a_run_wrote(text, finished, interrupt):
+    for place in (finished, finished / "checkpoints"):
+        (place / "notes.txt").write_text("mine")
+    interrupt(3, kill(signal.SIGTERM))
+    done = call("train", *TINY, "--data", text, "--out", finished, "--overwrite")
+    assert done.code == 143, done.err
+    assert checkpoint.steps(finished) == [3]
+    assert [x["step"] for x in read_lines(finished)] == [1, 2, 3]
+    for place in (finished, finished / "checkpoints"):
+        assert (place / "notes.txt").read_text() == "mine"
+
+
+def test_overwrite_removes_nothing_when_it_is_refused(finished, tmp_path):
+    before = snapshot(finished)
+    argv = [*TINY, "--out", finished, "--overwrite", "--seq-len", "100000"]
+    assert call("train", *argv, "--data", write_text(tmp_path / "t")).code == 2
+    assert call("train", *argv, "--data", tmp_path / "missing").code == 2
+    assert snapshot(finished) == before
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_note(text, trained, finished):
+    damage(finished, 12)
+    done = call("train", *TINY, "--data", text, "--out", finished)
+    assert done.code == 0
+    assert "checkpoints/12" in done.err and "an earlier checkpoint is used" in done.err
+    assert same_bits(arrays(finished, 12), arrays(trained[1], 12))
+    assert read_lines(finished) == read_lines(trained[1])
+
+
+def damage(folder, *steps):
+    """Cut the largest file of each checkpoint in half."""
+    for saved in steps:
+        files = [p for p in checkpoint.place_of(folder, saved).rglob("*") if p.is_file()]
+        largest = max(files, key=lambda path: path.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+# Starting from another run.
+
+
+def test_init_from_takes_weights_and_tokenizer(trained, tmp_path):
+    still = ["--learning-rate", "1e-30", "--min-learning-rate", "0", "--steps", "1"]
+    argv = [*TINY, *still, "--tokenizer", "char", "--data", write_text(tmp_path / "t", seed=2)]
+    done = call("train", *argv, "--init-from", trained[1], "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    mine, source = arrays(tmp_path / "run", 1), arrays(trained[1], 12)
+    weights = [name for name in source if name.startswith("params/")]
+    assert weights and all(np.allclose(mine[k], source[k], atol=1e-20, rtol=0) for k in weights)
+    assert int(mine["rest/step"]) == 1
+    assert tokenizers.load(tmp_path / "run" / "tokenizer.json").name == "byte"
+
+
+def test_init_from_another_shape_lists_the_shapes(text, trained, tmp_path):
+    argv = [*TINY, "--model.d-model", "32", "--data", text, "--init-from", trained[1]]
+    done = call("train", *argv, "--out", tmp_path / "run")
+    assert done.code == 2
+    assert "\n  tokens: stored (384, 16), expected (384, 32)\n" in done.err
+    assert "\n  blocks/" in done.err
+    assert snapshot(tmp_path) == {}
+
+
+# What is refused.
+
+
+def wrong_files(folder):
+    """Data that no run can use."""
+    (folder / "empty.txt").write_text("")
+    (folder / "binary").write_bytes(bytes(range(256)))
+    (folder / "one.txt").write_text("a")
+    (folder / "short.txt").write_text("a few words")
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "a.png").write_bytes(b"\x89PNG\0")
+    write_text(folder / "good.txt")
+    (folder / "half" / "checkpoints" / "12.orbax-checkpoint-tmp").mkdir(parents=True)
+
+
+BAD = {
+    "empty text": (["--data", "empty.txt"], "empty.txt holds no text"),
+    "binary": (["--data", "binary"], "binary cannot be read as text"),
+    "one token": (["--data", "one.txt"], "too small"),
+    "a folder without text": (["--data", "pictures"], "pictures holds no text"),
+    "a missing path": (["--data", "gone.txt"], "gone.txt does not exist"),
+    "too short": (["--data", "short.txt"], "too few for --seq-len 16"),
+    "a missing checkpoint": (["--init-from", "gone"], "no checkpoint in gone"),
+    "a half-written one": (["--init-from", "half"], "no checkpoint in half"),
+    "an unknown flag": (["--stepz", "3"], "perhaps you meant --steps"),
+    "an unknown preset": (["gpt-2"], "gpt-2"),
+    "a negative number": (["--steps", "-3"], "steps is -3: expected at least 1"),
+    "NaN": (["--learning-rate", "nan"], "learning_rate is nan"),
+    "a NaN in the model": (["--model.dropout", "nan"], "model.dropout is nan"),
+    "an indivisible batch": (["--grad-accum", "3"], "not divisible by grad_accum 3"),
+    "a mesh that is not there": (["--mesh.data", "3"], "does not fill"),
+    "a file as --out": (["--out", "good.txt"], "--out good.txt cannot be used"),
+    "a file above --out": (["--out", "good.txt/run"], "--out good.txt/run cannot be used"),
+    "an unknown tokenizer": (["--tokenizer", "words"], "no tokenizer is called 'words'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_error_and_changes_nothing(case, tmp_path, monkeypatch):
+    argv, words = BAD[case]
+    wrong_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    done = call("train", *TINY, "--data", "good.txt", "--out", "run", *argv)
+    assert done.code == 2
+    error = done.err[done.err.index("error: ") :]
+    assert words in error and error.count("\n") == 1 and done.err.count("error: ") == 1
+    assert snapshot(tmp_path) == before
+
+
+def test_a_batch_that_the_mesh_cannot_divide(text, tmp_path, monkeypatch):
+    """As with two devices, of which there is one here."""
+    honest = step.require_fit
+    wide = type("Mesh", (), {"shape": {"data": 3, "fsdp": 1, "tensor": 1}})
+    monkeypatch.setattr(step, "require_fit", lambda config, mesh: honest(config, wide))
+    done = call("train", *TINY, "--data", text, "--out", tmp_path / "run")
+    assert done.code == 2 and "does not divide among 3 devices" in done.err
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_not_ours_to_write(text, tmp_path):
+    tmp_path.chmod(0o500)
+    done = call("train", *TINY, "--data", text, "--out", tmp_path / "run")
+    assert done.code == 2 and f"{tmp_path} is not a folder that you may write to" in done.err
+
+
+def test_a_run_of_which_nothing_is_whole(text, finished):
+    damage(finished, 8, 12)
+    before = snapshot(finished)
+    done = call("train", *TINY, "--data", text, "--out", finished)
+    assert done.code == 2 and "is whole: " in done.err and "checkpoints/8" in done.err
+    assert snapshot(finished) == before
+
+
+def test_an_encoding_that_is_not_here(text, tmp_path, monkeypatch):
+    def no_network(url):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(encodings, "download", no_network)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    argv = [*TINY, "--tokenizer", "gpt2", "--data", text, "--out", tmp_path / "run"]
+    done = call("train", *argv)
+    assert done.code == 2 and "TIKTOKEN_CACHE_DIR" in done.err and "vocab.bpe" in done.err
+    assert snapshot(tmp_path) == {}
+
+
+def test_a_real_process_refuses_in_one_line():
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--stepz", "3"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
