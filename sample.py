@@ -27,7 +27,7 @@ DEFAULT_SETTINGS = Settings()
 class Command:
     """What to sample, and how."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
     """A run's folder, as train.py made it."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; repeat the flag for several (default: one that is empty)."""
@@ -42,6 +42,13 @@ class Command:
     """Do not sample: check the cache contract on this model; exit code 1 if it does not hold."""
     json: bool = False
     """Print JSON, one object a completion; its seconds leave compilation out."""
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts as text: bytes from the shell that are none become U+FFFD."""
+        from gpt.tokenizer import without_lone_surrogates
+
+        return [without_lone_surrogates(prompt) for prompt in self.prompt or ("",)]
 
 
 def main(argv: list[str]) -> int:
@@ -66,13 +73,13 @@ def main(argv: list[str]) -> int:
 
 def print_stream(model, command: Command) -> int:
     """Completions as text. One streams; several are printed whole, each below its label."""
-    prompts = command.prompt or ("",)
+    prompts = command.prompts
     labelled = len(prompts) * command.settings.num_samples > 1
-    if not labelled:
-        print(prompts[0], end="", flush=True)
-    for piece in model.stream(list(prompts), **dataclasses.asdict(command.settings)):
+    lead = prompts[0]  # printed with the first piece: the model may refuse it
+    for piece in model.stream(prompts, **dataclasses.asdict(command.settings)):
         if not labelled:
-            print(piece.text, end="", flush=True)
+            print(lead + piece.text, end="", flush=True)
+            lead = ""
         elif piece.completion.finish_reason:
             print(f"--- {label(piece.row, command)} ---\n{piece.completion}\n", flush=True)
     if not labelled:
@@ -99,8 +106,7 @@ def report_speed(done) -> None:
 
 def print_json(model, command: Command) -> int:
     """One JSON object a completion, in the order of the prompts."""
-    prompts = list(command.prompt or ("",))
-    for completion in model.generate(prompts, **dataclasses.asdict(command.settings)):
+    for completion in model.generate(command.prompts, **dataclasses.asdict(command.settings)):
         print(json.dumps(completion_json(completion), ensure_ascii=False))
     return 0
 
