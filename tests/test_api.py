@@ -1,0 +1,75 @@
+"""The public names: load a run, generate, stream, score."""
+
+import subprocess
+import sys
+
+import pytest
+from programs import ROOT, call
+
+import gpt
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return gpt.load(trained[1])
+
+
+def test_every_public_name_is_there():
+    for name in gpt.__all__:
+        assert getattr(gpt, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        _ = gpt.lode
+
+
+def test_importing_the_package_starts_no_jax():
+    code = "import sys, gpt; print('jax' in sys.modules, gpt.ModelConfig().n_layers > 0)"
+    code += "; print('jax' in sys.modules); gpt.load; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["False", "True", "False", "True"], done.stderr
+
+
+def test_a_loaded_model_says_what_it_is(model, trained):
+    assert isinstance(model, gpt.LanguageModel)
+    assert (model.step, model.config.d_model, model.notes) == (12, 16, [])
+    assert gpt.load(str(trained[1]), step=8).step == 8
+    assert len(repr(model)) < 600  # and not every weight
+
+
+def test_one_prompt_gives_one_completion_and_more_give_a_list(model):
+    done = model.generate("a cat", max_new_tokens=5)
+    assert isinstance(done, gpt.Completion)
+    assert str(done) == "a cat" + done.text
+    assert 0 < len(done.token_ids) <= 5
+    assert [d.prompt for d in model.generate(["a", "b"], max_new_tokens=2)] == ["a", "b"]
+    assert [d.sample for d in model.generate("a", max_new_tokens=2, num_samples=3)] == [0, 1, 2]
+    assert len(model.generate(["a"], max_new_tokens=2)) == 1
+    assert model.generate(max_new_tokens=2).prompt == ""
+
+
+def test_the_stream_is_the_completion_in_pieces(model):
+    settings = {"max_new_tokens": 9, "num_samples": 2, "seed": 5, "temperature": 1.1}
+    texts = {}
+    for piece in model.stream(["a cat", "the"], **settings):
+        texts[piece.row] = texts.get(piece.row, "") + piece.text
+    collected = model.generate(["a cat", "the"], **settings)
+    assert [texts[row] for row in range(4)] == [done.text for done in collected]
+
+
+def test_a_score_is_that_of_the_command_line(model, trained):
+    score = model.score("the cat")
+    assert len(score.logprobs) == len(score.token_ids) == 7
+    done = call("sample", trained[1], "--score", "the cat")
+    assert f"{score.mean_nll:.4f} nats a token, {score.bits_per_byte:.4f} bits" in done.out
+
+
+def test_mistakes_are_user_errors(trained, tmp_path, model):
+    with pytest.raises(gpt.UserError, match="no folder"):
+        gpt.load(tmp_path / "gone")
+    with pytest.raises(gpt.UserError, match="no checkpoint of step 3"):
+        gpt.load(trained[1], step=3)
+    with pytest.raises(gpt.UserError, match="expected at most the model's context of 16"):
+        model.generate("x" * 30)
+    with pytest.raises(gpt.UserError, match="temperature is -1"):
+        model.generate("x", temperature=-1)
+    with pytest.raises(TypeError, match="warmth"):
+        model.generate("x", warmth=1)
