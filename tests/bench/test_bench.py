@@ -1,0 +1,212 @@
+"""The benchmark keeps its phases apart and says what it was told to say. Nothing here is timed:
+the clock is a fake, and planted functions move it."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from gpt import cost
+from gpt.bench import __main__ as bench
+from gpt.bench import measure, probe
+from gpt.config import PRESETS, ModelConfig
+from gpt.errors import UserError
+from gpt.model import transformer
+from gpt.sampling import engine, generate
+from gpt.stopwatch import compilations
+
+CONFIG = ModelConfig(50, context_length=64, n_layers=1, n_heads=2, d_model=8).computing_in(
+    "float32"
+)
+PARAMS = transformer.unstack(transformer.init(CONFIG, jax.random.key(0)))
+CELL = measure.Cell(batch=2, prompt_length=20, new_tokens=21)
+CEILINGS = {"read_bytes_per_second": 1e6, "matmul_flops_per_second": 1e7, "read_bytes": 1}
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures of CELL where each phase takes the given seconds and nothing else any."""
+
+    def measured(prefill=1.0, begin=0.25, chunk=0.5, single=0.125, first_run=0.0):
+        now, calls = [0.0], []
+
+        def slow(module, name, seconds):
+            real = getattr(module, name)
+
+            def planted(*args):
+                compiling = first_run if len(calls) < 4 else 0
+                now[0] += seconds(args) + compiling
+                compilations.seconds += compiling
+                calls.append(name)
+                return real(*args)
+
+            patch.setattr(module, name, planted)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(probe, "clock", lambda: now[0])
+            slow(engine, "prefill", lambda _: prefill)
+            slow(generate, "begin", lambda _: begin)
+            slow(generate, "decode_chunk", lambda args: single if args[-1] == 1 else chunk)
+            return measure.measure(CONFIG, PARAMS, CELL, 3, CEILINGS)
+
+    return measured
+
+
+def test_figures_of_known_times(figures):
+    """20 steps: two chunks of 16 and 4 in the loop, 20 calls from the host."""
+    cell = figures()
+    prefill, decode = cell["prefill"], cell["decode"]
+    flops = 2 * cost.forward_flops(CONFIG, 20, n_heads_out=1)
+    assert (cell["batch"], cell["prompt_length"], cell["new_tokens"]) == (2, 20, 21)
+    assert cell["ttft_seconds"] == 1.25
+    assert prefill["seconds"] == 1 and prefill["seconds_of_repeats"] == [1] * 6
+    assert prefill["tokens_per_second"] == 40
+    assert prefill["flops"] == flops and prefill["mfu"] == flops / 1e7
+    assert decode["seconds_per_step"] == pytest.approx(0.05)
+    assert decode["tokens_per_second"] == pytest.approx(40)
+    assert decode["bytes_per_step"] == cost.decode_bytes(CONFIG, 2, 29)
+    assert decode["mbu"] == pytest.approx(decode["bytes_per_step"] / 0.05 / 1e6)
+    percentiles = [decode[f"seconds_per_step_p{p}"] for p in (50, 90, 99)]
+    assert percentiles == pytest.approx([0.125] * 3)
+    assert decode["host_seconds_per_step"] == pytest.approx(0.075)
+    assert cell["peak_bytes"] > 2**20
+
+
+@pytest.mark.parametrize("slower", [{"prefill": 9.0}, {"begin": 9.0}])
+def test_a_slow_prompt_does_not_touch_decode(figures, slower):
+    before, after = figures(), figures(**slower)
+    assert after["decode"] == before["decode"]
+    assert after["ttft_seconds"] > before["ttft_seconds"] + 7
+    assert (after["prefill"] == before["prefill"]) == ("begin" in slower)
+
+
+@pytest.mark.parametrize("slower", [{"chunk": 9.0}, {"single": 9.0}])
+def test_slow_steps_do_not_touch_prefill(figures, slower):
+    before, after = figures(), figures(**slower)
+    assert after["prefill"] == before["prefill"]
+    assert after["ttft_seconds"] == before["ttft_seconds"]
+    alone = after["decode"]["tokens_per_second"] == before["decode"]["tokens_per_second"]
+    assert alone == ("single" in slower)
+
+
+def test_compiling_stands_apart(figures):
+    """The first four calls compile for 100 s each."""
+    before, after = figures(), figures(first_run=100.0)
+    assert after["compile_seconds"] >= 400
+    for phase in ("prefill", "decode", "ttft_seconds"):
+        assert after[phase] == before[phase]
+
+
+def test_measuring_compiles_nothing_after_the_first_run(figures):
+    figures()
+    programs = compilations.programs
+    measure.repeat(CONFIG, PARAMS, CELL, measure.Times())
+    assert compilations.programs == programs
+
+
+def test_ceilings_come_from_the_shortest_run(monkeypatch):
+    """A run reads `passes` times the matrix; a slower one must not lower the ceiling."""
+    readings = iter([0, 50, 50, 53, 53, 55, 55, 59, 59, 60, 60, 68, 68, 75])
+    monkeypatch.setattr(probe, "clock", lambda: next(readings))
+    assert probe.best_seconds(lambda: None) == 1
+    monkeypatch.setattr(probe, "PASSES_BYTES", 2**20)
+    monkeypatch.setattr(probe, "timed", lambda f, *args: (0.5, f(*args)))
+    assert probe.read_rate(256 * 256 * 4) == 2**21
+    assert probe.matmul_rate("float32") == 4 * 2 * 1024**3 / 0.5
+
+
+FIELDS = {"batch", "prompt_length", "new_tokens", "compile_seconds", "ttft_seconds", "prefill"}
+FIELDS |= {"decode", "peak_bytes"}
+PREFILL = {"seconds", "tokens_per_second", "flops", "mfu"}
+DECODE = {"tokens_per_second", "seconds_per_step_p50", "seconds_per_step_p90"}
+DECODE |= {"seconds_per_step_p99", "bytes_per_step", "mbu", "host_seconds_per_step"}
+
+
+@pytest.fixture
+def small_preset(monkeypatch):
+    monkeypatch.setitem(PRESETS, "small", dataclasses.replace(PRESETS["tiny"], model=CONFIG))
+    monkeypatch.setattr(probe, "ceilings", lambda n_bytes, dtype: CEILINGS)
+    monkeypatch.setattr(bench.cli, "prepare_jax", lambda cache: None)
+
+
+def output(capsys, *argv):
+    """What the benchmark of the small preset prints: the table, the result, standard error."""
+    bench.main(["--preset", "small", "--batch-sizes", "2", "--repeats", "1", *argv])
+    out, err = capsys.readouterr()
+    table, line = out.rstrip("\n").rsplit("\n", 1)
+    return table, json.loads(line), err
+
+
+def test_output(small_preset, tmp_path, capsys):
+    """The last line is the JSON of commands.md, and the file holds the same."""
+    path = tmp_path / "result.json"
+    table, result, err = output(capsys, "--prompt-lengths", "32,20", "--json", str(path))
+    assert result == json.loads(path.read_text())
+    assert {"device", "precision", "ceilings", "cells"} <= set(result)
+    assert result["precision"] == "float32"
+    assert {"read_bytes_per_second", "matmul_flops_per_second"} <= set(result["ceilings"])
+    assert [(c["batch"], c["prompt_length"]) for c in result["cells"]] == [(2, 20), (2, 32)]
+    for cell in result["cells"]:
+        assert set(cell) >= FIELDS
+        assert set(cell["prefill"]) >= PREFILL and set(cell["decode"]) >= DECODE
+        assert f"{cell['prefill']['tokens_per_second']:,.0f}" in table
+        assert f"{cell['decode']['tokens_per_second']:,.0f}" in table
+    assert "note" not in err
+
+
+def test_shrunk_defaults_are_told(small_preset, capsys):
+    _, result, err = output(capsys)
+    (cell,) = result["cells"]
+    assert (cell["prompt_length"], cell["new_tokens"]) == (32, 32)
+    assert "prompts of 32 tokens and 32 new ones fit the context of 64" in err
+
+
+@pytest.mark.parametrize(
+    ("context", "given", "expected"),
+    [
+        (1024, {}, ([128, 512], 64)),
+        (256, {}, ([128], 64)),
+        (64, {}, ([32], 32)),
+        (150, {}, ([86], 64)),
+        (4, {}, ([2], 2)),
+        (256, {"prompt_lengths": "250,8"}, ([8, 250], 6)),
+        (256, {"new_tokens": 200}, ([56], 200)),
+        (256, {"prompt_lengths": "56", "new_tokens": 200}, ([56], 200)),
+    ],
+)
+def test_lengths_fit_the_context(context, given, expected):
+    assert bench.lengths(bench.Command(**given), context) == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--prompt-lengths", "60", "--new-tokens", "5"], ["60", "5", "context of 64"]),
+        (["--prompt-lengths", "64"], ["64", "--prompt-lengths"]),
+        (["--new-tokens", "64"], ["64", "--new-tokens"]),
+        (["--prompt-lengths", "8,x"], ["--prompt-lengths", "8,x"]),
+        (["--prompt-lengths", ""], ["--prompt-lengths"]),
+        (["--batch-sizes", "0"], ["--batch-sizes", "0"]),
+        (["--batch-sizes", "1,,2"], ["--batch-sizes"]),
+        (["--new-tokens", "1"], ["--new-tokens", "at least 2"]),
+        (["--new-tokens", "0"], ["--new-tokens", "at least 2"]),
+        (["--repeats", "0"], ["--repeats"]),
+        (["--json", "no/such/folder/x.json"], ["--json", "folder"]),
+        (["--json", "."], ["--json", "is a folder"]),
+        (["some/run"], ["--preset", "checkpoint"]),
+        (["--dtype", "float8"], ["dtype"]),
+    ],
+)
+def test_bad_input_is_one_line(small_preset, argv, words):
+    with pytest.raises(UserError) as refused:
+        bench.main(["--preset", "small", *argv])
+    assert "\n" not in str(refused.value)
+    assert all(word in str(refused.value) for word in words)
+
+
+def test_a_missing_checkpoint_and_an_unknown_preset(small_preset, tmp_path):
+    with pytest.raises(UserError, match="no folder"):
+        bench.main([str(tmp_path / "none")])
+    with pytest.raises(UserError, match="no preset named"):
+        bench.main(["--preset", "none"])
