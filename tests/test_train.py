@@ -97,7 +97,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(text, tmp_path, monkeypatc
     monkeypatch.chdir(here)
     done = call("train", *TINY, "--data", text, "--dry-run")
     assert done.code == 0
-    for words in ("parameters", "optimizer", "4 x 16 = 64 tokens", "2 micro-batches", "12 steps"):
+    for words in ("parameters", "optimizer", "4 x 16 = 64 tokens", "2 micro-batch(es)", "12 steps"):
         assert words in done.err
     assert snapshot(tmp_path) == {"here": None}
     call("train", *TINY, "--data", text, "--dry-run", "--out", here / "deep" / "run")

@@ -22,7 +22,7 @@ def describe(config: TrainConfig, n_devices: int, n_tokens: int) -> list[str]:
         f"optimizer      {2 * weights / MIB:,.1f} MiB (two moments)",
         f"computation    {c.compute_dtype}, {flops / 1e6:,.2f} MFLOP a token to train",
         f"batch          {config.batch_size} x {config.window} = {tokens:,} tokens a step, "
-        f"in {config.grad_accum} micro-batches, on {n_devices} device(s)",
+        f"in {config.grad_accum} micro-batch(es), on {n_devices} device(s)",
         f"run            {config.steps:,} steps, {total:,} tokens "
         f"({total / max(n_tokens, 1):.2f} epochs), {total * flops:.3g} FLOPs",
     ]
