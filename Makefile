@@ -11,10 +11,14 @@ SUITABLE = 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	if $$python -c $(SUITABLE) >/dev/null 2>&1; then echo $$python; break; fi; done)
 
+# The comparison is recorded for Python 3.11 (constraints.txt): that one where it is, else PYTHON.
+PARITY_PYTHON ?= $(shell for python in python3.11 "$(PYTHON)"; do \
+	if "$$python" -c $(SUITABLE) >/dev/null 2>&1; then echo $$python; break; fi; done)
+
 # torch comes as a CPU build or with gigabytes of CUDA libraries: only the former is wanted, in
 # the version of constraints.txt. A Mac's ordinary build is one.
 TORCH_VERSION = $(shell sed -n 's/^torch==//p' constraints.txt)
-CPU_TORCH = $(shell $(1) -m pip index versions torch 2>/dev/null \
+CPU_TORCH = $(shell $(PARITY_VENV)/bin/python -m pip index versions torch 2>/dev/null \
 	| tr ', ' '\n\n' | grep -qx '$(TORCH_VERSION)+cpu' && echo 'torch==$(TORCH_VERSION)+cpu')
 ifeq ($(shell uname -s),Darwin)
 CPU_TORCH = torch==$(TORCH_VERSION)
@@ -53,19 +57,24 @@ test-all: setup
 test-parity: $(PARITY_VENV)/ready
 	@$(PARITY_VENV)/bin/python -m pytest -q -m parity
 
-$(PARITY_VENV)/ready: $(VENV)/ready
-	@torch="$(call CPU_TORCH,$(BIN)/python)"; if [ -z "$$torch" ]; then \
-	echo "error: pip finds no CPU build of torch $(TORCH_VERSION) for $$($(BIN)/python --version)." \
-	"Give pip an index that has one (PIP_EXTRA_INDEX_URL), or set it up with VENV of another Python" \
-	>&2; exit 2; fi; \
+$(PARITY_VENV)/ready: pyproject.toml constraints.txt | $(PARITY_VENV)/bin/python
+	@torch="$(CPU_TORCH)"; if [ -z "$$torch" ]; then \
+	echo "error: pip finds no CPU build of torch $(TORCH_VERSION) for" \
+	"$$($(PARITY_VENV)/bin/python --version). Give it an index that has one (PIP_EXTRA_INDEX_URL)," \
+	"or after make clean another Python (PARITY_PYTHON)" >&2; exit 2; fi; \
 	echo "Setting up $(PARITY_VENV) with $$torch and transformers, once."; \
-	$(BIN)/python -m venv --clear $(PARITY_VENV); \
 	$(PARITY_VENV)/bin/python $(INSTALL) "$$torch" -e '.[dev,parity]'
 	@touch $@
 
+$(PARITY_VENV)/bin/python:
+	@if [ -z "$(PARITY_PYTHON)" ]; then \
+	echo "error: no Python 3.11 or newer that can make environments was found. Install one, or name" \
+	"it: make test-parity PARITY_PYTHON=/path/to/python" >&2; exit 2; fi
+	@"$(PARITY_PYTHON)" -m venv --clear $(PARITY_VENV)
+
 # The CPU build of torch that pip would install here, or nothing.
-cpu-torch: setup
-	@echo $(call CPU_TORCH,$(BIN)/python)
+cpu-torch: $(PARITY_VENV)/bin/python
+	@echo $(CPU_TORCH)
 
 lint: setup
 	@$(BIN)/ruff check .
