@@ -17,7 +17,6 @@ from gpt.model.attention import Attend
 from gpt.sharding import constrain
 
 NORM_EPSILON = 1e-5  # GPT-2's
-INIT_STD = 0.02
 
 
 def drop(key_B: jax.Array | None, rate: float, place: int, x: jax.Array) -> jax.Array:
@@ -66,10 +65,10 @@ class Attention(nnx.Module):
     def __init__(self, c: ModelConfig, key: jax.Array):
         D, N, K, H = c.d_model, c.n_heads, c.kv_heads, c.head_width
         keys = jax.random.split(key, 4)
-        self.q = normal(keys[0], (D, N, H), ("embed", "heads", None), INIT_STD, c.param_dtype)
-        self.k = normal(keys[1], (D, K, H), ("embed", "kv_heads", None), INIT_STD, c.param_dtype)
-        self.v = normal(keys[2], (D, K, H), ("embed", "kv_heads", None), INIT_STD, c.param_dtype)
-        std = INIT_STD / math.sqrt(2 * c.n_layers)
+        self.q = normal(keys[0], (D, N, H), ("embed", "heads", None), c.init_std, c.param_dtype)
+        self.k = normal(keys[1], (D, K, H), ("embed", "kv_heads", None), c.init_std, c.param_dtype)
+        self.v = normal(keys[2], (D, K, H), ("embed", "kv_heads", None), c.init_std, c.param_dtype)
+        std = c.init_std / math.sqrt(2 * c.n_layers)
         self.o = normal(keys[3], (N, H, D), ("heads", None, "embed"), std, c.param_dtype)
         bias = functools.partial(constant, 0, dtype=c.param_dtype) if c.bias else lambda *_: None
         self.q_bias = bias((N, H), ("heads", None))
@@ -114,8 +113,8 @@ class MLP(nnx.Module):
     def __init__(self, c: ModelConfig, key: jax.Array):
         D, F = c.d_model, c.ff_width
         keys = jax.random.split(key)
-        self.up = normal(keys[0], (D, F), ("embed", "mlp"), INIT_STD, c.param_dtype)
-        std = INIT_STD / math.sqrt(2 * c.n_layers)
+        self.up = normal(keys[0], (D, F), ("embed", "mlp"), c.init_std, c.param_dtype)
+        std = c.init_std / math.sqrt(2 * c.n_layers)
         self.down = normal(keys[1], (D, F), ("embed", "mlp"), std, c.param_dtype)
         self.up_bias = constant(0, (F,), ("mlp",), c.param_dtype) if c.bias else None
         self.down_bias = constant(0, (D,), (None,), c.param_dtype) if c.bias else None

@@ -20,7 +20,7 @@ from flax import nnx
 from gpt.config import ModelConfig
 from gpt.model import cache as kv
 from gpt.model.attention import MASKED, Attend, attend
-from gpt.model.layers import INIT_STD, Block, LayerNorm, drop, normal
+from gpt.model.layers import Block, LayerNorm, drop, normal
 from gpt.sharding import constrain
 
 
@@ -30,8 +30,8 @@ class GPT(nnx.Module):
     def __init__(self, c: ModelConfig, key: jax.Array, stacked: bool = True):
         keys = jax.random.split(key, 3)
         D, V, S = c.d_model, c.padded_vocab, c.context_length
-        self.tokens = normal(keys[0], (V, D), ("vocab", "embed"), INIT_STD, c.param_dtype)
-        self.positions = normal(keys[1], (S, D), (None, "embed"), INIT_STD, c.param_dtype)
+        self.tokens = normal(keys[0], (V, D), ("vocab", "embed"), c.init_std, c.param_dtype)
+        self.positions = normal(keys[1], (S, D), (None, "embed"), c.init_std, c.param_dtype)
         blocks = jax.random.split(keys[2], c.n_layers)
         block = functools.partial(Block, c)
         self.blocks = jax.vmap(block)(blocks) if stacked else nnx.List(map(block, blocks))
@@ -39,7 +39,7 @@ class GPT(nnx.Module):
 
 
 def init(config: ModelConfig, key: jax.Array) -> dict:
-    """Fresh stacked weights: N(0, 0.02²), residual outputs scaled by 1/sqrt(2L) (GPT-2, 2.3)."""
+    """Fresh stacked weights: N(0, init_std²), residual outputs over sqrt(2L) (GPT-2, 2.3)."""
     return nnx.to_pure_dict(nnx.state(GPT(config, key)))
 
 
