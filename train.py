@@ -11,11 +11,10 @@ import dataclasses
 import math
 import shlex
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -24,7 +23,6 @@ from gpt import tokenizer as tokenizers
 from gpt.config import PRESETS, TrainConfig, to_json
 from gpt.training import corpus, data, shards
 
-Loaded = TypeVar("Loaded")
 SAMPLE_TOKENS = 120
 INTERVALS = ("eval_every", "sample_every", "save_every")
 
@@ -58,18 +56,17 @@ def main(argv: list[str]) -> int:
 
 
 def train(command: Command, out: Path) -> int:
-    """The whole run: what is there already, data, mesh, state, loop."""
+    """Look at all that can be refused; then change what is on disk, and run."""
     from rich.console import Console
 
     from gpt import checkpoint, sharding
-    from gpt.stopwatch import Stopwatch
-    from gpt.training import plan, resume, runlog, step, stop
+    from gpt.training import plan, resume, step
 
     console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
     resume.require_folder(out)
     resuming = bool(checkpoint.steps(out)) and not command.overwrite
     source = out if resuming else command.init_from
-    about = restore(source, console, partial(checkpoint.read_metadata, source)) if source else None
+    about = resume.newest(source, checkpoint.read_metadata, console.print) if source else None
 
     tokenizer, dataset = prepare_data(command, about, console)
     config = settle(command.train, tokenizer)
@@ -83,61 +80,18 @@ def train(command: Command, out: Path) -> int:
     if command.dry_run:
         return 0
 
-    if resuming:
-        state = restore(out, console, partial(load_state, out, step.abstract_state(config, mesh)))
-    else:
-        state = step.make_state(config, mesh)
-    if source and not resuming:
-        like = step.abstract_state(config, mesh).params
-        load = partial(checkpoint.restore, source, name="params", like=like)
-        state = dataclasses.replace(state, params=restore(source, console, lambda s: load(step=s)))
-    first = int(state.step)
-    hint = f"sample it      python sample.py {shlex.quote(str(out))} --prompt TEXT"
-    if first == config.steps:
-        console.print(f"complete       {first:,} steps done; --overwrite starts afresh\n{hint}")
-        return 0
+    like = step.abstract_state(config, mesh)
+    load = partial(resume.load_state if resuming else resume.load_weights, like)
+    loaded = resume.newest(source, load, console.print) if source else {}
+    state = like if resuming else step.make_state(config, mesh)
+    state = dataclasses.replace(state, **loaded)
     if command.overwrite:
-        resume.remove_run(out)  # not before everything that can be refused has been looked at
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizers.save(tokenizer, out / "tokenizer.json")
-    watch = Stopwatch()
-    with watch:
-        steps = step.compile_steps(config, mesh)
-    console.print(f"compiled       in {watch.compile_seconds:.1f} s")
-    with (
-        checkpoint.Writer(out, config.keep, resumed=first or None) as writer,
-        runlog.RunLog(out / "metrics.jsonl", first, config, console) as log,
-        stop.StopSignal() as signals,
-    ):
-        run = Run(config, mesh, tokenizer, dataset, writer, log, signals)
-        run.loop(state, first, *steps)
-    runlog.draw_curves(out / "metrics.jsonl", out / "loss.png")
-    console.print(f"loss curve     {out / 'loss.png'}")
-    if signals.code:
-        console.print("stopped        the same command continues the run")
-    console.print(hint)
-    return signals.code
-
-
-def restore(source: Path, console, load: Callable[[int], Loaded]) -> Loaded:
-    """What `load` makes of the newest whole checkpoint of a run; a note for each damaged one."""
-    from gpt import checkpoint
-
-    _, loaded, damaged = checkpoint.latest_good(source, load)
-    for note in damaged:
-        console.print(f"note: {note}; an earlier checkpoint is used")
-    return loaded
-
-
-def load_state(source: Path, like, step: int):
-    """The whole training state of one checkpoint, placed as `like` says."""
-    from gpt import checkpoint
-
-    params = checkpoint.restore(source, step, "params", like.params)
-    rest = checkpoint.restore(
-        source, step, "rest", {"optimizer": like.optimizer, "step": like.step}
-    )
-    return dataclasses.replace(like, params=params, **rest)
+        resume.remove_run(out)
+    run = Run(out, console, config, mesh, tokenizer, dataset)
+    first = int(state.step)
+    code = run.execute(state, first) if first < config.steps else run.complete()
+    console.print(f"sample it      python sample.py {shlex.quote(str(out))} --prompt TEXT")
+    return code
 
 
 def prepare_data(command: Command, about: dict[str, Any] | None, console):
@@ -212,23 +166,51 @@ def describe_run(config: TrainConfig, tokenizer, dataset) -> dict[str, Any]:
 class Run:
     """The loop, and what it works with."""
 
+    out: Path
+    console: Any
     config: TrainConfig
     mesh: Any
     tokenizer: tokenizers.Tokenizer
     dataset: shards.Dataset
-    writer: Any
-    log: Any
-    signals: Any
+
+    def complete(self) -> int:
+        """Say that there is nothing left to do."""
+        self.console.print(f"complete       {self.config.steps:,} steps; --overwrite starts afresh")
+        return 0
+
+    def execute(self, state, first: int) -> int:
+        """Train from step `first` to the last, or to a signal; the exit code."""
+        from gpt import checkpoint
+        from gpt.stopwatch import Stopwatch
+        from gpt.training import runlog, step, stop
+
+        out, c = self.out, self.config
+        out.mkdir(parents=True, exist_ok=True)
+        tokenizers.save(self.tokenizer, out / "tokenizer.json")
+        with Stopwatch() as watch:
+            steps = step.compile_steps(c, self.mesh)
+        self.console.print(f"compiled       in {watch.compile_seconds:.1f} s")
+        with (
+            checkpoint.Writer(out, c.keep, resumed=first or None) as self.writer,
+            runlog.RunLog(out / "metrics.jsonl", first, c, self.console) as self.log,
+            stop.StopSignal() as self.signals,
+        ):
+            self.loop(state, first, *steps)
+        runlog.draw_curves(out / "metrics.jsonl", out / "loss.png")
+        self.console.print(f"loss curve     {out / 'loss.png'}")
+        if self.signals.code:
+            self.console.print("stopped        the same command continues the run")
+        return self.signals.code
 
     def loop(self, state, first: int, train_step, eval_step) -> None:
-        """Train from step `first` to the last, or to a signal."""
+        """Step by step; each one's metrics are looked at when the device has the next."""
         import jax
 
         last, late = self.config.steps, None
         with contextlib.closing(data.prefetch(self.batch, first, last)) as batches:
             for done, tokens_ABU in enumerate(batches, first + 1):
                 state, metrics = train_step(state, tokens_ABU)
-                if late:  # the device has its next step while we look at the one before
+                if late:
                     self.log.log_train(done - 1, jax.block_until_ready(late))
                 late, ending = metrics, done == last or bool(self.signals.code)
                 if ending or any(self.due(name, done) for name in INTERVALS):
@@ -283,7 +265,7 @@ class Run:
         weights = jax.jit(unstack)(params)
         model = LanguageModel(self.config.model, weights, self.tokenizer, step=0)
         text = str(model.generate(max_new_tokens=SAMPLE_TOKENS))
-        self.log.console.print(f"--- sample ---\n{text}\n---")
+        self.console.print(f"--- sample ---\n{text}\n---")
 
     def save(self, state, done: int, wait: bool) -> None:
         """Write a checkpoint in the background, or `wait` until it is on disk."""

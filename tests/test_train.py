@@ -1,5 +1,6 @@
 """train.py: what a run leaves, that it continues to the bit, what it refuses and never harms."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,8 +15,9 @@ from programs import ROOT, SHAPE, TINY, arrays, call, same_bits, snapshot, write
 
 from gpt import checkpoint
 from gpt import tokenizer as tokenizers
+from gpt.config import TrainConfig, from_json
 from gpt.tokenizer import encodings
-from gpt.training import step
+from gpt.training import resume, step
 
 TIMINGS = ("seconds", "tokens_per_second")
 
@@ -197,6 +199,15 @@ def test_a_changed_setting_is_refused_with_the_differences(changed, listed, text
     assert all(words in done.err for words in (*listed, "--overwrite", f"error: {finished} holds"))
     assert done.err.split("error: ")[1].count("\n  ") == len(listed)
     assert snapshot(finished) == before
+
+
+def test_a_run_older_than_a_setting_continues_with_its_default(trained):
+    about = checkpoint.read_metadata(trained[1], 12)
+    config = from_json(TrainConfig, about["train"])
+    del about["train"]["clip_norm"], about["train"]["model"]["n_kv_heads"]
+    assert resume.differences(about["train"], config) == []
+    changed = resume.differences(about["train"], dataclasses.replace(config, clip_norm=0.5))
+    assert changed == ["clip_norm: the run has 1.0, you asked for 0.5"]
 
 
 def test_changed_data_are_refused(finished, tmp_path):

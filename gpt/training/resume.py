@@ -2,11 +2,13 @@
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gpt import checkpoint
-from gpt.config import TrainConfig, to_json
+from gpt.config import TrainConfig, from_json, to_json
 from gpt.errors import require
 
 # These change what is printed, kept or where it is computed, never what is learned.
@@ -14,14 +16,15 @@ MAY_CHANGE = {
     "mesh", "grad_accum", "remat", "log_every", "eval_every", "eval_tokens", "sample_every",
     "save_every", "keep", "seq_len",  # which model.context_length repeats
 }  # fmt: skip
+Loaded = TypeVar("Loaded")
 FILES = ("metrics.jsonl", "tokenizer.json", "loss.png")
 
 
 def differences(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     """A line for each setting that differs from the saved ones and may not."""
-    lines = []
+    lines, before = [], flat(to_json(from_json(TrainConfig, saved)))  # a younger field by default
     for name, now in flat(to_json(config)).items():
-        then = flat(saved).get(name)
+        then = before[name]
         if then != now and name.split(".")[0] not in MAY_CHANGE:
             lines.append(f"{name}: the run has {then}, you asked for {now}")
     return lines
@@ -49,6 +52,27 @@ def require_same_run(folder, about: dict[str, Any], config: TrainConfig, fingerp
         f"{folder} holds a run that these settings would change:{listed}\n"
         "Give the run's own settings to continue it, another --out, or --overwrite to start afresh",
     )
+
+
+def newest(
+    folder: Path, load: Callable[[Path, int], Loaded], tell: Callable[[str], None]
+) -> Loaded:
+    """What `load` makes of a run's newest whole checkpoint; `tell` hears of each damaged one."""
+    _, loaded, damaged = checkpoint.latest_good(folder, partial(load, folder))
+    for note in damaged:
+        tell(f"note: {note}; an earlier checkpoint is used")
+    return loaded
+
+
+def load_weights(like, folder: Path, step: int) -> dict[str, Any]:
+    """The field of a training state that another run can start from, placed as `like` says."""
+    return {"params": checkpoint.restore(folder, step, "params", like.params)}
+
+
+def load_state(like, folder: Path, step: int) -> dict[str, Any]:
+    """All fields of a training state, placed as those of `like`."""
+    rest = {"optimizer": like.optimizer, "step": like.step}
+    return load_weights(like, folder, step) | checkpoint.restore(folder, step, "rest", rest)
 
 
 def require_folder(out: Path) -> None:
