@@ -24,7 +24,6 @@ from gpt.config import PRESETS, TrainConfig, to_json
 from gpt.training import corpus, data, shards
 
 SAMPLE_TOKENS = 120
-INTERVALS = ("eval_every", "sample_every", "save_every")
 
 
 @dataclass(frozen=True)
@@ -206,14 +205,14 @@ class Run:
         """Step by step; each one's metrics are looked at when the device has the next."""
         import jax
 
-        last, late = self.config.steps, None
+        c, last, late = self.config, self.config.steps, None
         with contextlib.closing(data.prefetch(self.batch, first, last)) as batches:
             for done, tokens_ABU in enumerate(batches, first + 1):
                 state, metrics = train_step(state, tokens_ABU)
                 if late:
                     self.log.log_train(done - 1, jax.block_until_ready(late))
                 late, ending = metrics, done == last or bool(self.signals.code)
-                if ending or any(self.due(name, done) for name in INTERVALS):
+                if ending or self.due(done, c.eval_every, c.sample_every, c.save_every):
                     self.log.log_train(done, jax.block_until_ready(late))
                     late = None
                     with self.log.pause():
@@ -223,17 +222,18 @@ class Run:
 
     def look_up(self, state, eval_step, done: int, ending: bool) -> None:
         """What is due between two steps: evaluate, show a sample, save."""
-        if self.due("eval_every", done):
+        c = self.config
+        if self.due(done, c.eval_every):
             self.evaluate(state.params, eval_step, done)
-        if self.due("sample_every", done):
+        if self.due(done, c.sample_every):
             self.show_sample(state.params)
-        if ending or self.due("save_every", done):
+        if ending or self.due(done, c.save_every):
             self.save(state, done, wait=ending)
 
-    def due(self, interval: str, done: int) -> bool:
-        """Whether an interval of the config, in steps, ends with step `done` or with the run."""
-        length = getattr(self.config, interval)
-        return bool(length) and (done % length == 0 or done == self.config.steps)
+    def due(self, done: int, *intervals: int) -> bool:
+        """Whether an interval, in steps, ends with step `done` or with the run; 0 never does."""
+        last = done == self.config.steps
+        return any(length and (last or done % length == 0) for length in intervals)
 
     def batch(self, index: int):
         """The batch of step `index` on its devices, [grad_accum, rows, T+1] int32."""

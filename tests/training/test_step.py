@@ -1,6 +1,7 @@
 """One training step: loss, gradients, accumulation, donation, what learns and what decays."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -136,7 +137,7 @@ def test_schedule_warms_up_and_ends_at_the_minimum():
     config = dataclasses.replace(CONFIG, steps=100, warmup_steps=10)
     rates = [float(optim.make_schedule(config)(i)) for i in range(101)]
     assert 0 < rates[0] < rates[5] < rates[10] == pytest.approx(1e-3)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert rates[55] == pytest.approx((1e-3 + 1e-4) / 2)
     assert rates[100] == pytest.approx(1e-4)
 
