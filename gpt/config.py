@@ -233,12 +233,18 @@ def gpt2(n_layers: int, n_heads: int, d_model: int) -> TrainConfig:
 
 PRESETS = {
     "tiny": TrainConfig(
-        model=ModelConfig(4096, context_length=256, n_layers=4, n_heads=4, d_model=128),
+        model=ModelConfig(
+            4096, context_length=256, n_layers=4, n_heads=4, d_model=128, init_std=0.06
+        ),
         tokenizer="bpe",
+        steps=1500,
+        batch_size=8,
+        learning_rate=3e-3,
+        min_learning_rate=3e-4,
     ),
     "shakespeare-char": TrainConfig(
         model=ModelConfig(
-            128, context_length=64, n_layers=4, n_heads=4, d_model=128, bias=False, init_std=0.04
+            128, context_length=64, n_layers=4, n_heads=4, d_model=128, bias=False, init_std=0.06
         ),
         tokenizer="char",
         batch_size=12,

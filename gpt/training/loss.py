@@ -12,6 +12,7 @@ from gpt.config import ModelConfig
 from gpt.model import transformer
 
 CHUNK_ROWS = 16_384  # most vocabulary rows at once
+KEPT_LOGITS = 2**24  # most logits of a single chunk kept for the backward pass, not computed again
 
 
 def count_chunks(rows: int) -> int:
@@ -29,7 +30,6 @@ def token_losses(config: ModelConfig, params: dict, x_MD: jax.Array, target_M: j
     # Strided chunks (c, c+n, c+2n, ...): a table sharded by rows then needs no communication.
     chunks = table_VD.reshape(-1, n, table_VD.shape[1]).swapaxes(0, 1)
 
-    @jax.checkpoint
     def add_chunk(sums, chunk):
         """Running max, sum of exp and target logit (online softmax, Milakov & Gimelshein 2018)."""
         top_M, total_M, hit_M = sums
@@ -43,6 +43,8 @@ def token_losses(config: ModelConfig, params: dict, x_MD: jax.Array, target_M: j
         logit_M = jnp.take_along_axis(logits_MC, place_M[:, None], axis=-1)[:, 0]
         return (new_M, total_M, hit_M + jnp.where(mine_M, logit_M, 0)), None
 
+    if n > 1 or len(x_MD) * len(table_VD) > KEPT_LOGITS:
+        add_chunk = jax.checkpoint(add_chunk)
     zero_M = jnp.zeros(len(x_MD), jnp.float32)
     start = (zero_M + transformer.MASKED, zero_M, zero_M)
     (top_M, total_M, hit_M), _ = jax.lax.scan(add_chunk, start, (chunks, jnp.arange(n)))
