@@ -49,10 +49,10 @@ demo: setup
 	@$(BIN)/python -m gpt.bench runs/tiny
 
 test: setup
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-all: setup
-	@$(BIN)/python -m pytest -q -m "not parity"
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not parity"
 
 test-parity: $(PARITY_VENV)/ready
 	@$(PARITY_VENV)/bin/python -m pytest -q -m parity

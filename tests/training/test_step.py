@@ -60,7 +60,8 @@ def test_full_logits_never_exist():
 
 
 def test_loss_at_initialisation_is_that_of_a_uniform_guess():
-    _, metrics = step.train_step(CONFIG, step.fresh_state(CONFIG), batch(CONFIG))
+    state, train, _ = start(CONFIG)
+    _, metrics = train(state, batch(CONFIG))
     assert float(metrics["loss"]) == pytest.approx(math.log(300), abs=0.05)
 
 
