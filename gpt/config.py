@@ -237,7 +237,7 @@ PRESETS = {
             4096, context_length=256, n_layers=4, n_heads=4, d_model=128, init_std=0.06
         ),
         tokenizer="bpe",
-        steps=1500,
+        steps=1200,
         batch_size=8,
         learning_rate=3e-3,
         min_learning_rate=3e-4,
