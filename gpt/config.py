@@ -7,9 +7,16 @@ from typing import Any, Literal
 
 from tyro.conf import Suppress
 
-from gpt.errors import UserError, require
+from gpt.errors import UserError, above_zero, fraction, not_negative, positive, require
 
 Dtype = Literal["float32", "bfloat16"]
+Positions = Literal["learned", "sinusoidal", "rope", "none"]
+Norm = Literal["layer", "rms"]
+NormPlace = Literal["pre", "post"]
+Mlp = Literal["relu", "gelu", "gelu_tanh", "relu2", "swiglu"]
+Optimizer = Literal["adamw", "muon"]
+Schedule = Literal["cosine", "linear", "wsd"]
+Weights = Literal["ema", "raw"]  # the average over the run, or the weights as they are
 VOCAB_MULTIPLE = 128  # accelerators tile by 128, and sharded tables need a divisor
 
 
@@ -28,10 +35,41 @@ class ModelConfig:
     """Key/value heads per block; must divide n_heads (default: n_heads)."""
     d_model: int = 128
     """Width of the residual stream."""
+    d_head: int | None = None
+    """Width of one head (default: d_model / n_heads)."""
     d_ff: int | None = None
     """Width of the MLP (default: 4 x d_model)."""
+    positions: Positions = "learned"
+    """How a token's place is told: a learned table or the waves of Vaswani et al. 2017 are added,
+    rope turns queries and keys (Su et al. 2021), none leaves it to the mask. Text longer than the
+    context is refused by all: a table has no entry there, and what the others extrapolate is
+    defined but was never trained (Press et al. 2022)."""
+    rope_theta: float = 10_000.0
+    """RoPE: base of the wavelengths."""
+    norm: Norm = "layer"
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019)."""
+    norm_place: NormPlace = "pre"
+    """pre: before each sublayer and at the end (GPT-2); post: after each sum (Vaswani et al.)."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance before its root is taken."""
+    mlp: Mlp = "gelu_tanh"
+    """Activation of the MLP; swiglu has a third matrix, its gate (Shazeer 2020)."""
+    qk_norm: bool = False
+    """Normalise each head's queries and keys, before RoPE (Dehghani et al. 2023)."""
+    logit_softcap: float = 0.0
+    """Squash logits into (-cap, cap) by tanh (Gemma 2); 0: not."""
+    tied: bool = True
+    """Use the embedding table as the head."""
     bias: bool = True
-    """Biases in the linear layers and in LayerNorm."""
+    """Biases everywhere, unless one of the four below says otherwise."""
+    norm_bias: bool | None = None
+    """Biases of the norms (default: bias)."""
+    qkv_bias: bool | None = None
+    """Biases of the query, key and value projections (default: bias)."""
+    out_bias: bool | None = None
+    """Bias of the attention's output projection (default: bias)."""
+    mlp_bias: bool | None = None
+    """Biases of the MLP (default: bias)."""
     init_std: float = 0.02
     """Standard deviation of fresh weights (GPT-2: 0.02; narrow models learn faster from more)."""
     dropout: float = 0.0
@@ -46,13 +84,17 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("vocab_size", "context_length", "n_layers", "n_heads", "d_model"):
             positive(f"model.{name}", getattr(self, name))
-        for name in ("n_kv_heads", "d_ff"):
-            if getattr(self, name) is not None:
-                positive(f"model.{name}", getattr(self, name))
+        for name in ("n_kv_heads", "d_head", "d_ff"):
+            positive(f"model.{name}", 1 if getattr(self, name) is None else getattr(self, name))
+        for name in ("rope_theta", "norm_epsilon"):
+            above_zero(f"model.{name}", getattr(self, name))
+        for name in ("logit_softcap", "init_std"):
+            not_negative(f"model.{name}", getattr(self, name))
+        fraction("model.dropout", self.dropout)
         require(
-            self.d_model % self.n_heads == 0,
+            self.d_head is not None or self.d_model % self.n_heads == 0,
             f"model.d_model {self.d_model} is not divisible by model.n_heads {self.n_heads}: "
-            "every head needs the same whole width",
+            "every head needs the same whole width; or give --model.d-head",
         )
         require(
             self.n_heads % self.kv_heads == 0,
@@ -60,11 +102,12 @@ class ModelConfig:
             "every key/value head serves the same number of query heads",
         )
         require(
-            0 <= self.init_std < math.inf,
-            f"model.init_std is {self.init_std}: expected zero or more",
+            self.positions != "rope" or self.head_width % 2 == 0,
+            f"heads of width {self.head_width} cannot be turned in pairs: rope needs an even width",
         )
         require(
-            0 <= self.dropout < 1, f"model.dropout is {self.dropout}: expected 0 <= dropout < 1"
+            self.positions != "sinusoidal" or self.d_model % 2 == 0,
+            f"model.d_model is {self.d_model}: sinusoidal positions need an even width",
         )
 
     @property
@@ -75,12 +118,18 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         """Width of one head, H."""
-        return self.d_model // self.n_heads
+        return self.d_head or self.d_model // self.n_heads
 
     @property
     def ff_width(self) -> int:
         """Width of the MLP, F."""
         return self.d_ff or 4 * self.d_model
+
+    def biased(self, part: str) -> bool:
+        """Whether a part ("norm", "qkv", "out" or "mlp") has biases."""
+        parts = {"norm": self.norm_bias, "qkv": self.qkv_bias, "out": self.out_bias}
+        own = (parts | {"mlp": self.mlp_bias})[part]
+        return self.bias if own is None else own
 
     @property
     def padded_vocab(self) -> int:
@@ -144,6 +193,22 @@ class TrainConfig:
     """AdamW: decay of the second moment."""
     weight_decay: float = 0.1
     """AdamW: decoupled decay, on matrices and embeddings alone."""
+    optimizer: Optimizer = "adamw"
+    """adamw for all weights, or muon (Jordan et al. 2024) for the blocks' matrices and adamw for
+    the rest."""
+    muon_learning_rate: float = 0.02
+    """Muon: peak learning rate of the matrices it updates; follows the same schedule."""
+    schedule: Schedule = "cosine"
+    """After the warm-up. cosine or linear: down to the minimum over all steps; wsd: constant, then
+    linear to the minimum over the last decay_fraction of the steps."""
+    decay_fraction: float = 0.2
+    """wsd: share of the steps in which the learning rate falls."""
+    label_smoothing: float = 0.0
+    """Share of each target spread evenly over the vocabulary (Szegedy et al. 2016)."""
+    z_loss: float = 0.0
+    """Weight of log(sum of exp(logits)) squared in the loss (PaLM, section 5)."""
+    ema_decay: float = 0.0
+    """Decay a step of an average of the weights, kept beside them; 0: none is kept."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     remat: bool = True
@@ -168,18 +233,17 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "batch_size", "grad_accum", "log_every", "eval_every", "save_every"):
             positive(name, getattr(self, name))
-        positive("keep", self.keep)
-        positive("vocab_size", self.vocab_size)
+        for name in ("keep", "vocab_size"):
+            positive(name, getattr(self, name))
         for name in ("warmup_steps", "eval_tokens", "sample_every", "weight_decay", "clip_norm"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"{name} is {value}: expected zero or more")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"{name} is {value}: expected 0 <= {name} < 1")
-        require(
-            0 < self.learning_rate < math.inf,
-            f"learning_rate is {self.learning_rate}: expected a positive number",
-        )
+            not_negative(name, getattr(self, name))
+        not_negative("z_loss", self.z_loss)
+        for name in ("beta1", "beta2", "label_smoothing", "ema_decay"):
+            fraction(name, getattr(self, name))
+        for name in ("learning_rate", "muon_learning_rate"):
+            above_zero(name, getattr(self, name))
+        share = self.decay_fraction
+        require(0 < share <= 1, f"decay_fraction is {share}: expected 0 < decay_fraction <= 1")
         require(
             0 <= self.min_learning_rate <= self.learning_rate,
             f"min_learning_rate is {self.min_learning_rate}: expected between 0 and "
@@ -197,64 +261,14 @@ class TrainConfig:
             object.__setattr__(self, "model", model)  # a position never trained would be noise
 
     @property
+    def decay_start(self) -> int:
+        """wsd: the step from which on the learning rate falls."""
+        return self.steps - max(1, round(self.steps * self.decay_fraction))
+
+    @property
     def window(self) -> int:
         """Tokens in a training sequence, T."""
         return self.seq_len or self.model.context_length
-
-
-def positive(name: str, value: int) -> None:
-    """Raise UserError unless `value` is at least 1."""
-    require(value >= 1, f"{name} is {value}: expected at least 1")
-
-
-def preset(name: str) -> TrainConfig:
-    """The named preset, or UserError with the list of names."""
-    require(name in PRESETS, f"no preset named {name!r}: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def gpt2(n_layers: int, n_heads: int, d_model: int) -> TrainConfig:
-    """GPT-2 (Radford et al. 2019, Table 2) with the schedule of the 124M reproduction."""
-    shape = ModelConfig(50257, 1024, n_layers, n_heads, d_model=d_model)
-    return TrainConfig(
-        model=shape,
-        tokenizer="gpt2",
-        steps=19_000,
-        batch_size=512,
-        grad_accum=32,
-        learning_rate=6e-4,
-        min_learning_rate=6e-5,
-        warmup_steps=700,
-        beta2=0.95,
-        sample_every=1000,
-        save_every=1000,
-    )
-
-
-PRESETS = {
-    "tiny": TrainConfig(
-        model=ModelConfig(
-            4096, context_length=256, n_layers=4, n_heads=4, d_model=128, init_std=0.06
-        ),
-        tokenizer="bpe",
-        steps=1200,
-        batch_size=8,
-        learning_rate=3e-3,
-        min_learning_rate=3e-4,
-    ),
-    "shakespeare-char": TrainConfig(
-        model=ModelConfig(
-            128, context_length=64, n_layers=4, n_heads=4, d_model=128, bias=False, init_std=0.06
-        ),
-        tokenizer="char",
-        batch_size=12,
-        eval_tokens=0,
-    ),
-    "gpt2": gpt2(12, 12, 768),
-    "gpt2-medium": gpt2(24, 16, 1024),
-    "gpt2-large": gpt2(36, 20, 1280),
-    "gpt2-xl": gpt2(48, 25, 1600),
-}
 
 
 def to_json(config: ModelConfig | TrainConfig) -> dict[str, Any]:

@@ -13,23 +13,35 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 def block_matrices(c: ModelConfig) -> int:
     """Entries of one block's weight matrices."""
     attention = 2 * c.d_model * c.head_width * (c.n_heads + c.kv_heads)
-    return attention + 2 * c.d_model * c.ff_width
+    return attention + (3 if c.mlp == "swiglu" else 2) * c.d_model * c.ff_width
+
+
+def norm_vectors(c: ModelConfig, width: int) -> int:
+    """Entries of one norm over `width`."""
+    return width * (2 if c.biased("norm") else 1)
 
 
 def block_vectors(c: ModelConfig) -> int:
     """Entries of one block's norms and biases."""
-    norms = 2 * c.d_model
-    if not c.bias:
-        return norms
-    heads = c.head_width * (c.n_heads + 2 * c.kv_heads) + c.d_model
-    return norms + 2 * c.d_model + heads + c.ff_width + c.d_model
+    norms = 2 * norm_vectors(c, c.d_model)
+    norms += 2 * norm_vectors(c, c.head_width) if c.qk_norm else 0
+    qkv = c.head_width * (c.n_heads + 2 * c.kv_heads) if c.biased("qkv") else 0
+    inner = (2 if c.mlp == "swiglu" else 1) * c.ff_width
+    mlp = inner + c.d_model if c.biased("mlp") else 0
+    return norms + qkv + mlp + (c.d_model if c.biased("out") else 0)
+
+
+def table_rows(c: ModelConfig) -> int:
+    """Rows of width d_model in the tables: embedding, an untied head, learned positions."""
+    positions = c.context_length if c.positions == "learned" else 0
+    return c.vocab_size * (1 if c.tied else 2) + positions
 
 
 def parameters(c: ModelConfig) -> int:
-    """Weights of the model, vocabulary padding left out, the tied head counted once."""
-    tables = (c.vocab_size + c.context_length) * c.d_model
-    final_norm = c.d_model * (2 if c.bias else 1)
-    return tables + c.n_layers * (block_matrices(c) + block_vectors(c)) + final_norm
+    """Weights of the model, vocabulary padding left out, a tied head counted once."""
+    final_norm = norm_vectors(c, c.d_model) if c.norm_place == "pre" else 0
+    blocks = c.n_layers * (block_matrices(c) + block_vectors(c))
+    return table_rows(c) * c.d_model + blocks + final_norm
 
 
 def forward_flops(c: ModelConfig, n_tokens: int, n_before: int = 0, n_heads_out: int = 0) -> int:
@@ -52,7 +64,7 @@ def train_flops_per_token(c: ModelConfig) -> float:
 
 def weight_bytes(c: ModelConfig, dtype: str | None = None) -> int:
     """Bytes of all weights as stored, vocabulary padding included."""
-    padding = (c.padded_vocab - c.vocab_size) * c.d_model
+    padding = (c.padded_vocab - c.vocab_size) * c.d_model * (1 if c.tied else 2)
     return (parameters(c) + padding) * ITEM_BYTES[dtype or c.param_dtype]
 
 
@@ -64,7 +76,9 @@ def cache_bytes(c: ModelConfig, batch: int, slots: int) -> int:
 
 def decode_bytes(c: ModelConfig, batch: int, slots: int) -> int:
     """Bytes one decode step must move: every weight once, the cache of `slots` positions once, one
-    new position written. Of the position table only `batch` rows are read."""
-    tables = (c.context_length - min(batch, c.context_length)) * c.d_model
-    weights = weight_bytes(c) - tables * ITEM_BYTES[c.param_dtype]
+    new position written. Of tables that are only looked up in, `batch` rows are read."""
+    looked_up = [c.context_length] if c.positions == "learned" else []
+    looked_up += [] if c.tied else [c.padded_vocab]
+    unread = sum(rows - min(batch, rows) for rows in looked_up) * c.d_model
+    weights = weight_bytes(c) - unread * ITEM_BYTES[c.param_dtype]
     return weights + cache_bytes(c, batch, slots) + cache_bytes(c, batch, 1)

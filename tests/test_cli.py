@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt import cli
-from gpt.config import PRESETS, TrainConfig, preset
+from gpt.config import TrainConfig
 from gpt.errors import UserError
+from gpt.presets import PRESETS, preset
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt.config import PRESETS, MeshConfig, ModelConfig, TrainConfig, from_json, preset, to_json
+from gpt.config import MeshConfig, ModelConfig, TrainConfig, from_json, to_json
 from gpt.errors import UserError
+from gpt.presets import PRESETS, preset
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from gpt import cost
-from gpt.config import PRESETS, ModelConfig
+from gpt.config import ModelConfig
 from gpt.model import cache, transformer
+from gpt.presets import PRESETS
 
 SMALL = ModelConfig(300, context_length=64, n_layers=3, n_heads=4, d_model=64)
 VARIANTS = {

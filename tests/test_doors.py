@@ -14,6 +14,7 @@ FLOORS = {
     "config": 1,
     "stopwatch": 1,
     "digest": 1,
+    "presets": 2,
     "tokenizer": 2,
     "sharding": 2,
     "cost": 2,

@@ -15,8 +15,9 @@ from pathlib import Path
 import tyro
 
 from gpt import cli
-from gpt.config import Dtype, preset
+from gpt.config import Dtype
 from gpt.errors import require
+from gpt.presets import preset
 
 PROMPT_LENGTHS = (128, 512)
 NEW_TOKENS = 64

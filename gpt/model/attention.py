@@ -1,4 +1,4 @@
-"""Scores, mask, mix: what attention does once queries, keys and values exist.
+"""Attention: projections, scores, mask, mix.
 
 `attend` is handed to the forward pass as an argument, so that a fused kernel or a recorder of
 attention maps enters by the same door as the plain einsums below.
@@ -10,6 +10,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+
+from gpt.config import ModelConfig
+from gpt.model import cache as kv
+from gpt.model.layers import NORMS, biases, linear, normal, plus
+from gpt.model.positions import Place
+from gpt.sharding import constrain
 
 Drop = Callable[[jax.Array], jax.Array]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, Drop], jax.Array]
@@ -48,3 +55,56 @@ def attend(
     weights_BKGTS = drop(jax.nn.softmax(scores_BKGTS, axis=-1)).astype(v_BKSH.dtype)
     mix_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH)
     return mix_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+class Attention(nnx.Module):
+    """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2.2).
+
+    Fewer key/value heads than query heads: grouped queries (Ainslie et al. 2023).
+    """
+
+    def __init__(self, c: ModelConfig, key: jax.Array):
+        D, N, K, H = c.d_model, c.n_heads, c.kv_heads, c.head_width
+        keys = jax.random.split(key, 4)
+        self.q = normal(keys[0], (D, N, H), ("embed", "heads", None), c.init_std, c.param_dtype)
+        self.k = normal(keys[1], (D, K, H), ("embed", "kv_heads", None), c.init_std, c.param_dtype)
+        self.v = normal(keys[2], (D, K, H), ("embed", "kv_heads", None), c.init_std, c.param_dtype)
+        std = c.init_std / math.sqrt(2 * c.n_layers)
+        self.o = normal(keys[3], (N, H, D), ("heads", None, "embed"), std, c.param_dtype)
+        bias = biases(c, "qkv")
+        self.q_bias = bias((N, H), ("heads", None))
+        self.k_bias = bias((K, H), ("kv_heads", None))
+        self.v_bias = bias((K, H), ("kv_heads", None))
+        self.o_bias = biases(c, "out")((D,), (None,))
+        self.q_norm = NORMS[c.norm](c, H) if c.qk_norm else None
+        self.k_norm = NORMS[c.norm](c, H) if c.qk_norm else None
+
+    def project(self, x_BTD: jax.Array):
+        """q_BTNH, k_BTKH, v_BTKH; queries and keys normalised where the model does so."""
+        B, T, D = x_BTD.shape
+        x_MD = x_BTD.reshape(B * T, D)
+        pairs = (self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias)
+        q, k, v = (linear(x_MD, *pair).reshape(B, T, *pair[0].shape[1:]) for pair in pairs)
+        if self.q_norm is None:
+            return q, k, v
+        return self.q_norm(q), self.k_norm(k), v
+
+    def merge(self, mix_BTNH: jax.Array) -> jax.Array:
+        """The heads' results back in the residual stream, [B, T, D].
+
+        One axis contracted: contracting two would transpose the weight at each call.
+        """
+        B, T, N, H = mix_BTNH.shape
+        matrix = self.o[...].astype(mix_BTNH.dtype).reshape(N * H, -1)
+        y_MD = mix_BTNH.reshape(B * T, N * H) @ matrix
+        return plus(y_MD, self.o_bias).reshape(B, T, -1)
+
+    def __call__(self, x_BTD, past, place: Place, attend: Attend, drop: Drop):
+        """Mixed values, and the layer's keys and values up to here (None where none are kept)."""
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
+        q_BTNH = constrain(place.rotate(q_BTNH), "batch", None, "heads", None)
+        now = place.rotate(k_BTKH).swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+        if past is not None:
+            now = past = kv.remember(past, now, place.pos_BT)
+        k_BKSH, v_BKSH = (a.astype(q_BTNH.dtype) for a in now)
+        return self.merge(attend(q_BTNH, k_BKSH, v_BKSH, place.pos_BT, drop)), past

@@ -19,23 +19,58 @@ from flax import nnx
 
 from gpt.config import ModelConfig
 from gpt.model import cache as kv
-from gpt.model.attention import MASKED, Attend, attend
-from gpt.model.layers import Block, LayerNorm, drop, normal
+from gpt.model.attention import MASKED, Attend, Attention, attend
+from gpt.model.layers import NORMS, drop, make_mlp, normal
+from gpt.model.positions import ADD, Place, find_place
 from gpt.sharding import constrain
+
+
+class Block(nnx.Module):
+    """Attention, then the MLP, each added to the residual stream after its own norm (GPT-2)."""
+
+    def __init__(self, c: ModelConfig, key: jax.Array):
+        keys, norm = jax.random.split(key), NORMS[c.norm]
+        self.dropout = c.dropout
+        self.attention_norm, self.attention = norm(c, c.d_model), Attention(c, keys[0])
+        self.mlp_norm, self.mlp = norm(c, c.d_model), make_mlp(c, keys[1])
+
+    def __call__(self, x_BTD, past, key_B, place: Place, attend: Attend):
+        drops = [functools.partial(drop, key_B, self.dropout, i) for i in range(3)]
+        y_BTD, past = self.attention(self.attention_norm(x_BTD), past, place, attend, drops[0])
+        x_BTD = constrain(x_BTD + drops[1](y_BTD), "batch", None, None)
+        x_BTD = x_BTD + drops[2](self.mlp(self.mlp_norm(x_BTD)))
+        return constrain(x_BTD, "batch", None, None), past
+
+
+class PostNormBlock(Block):
+    """The norm after each sum (Vaswani et al. 2017, section 3.1)."""
+
+    def __call__(self, x_BTD, past, key_B, place: Place, attend: Attend):
+        drops = [functools.partial(drop, key_B, self.dropout, i) for i in range(3)]
+        y_BTD, past = self.attention(x_BTD, past, place, attend, drops[0])
+        x_BTD = constrain(self.attention_norm(x_BTD + drops[1](y_BTD)), "batch", None, None)
+        x_BTD = self.mlp_norm(x_BTD + drops[2](self.mlp(x_BTD)))
+        return constrain(x_BTD, "batch", None, None), past
+
+
+BLOCKS = {"pre": Block, "post": PostNormBlock}
 
 
 class GPT(nnx.Module):
     """Every weight of the model, declared."""
 
     def __init__(self, c: ModelConfig, key: jax.Array, stacked: bool = True):
-        keys = jax.random.split(key, 3)
+        keys = jax.random.split(key, 4)
         D, V, S = c.d_model, c.padded_vocab, c.context_length
-        self.tokens = normal(keys[0], (V, D), ("vocab", "embed"), c.init_std, c.param_dtype)
-        self.positions = normal(keys[1], (S, D), (None, "embed"), c.init_std, c.param_dtype)
+        table = functools.partial(normal, std=c.init_std, dtype=c.param_dtype)
+        self.tokens = table(keys[0], (V, D), ("vocab", "embed"))
+        learned = c.positions == "learned"
+        self.positions = table(keys[1], (S, D), (None, "embed")) if learned else None
         blocks = jax.random.split(keys[2], c.n_layers)
-        block = functools.partial(Block, c)
+        block = functools.partial(BLOCKS[c.norm_place], c)
         self.blocks = jax.vmap(block)(blocks) if stacked else nnx.List(map(block, blocks))
-        self.final_norm = LayerNorm(c)
+        self.final_norm = NORMS[c.norm](c, D) if c.norm_place == "pre" else None
+        self.head = None if c.tied else table(keys[3], (V, D), ("vocab", "embed"))
 
 
 def init(config: ModelConfig, key: jax.Array) -> dict:
@@ -122,15 +157,17 @@ def hidden(
     x_BTD = embed(config, model, tokens_BT, pos_BT)
     x_BTD = drop(key_B, config.dropout, 3, x_BTD)
 
+    place = find_place(config, pos_BT, T)
+
     def layer(x, block, past, key_B):
-        return block(x, past, key_B, pos_BT, attend, config.dropout)
+        return block(x, past, key_B, place, attend)
 
     pasts = None if cache is None else list(zip(cache.k, cache.v, strict=True))
     x_BTD, pasts = fold(layer, x_BTD, model.blocks, pasts, keys_LB, remat)
     if cache is not None:
         k, v = zip(*pasts, strict=True)
         cache = replace(cache, k=k, v=v)
-    return model.final_norm(x_BTD), cache
+    return x_BTD if model.final_norm is None else model.final_norm(x_BTD), cache
 
 
 def split_rows(key_B: jax.Array, n: int) -> jax.Array:
@@ -139,24 +176,26 @@ def split_rows(key_B: jax.Array, n: int) -> jax.Array:
 
 
 def embed(config: ModelConfig, model: GPT, tokens_BT: jax.Array, pos_BT) -> jax.Array:
-    """Token plus learned position embeddings, x_BTD in the compute type."""
+    """Token embeddings, and positions where they are added; x_BTD in the compute type."""
     # Gathered over fsdp first: else the partitioner rebuilds the whole table on every device.
     table_VD = constrain(model.tokens[...], "vocab", None)
-    T = tokens_BT.shape[1]
-    positions = model.positions[:T] if pos_BT is None else model.positions[pos_BT]
-    x_BTD = (table_VD[tokens_BT] + positions).astype(config.compute_dtype or "float32")
-    return constrain(x_BTD, "batch", None, None)
+    pos = jnp.arange(tokens_BT.shape[1]) if pos_BT is None else pos_BT
+    learned = None if model.positions is None else model.positions[...]
+    x_BTD = ADD[config.positions](config, table_VD[tokens_BT], pos, learned)
+    return constrain(x_BTD.astype(config.compute_dtype or "float32"), "batch", None, None)
 
 
 def unembed_rows(config: ModelConfig, x_MD: jax.Array, rows_CD: jax.Array, ids_C) -> jax.Array:
     """float32 logits of the vocabulary rows `ids_C`; padding rows get a logit no softmax sees."""
     rows_CD = rows_CD.astype(x_MD.dtype)
     logits_MC = jnp.einsum("MD,CD->MC", x_MD, rows_CD, preferred_element_type=jnp.float32)
+    if config.logit_softcap:
+        logits_MC = config.logit_softcap * jnp.tanh(logits_MC / config.logit_softcap)
     return jnp.where(ids_C < config.vocab_size, logits_MC, MASKED)
 
 
 def unembed(config: ModelConfig, params: dict, x: jax.Array) -> jax.Array:
-    """float32 logits [..., V] of hidden states [..., D]; the head is tied to the embedding."""
+    """float32 logits [..., V] of hidden states [..., D]."""
     rows = x.reshape(-1, x.shape[-1])
     table_VD = head_table(params)
     logits = unembed_rows(config, rows, table_VD, jnp.arange(len(table_VD)))
@@ -165,8 +204,8 @@ def unembed(config: ModelConfig, params: dict, x: jax.Array) -> jax.Array:
 
 
 def head_table(params: dict) -> jax.Array:
-    """The head's table, [padded V, D]: the token embedding itself."""
-    return params["tokens"]
+    """The head's table, [padded V, D]: the token embedding itself where they are tied."""
+    return params.get("head", params["tokens"])
 
 
 def forward(config: ModelConfig, params: dict, tokens_BT: jax.Array, **options) -> jax.Array:
@@ -176,5 +215,6 @@ def forward(config: ModelConfig, params: dict, tokens_BT: jax.Array, **options) 
 
 def count_parameters(config: ModelConfig) -> int:
     """Weights of the model, vocabulary padding left out."""
-    padding = (config.padded_vocab - config.vocab_size) * config.d_model
+    tables = 1 if config.tied else 2
+    padding = (config.padded_vocab - config.vocab_size) * config.d_model * tables
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config))) - padding

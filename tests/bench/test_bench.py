@@ -10,9 +10,10 @@ import pytest
 from gpt import cost
 from gpt.bench import __main__ as bench
 from gpt.bench import measure, probe
-from gpt.config import PRESETS, ModelConfig
+from gpt.config import ModelConfig
 from gpt.errors import UserError
 from gpt.model import transformer
+from gpt.presets import PRESETS
 from gpt.sampling import engine, generate
 from gpt.stopwatch import compilations
 

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt.config import PRESETS, ModelConfig
+from gpt.config import ModelConfig
 from gpt.model import attention, transformer
+from gpt.presets import PRESETS
 
 here = Path(__file__).parent
-module = importlib.util.spec_from_file_location("numpy_gpt2", here / "numpy_gpt2.py")
-numpy_gpt2 = importlib.util.module_from_spec(module)
-module.loader.exec_module(numpy_gpt2)
+module = importlib.util.spec_from_file_location("numpy_transformer", here / "numpy_transformer.py")
+numpy_transformer = importlib.util.module_from_spec(module)
+module.loader.exec_module(numpy_transformer)
 
 SMALL = ModelConfig(300, context_length=24, n_layers=3, n_heads=4, d_model=32)
 
@@ -41,7 +42,7 @@ def test_forward_equals_numpy(bias, n_kv_heads):
     logits = np.asarray(transformer.forward(config, params, ids))
     exact = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     for row in range(len(ids)):
-        oracle = numpy_gpt2.forward(exact, ids[row], config.vocab_size)
+        oracle = numpy_transformer.forward(exact, ids[row], config)
         assert np.abs(logits[row] - oracle).max() < 1e-5 * max(1, np.abs(oracle).max())
 
 
