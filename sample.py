@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from gpt import cli
-from gpt.config import Dtype
+from gpt.config import Dtype, Weights
 from gpt.errors import require
 from gpt.sampling.settings import Settings
 
@@ -36,6 +36,8 @@ class Command:
     """Take the checkpoint of this step (default: the newest)."""
     dtype: Dtype | None = None
     """Type of the computation (default: float32 on CPU, bfloat16 on accelerators)."""
+    weights: Weights | None = None
+    """The average over the run or the last weights (default: the average where one is kept)."""
     score: str | None = None
     """Do not sample: print how likely this text is, token by token."""
     check: bool = False
@@ -61,7 +63,11 @@ def main(argv: list[str]) -> int:
     cli.prepare_jax()
     from gpt.sampling.language_model import load
 
-    model = load(command.checkpoint, command.step, command.dtype)
+    model = load(command.checkpoint, command.step, command.dtype, command.weights)
+    if model.weights == "ema":
+        print(
+            "note: these are the averaged weights; --weights raw for the last ones", file=sys.stderr
+        )
     for note in model.notes:
         print(f"note: {note}; using step {model.step}", file=sys.stderr)
     if command.check:

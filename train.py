@@ -20,7 +20,8 @@ import tyro
 
 from gpt import cli
 from gpt import tokenizer as tokenizers
-from gpt.config import PRESETS, TrainConfig, to_json
+from gpt.config import TrainConfig, to_json
+from gpt.presets import PRESETS
 from gpt.training import corpus, data, shards
 
 SAMPLE_TOKENS = 120
@@ -224,9 +225,9 @@ class Run:
         """What is due between two steps: evaluate, show a sample, save."""
         c = self.config
         if self.due(done, c.eval_every):
-            self.evaluate(state.params, eval_step, done)
+            self.evaluate(state.average or state.params, eval_step, done)
         if self.due(done, c.sample_every):
-            self.show_sample(state.params)
+            self.show_sample(state.average or state.params)
         if ending or self.due(done, c.save_every):
             self.save(state, done, wait=ending)
 
@@ -273,7 +274,9 @@ class Run:
             "params": state.params,
             "rest": {"optimizer": state.optimizer, "step": state.step},
         }
-        about = describe_run(self.config, self.tokenizer, self.dataset)
+        if state.average:
+            trees["average"] = state.average
+        about = describe_run(self.config, self.tokenizer, self.dataset) | {"step": done}
         self.writer.save(done, trees, about, wait=wait)
 
 

@@ -8,7 +8,7 @@ import jax
 
 from gpt import checkpoint
 from gpt import tokenizer as tokenizers
-from gpt.config import Dtype, ModelConfig, from_json
+from gpt.config import Dtype, ModelConfig, TrainConfig, Weights, from_json
 from gpt.errors import require
 from gpt.model import transformer
 from gpt.sampling import generate, score
@@ -24,6 +24,7 @@ class LanguageModel:
     params: dict = field(repr=False)
     tokenizer: tokenizers.Tokenizer = field(repr=False)
     step: int
+    weights: Weights = "raw"
     notes: list[str] = field(default_factory=list, repr=False)
 
     def generate(self, prompt: str | list[str] = "", **settings) -> Completion | list[Completion]:
@@ -46,11 +47,17 @@ class LanguageModel:
         return score.score(self, text)
 
 
-def load(run: str | Path, step: int | None = None, dtype: Dtype | None = None) -> LanguageModel:
+def load(
+    run: str | Path,
+    step: int | None = None,
+    dtype: Dtype | None = None,
+    weights: Weights | None = None,
+) -> LanguageModel:
     """The model of a run's folder: its newest whole checkpoint, or the one of `step`.
 
     `dtype`: type of the computation (default: float32 on CPU, bfloat16 on accelerators).
-    UserError if there is no checkpoint, or it is damaged.
+    `weights`: "ema", their average over the run, or "raw" (default: the average where one is
+    kept). UserError if there is no checkpoint, it is damaged, or it has no such average.
     """
     require(Path(run).is_dir(), f"no folder {run}: expected a run's folder made by train.py")
     dtype = dtype or platform_dtype()
@@ -58,9 +65,15 @@ def load(run: str | Path, step: int | None = None, dtype: Dtype | None = None) -
     def read(step: int) -> LanguageModel:
         about = checkpoint.read_metadata(run, step)
         config = from_json(ModelConfig, about["model"]).computing_in(dtype)
-        params = checkpoint.restore(run, step, "params", transformer.abstract(config))
+        kept = bool(from_json(TrainConfig, about["train"]).ema_decay)
+        require(kept or weights != "ema", f"{run} keeps no average of its weights: drop --weights")
+        tree = "average" if kept and weights != "raw" else "params"
+        params = checkpoint.restore(run, step, tree, transformer.abstract(config))
         unstacked = jax.jit(transformer.unstack)(params)
-        return LanguageModel(config, unstacked, tokenizers.from_json(about["tokenizer"]), step)
+        letters = tokenizers.from_json(about["tokenizer"])
+        return LanguageModel(
+            config, unstacked, letters, step, "ema" if tree == "average" else "raw"
+        )
 
     if step is not None:
         return read(step)

@@ -8,7 +8,7 @@ is reduced across devices once and not once a chunk.
 import jax
 import jax.numpy as jnp
 
-from gpt.config import ModelConfig
+from gpt.config import ModelConfig, TrainConfig
 from gpt.model import transformer
 
 CHUNK_ROWS = 16_384  # most vocabulary rows at once
@@ -24,15 +24,17 @@ def count_chunks(rows: int) -> int:
 
 
 def token_losses(config: ModelConfig, params: dict, x_MD: jax.Array, target_M: jax.Array):
-    """-log p(target) of each token in nats, loss_M float32, from hidden states."""
+    """Of each token, float32 in nats: -log p(target), the log of the softmax's denominator, and
+    the mean of -log p over the vocabulary."""
     table_VD = transformer.head_table(params)
     n = count_chunks(len(table_VD))
     # Strided chunks (c, c+n, c+2n, ...): a table sharded by rows then needs no communication.
     chunks = table_VD.reshape(-1, n, table_VD.shape[1]).swapaxes(0, 1)
 
     def add_chunk(sums, chunk):
-        """Running max, sum of exp and target logit (online softmax, Milakov & Gimelshein 2018)."""
-        top_M, total_M, hit_M = sums
+        """Running max, sum of exp, target's logit and sum of logits (online softmax, Milakov &
+        Gimelshein 2018)."""
+        top_M, total_M, hit_M, sum_M = sums
         rows_CD, c = chunk
         ids_C = c + n * jnp.arange(len(rows_CD))
         logits_MC = transformer.unembed_rows(config, x_MD, rows_CD, ids_C)
@@ -41,21 +43,40 @@ def token_losses(config: ModelConfig, params: dict, x_MD: jax.Array, target_M: j
         mine_M = target_M % n == c
         place_M = jnp.where(mine_M, target_M // n, 0)
         logit_M = jnp.take_along_axis(logits_MC, place_M[:, None], axis=-1)[:, 0]
-        return (new_M, total_M, hit_M + jnp.where(mine_M, logit_M, 0)), None
+        sum_M += jnp.where(ids_C < config.vocab_size, logits_MC, 0).sum(-1)
+        return (new_M, total_M, hit_M + jnp.where(mine_M, logit_M, 0), sum_M), None
 
     if n > 1 or len(x_MD) * len(table_VD) > KEPT_LOGITS:
         add_chunk = jax.checkpoint(add_chunk)
     zero_M = jnp.zeros(len(x_MD), jnp.float32)
-    start = (zero_M + transformer.MASKED, zero_M, zero_M)
-    (top_M, total_M, hit_M), _ = jax.lax.scan(add_chunk, start, (chunks, jnp.arange(n)))
-    return top_M + jnp.log(total_M) - hit_M
+    start = (zero_M + transformer.MASKED, zero_M, zero_M, zero_M)
+    (top_M, total_M, hit_M, sum_M), _ = jax.lax.scan(add_chunk, start, (chunks, jnp.arange(n)))
+    log_total_M = top_M + jnp.log(total_M)
+    return log_total_M - hit_M, log_total_M, log_total_M - sum_M / config.vocab_size
 
 
 def sequence_losses(
     config: ModelConfig, params: dict, tokens_BU: jax.Array, key_B=None, remat: bool = True
-) -> jax.Array:
-    """Losses [B, T] in nats of predicting tokens 1..T from tokens 0..T-1 (U = T + 1)."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`token_losses`, each [B, T], of predicting tokens 1..T from tokens 0..T-1 (U = T + 1)."""
     inputs_BT, targets_BT = tokens_BU[:, :-1], tokens_BU[:, 1:]
     x_BTD, _ = transformer.hidden(config, params, inputs_BT, key_B=key_B, remat=remat)
-    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    return token_losses(config, params, x_MD, targets_BT.reshape(-1)).reshape(targets_BT.shape)
+    losses = token_losses(config, params, x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.ravel())
+    return tuple(loss_M.reshape(targets_BT.shape) for loss_M in losses)
+
+
+def objective(config: TrainConfig, params: dict, tokens_BU: jax.Array, key_B=None):
+    """What training minimises, a mean over tokens, and the plain cross-entropy in nats.
+
+    (1-e) of the loss on the target plus e of the mean over the vocabulary (label smoothing,
+    Szegedy et al. 2016), plus z log²(sum of exp) (z-loss, Chowdhery et al. 2022, section 5).
+    """
+    loss_BT, log_total_BT, even_BT = sequence_losses(
+        config.model, params, tokens_BU, key_B, config.remat
+    )
+    aim_BT, e = loss_BT, config.label_smoothing
+    if e:
+        aim_BT = (1 - e) * loss_BT + e * even_BT
+    if config.z_loss:
+        aim_BT += config.z_loss * log_total_BT**2
+    return aim_BT.mean(), loss_BT.mean()

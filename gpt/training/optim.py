@@ -1,34 +1,91 @@
-"""The optimizer: schedule, decay mask, clipping, AdamW. Built from a TrainConfig by optax."""
+"""The optimizer: schedules, which weight is updated how, clipping. Built of optax's parts."""
 
 import jax
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from gpt.config import TrainConfig
 
+# Which axes of a block's matrix it sums over, and which it makes; layers are stacked in front.
+MATRICES = {
+    "q": MuonDimensionNumbers((-3,), (-2, -1)),
+    "k": MuonDimensionNumbers((-3,), (-2, -1)),
+    "v": MuonDimensionNumbers((-3,), (-2, -1)),
+    "o": MuonDimensionNumbers((-3, -2), (-1,)),
+    "up": MuonDimensionNumbers((-2,), (-1,)),
+    "gate": MuonDimensionNumbers((-2,), (-1,)),
+    "down": MuonDimensionNumbers((-1,), (-2,)),  # kept as [out, in]
+}
 
-def make_schedule(config: TrainConfig) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, no step at zero, then a cosine to the minimum."""
+
+def after_warmup(config: TrainConfig, peak: float, low: float, steps: int) -> optax.Schedule:
+    """The schedule of the `steps` after the warm-up, from `peak` down to `low`."""
+    if config.schedule == "cosine":
+        return optax.cosine_decay_schedule(peak, steps, low / peak)
+    falling = steps if config.schedule == "linear" else config.steps - config.decay_start
+    falling = min(falling, steps)
+    return optax.linear_schedule(peak, low, falling, steps - falling)
+
+
+def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, no step at zero, then as config.schedule says.
+
+    For another `peak` than config.learning_rate the same shape, scaled.
+    """
+    peak = config.learning_rate if peak is None else peak
+    low = peak * config.min_learning_rate / config.learning_rate
     warmup = min(config.warmup_steps, config.steps - 1)
-    return optax.warmup_cosine_decay_schedule(
-        config.learning_rate / (warmup + 1),
-        config.learning_rate,
-        warmup,
-        config.steps,
-        config.min_learning_rate,
-    )
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    rest = after_warmup(config, peak, low, config.steps - warmup)
+    return optax.join_schedules([rise, rest], [warmup])
+
+
+def name_of(path: tuple) -> str:
+    """A weight's own name, such as `q_bias`: where layers are stacked, its rank tells nothing."""
+    return path[-1].key
 
 
 def decayed(params: dict) -> dict:
-    """True for the weights that decay: matrices and tables, not biases and norms.
-
-    By name: where layers are stacked, a bias has two axes like a matrix.
-    """
+    """True for the weights that decay: matrices and tables, not biases and norms."""
 
     def is_matrix(path, _):
-        name = path[-1].key
-        return not (name.endswith("bias") or name == "scale")
+        return not (name_of(path).endswith("bias") or name_of(path) == "scale")
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def groups(params: dict) -> dict:
+    """Under muon: "muon" for the blocks' matrices, "adamw" for tables, head, norms and biases."""
+
+    def group(path, _):
+        return "muon" if name_of(path) in MATRICES else "adamw"
+
+    return jax.tree_util.tree_map_with_path(group, params)
+
+
+def make_muon(config: TrainConfig) -> optax.GradientTransformation:
+    """Momentum made orthogonal by Newton-Schulz steps (Jordan et al. 2024), layer by layer."""
+
+    def axes(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: MATRICES[name_of(path)], params)
+
+    schedule = make_schedule(config, config.muon_learning_rate)
+    decay = config.weight_decay
+    return muon(schedule, weight_decay=decay, muon_weight_dimension_numbers=axes)
+
+
+def make_adamw(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW with decoupled decay (Loshchilov & Hutter 2019), on matrices and tables alone."""
+    decay, schedule = config.weight_decay, make_schedule(config)
+    return optax.adamw(schedule, b1=config.beta1, b2=config.beta2, weight_decay=decay, mask=decayed)
+
+
+def make_mixed(config: TrainConfig) -> optax.GradientTransformation:
+    """Muon for the blocks' matrices, AdamW for the rest."""
+    return optax.partition({"muon": make_muon(config), "adamw": make_adamw(config)}, groups)
+
+
+OPTIMIZERS = {"adamw": make_adamw, "muon": make_mixed}
 
 
 def clipping(config: TrainConfig) -> optax.GradientTransformation:
@@ -37,12 +94,5 @@ def clipping(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clipping, then AdamW with decoupled decay (Loshchilov & Hutter 2019)."""
-    adamw = optax.adamw(
-        make_schedule(config),
-        b1=config.beta1,
-        b2=config.beta2,
-        weight_decay=config.weight_decay,
-        mask=decayed,
-    )
-    return optax.chain(clipping(config), adamw)
+    """Clipping, then the optimizer of the config."""
+    return optax.chain(clipping(config), OPTIMIZERS[config.optimizer](config))

@@ -6,6 +6,13 @@ from gpt.config import TrainConfig
 MIB = 2**20
 
 
+def optimizer_bytes(config: TrainConfig) -> int:
+    """Bytes of the optimizer's moments: two of each weight; muon keeps one of a block's matrix."""
+    c = config.model
+    spared = c.n_layers * cost.block_matrices(c) if config.optimizer == "muon" else 0
+    return 2 * cost.weight_bytes(c) - spared * cost.ITEM_BYTES[c.param_dtype]
+
+
 def describe(config: TrainConfig, n_devices: int, n_tokens: int) -> list[str]:
     """Lines about the model, the bytes it needs in all and what the run computes.
 
@@ -19,7 +26,11 @@ def describe(config: TrainConfig, n_devices: int, n_tokens: int) -> list[str]:
         f"parameters     {cost.parameters(c):,}",
         f"weights        {weights / MIB:,.1f} MiB in {c.param_dtype}",
         f"gradients      {weights / MIB:,.1f} MiB",
-        f"optimizer      {2 * weights / MIB:,.1f} MiB (two moments)",
+        f"optimizer      {optimizer_bytes(config) / MIB:,.1f} MiB, {config.optimizer}",
+        *(
+            [f"average        {weights / MIB:,.1f} MiB, evaluated and sampled from"]
+            * bool(config.ema_decay)
+        ),
         f"computation    {c.compute_dtype}, {flops / 1e6:,.2f} MFLOP a token to train",
         f"batch          {config.batch_size} x {config.window} = {tokens:,} tokens a step, "
         f"in {config.grad_accum} micro-batch(es), on {n_devices} device(s)",

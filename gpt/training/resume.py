@@ -20,14 +20,22 @@ Loaded = TypeVar("Loaded")
 FILES = ("metrics.jsonl", "tokenizer.json", "loss.png")
 
 
-def differences(saved: dict[str, Any], config: TrainConfig) -> list[str]:
-    """A line for each setting that differs from the saved ones and may not."""
-    lines, before = [], flat(to_json(from_json(TrainConfig, saved)))  # a younger field by default
+def differences(saved: dict[str, Any], config: TrainConfig, done: int) -> list[str]:
+    """A line for each setting that differs from the saved ones and may not after `done` steps."""
+    earlier = from_json(TrainConfig, saved)  # a younger field by default
+    lines, before = [], flat(to_json(earlier))
+    free = MAY_CHANGE | ({"steps"} if same_until(earlier, config, done) else set())
     for name, now in flat(to_json(config)).items():
         then = before[name]
-        if then != now and name.split(".")[0] not in MAY_CHANGE:
+        if then != now and name.split(".")[0] not in free:
             lines.append(f"{name}: the run has {then}, you asked for {now}")
     return lines
+
+
+def same_until(earlier: TrainConfig, later: TrainConfig, done: int) -> bool:
+    """Whether both prescribe the same learning rates for the `done` steps: wsd, not yet falling."""
+    wsd = earlier.schedule == later.schedule == "wsd"
+    return wsd and done <= min(earlier.decay_start, later.decay_start)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -43,7 +51,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def require_same_run(folder, about: dict[str, Any], config: TrainConfig, fingerprint: str) -> None:
     """UserError listing what differs between the run in `folder` and what was asked for."""
-    lines = differences(about["train"], config)
+    lines = differences(about["train"], config, about["step"])
     if about["data"]["fingerprint"] != fingerprint:
         lines.append("data: the run was trained on other text, or the text has changed")
     listed = "".join(f"\n  {line}" for line in lines)
@@ -72,7 +80,10 @@ def load_weights(like, folder: Path, step: int) -> dict[str, Any]:
 def load_state(like, folder: Path, step: int) -> dict[str, Any]:
     """All fields of a training state, placed as those of `like`."""
     rest = {"optimizer": like.optimizer, "step": like.step}
-    return load_weights(like, folder, step) | checkpoint.restore(folder, step, "rest", rest)
+    rest = checkpoint.restore(folder, step, "rest", rest)
+    if like.average:
+        rest["average"] = checkpoint.restore(folder, step, "average", like.average)
+    return load_weights(like, folder, step) | rest
 
 
 def require_folder(out: Path) -> None:

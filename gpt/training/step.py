@@ -13,24 +13,30 @@ from gpt import sharding
 from gpt.config import TrainConfig
 from gpt.errors import require
 from gpt.model import transformer
-from gpt.training.loss import sequence_losses
+from gpt.training.loss import objective, sequence_losses
 from gpt.training.optim import make_optimizer, make_schedule
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step changes: stacked weights, optimizer state, steps done (int32)."""
+    """All that a step changes: stacked weights, optimizer state, steps done (int32).
+
+    `average`: an exponential moving average of the weights; empty where none is kept.
+    """
 
     params: dict
     optimizer: optax.OptState
     step: jax.Array
+    average: dict
 
 
 def fresh_state(config: TrainConfig) -> TrainState:
     """The state before the first step, a function of config.seed alone."""
     params = transformer.init(config.model, jax.random.key(config.seed))
-    return TrainState(params, make_optimizer(config).init(params), jnp.zeros((), jnp.int32))
+    average = jax.tree.map(jnp.copy, params) if config.ema_decay else {}
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(params, make_optimizer(config).init(params), step, average)
 
 
 def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
@@ -68,22 +74,31 @@ def row_keys(seed: int, step: jax.Array, n_rows: int) -> jax.Array:
 
 
 def gradients(config: TrainConfig, params: dict, tokens_ABU: jax.Array, step: jax.Array):
-    """Mean loss in nats a token over all micro-batches A, and its gradient."""
+    """Mean cross-entropy in nats a token over all micro-batches A; the objective's gradient."""
     A, B = tokens_ABU.shape[:2]
     key_AB = row_keys(config.seed, step, A * B).reshape(A, B) if config.model.dropout else None
 
-    def mean_loss(params, tokens_BU, key_B):
-        return sequence_losses(config.model, params, tokens_BU, key_B, config.remat).mean() / A
+    def share(params, tokens_BU, key_B):
+        aim, loss = objective(config, params, tokens_BU, key_B)
+        return aim / A, loss / A
+
+    gradient = jax.value_and_grad(share, has_aux=True)
 
     def micro(total, micro_batch):
-        more = jax.value_and_grad(mean_loss)(params, *micro_batch)
-        return jax.tree.map(jnp.add, total, more), None
+        (_, loss), grads = gradient(params, *micro_batch)
+        return jax.tree.map(jnp.add, total, (loss, grads)), None
 
     if A == 1:
-        key_B = None if key_AB is None else key_AB[0]
-        return jax.value_and_grad(mean_loss)(params, tokens_ABU[0], key_B)
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return jax.lax.scan(micro, (jnp.zeros(()), zeros), (tokens_ABU, key_AB))[0]
+        (_, loss), grads = gradient(params, tokens_ABU[0], None if key_AB is None else key_AB[0])
+        return loss, grads
+    zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(micro, zeros, (tokens_ABU, key_AB))[0]
+
+
+def averaged(config: TrainConfig, average: dict, params: dict, step: jax.Array) -> dict:
+    """The average with `params` mixed in, faster at first: its decay is at most step/(step + 9)."""
+    decay = jnp.minimum(config.ema_decay, step / (step + 9))
+    return jax.tree.map(lambda a, p: a + (1 - decay).astype(a.dtype) * (p - a), average, params)
 
 
 def train_step(config: TrainConfig, state: TrainState, tokens_ABU: jax.Array):
@@ -99,12 +114,13 @@ def train_step(config: TrainConfig, state: TrainState, tokens_ABU: jax.Array):
         "learning_rate": make_schedule(config)(state.step),
     }
     params = optax.apply_updates(state.params, updates)
-    return TrainState(params, optimizer, state.step + 1), metrics
+    average = averaged(config, state.average, params, state.step) if config.ema_decay else {}
+    return TrainState(params, optimizer, state.step + 1, average), metrics
 
 
 def eval_step(config: TrainConfig, params: dict, tokens_BU: jax.Array, weight_BT: jax.Array):
     """Summed loss in nats and summed weight of the targets of a batch [B, T+1]."""
-    losses_BT = sequence_losses(config.model, params, tokens_BU, remat=False)
+    losses_BT, *_ = sequence_losses(config.model, params, tokens_BU, remat=False)
     return jnp.sum(losses_BT * weight_BT), jnp.sum(weight_BT)
 
 

@@ -41,7 +41,7 @@ def test_chunked_loss_equals_full_loss_and_gradient(monkeypatch, rows):
     monkeypatch.setattr(loss, "CHUNK_ROWS", rows)  # 384 padded rows: 8, 4 and 1 chunks
     params = transformer.init(MODEL, jax.random.key(0))
     tokens = jnp.asarray(batch(CONFIG)[0])
-    mine = lambda p: loss.sequence_losses(MODEL, p, tokens).mean()  # noqa: E731
+    mine = lambda p: loss.sequence_losses(MODEL, p, tokens)[0].mean()  # noqa: E731
     full = lambda p: full_losses(MODEL, p, tokens).mean()  # noqa: E731
     (a, ga), (b, gb) = (jax.jit(jax.value_and_grad(f))(params) for f in (mine, full))
     assert abs(a - b) < 1e-5
@@ -122,6 +122,22 @@ def test_evaluation_weighs_and_changes_nothing():
     expected = full_losses(MODEL, state.params, jnp.asarray(tokens)) * weights
     assert float(n) == weights.sum()
     assert float(total) == pytest.approx(float(expected.sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [128, 1000])
+def test_objective_against_its_textbook_form(monkeypatch, rows):
+    """Label smoothing with one-hot targets, z-loss from full logits, padding not in sight."""
+    monkeypatch.setattr(loss, "CHUNK_ROWS", rows)
+    config = dataclasses.replace(CONFIG, label_smoothing=0.1, z_loss=0.01)
+    params = jax.tree.map(lambda a: a * 3, transformer.init(MODEL, jax.random.key(0)))
+    tokens = jnp.asarray(batch(CONFIG)[0])
+    logits = transformer.forward(MODEL, params, tokens[:, :-1])
+    targets = jax.nn.one_hot(tokens[:, 1:], 300) * 0.9 + 0.1 / 300
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    expected = -(targets * logp).sum(-1) + 0.01 * jax.nn.logsumexp(logits, axis=-1) ** 2
+    aim, plain = loss.objective(config, params, tokens)
+    assert float(aim) == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert float(plain) == pytest.approx(float(full_losses(MODEL, params, tokens).mean()), rel=1e-5)
 
 
 def test_only_matrices_decay():
