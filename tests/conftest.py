@@ -20,7 +20,7 @@ for name in ("JAX_COMPILATION_CACHE_DIR", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
-sys.path.append(str(Path(__file__).parent))  # for programs.py
+sys.path.append(str(Path(__file__).parent))  # for programs.py, numpy_transformer.py
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,12 @@
 """Every choice of the config, in combinations that cover each pair of choices at least once."""
 
 import dataclasses
-import importlib.util
 import itertools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_transformer
 import pytest
 
 from gpt import cost
@@ -15,12 +14,6 @@ from gpt.config import ModelConfig
 from gpt.errors import UserError
 from gpt.model import positions, transformer
 from gpt.sampling import check
-
-spec = importlib.util.spec_from_file_location(
-    "numpy_transformer", Path(__file__).parent / "numpy_transformer.py"
-)
-numpy_transformer = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(numpy_transformer)
 
 CHOICES = {
     "mlp": ["relu", "gelu", "gelu_tanh", "relu2", "swiglu"],

@@ -1,23 +1,17 @@
 """The forward pass: against an independent form, causal, initialised as GPT-2 is."""
 
 import dataclasses
-import importlib.util
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_transformer
 import pytest
 
 from gpt.config import ModelConfig
 from gpt.model import attention, transformer
 from gpt.presets import PRESETS
-
-here = Path(__file__).parent
-module = importlib.util.spec_from_file_location("numpy_transformer", here / "numpy_transformer.py")
-numpy_transformer = importlib.util.module_from_spec(module)
-module.loader.exec_module(numpy_transformer)
 
 SMALL = ModelConfig(300, context_length=24, n_layers=3, n_heads=4, d_model=32)
 
