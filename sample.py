@@ -56,10 +56,11 @@ class Command:
 def main(argv: list[str]) -> int:
     """Load the model and do what the flags ask; the exit code."""
     command = cli.parse(Command, argv, program="sample.py", description=__doc__)
-    require(
-        not (command.check and command.score is not None),
-        "--check and --score exclude each other: choose one",
-    )
+    asked = {"--check": command.check, "--score": command.score is not None}
+    asked["--prompt"] = bool(command.prompt)
+    given = [flag for flag, on in asked.items() if on]
+    require(len(given) < 2, f"{' and '.join(given)} exclude each other: choose one")
+    require(not (command.check and command.json), "--check prints no JSON: drop --json")
     cli.prepare_jax()
     from gpt.sampling.language_model import load
 

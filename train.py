@@ -21,6 +21,7 @@ import tyro
 from gpt import cli
 from gpt import tokenizer as tokenizers
 from gpt.config import TrainConfig, to_json
+from gpt.errors import require
 from gpt.presets import PRESETS
 from gpt.training import corpus, data, shards
 
@@ -81,13 +82,13 @@ def train(command: Command, out: Path) -> int:
         return 0
 
     like = step.abstract_state(config, mesh)
-    load = partial(resume.load_state if resuming else resume.load_weights, like)
+    load = partial(resume.load_state if resuming else resume.load_start, like)
     loaded = resume.newest(source, load, console.print) if source else {}
     state = like if resuming else step.make_state(config, mesh)
     state = dataclasses.replace(state, **loaded)
     if command.overwrite:
         resume.remove_run(out)
-    run = Run(out, console, config, mesh, tokenizer, dataset)
+    run = Run(out, console, command.train, config, mesh, tokenizer, dataset)
     first = int(state.step)
     code = run.execute(state, first) if first < config.steps else run.complete()
     console.print(f"sample it      python sample.py {shlex.quote(str(out))} --prompt TEXT")
@@ -96,7 +97,12 @@ def train(command: Command, out: Path) -> int:
 
 def prepare_data(command: Command, about: dict[str, Any] | None, console):
     """The tokenizer, that of an earlier run if there is one, and the text as tokens."""
-    prepared = len(command.data) == 1 and shards.is_prepared(command.data[0])
+    prepared = any(shards.is_prepared(path) for path in command.data)
+    require(
+        not prepared or len(command.data) == 1,
+        "--data holds prepared tokens beside other paths: they stand alone, since text cannot be "
+        "added to them",
+    )
     text = None
     if not prepared:
         text = corpus.read_corpus(command.data) if command.data else corpus.standard_library()
@@ -114,6 +120,11 @@ def prepare_data(command: Command, about: dict[str, Any] | None, console):
     elif prepared and (command.data[0] / "tokenizer.json").exists():
         tokenizer = tokenizers.load(command.data[0] / "tokenizer.json")
     else:
+        require(
+            bool(text) or config.tokenizer != "bpe",
+            f"{command.data[0]} has no tokenizer beside its tokens, and none can be trained on "
+            "them: name the one that made them with --tokenizer",
+        )
         documents = text.documents if text else lambda: ()
         tokenizer = tokenizers.create(config.tokenizer, documents, config.vocab_size)
     if prepared:
@@ -152,10 +163,14 @@ def settle(config: TrainConfig, tokenizer) -> TrainConfig:
     return dataclasses.replace(config, model=model.computing_in(dtype), dtype=dtype)
 
 
-def describe_run(config: TrainConfig, tokenizer, dataset) -> dict[str, Any]:
-    """All that a checkpoint says beside its arrays: it needs nothing else to be used."""
+def describe_run(asked: TrainConfig, config: TrainConfig, tokenizer, dataset) -> dict[str, Any]:
+    """All that a checkpoint says beside its arrays: it needs nothing else to be used.
+
+    Types that were left open in what was `asked` stay open: another machine fills them its way.
+    """
+    model = dataclasses.replace(asked.model, vocab_size=config.model.vocab_size)
     return {
-        "model": to_json(dataclasses.replace(config.model, compute_dtype=None, cache_dtype=None)),
+        "model": to_json(model),
         "train": to_json(config),
         "tokenizer": tokenizers.to_json(tokenizer),
         "data": {"fingerprint": dataset.fingerprint},
@@ -168,6 +183,7 @@ class Run:
 
     out: Path
     console: Any
+    asked: TrainConfig
     config: TrainConfig
     mesh: Any
     tokenizer: tokenizers.Tokenizer
@@ -276,7 +292,7 @@ class Run:
         }
         if state.average:
             trees["average"] = state.average
-        about = describe_run(self.config, self.tokenizer, self.dataset) | {"step": done}
+        about = describe_run(self.asked, self.config, self.tokenizer, self.dataset) | {"step": done}
         self.writer.save(done, trees, about, wait=wait)
 
 

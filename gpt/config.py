@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from tyro.conf import Suppress
 
-from gpt.errors import UserError, above_zero, fraction, not_negative, positive, require
+from gpt.errors import UserError, above_zero, check_names, fraction, not_negative, positive, require
 
 Dtype = Literal["float32", "bfloat16"]
 Positions = Literal["learned", "sinusoidal", "rope", "none"]
@@ -82,6 +82,7 @@ class ModelConfig:
     """Type of the cached keys and values (default: the compute type)."""
 
     def __post_init__(self):
+        check_names(self, "model.")
         for name in ("vocab_size", "context_length", "n_layers", "n_heads", "d_model"):
             positive(f"model.{name}", getattr(self, name))
         for name in ("n_kv_heads", "d_head", "d_ff"):
@@ -184,7 +185,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     """Peak learning rate."""
     min_learning_rate: float = 1e-4
-    """Learning rate at the last step, where the cosine ends."""
+    """Learning rate at the last step, where the schedule ends."""
     warmup_steps: int = 100
     """Steps of linear warm-up from zero."""
     beta1: float = 0.9
@@ -192,7 +193,7 @@ class TrainConfig:
     beta2: float = 0.99
     """AdamW: decay of the second moment."""
     weight_decay: float = 0.1
-    """AdamW: decoupled decay, on matrices and embeddings alone."""
+    """Decoupled decay a step, times the learning rate; matrices and embeddings alone."""
     optimizer: Optimizer = "adamw"
     """adamw for all weights, or muon (Jordan et al. 2024) for the blocks' matrices and adamw for
     the rest."""
@@ -231,6 +232,7 @@ class TrainConfig:
     """Latest checkpoints to keep."""
 
     def __post_init__(self):
+        check_names(self)
         for name in ("steps", "batch_size", "grad_accum", "log_every", "eval_every", "save_every"):
             positive(name, getattr(self, name))
         for name in ("keep", "vocab_size"):

@@ -1,6 +1,7 @@
 """What a user can get wrong, told in one message. Knows nothing of the rest of the project."""
 
 import math
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
@@ -14,6 +15,16 @@ def require(condition: bool, message: str) -> None:
     """Raise UserError with `message` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def check_names(config: object, prefix: str = "") -> None:
+    """Raise UserError unless each Literal field of a dataclass has a value that it names."""
+    for name, kind in get_type_hints(type(config)).items():
+        kinds = (kind,) if get_origin(kind) is Literal else get_args(kind)
+        names = [word for k in kinds if get_origin(k) is Literal for word in get_args(k)]
+        value = getattr(config, name)
+        good = not names or value in names or (value is None and type(None) in kinds)
+        require(good, f"{prefix}{name} is {value!r}: expected one of {', '.join(names)}")
 
 
 def positive(name: str, value: int) -> None:

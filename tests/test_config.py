@@ -16,6 +16,8 @@ from gpt.presets import PRESETS, preset
 ROOT = Path(__file__).parent.parent
 
 REFUSED = [
+    (ModelConfig, {"norm": "rmsnorm"}, "model.norm is 'rmsnorm': expected one of layer, rms"),
+    (TrainConfig, {"schedule": "cosin"}, "schedule is 'cosin': expected one of cosine,"),
     (ModelConfig, {"n_layers": 0}, "model.n_layers is 0: expected at least 1"),
     (ModelConfig, {"vocab_size": -1}, "model.vocab_size is -1: expected at least 1"),
     (ModelConfig, {"context_length": 0}, "model.context_length is 0: expected at least 1"),

@@ -52,7 +52,8 @@ class Probe:
     @property
     def allowed(self) -> float:
         """Largest rounding difference between two compiled shapes."""
-        tolerance = TOLERANCE[self.config.compute_dtype or "float32"]
+        types = self.config.compute_dtype or "float32", self.config.cache_dtype or "float32"
+        tolerance = max(TOLERANCE[name] for name in types)
         return tolerance * max(1.0, float(self.logits_BTV.std()))
 
     def read(self, tokens_BT, n_B, width: int, capacity: int):

@@ -75,9 +75,13 @@ def inverse_cdf(logits_BV: jax.Array, u_B: jax.Array) -> jax.Array:
     """The token at which the cumulative probability first exceeds `u_B`; never a masked one."""
     weight_BV = jnp.exp(logits_BV - logits_BV.max(-1, keepdims=True))
     cdf_BV = jnp.cumsum(weight_BV, axis=-1)
-    # Below the total even when u rounds to 1: the last token with any weight is then drawn.
-    aim_B = jnp.minimum(u_B * cdf_BV[:, -1], jnp.nextafter(cdf_BV[:, -1], jnp.float32(0)))
-    return jnp.sum(cdf_BV <= aim_B[:, None], axis=-1, dtype=jnp.int32)
+    # A parallel sum may waver by a rounding where nothing is added: only tokens of some weight
+    # count. Where rounding leaves none above the aim, the last of them is drawn.
+    V, some_BV = logits_BV.shape[-1], weight_BV > 0
+    above_BV = some_BV & (cdf_BV > (u_B * cdf_BV[:, -1])[:, None])
+    first_B = jnp.min(jnp.where(above_BV, jnp.arange(V), V), axis=-1)
+    last_B = jnp.max(jnp.where(some_BV, jnp.arange(V), 0), axis=-1)
+    return jnp.minimum(first_B, last_B).astype(jnp.int32)
 
 
 def sample(logits_BV: jax.Array, draw: Draw, position_B: jax.Array) -> jax.Array:

@@ -78,6 +78,7 @@ def decode_chunk(config: ModelConfig, params: dict, loop: Loop, rows: Draw, eot,
 
 def pad_prompts(prompts: Sequence[Sequence[int]], context_length: int):
     """Prompts as tokens_BT, padded on the right to their bucket, and their lengths n_B."""
+    require(len(prompts) > 0, "there are no prompts: expected at least one, which may be empty")
     n_B = np.array([len(p) for p in prompts], np.int32)
     require(
         n_B.max() <= context_length,
@@ -115,7 +116,8 @@ def start(model, ids: Sequence[Sequence[int]], settings: Settings, rows: Draw):
     config = model.config
     tokens_BT, n_B = pad_prompts(ids, config.context_length)
     allowed_B = config.context_length + 1 - np.repeat(n_B, settings.num_samples)
-    left_B = np.minimum(settings.max_new_tokens, allowed_B).astype(np.int32)
+    most = min(settings.max_new_tokens, config.context_length + 1)
+    left_B = np.minimum(most, allowed_B).astype(np.int32)
     cache, logits_BV = engine.prefill(config, model.params, tokens_BT, n_B)
     if settings.num_samples > 1:
         cache, logits_BV = engine.fork(cache, logits_BV, settings.num_samples)

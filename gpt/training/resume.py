@@ -7,6 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
+
 from gpt import checkpoint
 from gpt.config import TrainConfig, from_json, to_json
 from gpt.errors import require
@@ -35,7 +38,8 @@ def differences(saved: dict[str, Any], config: TrainConfig, done: int) -> list[s
 def same_until(earlier: TrainConfig, later: TrainConfig, done: int) -> bool:
     """Whether both prescribe the same learning rates for the `done` steps: wsd, not yet falling."""
     wsd = earlier.schedule == later.schedule == "wsd"
-    return wsd and done <= min(earlier.decay_start, later.decay_start)
+    rising = min(earlier.steps, later.steps) > max(earlier.warmup_steps, later.warmup_steps)
+    return wsd and rising and done <= min(earlier.decay_start, later.decay_start)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -72,9 +76,16 @@ def newest(
     return loaded
 
 
-def load_weights(like, folder: Path, step: int) -> dict[str, Any]:
-    """The field of a training state that another run can start from, placed as `like` says."""
-    return {"params": checkpoint.restore(folder, step, "params", like.params)}
+def load_weights(like, folder: Path, step: int, tree: str = "params") -> dict[str, Any]:
+    """The weights of a training state, placed as `like` says."""
+    return {"params": checkpoint.restore(folder, step, tree, like.params)}
+
+
+def load_start(like, folder: Path, step: int) -> dict[str, Any]:
+    """What a new run starts from: the average of the earlier one's weights where it kept one."""
+    kept = from_json(TrainConfig, checkpoint.read_metadata(folder, step)["train"]).ema_decay
+    start = load_weights(like, folder, step, "average" if kept else "params")
+    return start | ({"average": jax.tree.map(jnp.copy, start["params"])} if like.average else {})
 
 
 def load_state(like, folder: Path, step: int) -> dict[str, Any]:

@@ -65,8 +65,7 @@ def to_line(record: Mapping[str, Any]) -> str:
 class RunLog:
     """Takes the numbers of a run as it goes: to metrics.jsonl, and to `console` as they suit it.
 
-    `first`: the step the run continues from. `peak_tokens_per_second`: what the hardware could do
-    at best; with it the lines have `mfu`, the share of it reached. Close it, or use it in `with`.
+    `first`: the step the run continues from. Close it, or use it in `with`.
     """
 
     def __init__(
@@ -75,9 +74,8 @@ class RunLog:
         first: int,
         config: TrainConfig,
         console: Console,
-        peak_tokens_per_second: float | None = None,
     ):
-        self.config, self.console, self.peak = config, console, peak_tokens_per_second
+        self.config, self.console = config, console
         self.file = open_metrics(path, first)
         self.window_step = first
         self.said = -math.inf
@@ -116,9 +114,8 @@ class RunLog:
         done, taken = (step - self.window_step) * a_step, now - self.window_started
         speed = done / max(taken, 1e-9)
         self.window_step, self.window_started = step, now
-        mfu = {"mfu": speed / self.peak} if self.peak else {}
         seconds = now - self.started
-        return {"tokens": step * a_step, "tokens_per_second": speed, "seconds": seconds} | mfu
+        return {"tokens": step * a_step, "tokens_per_second": speed, "seconds": seconds}
 
     def log_eval(self, step: int, val_loss: float, val_bits_per_byte: float) -> None:
         """Write and show what an evaluation on held-out text found, in nats a token and bits."""
@@ -144,7 +141,6 @@ class RunLog:
         speed = line["tokens_per_second"]
         left = (self.config.steps - step) * self.config.batch_size * self.config.window
         text = f"loss {line['loss']:.4f}  {speed:,.0f} tokens/s"
-        text += f"  MFU {line['mfu']:.0%}" if "mfu" in line else ""
         text += f"  {clock(left / speed)} left" if left and speed else ""
         now = time.perf_counter()
         if self.bar:

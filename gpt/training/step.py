@@ -50,7 +50,19 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
 
 
 def require_fit(config: TrainConfig, mesh: Mesh) -> None:
-    """UserError unless a micro-batch's rows divide evenly among the devices that take rows."""
+    """UserError unless weights and a micro-batch's rows divide evenly among the devices."""
+    c, tensor, fsdp = config.model, mesh.shape["tensor"], mesh.shape["fsdp"]
+    for name, size, axis, parts in (
+        ("model.n_heads", c.n_heads, "tensor", tensor),
+        ("model.n_kv_heads", c.kv_heads, "tensor", tensor),
+        ("the MLP's width", c.ff_width, "tensor", tensor),
+        ("the padded vocabulary", c.padded_vocab, "tensor", tensor),
+        ("model.d_model", c.d_model, "fsdp", fsdp),
+    ):
+        require(
+            size % parts == 0,
+            f"{name} is {size}, which --mesh.{axis} {parts} does not divide: choose a divisor",
+        )
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = config.batch_size // config.grad_accum
     require(

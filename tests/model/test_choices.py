@@ -27,6 +27,8 @@ CHOICES = {
     "bias": [True, False],
     "norm_bias": [None, False],
     "qkv_bias": [None, True],
+    "out_bias": [None, True],
+    "mlp_bias": [None, False],
     "d_head": [None, 6],
 }
 SMALL = ModelConfig(150, context_length=12, n_layers=2, n_heads=4, d_model=32)
@@ -61,6 +63,18 @@ def weights(config, seed=0):
     return jax.tree.map(lambda a: jnp.asarray(noise.normal(0.1, 0.3, a.shape), a.dtype), shapes)
 
 
+def reached(config, params):
+    """[t, s]: whether the state after token t has a gradient from the embedding of token s."""
+    tokens = jnp.arange(12, dtype=jnp.int32)[None]
+
+    def states(rows):
+        table = params["tokens"].at[:12].set(rows)
+        return transformer.hidden(config, params | {"tokens": table}, tokens)[0][0]
+
+    jacobian = jax.jit(jax.jacrev(states))(params["tokens"][:12])
+    return np.abs(np.asarray(jacobian)).sum((1, 3)) > 0
+
+
 @pytest.mark.parametrize("config", ROWS, ids=range(len(ROWS)))
 def test_choices_equal_numpy_and_keep_the_contract(config):
     """The forward pass, reading through the cache, causality and the parameter count."""
@@ -72,7 +86,8 @@ def test_choices_equal_numpy_and_keep_the_contract(config):
         assert np.abs(probe.logits_BTV[row] - oracle).max() < 2e-5 * max(1, np.abs(oracle).max())
     for end, logits_BV in probe.through_cache(prefix=5, chunk=1, capacity=12):
         assert np.abs(logits_BV - probe.logits_BTV[:, end - 1]).max() <= probe.allowed
-    assert check.check_causality(probe).passed
+    assert check.check_causality(probe).passed and check.check_ragged(probe).passed
+    assert np.array_equal(reached(config, params), np.tri(12, dtype=bool))
     padding = (config.padded_vocab - config.vocab_size) * 32 * (1 if config.tied else 2)
     n = sum(leaf.size for leaf in jax.tree.leaves(params)) - padding
     assert transformer.count_parameters(config) == cost.parameters(config) == n

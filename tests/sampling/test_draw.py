@@ -52,6 +52,19 @@ def test_inverse_cdf_never_draws_a_masked_token(logits, u, n_kept):
     assert 0 <= token < n_kept
 
 
+def test_sparse_rows_of_a_large_vocabulary_draw_what_was_kept():
+    """Where a parallel sum wavers: one in a thousand of 50,257 kept, aims right at its steps."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (64, 50257)).astype(np.float32)
+    logits[rng.random(logits.shape) > 0.001] = MASKED
+    weight = np.exp(logits - logits.max(-1, keepdims=True))
+    cdf = np.asarray(jnp.cumsum(jnp.asarray(weight), axis=-1))
+    for _ in range(20):
+        at = cdf[np.arange(64), rng.integers(50257, size=64)] / cdf[:, -1]
+        token = np.asarray(inverse_cdf(jnp.asarray(logits), jnp.asarray(at)))
+        assert np.all(logits[np.arange(64), token] > MASKED)
+
+
 def test_draws_follow_the_distribution():
     """Frequencies of 100,000 draws against softmax(logits / temperature), within 5 sigma."""
     n, temperature = 100_000, 0.7
