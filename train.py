@@ -69,10 +69,13 @@ def train(command: Command, out: Path) -> int:
     source = out if resuming else command.init_from
     about = resume.newest(source, checkpoint.read_metadata, console.print) if source else None
 
+    if about and not resuming:
+        about = {"tokenizer": about["tokenizer"]}  # all that a new run takes beside the weights
     tokenizer, dataset = prepare_data(command, about, console)
     config = settle(command.train, tokenizer)
     if resuming:
-        resume.require_same_run(out, about, config, dataset.fingerprint)
+        resume.require_same_text(about, dataset.fingerprint)
+        resume.require_same_run(out, about, config)
     data.require_length(dataset.train, config.window)
     mesh = sharding.make_mesh(config.mesh)
     step.require_fit(config, mesh)
@@ -97,6 +100,8 @@ def train(command: Command, out: Path) -> int:
 
 def prepare_data(command: Command, about: dict[str, Any] | None, console):
     """The tokenizer, that of an earlier run if there is one, and the text as tokens."""
+    from gpt.training import resume, runlog
+
     prepared = any(shards.is_prepared(path) for path in command.data)
     require(
         not prepared or len(command.data) == 1,
@@ -129,7 +134,9 @@ def prepare_data(command: Command, about: dict[str, Any] | None, console):
         tokenizer = tokenizers.create(config.tokenizer, documents, config.vocab_size)
     if prepared:
         return tokenizer, shards.open_prepared(command.data[0], tokenizer)
-    with token_folder(command.dry_run) as folder, tokenizing(console) as report:
+    if about and "data" in about:  # here, before a tokenizer meets what it was not made for
+        resume.require_same_text(about, shards.fingerprint_of(text, tokenizer))
+    with token_folder(command.dry_run) as folder, runlog.tokenizing(console) as report:
         return tokenizer, shards.tokenize(text, tokenizer, Path(folder), report)
 
 
@@ -138,20 +145,6 @@ def token_folder(dry_run: bool):
     if dry_run:
         return tempfile.TemporaryDirectory()
     return contextlib.nullcontext(cli.cache_folder() / "tokens")
-
-
-@contextlib.contextmanager
-def tokenizing(console):
-    """A progress bar over the bytes of text, shown only if there is work to do."""
-    from rich.progress import Progress
-
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("tokenizing", visible=False)
-
-        def report(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total, visible=True)
-
-        yield report
 
 
 def settle(config: TrainConfig, tokenizer) -> TrainConfig:
@@ -203,15 +196,17 @@ class Run:
         out, c = self.out, self.config
         out.mkdir(parents=True, exist_ok=True)
         tokenizers.save(self.tokenizer, out / "tokenizer.json")
-        with Stopwatch() as watch:
-            steps = step.compile_steps(c, self.mesh)
-        self.console.print(f"compiled       in {watch.compile_seconds:.1f} s")
-        with (
-            checkpoint.Writer(out, c.keep, resumed=first or None) as self.writer,
-            runlog.RunLog(out / "metrics.jsonl", first, c, self.console) as self.log,
-            stop.StopSignal() as self.signals,
-        ):
-            self.loop(state, first, *steps)
+        if first:
+            self.console.print(f"continues      from step {first:,}")
+        with stop.StopSignal() as self.signals:  # first of all: compiling must not be broken off
+            with Stopwatch() as watch:
+                steps = step.compile_steps(c, self.mesh)
+            self.console.print(f"compiled       in {watch.compile_seconds:.1f} s")
+            with (
+                checkpoint.Writer(out, c.keep, resumed=first or None) as self.writer,
+                runlog.RunLog(out / "metrics.jsonl", first, c, self.console) as self.log,
+            ):
+                self.loop(state, first, *steps)
         runlog.draw_curves(out / "metrics.jsonl", out / "loss.png")
         self.console.print(f"loss curve     {out / 'loss.png'}")
         if self.signals.code:

@@ -209,8 +209,8 @@ def test_a_run_older_than_a_setting_continues_with_its_default(trained):
     about = checkpoint.read_metadata(trained[1], 12)
     config = from_json(TrainConfig, about["train"])
     del about["train"]["clip_norm"], about["train"]["model"]["n_kv_heads"]
-    assert resume.differences(about["train"], config) == []
-    changed = resume.differences(about["train"], dataclasses.replace(config, clip_norm=0.5))
+    assert resume.differences(about["train"], config, 12) == []
+    changed = resume.differences(about["train"], dataclasses.replace(config, clip_norm=0.5), 12)
     assert changed == ["clip_norm: the run has 1.0, you asked for 0.5"]
 
 

@@ -23,6 +23,10 @@ def describe(config: TrainConfig, n_devices: int, n_tokens: int) -> list[str]:
     flops = cost.train_flops_per_token(c)
     total = tokens * config.steps
     return [
+        f"model          {c.n_layers} blocks, width {c.d_model}, {c.n_heads} heads ({c.kv_heads} "
+        f"of keys), context {c.context_length}, vocabulary {c.vocab_size:,}",
+        f"choices        positions {c.positions}, norm {c.norm} {c.norm_place}, mlp {c.mlp}, "
+        f"schedule {config.schedule}",
         f"parameters     {cost.parameters(c):,}",
         f"weights        {weights / MIB:,.1f} MiB in {c.param_dtype}",
         f"gradients      {weights / MIB:,.1f} MiB",
@@ -35,5 +39,5 @@ def describe(config: TrainConfig, n_devices: int, n_tokens: int) -> list[str]:
         f"batch          {config.batch_size} x {config.window} = {tokens:,} tokens a step, "
         f"in {config.grad_accum} micro-batch(es), on {n_devices} device(s)",
         f"run            {config.steps:,} steps, {total:,} tokens "
-        f"({total / max(n_tokens, 1):.2f} epochs), {total * flops:.3g} FLOPs",
+        f"({total / max(n_tokens, 1):,.2f} epochs), {total * flops:.3g} FLOPs",
     ]

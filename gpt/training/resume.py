@@ -53,16 +53,24 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def require_same_run(folder, about: dict[str, Any], config: TrainConfig, fingerprint: str) -> None:
+def require_same_text(about: dict[str, Any], fingerprint: str) -> None:
+    """UserError unless a run that continues was trained on this very text."""
+    require(
+        about["data"]["fingerprint"] == fingerprint,
+        "data: the run was trained on other text, or the text has changed; give the same "
+        "--data to continue it, another --out, or --overwrite to start afresh",
+    )
+
+
+def require_same_run(folder, about: dict[str, Any], config: TrainConfig) -> None:
     """UserError listing what differs between the run in `folder` and what was asked for."""
     lines = differences(about["train"], config, about["step"])
-    if about["data"]["fingerprint"] != fingerprint:
-        lines.append("data: the run was trained on other text, or the text has changed")
     listed = "".join(f"\n  {line}" for line in lines)
     require(
         not lines,
         f"{folder} holds a run that these settings would change:{listed}\n"
-        "Give the run's own settings to continue it, another --out, or --overwrite to start afresh",
+        "Give the run's own settings to continue it, another --out, --overwrite to start afresh, "
+        f"or train on from its weights: --init-from {folder} --out ANOTHER",
     )
 
 

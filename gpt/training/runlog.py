@@ -9,7 +9,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -60,6 +60,18 @@ def to_line(record: Mapping[str, Any]) -> str:
         for key, value in record.items()
     }
     return json.dumps(finite, allow_nan=False) + "\n"
+
+
+@contextlib.contextmanager
+def tokenizing(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over the bytes of text, shown only if there is work to do."""
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("tokenizing", visible=False)
+
+        def report(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, visible=True)
+
+        yield report
 
 
 class RunLog:

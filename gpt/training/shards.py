@@ -55,6 +55,12 @@ class Dataset:
     fingerprint: str
 
 
+def fingerprint_of(corpus: Corpus, tokenizer: Tokenizer) -> str:
+    """The fingerprint that the dataset of this text and tokenizer has, without making it."""
+    key = f"{VERSION} {corpus.fingerprint} {tokenizers.digest(tokenizer)}"
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
 def tokenize(
     corpus: Corpus, tokenizer: Tokenizer, cache_folder: Path, report: Report | None = None
 ) -> Dataset:
@@ -65,8 +71,7 @@ def tokenize(
     `report` is called now and then with the bytes of text done and those in all. UserError if
     the text is too small for two splits, or the folder cannot be written.
     """
-    key = f"{VERSION} {corpus.fingerprint} {tokenizers.digest(tokenizer)}"
-    fingerprint = hashlib.sha256(key.encode()).hexdigest()
+    fingerprint = fingerprint_of(corpus, tokenizer)
     folder = cache_folder / fingerprint[:32]
     if not (folder / HEADER).is_file():
         try:
