@@ -109,7 +109,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         _drop_stdout()
         code = _refuse(_explain(error))
     except KeyboardInterrupt:
-        code = 130
+        sys.stderr.flush()
+        os._exit(130)  # at once: the end of the interpreter crashes on a compilation broken off
     sys.exit(code)
 
 
