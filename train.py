@@ -126,9 +126,9 @@ def prepare_data(command: Command, about: dict[str, Any] | None, console):
         tokenizer = tokenizers.load(command.data[0] / "tokenizer.json")
     else:
         require(
-            bool(text) or config.tokenizer != "bpe",
-            f"{command.data[0]} has no tokenizer beside its tokens, and none can be trained on "
-            "them: name the one that made them with --tokenizer",
+            not prepared or config.tokenizer != "bpe",
+            "--data has no tokenizer beside its tokens, and none can be trained on them: name the "
+            "one that made them with --tokenizer",
         )
         documents = text.documents if text else lambda: ()
         tokenizer = tokenizers.create(config.tokenizer, documents, config.vocab_size)

@@ -214,6 +214,22 @@ def test_a_run_older_than_a_setting_continues_with_its_default(trained):
     assert changed == ["clip_norm: the run has 1.0, you asked for 0.5"]
 
 
+def test_without_data_the_standard_library_is_the_text(tmp_path):
+    done = call("train", "--dry-run", "--tokenizer", "byte", "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert "standard library" in done.err and "--data PATH" in done.err
+
+
+def test_prepared_tokens_without_a_tokenizer_ask_for_one(tmp_path):
+    """nanoGPT's folders: a BPE cannot be trained on ids."""
+    for name in ("train.bin", "val.bin"):
+        (np.arange(500) % 60).astype(np.uint16).tofile(tmp_path / name)
+    done = call("train", "tiny", "--data", tmp_path, "--out", tmp_path / "run")
+    assert done.code == 2 and "--tokenizer" in done.err
+    two = call("train", "tiny", "--data", tmp_path, tmp_path, "--out", tmp_path / "run")
+    assert two.code == 2 and "stand alone" in two.err
+
+
 def test_changed_data_are_refused(finished, tmp_path):
     before = snapshot(finished)
     other = write_text(tmp_path / "text.txt", seed=1)
