@@ -76,9 +76,20 @@ def modern() -> TrainConfig:
 PRESETS = {
     "tiny": TrainConfig(
         model=ModelConfig(
-            4096, context_length=256, n_layers=4, n_heads=4, d_model=128, init_std=0.06
+            4096,
+            context_length=256,
+            n_layers=4,
+            n_heads=4,
+            d_model=128,
+            d_ff=340,
+            positions="rope",
+            norm="rms",
+            mlp="swiglu",
+            qk_norm=True,
+            init_std=0.06,
         ),
         tokenizer="bpe",
+        optimizer="muon",
         steps=1200,
         batch_size=8,
         learning_rate=3e-3,

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpt import cost
 from gpt.config import MeshConfig, ModelConfig, TrainConfig, from_json, to_json
 from gpt.errors import UserError
 from gpt.presets import PRESETS, preset
@@ -214,3 +215,17 @@ def reads() -> set[str]:
 def test_every_field_is_read(kind):
     fields = {field.name for field in dataclasses.fields(kind)}
     assert sorted(fields - reads()) == []
+
+
+def test_presets_of_2017_and_of_today():
+    """Vaswani et al. 2017, Table 3, base; and about 125M weights with grouped heads."""
+    old, new = PRESETS["transformer-2017"], PRESETS["modern"]
+    c = old.model
+    assert (c.n_layers, c.d_model, c.n_heads, c.d_ff, c.dropout) == (6, 512, 8, 2048, 0.1)
+    assert (c.positions, c.norm_place, c.mlp, old.label_smoothing) == (
+        *("sinusoidal", "post", "relu"),
+        0.1,
+    )
+    c = new.model
+    assert (c.positions, c.norm, c.mlp, c.qk_norm) == ("rope", "rms", "swiglu", True)
+    assert c.kv_heads < c.n_heads and 115e6 < cost.parameters(c) < 135e6
