@@ -293,7 +293,16 @@ def damage(folder, *steps):
 
 
 def test_init_from_takes_weights_and_tokenizer(trained, tmp_path):
-    still = ["--learning-rate", "1e-30", "--min-learning-rate", "0", "--steps", "1"]
+    still = [
+        "--learning-rate",
+        "1e-30",
+        "--muon-learning-rate",
+        "1e-30",
+        "--min-learning-rate",
+        "0",
+        "--steps",
+        "1",
+    ]
     argv = [*TINY, *still, "--tokenizer", "char", "--data", write_text(tmp_path / "t", seed=2)]
     done = call("train", *argv, "--init-from", trained[1], "--out", tmp_path / "run")
     assert done.code == 0, done.err
