@@ -72,6 +72,29 @@ def test_the_latest_are_kept(tmp_path):
     assert checkpoint.steps(tmp_path) == [9, 12]
 
 
+def save_with_losses(folder, losses, best):
+    with Writer(folder, keep=1, best=best) as writer:
+        for step, loss in losses.items():
+            writer.save(step, {"params": {"x": jnp.ones(3)}}, {}, loss=loss)
+
+
+def test_those_of_lowest_loss_are_kept_beside_the_latest(tmp_path):
+    save_with_losses(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: None}, best=1)
+    assert checkpoint.steps(tmp_path) == [2, 5]
+    save_with_losses(tmp_path, {6: 1.5, 7: 2.5}, best=2)  # by another process
+    assert checkpoint.steps(tmp_path) == [2, 6, 7]
+    save_with_losses(tmp_path, {8: 0.5}, best=1)
+    assert checkpoint.steps(tmp_path) == [8]
+
+
+def test_a_loss_that_was_tampered_with_does_not_count(tmp_path):
+    save_with_losses(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0}, best=1)
+    path = checkpoint.place_of(tmp_path, 2) / "_CHECKPOINT_METADATA"
+    path.write_text(path.read_text().replace("1.0", "0.0"))
+    save_with_losses(tmp_path, {4: 2.5, 5: 2.7}, best=1)
+    assert checkpoint.steps(tmp_path) == [3, 5]
+
+
 def test_saving_the_latest_step_again_does_nothing(mine):
     before = {p: p.stat().st_mtime_ns for p in files_of(mine, 2)}
     with Writer(mine, keep=5) as writer:
