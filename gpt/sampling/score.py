@@ -1,14 +1,15 @@
 """How likely a given text is: log-probabilities of its tokens, without a cache.
 
-A text longer than the context is read in windows; each window but the first re-reads `overlap`
-tokens, so that every token is predicted from at least that many (Hugging Face's strided
-perplexity).
+A text longer than the context is read in windows of the context's size. Each begins `stride` tokens
+after the one before it and predicts only what that one did not, so that every token is predicted
+once, and from at least context - stride tokens before it (Hugging Face's strided perplexity).
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -19,65 +20,117 @@ from gpt.errors import require
 from gpt.model import transformer
 from gpt.sampling.engine import bucket
 
+ROWS = 8  # windows read together; what is left over is read one by one
+
 
 @dataclass(frozen=True)
 class Score:
     """`logprobs[i]` is log p(token_ids[i] | what precedes it) in nats; the first one follows
-    end-of-text. `n_bytes`: length of the text in UTF-8."""
+    end-of-text. `n_bytes`: length of the text in UTF-8. `context`, `stride`: tokens a window reads,
+    and tokens from one window to the next."""
 
     token_ids: list[int]
     logprobs: list[float]
     n_bytes: int
+    context: int
+    stride: int
 
     @property
     def mean_nll(self) -> float:
         """Mean loss, nats a token."""
-        return -sum(self.logprobs) / len(self.logprobs)
+        return -math.fsum(self.logprobs) / len(self.logprobs)
 
     @property
     def perplexity(self) -> float:
         """exp(mean_nll); infinite where that overflows."""
-        return math.exp(self.mean_nll) if self.mean_nll < 700 else math.inf
+        return math.exp(self.mean_nll) if not self.mean_nll >= 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
         """Bits that the model needs per byte of the text."""
-        return -sum(self.logprobs) / math.log(2) / max(self.n_bytes, 1)
+        return -math.fsum(self.logprobs) / math.log(2) / max(self.n_bytes, 1)
 
 
 @partial(jax.jit, static_argnames="config")
 def target_logprobs(config: ModelConfig, params: dict, tokens_BT, targets_BT) -> jax.Array:
-    """log p(targets_BT) after reading tokens_BT up to each position."""
-    logits_BTV = transformer.forward(config, params, tokens_BT)
-    chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+    """log p(targets_BT) after reading tokens_BT up to each position.
+
+    The logits of one row at a time: those of all would be larger than the model.
+    """
+    x_BTD, _ = transformer.hidden(config, params, tokens_BT)
+
+    def one(row):
+        x_TD, targets_T = row
+        logits_TV = transformer.unembed(config, params, x_TD)
+        chosen_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
+        return chosen_T - jax.nn.logsumexp(logits_TV, axis=-1)
+
+    return jax.lax.map(one, (x_BTD, targets_BT))
+
+
+def cut_windows(n: int, size: int, stride: int) -> list[tuple[int, int, int]]:
+    """(first token read, first and end of those predicted) of each window over `n` tokens.
+
+    Token i is predicted from what precedes it, so a window that begins at `a` reads a..a + size - 1
+    of [end-of-text, *ids] and predicts ids from a on.
+    """
+    ends = [min(size + i * stride, n) for i in range(1 + max(0, math.ceil((n - size) / stride)))]
+    return [(i * stride, done, end) for i, (done, end) in enumerate(pairwise([0, *ends]))]
+
+
+def batches(windows: list) -> list[list]:
+    """The windows in full batches, and the rest of them one by one: two shapes to compile."""
+    whole = len(windows) // ROWS * ROWS
+    return [windows[i : i + ROWS] for i in range(0, whole, ROWS)] + [[w] for w in windows[whole:]]
+
+
+def choose_stride(config: ModelConfig, stride: int | None) -> int:
+    """`stride`, by default half the context; UserError unless it is from 1 to the context."""
+    size = config.context_length
+    stride = max(1, size // 2) if stride is None else stride
+    require(1 <= stride <= size, f"stride is {stride}: expected 1 to {size}, the model's context")
+    return stride
+
+
+def require_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """UserError unless there are ids, and all of the vocabulary."""
+    require(len(ids) > 0, "there is nothing to score: expected a text of at least one token")
+    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+    require(wrong is None, f"no token has the id {wrong}: expected 0 to {vocab_size - 1}")
 
 
 def score_ids(
-    config: ModelConfig, params: dict, ids: Sequence[int], eot: int, overlap: int | None = None
+    config: ModelConfig, params: dict, ids: Sequence[int], eot: int, stride: int | None = None
 ) -> list[float]:
-    """Log-probabilities of `ids`, the first after end-of-text. `overlap` defaults to half the
-    context."""
-    require(len(ids) > 0, "there is nothing to score: expected a text of at least one token")
-    size = config.context_length
-    overlap = size // 2 if overlap is None else overlap
+    """Log-probabilities of `ids`, the first after end-of-text; `params` is unstacked.
+
+    `stride`: see the top of this file (default: half the context). UserError if there are no ids,
+    or if one of them or the stride is out of range.
+    """
+    require_ids(ids, config.vocab_size)
+    size, stride = config.context_length, choose_stride(config, stride)
     sequence = np.asarray([eot, *ids], np.int32)
-    logprobs: list[float] = []
-    start = 0
-    while len(logprobs) < len(ids):
-        window = sequence[start : start + size + 1]
-        width = bucket(len(window) - 1, size)
-        tokens_BT, targets_BT = np.zeros((2, 1, width), np.int32)
-        tokens_BT[0, : len(window) - 1], targets_BT[0, : len(window) - 1] = window[:-1], window[1:]
-        scored_T = np.asarray(target_logprobs(config, params, tokens_BT, targets_BT))[0]
-        fresh = scored_T[len(logprobs) - start : len(window) - 1]
-        logprobs += [float(p) for p in fresh]
-        start = len(logprobs) - min(overlap, size - 1)
-    return logprobs
+    width = bucket(len(ids), size)
+    logprobs = np.empty(len(ids))
+    for windows in batches(cut_windows(len(ids), size, stride)):
+        tokens_BT, targets_BT = np.zeros((2, len(windows), width), np.int32)
+        for row, (start, _, end) in enumerate(windows):
+            tokens_BT[row, : end - start] = sequence[start:end]
+            targets_BT[row, : end - start] = sequence[start + 1 : end + 1]
+        scored_BT = np.asarray(target_logprobs(config, params, tokens_BT, targets_BT))
+        for row, (start, done, end) in enumerate(windows):
+            logprobs[done:end] = scored_BT[row, done - start : end - start]
+    return logprobs.tolist()
 
 
-def score(model, text: str) -> Score:
-    """Score of `text` under `model` (config, params, tokenizer)."""
-    ids = model.tokenizer.encode_ordinary(text)
-    logprobs = score_ids(model.config, model.params, ids, model.tokenizer.eot_token)
-    return Score(list(ids), logprobs, len(text.encode("utf-8", "replace")))
+def score(model, text: str | Sequence[int], stride: int | None = None) -> Score:
+    """Score of a text, or of token ids, under `model` (config, params, tokenizer)."""
+    if isinstance(text, str):
+        ids, n_bytes = model.tokenizer.encode_ordinary(text), len(text.encode("utf-8", "replace"))
+    else:
+        ids = list(text)
+        require_ids(ids, model.config.vocab_size)
+        n_bytes = len(model.tokenizer.decode_bytes(ids))
+    logprobs = score_ids(model.config, model.params, ids, model.tokenizer.eot_token, stride)
+    size = model.config.context_length
+    return Score(list(ids), logprobs, n_bytes, size, choose_stride(model.config, stride))
