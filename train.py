@@ -44,6 +44,8 @@ class Command:
     """Start from the weights and the tokenizer of another run."""
     dry_run: bool = False
     """Print what this would train, and stop."""
+    compile_cache: bool = True
+    """Keep compiled programs in your cache folder for the next run."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = PRESETS["tiny"]
 
 
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> int:
     preset = cli.peek(Command, argv, "preset", default=Command())
     default = Command(preset=preset, train=PRESETS.get(preset, PRESETS["tiny"]))
     command = cli.parse(Command, argv, program="train.py", description=__doc__, default=default)
-    cli.prepare_jax(cache=not command.dry_run)
+    cli.prepare_jax(cache=command.compile_cache and not command.dry_run)
     return train(command, command.out or Path("runs") / command.preset)
 
 

@@ -89,8 +89,8 @@ def peek(kind: type, argv: list[str], name: str, *, default: Any) -> Any:
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main` with the command line and leave with its exit code, 0 for None.
 
-    A user's mistake is one `error: ` line on standard error and exit code 2; Ctrl-C is 130; a
-    reader that closes the pipe (`| head`) ends the program quietly. Anything else is our bug and
+    A user's mistake is one `error: ` line on standard error and exit code 2; Ctrl-C is 130, or
+    what the KeyboardInterrupt holds; a reader that closes the pipe (`| head`) ends the program quietly. Anything else is our bug and
     keeps its traceback.
     """
     try:
@@ -108,9 +108,9 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
             raise
         _drop_stdout()
         code = _refuse(_explain(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         sys.stderr.flush()
-        os._exit(130)  # at once: the end of the interpreter crashes on a compilation broken off
+        os._exit(*stopped.args or (130,))  # at once: the end of the interpreter crashes on a compilation broken off
     sys.exit(code)
 
 
@@ -134,11 +134,14 @@ def cache_folder() -> Path:
 def prepare_jax(cache: bool = True) -> None:
     """Set JAX up through the environment; call it before JAX is imported.
 
-    What the user has set stays. `cache` keeps compiled programs between runs.
+    What the user has set stays. `cache` keeps compiled programs between runs; without it none is
+    read or written, wherever the user keeps them.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's chatter, not its errors
     if cache:
         _keep_programs()
+    else:
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if _only_cpu():
         _keep_memory()
 

@@ -327,6 +327,15 @@ def test_compiled_programs_are_kept(tmp_path):
     assert list((tmp_path / "gpt-jax" / "xla").iterdir())
 
 
+def test_programs_are_not_kept_where_that_is_turned_off(tmp_path):
+    mine = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine")}
+    mine |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    python(COMPILE.replace("prepare_jax()", "prepare_jax(cache=False)"), **mine)
+    assert not (tmp_path / "mine").exists()
+    python(COMPILE, **mine)
+    assert list((tmp_path / "mine").iterdir())
+
+
 def test_what_the_user_has_set_stays(monkeypatch):
     monkeypatch.setattr(cli, "_keep_memory", lambda: None)
     monkeypatch.setattr(cli.os, "environ", {"JAX_COMPILATION_CACHE_DIR": "mine"})
