@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import math
 import shlex
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +20,8 @@ import tyro
 from gpt import cli
 from gpt import tokenizer as tokenizers
 from gpt.config import TrainConfig, to_json
-from gpt.errors import require
 from gpt.presets import PRESETS
-from gpt.training import corpus, data, shards
+from gpt.training import data, lock, shards, stop
 
 SAMPLE_TOKENS = 120
 
@@ -54,26 +52,31 @@ def main(argv: list[str]) -> int:
     preset = cli.peek(Command, argv, "preset", default=Command())
     default = Command(preset=preset, train=PRESETS.get(preset, PRESETS["tiny"]))
     command = cli.parse(Command, argv, program="train.py", description=__doc__, default=default)
-    cli.prepare_jax(cache=command.compile_cache and not command.dry_run)
-    return train(command, command.out or Path("runs") / command.preset)
-
-
-def train(command: Command, out: Path) -> int:
-    """Look at all that can be refused; then change what is on disk, and run."""
+    out = command.out or Path("runs") / command.preset
+    cli.prepare_jax(cache=not command.dry_run)
     from rich.console import Console
 
-    from gpt import checkpoint, sharding
-    from gpt.training import plan, resume, step
-
     console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
-    resume.require_folder(out)
+    if command.dry_run:
+        lock.require_folder(out)
+        return train(command, out, console)
+    with stop.StopSignal(console.print, console.show_cursor) as signals, lock.hold(out):
+        return train(command, out, console, signals)
+
+
+def train(command: Command, out: Path, console, signals: stop.StopSignal | None = None) -> int:
+    """Look at all that can be refused; then change what is on disk, and run."""
+    from gpt import checkpoint, sharding
+    from gpt.training import plan, prepare, resume, step
+
     resuming = bool(checkpoint.steps(out)) and not command.overwrite
     source = out if resuming else command.init_from
     about = resume.newest(source, checkpoint.read_metadata, console.print) if source else None
 
     if about and not resuming:
         about = {"tokenizer": about["tokenizer"]}  # all that a new run takes beside the weights
-    tokenizer, dataset = prepare_data(command, about, console)
+    cache = None if command.dry_run else cli.cache_folder() / "tokens"  # it leaves nothing behind
+    tokenizer, dataset = prepare.prepare(command.train, command.data, about, cache, console)
     config = settle(command.train, tokenizer)
     if resuming:
         resume.require_same_text(about, dataset.fingerprint)
@@ -93,60 +96,11 @@ def train(command: Command, out: Path) -> int:
     state = dataclasses.replace(state, **loaded)
     if command.overwrite:
         resume.remove_run(out)
-    run = Run(out, console, command.train, config, mesh, tokenizer, dataset)
+    run = Run(out, console, command.train, config, mesh, tokenizer, dataset, signals)
     first = int(state.step)
     code = run.execute(state, first) if first < config.steps else run.complete()
     console.print(f"sample it      python sample.py {shlex.quote(str(out))} --prompt TEXT")
     return code
-
-
-def prepare_data(command: Command, about: dict[str, Any] | None, console):
-    """The tokenizer, that of an earlier run if there is one, and the text as tokens."""
-    from gpt.training import resume, runlog
-
-    prepared = any(shards.is_prepared(path) for path in command.data)
-    require(
-        not prepared or len(command.data) == 1,
-        "--data holds prepared tokens beside other paths: they stand alone, since text cannot be "
-        "added to them",
-    )
-    text = None
-    if not prepared:
-        text = corpus.read_corpus(command.data) if command.data else corpus.standard_library()
-        console.print(
-            f"text           {text.description}, {text.n_documents:,} document(s), "
-            f"fingerprint {text.fingerprint[:12]}"
-            + ("" if command.data else "; for your own: --data PATH")
-        )
-        if text.skipped:
-            names = ", ".join(text.skipped[:5]) + (", ..." if len(text.skipped) > 5 else "")
-            console.print(f"skipped        {len(text.skipped):,} file(s), not text: {names}")
-    config = command.train
-    if about:
-        tokenizer = tokenizers.from_json(about["tokenizer"])
-    elif prepared and (command.data[0] / "tokenizer.json").exists():
-        tokenizer = tokenizers.load(command.data[0] / "tokenizer.json")
-    else:
-        require(
-            not prepared or config.tokenizer != "bpe",
-            "--data has no tokenizer beside its tokens, and none can be trained on them: name the "
-            "one that made them with --tokenizer",
-        )
-        documents = text.documents if text else lambda: ()
-        tokenizer = tokenizers.create(config.tokenizer, documents, config.vocab_size)
-    if prepared:
-        return tokenizer, shards.open_prepared(command.data[0], tokenizer)
-    if about and "data" in about:  # here, before a tokenizer meets what it was not made for
-        resume.require_same_text(about, shards.fingerprint_of(text, tokenizer))
-    with token_folder(command.dry_run) as folder, runlog.tokenizing(console) as report:
-        return tokenizer, shards.tokenize(text, tokenizer, Path(folder), report)
-
-
-def token_folder(dry_run: bool):
-    """Where token shards are kept for the next run; a dry run leaves nothing behind."""
-    if dry_run:
-        return tempfile.TemporaryDirectory()
-    return contextlib.nullcontext(cli.cache_folder() / "tokens")
 
 
 def settle(config: TrainConfig, tokenizer) -> TrainConfig:
@@ -183,9 +137,12 @@ class Run:
     mesh: Any
     tokenizer: tokenizers.Tokenizer
     dataset: shards.Dataset
+    signals: stop.StopSignal
 
     def complete(self) -> int:
         """Say that there is nothing left to do."""
+        if not (self.out / "loss.png").exists():
+            self.draw()  # a process that was killed at its end did not
         self.console.print(f"complete       {self.config.steps:,} steps; --overwrite starts afresh")
         return 0
 
@@ -193,27 +150,32 @@ class Run:
         """Train from step `first` to the last, or to a signal; the exit code."""
         from gpt import checkpoint
         from gpt.stopwatch import Stopwatch
-        from gpt.training import runlog, step, stop
+        from gpt.training import runlog, step
 
         out, c = self.out, self.config
-        out.mkdir(parents=True, exist_ok=True)
         tokenizers.save(self.tokenizer, out / "tokenizer.json")
         if first:
             self.console.print(f"continues      from step {first:,}")
-        with stop.StopSignal() as self.signals:  # first of all: compiling must not be broken off
-            with Stopwatch() as watch:
-                steps = step.compile_steps(c, self.mesh)
-            self.console.print(f"compiled       in {watch.compile_seconds:.1f} s")
-            with (
-                checkpoint.Writer(out, c.keep, resumed=first or None) as self.writer,
-                runlog.RunLog(out / "metrics.jsonl", first, c, self.console) as self.log,
-            ):
-                self.loop(state, first, *steps)
-        runlog.draw_curves(out / "metrics.jsonl", out / "loss.png")
-        self.console.print(f"loss curve     {out / 'loss.png'}")
+        self.signals.deferred = True  # from here on: compiling must not be broken off
+        with Stopwatch() as watch:
+            steps = step.compile_steps(c, self.mesh)
+        self.console.print(f"compiled       in {watch.compile_seconds:.1f} s")
+        with (
+            checkpoint.Writer(out, c.keep, c.keep_best, resumed=first or None) as self.writer,
+            runlog.RunLog(out / "metrics.jsonl", first, c, self.console) as self.log,
+        ):
+            self.loop(state, first, *steps)
+        self.draw()
         if self.signals.code:
             self.console.print("stopped        the same command continues the run")
         return self.signals.code
+
+    def draw(self) -> None:
+        """The picture of the losses."""
+        from gpt.training import runlog
+
+        runlog.draw_curves(self.out / "metrics.jsonl", self.out / "loss.png")
+        self.console.print(f"loss curve     {self.out / 'loss.png'}")
 
     def loop(self, state, first: int, train_step, eval_step) -> None:
         """Step by step; each one's metrics are looked at when the device has the next."""
@@ -225,24 +187,27 @@ class Run:
                 state, metrics = train_step(state, tokens_ABU)
                 if late:
                     self.log.log_train(done - 1, jax.block_until_ready(late))
-                late, ending = metrics, done == last or bool(self.signals.code)
+                late, ending = metrics, bool(self.signals.code)
                 if ending or self.due(done, c.eval_every, c.sample_every, c.save_every):
                     self.log.log_train(done, jax.block_until_ready(late))
                     late = None
                     with self.log.pause():
-                        self.look_up(state, eval_step, done, ending)
+                        ending = self.look_up(state, eval_step, done)
                 if ending:
                     break
 
-    def look_up(self, state, eval_step, done: int, ending: bool) -> None:
-        """What is due between two steps: evaluate, show a sample, save."""
-        c = self.config
-        if self.due(done, c.eval_every):
-            self.evaluate(state.average or state.params, eval_step, done)
+    def look_up(self, state, eval_step, done: int) -> bool:
+        """What is due between two steps: evaluate, show a sample, save. Whether it was the last."""
+        c, loss = self.config, None
+        saving = self.due(done, c.save_every)
+        if self.due(done, c.eval_every) or (saving and c.keep_best):
+            loss = self.evaluate(state.average or state.params, eval_step, done)
         if self.due(done, c.sample_every):
             self.show_sample(state.average or state.params)
-        if ending or self.due(done, c.save_every):
-            self.save(state, done, wait=ending)
+        ending = done == c.steps or bool(self.signals.code)  # it may have come meanwhile
+        if ending or saving:
+            self.save(state, done, loss, ending)
+        return ending
 
     def due(self, done: int, *intervals: int) -> bool:
         """Whether an interval, in steps, ends with step `done` or with the run; 0 never does."""
@@ -260,14 +225,15 @@ class Run:
         micro = tokens.reshape(c.grad_accum, -1, c.window + 1)
         return jax.device_put(micro, sharding.rows(self.mesh, axis=1))
 
-    def evaluate(self, params, eval_step, done: int) -> None:
-        """Log the loss on held-out text, always the same windows of it."""
+    def evaluate(self, params, eval_step, done: int) -> float:
+        """The loss on held-out text, always the same windows of it, nats a token; it is logged."""
         c, val = self.config, self.dataset.val
         rows = c.batch_size // c.grad_accum
         windows = data.evaluation_windows(val, c.window, c.eval_tokens, rows)
         sums = [eval_step(params, tokens, weights) for tokens, weights in windows]
         loss = float(sum(total for total, _ in sums) / sum(n for _, n in sums))
         self.log.log_eval(done, loss, loss / math.log(2) * len(val) / val.n_bytes)
+        return loss
 
     def show_sample(self, params) -> None:
         """Print what the model writes now, from nothing."""
@@ -281,8 +247,10 @@ class Run:
         text = str(model.generate(max_new_tokens=SAMPLE_TOKENS))
         self.console.print(f"--- sample ---\n{text}\n---")
 
-    def save(self, state, done: int, wait: bool) -> None:
-        """Write a checkpoint in the background, or `wait` until it is on disk."""
+    def save(self, state, done: int, loss: float | None, ending: bool) -> None:
+        """Write a checkpoint in the background; at the end of the run, until it is on disk."""
+        from gpt.training.resume import forgiving
+
         trees = {
             "params": state.params,
             "rest": {"optimizer": state.optimizer, "step": state.step},
@@ -290,7 +258,11 @@ class Run:
         if state.average:
             trees["average"] = state.average
         about = describe_run(self.asked, self.config, self.tokenizer, self.dataset) | {"step": done}
-        self.writer.save(done, trees, about, wait=wait)
+        going_on = self.config.keep_going
+        with forgiving(going_on or ending, self.console.print):  # an earlier one, that failed
+            self.writer.wait()
+        with forgiving(going_on and not ending, self.console.print):
+            self.writer.save(done, trees, about, loss=loss, wait=ending)
 
 
 if __name__ == "__main__":

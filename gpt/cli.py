@@ -90,8 +90,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main` with the command line and leave with its exit code, 0 for None.
 
     A user's mistake is one `error: ` line on standard error and exit code 2; Ctrl-C is 130, or
-    what the KeyboardInterrupt holds; a reader that closes the pipe (`| head`) ends the program quietly. Anything else is our bug and
-    keeps its traceback.
+    what the KeyboardInterrupt holds; a reader that closes the pipe (`| head`) ends the program
+    quietly. Anything else is our bug and keeps its traceback.
     """
     try:
         try:
@@ -110,7 +110,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         code = _refuse(_explain(error))
     except KeyboardInterrupt as stopped:
         sys.stderr.flush()
-        os._exit(*stopped.args or (130,))  # at once: the end of the interpreter crashes on a compilation broken off
+        # At once: the end of the interpreter crashes on a compilation broken off.
+        os._exit(*stopped.args or (130,))
     sys.exit(code)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from tyro.conf import Suppress
 
-from gpt.errors import UserError, above_zero, check_names, fraction, not_negative, positive, require
+from gpt.errors import above_zero, check_names, construct, fraction, not_negative, positive, require
 
 Dtype = Literal["float32", "bfloat16"]
 Positions = Literal["learned", "sinusoidal", "rope", "none"]
@@ -230,6 +230,10 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """Latest checkpoints to keep."""
+    keep_best: int = 1
+    """Checkpoints of lowest validation loss to keep beside them; 0: none is evaluated for it."""
+    keep_going: bool = False
+    """Train on where a checkpoint cannot be written, on a full disk say (default: stop)."""
 
     def __post_init__(self):
         check_names(self)
@@ -239,7 +243,8 @@ class TrainConfig:
             positive(name, getattr(self, name))
         for name in ("warmup_steps", "eval_tokens", "sample_every", "weight_decay", "clip_norm"):
             not_negative(name, getattr(self, name))
-        not_negative("z_loss", self.z_loss)
+        for name in ("z_loss", "keep_best"):
+            not_negative(name, getattr(self, name))
         for name in ("beta1", "beta2", "label_smoothing", "ema_decay"):
             fraction(name, getattr(self, name))
         for name in ("learning_rate", "muon_learning_rate"):
@@ -286,7 +291,4 @@ def from_json(kind: type, values: dict[str, Any]):
         require(name in fields, f"{kind.__name__} has no field {name!r}: made by another version?")
     nested = {"model": ModelConfig, "mesh": MeshConfig}
     made = {k: from_json(nested[k], v) if k in nested else v for k, v in values.items()}
-    try:
-        return kind(**made)
-    except TypeError as error:
-        raise UserError(f"{kind.__name__} cannot be read: {error}") from None
+    return construct(kind, made)

@@ -1,7 +1,7 @@
 """What a user can get wrong, told in one message. Knows nothing of the rest of the project."""
 
 import math
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
@@ -25,6 +25,27 @@ def check_names(config: object, prefix: str = "") -> None:
         value = getattr(config, name)
         good = not names or value in names or (value is None and type(None) in kinds)
         require(good, f"{prefix}{name} is {value!r}: expected one of {', '.join(names)}")
+
+
+def construct(kind: type, values: dict[str, Any]) -> Any:
+    """A dataclass `kind` of these fields; UserError unless each is of the type it declares."""
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        good = is_of(value, hints[name])
+        require(good, f"{kind.__name__}.{name} is {value!r}: expected {hints[name]}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise UserError(f"{kind.__name__} cannot be read: {error}") from None
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is one that a Literal names, of a class, or of one of a union's kinds."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_args(kind):
+        return any(is_of(value, one) for one in get_args(kind))
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def positive(name: str, value: int) -> None:

@@ -84,7 +84,7 @@ def test_metrics_have_the_fields_that_others_read(trained):
     assert all(fields | set(TIMINGS) <= line.keys() for line in training)
     assert all({"step", "val_loss", "val_bits_per_byte"} <= line.keys() for line in evaluation)
     assert [line["step"] for line in training] == list(range(1, 13))
-    assert [line["step"] for line in evaluation] == [5, 10, 12]
+    assert [line["step"] for line in evaluation] == [4, 5, 8, 10, 12]  # and at saves
     assert [line["tokens"] for line in training] == list(range(64, 12 * 64 + 1, 64))
     # A byte tokenizer without end-of-text inside: a token is a byte, and a bit is log 2 nats.
     for line in evaluation:

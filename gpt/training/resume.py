@@ -1,8 +1,8 @@
 """A run's folder met again: what may change when it continues, what goes when it starts afresh."""
 
-import os
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,12 +12,13 @@ import jax.numpy as jnp
 
 from gpt import checkpoint
 from gpt.config import TrainConfig, from_json, to_json
-from gpt.errors import require
+from gpt.errors import UserError, require
 
 # These change what is printed, kept or where it is computed, never what is learned.
 MAY_CHANGE = {
     "mesh", "grad_accum", "remat", "log_every", "eval_every", "eval_tokens", "sample_every",
-    "save_every", "keep", "seq_len",  # which model.context_length repeats
+    "save_every", "keep", "keep_best", "keep_going",
+    "seq_len",  # which model.context_length repeats
 }  # fmt: skip
 Loaded = TypeVar("Loaded")
 FILES = ("metrics.jsonl", "tokenizer.json", "loss.png")
@@ -56,7 +57,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def require_same_text(about: dict[str, Any], fingerprint: str) -> None:
     """UserError unless a run that continues was trained on this very text."""
     require(
-        about["data"]["fingerprint"] == fingerprint,
+        isinstance(about["data"], dict) and about["data"].get("fingerprint") == fingerprint,
         "data: the run was trained on other text, or the text has changed; give the same "
         "--data to continue it, another --out, or --overwrite to start afresh",
     )
@@ -105,14 +106,16 @@ def load_state(like, folder: Path, step: int) -> dict[str, Any]:
     return load_weights(like, folder, step) | rest
 
 
-def require_folder(out: Path) -> None:
-    """UserError unless a run can be kept in `out`, which need not exist yet."""
-    nearest = next(path for path in (out, *out.parents) if path.exists())
-    require(
-        nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
-        f"--out {out} cannot be used: {nearest} is not a folder that you may write to; "
-        "choose another --out",
-    )
+@contextlib.contextmanager
+def forgiving(forgive: bool, tell: Callable[[str], None]) -> Iterator[None]:
+    """If a checkpoint cannot be written inside, `tell` of it; or UserError, with what to do."""
+    try:
+        yield
+    except checkpoint.Unsaved as error:
+        if not forgive:
+            advice = "make room and give the same command again, or go on unsaved: --keep-going"
+            raise UserError(f"{error}; {advice}") from None
+        tell(f"note: {error}; training goes on")
 
 
 def remove_run(out: Path) -> None:

@@ -1,27 +1,58 @@
 """Ending a run early without losing it: signals become an exit code that the loop looks at."""
 
+import os
 import signal
+import socket
+import threading
+from collections.abc import Callable
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NOTICE = "stopping       the run is saved after this step; Ctrl-C again stops at once"
 
 
 class StopSignal:
-    """While open, Ctrl-C and SIGTERM do not end the process: `code` says how it should leave.
+    """While open, Ctrl-C and SIGTERM become a `code` to leave with: 130 or 143, 0 before.
 
-    130 after Ctrl-C, 143 after SIGTERM, 0 otherwise. A second Ctrl-C ends it at once.
+    Until `deferred` is set nothing can be lost, and they raise KeyboardInterrupt(code); then they
+    only set `code`, and `tell` hears of it. A second Ctrl-C ends the process at once, whatever
+    the main thread is doing, after a call of `let_go`.
     """
 
-    def __init__(self):
-        self.code = 0
+    def __init__(self, tell: Callable[[str], None], let_go: Callable[[], None]):
+        self.tell, self.let_go = tell, let_go
+        self.code, self.deferred = 0, False
 
     def __enter__(self) -> "StopSignal":
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.ours, self.theirs = socket.socketpair()
+        self.theirs.setblocking(False)
+        self.descriptor = signal.set_wakeup_fd(self.theirs.fileno(), warn_on_full_buffer=False)
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+        self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
         return self
 
     def note(self, number: int, _) -> None:
-        """The handler of both signals."""
-        if self.code and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.code = 128 + number
+        """The handler of both signals. Python runs it when the main thread is back in Python."""
+        self.code = self.code or 128 + number
+        if not self.deferred:
+            raise KeyboardInterrupt(self.code)
+
+    def watch(self) -> None:
+        """See each signal as it comes: compiling keeps the main thread out of Python for long."""
+        seen = 0
+        while number := self.ours.recv(1):
+            if number[0] == signal.SIGINT and seen:
+                self.let_go()
+                os._exit(128 + signal.SIGINT)
+            if number[0] in SIGNALS:
+                seen += 1
+                if self.deferred and seen == 1:
+                    self.tell(NOTICE)
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self.descriptor)
+        self.theirs.close()
+        self.thread.join()
+        self.ours.close()
