@@ -15,6 +15,7 @@ from gpt import cost
 from gpt.bench.probe import timed
 from gpt.config import ModelConfig
 from gpt.sampling import engine, generate
+from gpt.sampling.loop import begin, decode_chunk
 from gpt.sampling.settings import Settings
 from gpt.stopwatch import Stopwatch
 
@@ -52,10 +53,11 @@ def read_prompts(config: ModelConfig, params: dict, cell: Cell, times: Times):
         config.vocab_size, size=(cell.batch, cell.prompt_length)
     )
     tokens_BT, n_B = generate.pad_prompts(ids, config.context_length)
-    rows = generate.row_settings(Settings(temperature=0), cell.batch)
+    rows = generate.row_settings([Settings(temperature=0)] * cell.batch, config.vocab_size, NO_EOT)
     left_B = np.full(cell.batch, cell.new_tokens, np.int32)
+    seen_BV, dropped_B = np.zeros((cell.batch, config.vocab_size), bool), np.zeros_like(left_B)
     prefill, (cache, logits_BV) = timed(engine.prefill, config, params, tokens_BT, n_B)
-    drawing, (loop, _) = timed(generate.begin, cache, logits_BV, rows, left_B, NO_EOT)
+    drawing, (loop, _) = timed(begin, cache, logits_BV, rows, left_B, seen_BV, dropped_B, NO_EOT)
     times.prefill.append(prefill)
     times.first.append(prefill + drawing)
     return loop, rows
@@ -67,9 +69,11 @@ def decode(config: ModelConfig, params: dict, loop, rows, size: int) -> list[flo
     Growing the cache counts: whoever samples waits for it too.
     """
 
+    going_B = np.ones(len(loop.token_B), bool)
+
     def advance(loop):
         roomy = generate.with_room(config, loop)
-        return generate.decode_chunk(config, params, roomy, rows, NO_EOT, size)
+        return decode_chunk(config, params, roomy, rows, going_B, NO_EOT, size)
 
     seconds = []
     while np.any(np.asarray(loop.left_B) > 0):

@@ -77,6 +77,6 @@ def grow(cache: KVCache, capacity: int) -> KVCache:
     return replace(cache, k=k, v=v)
 
 
-def repeat(cache: KVCache, n: int) -> KVCache:
-    """Each row `n` times in a row: several samples from one prefill."""
-    return jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), cache)
+def select(cache: KVCache, row_R: jax.Array) -> KVCache:
+    """The rows `row_R` of the cache, in that order, each as often as named."""
+    return jax.tree.map(lambda a: jnp.take(a, row_R, axis=0), cache)

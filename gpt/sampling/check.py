@@ -18,12 +18,20 @@ from gpt.config import ModelConfig
 from gpt.model import transformer
 from gpt.sampling import engine, generate
 from gpt.sampling.completion import NO_TOKEN
+from gpt.sampling.loop import begin, decode_chunk
 from gpt.sampling.settings import Settings
 from gpt.stopwatch import Stopwatch
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-2}  # times max(1, std of the logits)
 N_TOKENS = 48
 N_ROWS = 3
+SWEEP = (
+    Settings(temperature=0),
+    Settings(temperature=0.7, seed=1),
+    Settings(temperature=1.3, top_k=5),
+    Settings(top_p=0.9, min_p=0.05),
+    Settings(temperature=0, repetition_penalty=1.3, logit_bias={0: 2.0}),
+)
 
 
 @dataclass(frozen=True)
@@ -186,19 +194,17 @@ def check_growth(probe: Probe) -> Check:
 def check_programs(probe: Probe) -> Check:
     """Invariant 3: decode steps at new lengths and settings compile nothing."""
     n_B, _ = ragged(probe)
-    T = probe.tokens_BT.shape[1]
+    T, V = probe.tokens_BT.shape[1], probe.config.vocab_size
     watch = Stopwatch()
-    for i, (temperature, top_k) in enumerate([(0.0, 0), (0.0, 0), (0.7, 0), (1.3, 5), (0.0, 9)]):
-        settings = Settings(temperature=temperature, top_k=top_k, seed=i)
-        rows = generate.row_settings(settings, N_ROWS)
-        left_B = np.full(N_ROWS, i + 5, np.int32)
+    for i, settings in enumerate(SWEEP):
+        rows = generate.row_settings([settings] * N_ROWS, V, NO_TOKEN)
+        left_B, dropped_B = np.full((2, N_ROWS), [[i + 5], [0]], np.int32)
+        seen_BV, going_B = np.zeros((N_ROWS, V), bool), np.ones(N_ROWS, bool)
         with watch if i else Stopwatch():
             cache, logits_BV = probe.read(probe.tokens_BT, np.maximum(n_B - i, 1), T, 2 * T)
-            loop, _ = generate.begin(cache, logits_BV, rows, left_B, NO_TOKEN)
+            loop, _ = begin(cache, logits_BV, rows, left_B, seen_BV, dropped_B, NO_TOKEN)
             for _ in range(2):
-                loop, *_ = generate.decode_chunk(
-                    probe.config, probe.params, loop, rows, NO_TOKEN, 2
-                )
+                loop, _ = decode_chunk(probe.config, probe.params, loop, rows, going_B, NO_TOKEN, 2)
     return Check("new lengths and settings compile nothing", float(watch.programs), 0.0)
 
 

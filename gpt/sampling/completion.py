@@ -1,8 +1,10 @@
 """What has been drawn so far for each row of a batch, as tokens and as text. Knows no device."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from gpt.errors import require
 from gpt.sampling.settings import Settings
 from gpt.sampling.text import TextStream
 
@@ -13,51 +15,75 @@ NO_TOKEN = -1  # stands where a row drew none
 class Completion:
     """One row: its prompt, and what has been drawn after it so far.
 
-    `logprobs`: the model's own, in nats, before temperature and filters. `finish_reason`: "eos",
+    `logprobs`: the model's own, in nats, before bias, temperature and filters. `top`: for each
+    token the likeliest ones at its place, (id, the model's own probability), where asked for.
+    `finish_reason`: "stop" (a stop string, whose last token is still in `token_ids`), "eos",
     "length" or "context" (None while it runs). `prefill_seconds` and `decode_seconds` are those of
     the whole batch until this row ended, compilation left out.
     """
 
     prompt: str
+    prompt_ids: list[int] = field(repr=False)
     sample: int
     seed: int
     eot: int = field(repr=False)
     most: int = field(repr=False)  # tokens that it may have
-    allowed: int = field(repr=False)  # tokens until the context is full
+    allowed: float = field(repr=False)  # tokens until the context is full
     stream: TextStream = field(repr=False)
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top: list[list[tuple[int, float]]] = field(default_factory=list, repr=False)
     finish_reason: str | None = None
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
     @classmethod
-    def blank(cls, model, prompt: str, n_tokens: int, sample: int, settings: Settings):
-        """Nothing drawn yet after `prompt`, which has `n_tokens` tokens.
+    def blank(cls, model, prompt: str, ids: list[int], sample: int, settings: Settings):
+        """Nothing drawn yet after `prompt`, whose tokens are `ids`.
 
         A token may be drawn at the context's end, but none after it: it would have no position.
         """
-        allowed = model.config.context_length + 1 - n_tokens
+        room = model.config.context_length + 1 - len(ids)
+        allowed = math.inf if settings.on_context_full == "slide" else room
         most, eot = settings.max_new_tokens, model.tokenizer.eot_token
-        stream = TextStream(model.tokenizer.decode_bytes)
-        return cls(prompt, sample, settings.seed, eot, most, allowed, stream)
+        stream = TextStream(model.tokenizer.decode_bytes, settings.stop)
+        return cls(prompt, ids, sample, settings.seed, eot, most, allowed, stream)
 
-    def record(self, tokens: Sequence[int], logprobs: Sequence[float]) -> str:
-        """Append a chunk of what was drawn; the whole characters that the text gained."""
-        drawn = [(int(t), float(p)) for t, p in zip(tokens, logprobs, strict=True) if t != NO_TOKEN]
-        new = [pair for pair in drawn if pair[0] != self.eot]
-        self.token_ids += [token for token, _ in new]
-        self.logprobs += [logprob for _, logprob in new]
-        if len(new) < len(drawn):
+    def record(self, tokens: Sequence[int], logprobs: Sequence[float], top: Sequence = ()) -> str:
+        """Append a chunk of what was drawn; the whole characters that the text gained.
+
+        `top`: for each token, pairs. UserError where the model gave no probabilities.
+        """
+        gained = ""
+        for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+            if token == NO_TOKEN or self.finish_reason:
+                break
+            require(
+                not math.isnan(logprob),
+                f"the model's output is not a number at token {len(self.token_ids) + 1}: its "
+                f"training diverged or its weights are damaged; take another checkpoint",
+            )
+            gained += self.take(int(token), float(logprob), top[i] if len(top) else [])
+        gained += self.stream.finish() if self.finish_reason else ""
+        self.text += gained
+        return gained
+
+    def take(self, token: int, logprob: float, top: list) -> str:
+        """Append one token, end if it is the last; the characters that it completes."""
+        if token == self.eot:
             self.finish_reason = "eos"
+            return ""
+        self.token_ids.append(token)
+        self.logprobs.append(logprob)
+        self.top += [top] if top else []
+        gained = self.stream.push([token])
+        if self.stream.stopped:
+            self.finish_reason = "stop"
         elif len(self.token_ids) == self.most:
             self.finish_reason = "length"
         elif len(self.token_ids) == self.allowed:
             self.finish_reason = "context"
-        gained = self.stream.push([token for token, _ in new])
-        gained += self.stream.finish() if self.finish_reason else ""
-        self.text += gained
         return gained
 
     @property

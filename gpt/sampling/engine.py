@@ -11,12 +11,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpt.config import ModelConfig
 from gpt.model import cache as kv
 from gpt.model import transformer
 
 SMALLEST_BUCKET = 32
+PIECE = 1024  # tokens a row read at once: the scores of a piece are PIECE x capacity numbers
 
 
 def bucket(n_tokens: int, context_length: int) -> int:
@@ -26,7 +28,8 @@ def bucket(n_tokens: int, context_length: int) -> int:
 
 def last_logits(config: ModelConfig, params: dict, x_BTD: jax.Array, n_B: jax.Array) -> jax.Array:
     """logits_BV after the last of each row's `n_B` real tokens."""
-    last_BD = jnp.take_along_axis(x_BTD, (n_B - 1)[:, None, None], axis=1)[:, 0]
+    last_B = jnp.maximum(n_B - 1, 0)
+    last_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
     return transformer.unembed(config, params, last_BD)
 
 
@@ -43,12 +46,31 @@ def prefill(config: ModelConfig, params: dict, tokens_BT: jax.Array, n_B: jax.Ar
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def extend(config: ModelConfig, params: dict, cache: kv.KVCache, tokens_BT, n_B: jax.Array):
-    """Read `n_B` >= 1 more tokens a row on top of `cache`, which is consumed; as `prefill`.
+    """Read `n_B` more tokens a row on top of `cache`, which is consumed; as `prefill`.
 
-    The caller sees to it that they fit: what lies past the capacity is dropped.
+    The caller sees to it that they fit: what lies past the capacity is dropped. The logits of a
+    row that reads none mean nothing.
     """
     x_BTD, cache = transformer.hidden(config, params, tokens_BT, cache)
     return cache.advanced(n_B), last_logits(config, params, x_BTD, n_B)
+
+
+def read(config: ModelConfig, params: dict, tokens_BT, n_B, piece: int = PIECE):
+    """As `prefill`, for prompts of any length: in pieces of `piece` tokens where T exceeds that.
+
+    A host function over two programs; the pieces bound the memory that the scores take.
+    """
+    T = tokens_BT.shape[1]
+    cache, logits_BV = prefill(config, params, tokens_BT[:, :piece], np.minimum(n_B, piece))
+    if piece >= T:
+        return cache, logits_BV
+    cache = grow(cache, T)
+    for start in range(piece, int(n_B.max()), piece):
+        more_B = np.clip(n_B - start, 0, piece).astype(np.int32)
+        tokens = tokens_BT[:, start : start + piece]
+        cache, after_BV = extend(config, params, cache, tokens, more_B)
+        logits_BV = jnp.where((more_B > 0)[:, None], after_BV, logits_BV)
+    return cache, logits_BV
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -68,7 +90,7 @@ def grow(cache: kv.KVCache, capacity: int) -> kv.KVCache:
     return kv.grow(cache, capacity)
 
 
-@partial(jax.jit, static_argnames="n")
-def fork(cache: kv.KVCache, logits_BV: jax.Array, n: int):
-    """Each row of a prefill `n` times: several samples for the price of one reading."""
-    return kv.repeat(cache, n), jnp.repeat(logits_BV, n, axis=0)
+@jax.jit
+def fork(cache: kv.KVCache, logits_BV: jax.Array, row_R: jax.Array):
+    """The rows `row_R` of a prefill, each as often as named: several samples for one reading."""
+    return kv.select(cache, row_R), logits_BV[row_R]

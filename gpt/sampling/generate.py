@@ -1,12 +1,13 @@
-"""The one driver: chunks of decode steps on the device, streamed or collected.
+"""The one driver: prompts in, streamed or collected completions out.
 
-`stream` prefills, then runs up to `CHUNK` steps a call in a loop on the device; between calls the
-host hands out text and grows the cache. `complete` is `stream` drained.
+`stream` prefills, then runs chunks of decode steps on the device (loop.py); between chunks the
+host hands out text, ends rows at stop strings, and grows or slides the cache. `complete` is
+`stream` drained.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,159 +15,222 @@ import numpy as np
 
 from gpt.config import ModelConfig
 from gpt.errors import require
-from gpt.model.cache import KVCache
-from gpt.sampling import draw, engine
-from gpt.sampling.completion import NO_TOKEN, Completion, Piece
+from gpt.model.attention import MASKED
+from gpt.sampling import engine
+from gpt.sampling.completion import Completion, Piece
 from gpt.sampling.draw import Draw
+from gpt.sampling.loop import Drawn, Loop, begin, decode_chunk, reread
 from gpt.sampling.settings import Settings
 from gpt.stopwatch import Stopwatch
+from gpt.tokenizer import without_lone_surrogates
 
 CHUNK = 16  # steps between looks at the host: text appears this often
+Prompt = str | Sequence[int]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Loop:
-    """What the device carries between chunks. `token_B` is drawn but not yet in the cache."""
-
-    cache: KVCache
-    token_B: jax.Array
-    left_B: jax.Array  # tokens that each row may still draw; 0: the row is done
-
-
-def settle(token_B: jax.Array, left_B: jax.Array, eot: jax.Array) -> jax.Array:
-    """Tokens left to draw after `token_B`: none after end-of-text."""
-    return jnp.where(token_B == eot, 0, left_B - 1)
+def read_prompt(model, prompt: Prompt) -> tuple[str, list[int]]:
+    """A prompt, text or token ids, as both. An empty one stands for end-of-text, which is how
+    every document began."""
+    tokenizer, eot = model.tokenizer, model.tokenizer.eot_token
+    if isinstance(prompt, str):
+        prompt = without_lone_surrogates(prompt)
+        return prompt, tokenizer.encode_ordinary(prompt) or [eot]
+    ids, V = [int(token) for token in prompt], model.config.vocab_size
+    wrong = [token for token in ids if not 0 <= token < V]
+    require(not wrong, f"token id {wrong[:1]} in the prompt: expected 0 to {V - 1}")
+    return tokenizer.decode_bytes(ids).decode("utf-8", "replace"), ids or [eot]
 
 
-@partial(jax.jit, donate_argnames="cache")
-def begin(cache: KVCache, logits_BV: jax.Array, rows: Draw, left_B: jax.Array, eot: jax.Array):
-    """The loop after the prefill, its first tokens drawn, and their logprob_B."""
-    token_B = draw.sample(logits_BV, rows, cache.length_B)
-    return Loop(cache, token_B, settle(token_B, left_B, eot)), draw.logprob(logits_BV, token_B)
-
-
-@partial(jax.jit, static_argnames=("config", "size"), donate_argnames="loop")
-def decode_chunk(config: ModelConfig, params: dict, loop: Loop, rows: Draw, eot, size: int):
-    """Up to `size` decode steps, until every row is done or one has filled the cache.
-
-    Returns the loop, tokens_BC (NO_TOKEN where a row drew none) and their logprobs_BC.
-    """
-    B, capacity = len(loop.token_B), loop.cache.capacity
-    tokens_BC = jnp.full((B, size), NO_TOKEN, jnp.int32)
-    logprobs_BC = jnp.zeros((B, size), jnp.float32)
-
-    def going(carry):
-        i, loop, _, _ = carry
-        running_B = loop.left_B > 0
-        fits = jnp.max(jnp.where(running_B, loop.cache.length_B, 0)) < capacity
-        return (i < size) & jnp.any(running_B) & fits
-
-    def step(carry):
-        i, loop, tokens_BC, logprobs_BC = carry
-        running_B = loop.left_B > 0
-        cache, logits_BV = engine.decode_step(config, params, loop.cache, loop.token_B, running_B)
-        token_B = draw.sample(logits_BV, rows, cache.length_B)
-        logprob_B = draw.logprob(logits_BV, token_B)
-        left_B = jnp.where(running_B, settle(token_B, loop.left_B, eot), 0)
-        tokens_BC = tokens_BC.at[:, i].set(jnp.where(running_B, token_B, NO_TOKEN))
-        logprobs_BC = logprobs_BC.at[:, i].set(logprob_B)
-        return i + 1, Loop(cache, token_B, left_B), tokens_BC, logprobs_BC
-
-    return jax.lax.while_loop(going, step, (0, loop, tokens_BC, logprobs_BC))[1:]
+def settings_of(prompts: Sequence[Prompt], settings: Settings | Sequence[Settings]):
+    """One Settings for each prompt."""
+    require(len(prompts) > 0, "there are no prompts: expected at least one, which may be empty")
+    if isinstance(settings, Settings):
+        return [settings] * len(prompts)
+    n, n_prompts = len(settings), len(prompts)
+    require(n == n_prompts, f"{n} settings for {n_prompts} prompts: expected one for each")
+    return settings
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], context_length: int):
     """Prompts as tokens_BT, padded on the right to their bucket, and their lengths n_B."""
-    require(len(prompts) > 0, "there are no prompts: expected at least one, which may be empty")
     n_B = np.array([len(p) for p in prompts], np.int32)
+    longest = int(n_B.argmax())
     require(
-        n_B.max() <= context_length,
-        f"the prompt has {n_B.max()} tokens: expected at most the model's context of "
-        f"{context_length}; shorten it",
+        n_B[longest] <= context_length,
+        f"prompt {longest + 1} has {n_B[longest]} tokens: expected at most the model's context of "
+        f"{context_length}; shorten it, or let the context slide (--on-context-full slide)",
     )
-    tokens_BT = np.zeros((len(prompts), engine.bucket(int(n_B.max()), context_length)), np.int32)
+    tokens_BT = np.zeros((len(prompts), engine.bucket(int(n_B[longest]), context_length)), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt)] = prompt
     return tokens_BT, n_B
 
 
-def row_settings(settings: Settings, n_prompts: int) -> Draw:
-    """Each row's settings; row p * num_samples + s is sample s of prompt p."""
-    B = n_prompts * settings.num_samples
-    return Draw(
-        temperature=jnp.full(B, settings.temperature, jnp.float32),
-        top_k=jnp.full(B, settings.top_k, jnp.int32),
-        seed=jnp.full(B, settings.seed, jnp.uint32),
-        sample=jnp.tile(jnp.arange(settings.num_samples, dtype=jnp.uint32), n_prompts),
-    )
+def row_settings(each: Sequence[Settings], vocab_size: int, eot: int) -> Draw:
+    """The settings as arrays; sample s of a prompt is row s of its `num_samples` in a row."""
+    rows = [(one, sample) for one in each for sample in range(one.num_samples)]
+
+    def column(name: str, dtype) -> jax.Array:
+        return jnp.array([getattr(one, name) for one, _ in rows], dtype)
+
+    kinds = {"top_k": jnp.int32, "seed": jnp.uint32}
+    kinds |= dict.fromkeys(("repetition_penalty", "temperature", "top_p", "min_p"), jnp.float32)
+    sample_B = jnp.array([sample for _, sample in rows], jnp.uint32)
+    bias_BV = np.stack([bias(one, vocab_size, eot) for one, _ in rows])
+    columns = {name: column(name, kind) for name, kind in kinds.items()}
+    return Draw(bias_BV=jnp.asarray(bias_BV), sample=sample_B, **columns)
+
+
+def bias(settings: Settings, vocab_size: int, eot: int) -> np.ndarray:
+    """What is added to each logit: the user's bias, and end-of-text forbidden where it is so."""
+    bias_V = np.zeros(vocab_size, np.float32)
+    for token, value in settings.logit_bias.items():
+        require(
+            0 <= token < vocab_size,
+            f"logit_bias names token {token}: expected 0 to {vocab_size - 1}",
+        )
+        bias_V[token] = max(value, MASKED)
+    if settings.ignore_eos and 0 <= eot < vocab_size:
+        bias_V[eot] = MASKED
+    return bias_V
+
+
+def blank_rows(model, prompts: Sequence[Prompt], each: Sequence[Settings]) -> list[Completion]:
+    """A completion with nothing drawn yet for each sample of each prompt."""
+    read = [read_prompt(model, prompt) for prompt in prompts]
+    return [
+        Completion.blank(model, text, ids, sample, one)
+        for (text, ids), one in zip(read, each, strict=True)
+        for sample in range(one.num_samples)
+    ]
+
+
+def start(model, done: Sequence[Completion], each: Sequence[Settings], rows: Draw, top: int):
+    """The prompts read, each once, and a first token drawn for each row: the loop, and Drawn."""
+    config, C = model.config, model.config.context_length
+    row_B = np.repeat(np.arange(len(each)), [one.num_samples for one in each])
+    firsts = [done[int(np.argmax(row_B == prompt))] for prompt in range(len(each))]
+    slides = [one.on_context_full == "slide" for one in each]
+    require(not any(slides) or C > 1, "a context of one token cannot slide: choose stop")
+    windows = [
+        row.prompt_ids[-C:] if slide else row.prompt_ids
+        for row, slide in zip(firsts, slides, strict=True)
+    ]
+    tokens_BT, n_B = pad_prompts(windows, C)
+    cache, logits_BV = engine.read(config, model.params, tokens_BT, n_B)
+    if len(done) > len(each):
+        cache, logits_BV = engine.fork(cache, logits_BV, row_B)
+    seen_BV = np.zeros((len(done), config.vocab_size), bool)
+    for row, completion in enumerate(done):
+        seen_BV[row, completion.prompt_ids] = True
+    dropped_B = np.array([len(one.prompt_ids) for one in done], np.int32) - n_B[row_B]
+    left_B = np.array([min(one.most, one.allowed) for one in done], np.int32)
+    eot = model.tokenizer.eot_token
+    return begin(cache, logits_BV, rows, left_B, jnp.asarray(seen_BV), dropped_B, eot, top)
 
 
 def with_room(config: ModelConfig, loop: Loop) -> Loop:
-    """The loop, its cache doubled if a running row has filled it."""
-    running_B, length_B = np.asarray(loop.left_B) > 0, np.asarray(loop.cache.length_B)
-    if np.max(length_B, where=running_B, initial=0) < loop.cache.capacity:
+    """The loop, its cache doubled (up to the context) if a running row has filled it."""
+    if not filled(loop).any() or loop.cache.capacity == config.context_length:
         return loop
     capacity = engine.bucket(loop.cache.capacity + 1, config.context_length)
     return replace(loop, cache=engine.grow(loop.cache, capacity))
 
 
-def start(model, ids: Sequence[Sequence[int]], settings: Settings, rows: Draw):
-    """The prompts read and a first token drawn after each: the loop, and what was drawn."""
-    config = model.config
-    tokens_BT, n_B = pad_prompts(ids, config.context_length)
-    allowed_B = config.context_length + 1 - np.repeat(n_B, settings.num_samples)
-    most = min(settings.max_new_tokens, config.context_length + 1)
-    left_B = np.minimum(most, allowed_B).astype(np.int32)
-    cache, logits_BV = engine.prefill(config, model.params, tokens_BT, n_B)
-    if settings.num_samples > 1:
-        cache, logits_BV = engine.fork(cache, logits_BV, settings.num_samples)
-    loop, logprob_B = begin(cache, logits_BV, rows, left_B, model.tokenizer.eot_token)
-    return loop, (np.asarray(loop.token_B)[:, None], np.asarray(logprob_B)[:, None])
+def filled(loop: Loop) -> np.ndarray:
+    """Which running rows have filled the cache."""
+    return (np.asarray(loop.left_B) > 0) & (np.asarray(loop.cache.length_B) >= loop.cache.capacity)
 
 
-def advance(model, loop: Loop, rows: Draw, chunk: int):
-    """Up to `chunk` more tokens a row: the loop, and what was drawn."""
-    loop = with_room(model.config, loop)
+def slide(model, loop: Loop, done: Sequence[Completion]) -> Loop:
+    """The loop, rows that have filled the context set back to the last half of what they read."""
+    full_B, kept = filled(loop), model.config.context_length // 2
+    if not full_B.any():
+        return loop
+    windows = [
+        (one.prompt_ids + one.token_ids)[-kept - 1 : -1] if full else []
+        for one, full in zip(done, full_B, strict=True)
+    ]
+    tokens_BT, _ = pad_prompts(windows, model.config.context_length)
+    return reread(model.config, model.params, loop, tokens_BT, full_B, kept)
+
+
+def advance(model, loop: Loop, rows: Draw, done: Sequence[Completion], chunk: int, top: int):
+    """Up to `chunk` more tokens for each row that has not ended: the loop, and Drawn."""
+    loop = slide(model, with_room(model.config, loop), done)
+    going_B = np.array([not completion.finish_reason for completion in done])
     eot = model.tokenizer.eot_token
-    loop, *drawn = decode_chunk(model.config, model.params, loop, rows, eot, chunk)
+    loop, drawn = decode_chunk(model.config, model.params, loop, rows, going_B, eot, chunk, top)
     return loop, jax.device_get(drawn)
 
 
-def stream(
-    model, prompts: Sequence[str], settings: Settings, chunk: int = CHUNK
-) -> Iterator[Piece]:
-    """Complete `prompts` together, handing out each row's text as it is drawn.
-
-    `model` has `config`, `params` (unstacked) and `tokenizer`. An empty prompt stands for
-    end-of-text, which is how every document began. `chunk`: steps between looks at the host; it
-    changes no token. UserError if a prompt exceeds the context.
-    """
-    eot = model.tokenizer.eot_token
-    ids = [model.tokenizer.encode_ordinary(prompt) or [eot] for prompt in prompts]
-    rows = row_settings(settings, len(prompts))
-    done = [
-        Completion.blank(model, prompt, len(prompt_ids), sample, settings)
-        for prompt, prompt_ids in zip(prompts, ids, strict=True)
-        for sample in range(settings.num_samples)
+def record(done: Completion, drawn: Drawn, row: int, watches: Sequence[Stopwatch]) -> str:
+    """Note what the device drew for one row, and when; the text that it gained."""
+    done.prefill_seconds, done.decode_seconds = (watch.seconds for watch in watches)
+    ids_CK, probs_CK = np.asarray(drawn.top_BCK[row]), np.asarray(drawn.top_probs_BCK[row])
+    top = [
+        list(zip(ids_K.tolist(), probs_K.tolist(), strict=True))
+        for ids_K, probs_K in zip(ids_CK, probs_CK, strict=True)
     ]
-    prefilling, decoding = Stopwatch(), Stopwatch()
+    return done.record(np.asarray(drawn.tokens_BC[row]), np.asarray(drawn.logprobs_BC[row]), top)
+
+
+def stream(
+    model,
+    prompts: Sequence[Prompt],
+    settings: Settings | Sequence[Settings],
+    chunk: int = CHUNK,
+    top: int = 0,
+) -> Iterator[Piece]:
+    """Complete `prompts` (texts or token ids) together, handing out each row's text as it comes.
+
+    `model` has `config`, `params` (unstacked) and `tokenizer`. `settings`: for all prompts or one
+    for each. `chunk`: steps between looks at the host; it changes no token. `top`: likeliest
+    tokens to note at each step. UserError if a prompt exceeds the context, or the text does where
+    the settings say that this is an error.
+    """
+    V = model.config.vocab_size
+    require(0 <= top <= V, f"{top} likeliest tokens asked for: expected 0 to {V}")
+    each = settings_of(prompts, settings)
+    done = blank_rows(model, prompts, each)
+    fails = [one.on_context_full == "error" for one in each for _ in range(one.num_samples)]
+    rows = row_settings(each, V, model.tokenizer.eot_token)
+    watches = prefilling, decoding = Stopwatch(), Stopwatch()
     with prefilling:
-        loop, drawn = start(model, ids, settings, rows)
+        loop, drawn = start(model, done, each, rows, top)
+        drawn = jax.device_get(drawn)
+    steady: set[tuple[int, bool]] = set()
     while running := [row for row, completion in enumerate(done) if not completion.finish_reason]:
         for row in running:
-            text = done[row].record(*(array[row] for array in drawn))
-            done[row].prefill_seconds, done[row].decode_seconds = (
-                prefilling.seconds,
-                decoding.seconds,
+            yield Piece(row, record(done[row], drawn, row, watches), done[row])
+            full = done[row].finish_reason == "context"
+            require(
+                not (full and fails[row]),
+                f"the context of {model.config.context_length} tokens is full: expected the text "
+                f"to end within it; ask for fewer tokens, or choose stop or slide",
             )
-            yield Piece(row, text, done[row])
         if any(not completion.finish_reason for completion in done):
+            shapes, before = (loop.cache.capacity, bool(filled(loop).any())), decoding.programs
             with decoding:
-                loop, drawn = advance(model, loop, rows, chunk)
+                loop, drawn = advance(model, loop, rows, done, chunk, top)
+            guard(shapes, steady, decoding.programs - before)
 
 
-def complete(model, prompts: Sequence[str], settings: Settings) -> list[Completion]:
+def guard(shapes: tuple[int, bool], steady: set, programs: int) -> None:
+    """Warn if a chunk in shapes (capacity, filled or not) that have been seen compiled something
+    (invariant 3)."""
+    if shapes in steady and programs:
+        warnings.warn(
+            f"{programs} programs were compiled in the middle of decoding at an unchanged shape "
+            f"(capacity {shapes[0]}): this costs time and should not happen; please report it",
+            stacklevel=3,
+        )
+    steady.add(shapes)
+
+
+def complete(
+    model, prompts: Sequence[Prompt], settings: Settings | Sequence[Settings], top: int = 0
+) -> list[Completion]:
     """`stream` drained: the finished completions, row by row."""
-    rows = {piece.row: piece.completion for piece in stream(model, prompts, settings)}
+    rows = {piece.row: piece.completion for piece in stream(model, prompts, settings, top=top)}
     return [rows[row] for row in sorted(rows)]

@@ -1,6 +1,6 @@
 """A trained model as an object: weights ready for decoding, its config and its tokenizer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,20 @@ from gpt.sampling import generate, score
 from gpt.sampling.completion import Completion, Piece
 from gpt.sampling.settings import Settings
 
+Prompts = str | Sequence[str] | Sequence[Sequence[int]]
+Each = Settings | Sequence[Settings] | None
+
+
+def as_list(prompt: Prompts) -> Sequence[str] | Sequence[Sequence[int]]:
+    """One prompt as a list of one."""
+    return [prompt] if isinstance(prompt, str) else prompt
+
+
+def as_settings(settings: Each, fields: dict) -> Settings | Sequence[Settings]:
+    """The settings given whole, or made of their fields."""
+    require(settings is None or not fields, "give settings or their fields by name, not both")
+    return Settings(**fields) if settings is None else settings
+
 
 @dataclass(frozen=True)
 class LanguageModel:
@@ -27,20 +41,22 @@ class LanguageModel:
     weights: Weights = "raw"
     notes: list[str] = field(default_factory=list, repr=False)
 
-    def generate(self, prompt: str | list[str] = "", **settings) -> Completion | list[Completion]:
-        """Complete a prompt, or several together. `settings`: the fields of Settings.
+    def generate(
+        self, prompt: Prompts = "", settings: Each = None, **fields
+    ) -> Completion | list[Completion]:
+        """Complete a prompt, or several together; each is text or token ids.
 
-        One prompt and one sample give one Completion (printing it shows the text), else a list,
+        `settings`: a Settings for all, or a list with one for each prompt; or its fields by name.
+        One text and one sample give one Completion (printing it shows the text), else a list,
         prompt by prompt.
         """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        done = generate.complete(self, prompts, Settings(**settings))
+        prompts, settings = as_list(prompt), as_settings(settings, fields)
+        done = generate.complete(self, prompts, settings)
         return done[0] if isinstance(prompt, str) and len(done) == 1 else done
 
-    def stream(self, prompt: str | list[str] = "", **settings) -> Iterator[Piece]:
+    def stream(self, prompt: Prompts = "", settings: Each = None, **fields) -> Iterator[Piece]:
         """As `generate`, handing out pieces of text as they are drawn."""
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        return generate.stream(self, prompts, Settings(**settings))
+        return generate.stream(self, as_list(prompt), as_settings(settings, fields))
 
     def score(self, text: str) -> score.Score:
         """Log-probability of each token of `text`, its loss, bits per byte and perplexity."""

@@ -47,8 +47,8 @@ def figures(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(probe, "clock", lambda: now[0])
             slow(engine, "prefill", lambda _: prefill)
-            slow(generate, "begin", lambda _: begin)
-            slow(generate, "decode_chunk", lambda args: single if args[-1] == 1 else chunk)
+            slow(measure, "begin", lambda _: begin)
+            slow(measure, "decode_chunk", lambda args: single if args[-1] == 1 else chunk)
             return measure.measure(CONFIG, PARAMS, CELL, 3, CEILINGS)
 
     return measured

@@ -146,7 +146,13 @@ def test_nothing_compiles_over_200_decode_steps():
     assert len(warm[0].token_ids) == 220  # through every capacity
     before = compilations.programs
     for i, settings in enumerate(
-        [Settings(max_new_tokens=200), Settings(200, 0.0), Settings(200, 1.3, top_k=7, seed=9)]
+        [
+            Settings(),
+            Settings(temperature=0),
+            Settings(temperature=1.3, top_k=7, seed=9),
+            Settings(top_p=0.9, min_p=0.01, repetition_penalty=1.2, ignore_eos=True),
+            Settings(logit_bias={5: 2.0}, stop=("no such text",)),
+        ]
     ):
         done = generate.complete(model, ["abc" + "d" * i], settings)
         assert len(done[0].token_ids) == 200 or done[0].finish_reason == "eos"
