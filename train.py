@@ -11,7 +11,7 @@ import dataclasses
 import math
 import shlex
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,12 +71,13 @@ def train(command: Command, out: Path, console, signals: stop.StopSignal | None 
 
     resuming = bool(checkpoint.steps(out)) and not command.overwrite
     source = out if resuming else command.init_from
-    about = resume.newest(source, checkpoint.read_metadata, console.print) if source else None
+    tell = cache(console.print)  # of each damaged checkpoint once
+    about = resume.newest(source, checkpoint.read_metadata, tell) if source else None
 
     if about and not resuming:
         about = {"tokenizer": about["tokenizer"]}  # all that a new run takes beside the weights
-    cache = None if command.dry_run else cli.cache_folder() / "tokens"  # it leaves nothing behind
-    tokenizer, dataset = prepare.prepare(command.train, command.data, about, cache, console)
+    kept = None if command.dry_run else cli.cache_folder() / "tokens"  # it leaves nothing behind
+    tokenizer, dataset = prepare.prepare(command.train, command.data, about, kept, console)
     config = settle(command.train, tokenizer)
     if resuming:
         resume.require_same_text(about, dataset.fingerprint)
@@ -91,7 +92,7 @@ def train(command: Command, out: Path, console, signals: stop.StopSignal | None 
 
     like = step.abstract_state(config, mesh)
     load = partial(resume.load_state if resuming else resume.load_start, like)
-    loaded = resume.newest(source, load, console.print) if source else {}
+    loaded = resume.newest(source, load, tell) if source else {}
     state = like if resuming else step.make_state(config, mesh)
     state = dataclasses.replace(state, **loaded)
     if command.overwrite:

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from gpt.tokenizer.encodings import (
 
 FORMAT = "gpt tokenizer"
 VERSION = 1
+SECONDS_TO_ENCODE = 10  # a text that takes a tenth of a second
 
 
 def digest(tokenizer: Tokenizer) -> str:
@@ -110,15 +112,37 @@ def build(name: str, pattern: str, tokens: list[bytes], special: dict[str, int])
     check(END_OF_TEXT in special, f"it lacks {END_OF_TEXT}")
     try:
         tokenizer = byte_level(name, pattern, tokens, special)
-        kept = (
-            tokenizer.decode_bytes(tokenizer.encode_ordinary(wild_text())) == wild_text().encode()
-        )
+        kept = encode_in_time(tokenizer, wild_text()) == wild_text().encode()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in tiktoken's Rust is no Exception
         raise UserError(f"the saved tokenizer's pattern does not work: {error}") from None
     check(kept, "a text does not survive encoding and decoding")
     return tokenizer
+
+
+def encode_in_time(tokenizer: Tokenizer, text: str) -> bytes:
+    """`text` encoded and decoded; TimeoutError if that takes a hundred times as long as it should.
+
+    In a thread, since nothing can end a pattern that looks from each character to the end of the
+    text: it is left behind, and ends with the process.
+    """
+    outcome: list[bytes | BaseException] = []
+
+    def work():
+        try:
+            outcome.append(tokenizer.decode_bytes(tokenizer.encode_ordinary(text)))
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(SECONDS_TO_ENCODE)
+    if not outcome:
+        raise TimeoutError(f"{len(text):,} characters took it over {SECONDS_TO_ENCODE} s")
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
 
 
 @functools.cache

@@ -101,6 +101,8 @@ def load_state(like, folder: Path, step: int) -> dict[str, Any]:
     """All fields of a training state, placed as those of `like`."""
     rest = {"optimizer": like.optimizer, "step": like.step}
     rest = checkpoint.restore(folder, step, "rest", rest)
+    if int(rest["step"]) != step:
+        raise checkpoint.Damaged(f"{folder}: checkpoint {step} holds step {rest['step']}")
     if like.average:
         rest["average"] = checkpoint.restore(folder, step, "average", like.average)
     return load_weights(like, folder, step) | rest

@@ -4,6 +4,7 @@ Knows no model and no data: numbers come in, lines and pictures go out.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -37,7 +38,7 @@ def parse(line: str) -> dict[str, Any] | None:
     return None
 
 
-def open_metrics(path: str | Path, step: int) -> TextIO:
+def open_metrics(path: str | Path, step: int) -> BinaryIO:
     """metrics.jsonl, ready to take the lines after `step`: later ones and a torn one are dropped.
 
     The lines that stay are written aside and renamed, so that no crash loses them.
@@ -50,7 +51,7 @@ def open_metrics(path: str | Path, step: int) -> TextIO:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
-    return path.open("a", encoding="utf-8")
+    return path.open("ab", buffering=0)
 
 
 def to_line(record: Mapping[str, Any]) -> str:
@@ -144,9 +145,18 @@ class RunLog:
         )
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a line that is in the file before this returns."""
-        self.file.write(to_line(record))
-        self.file.flush()
+        """Append a line that is in the file before this returns: whole, or not at all.
+
+        Where there is no room for it, OSError, or with `keep_going` it is left out.
+        """
+        line, end = to_line(record).encode(), self.file.tell()
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.file.truncate(end)
+            if not self.config.keep_going:
+                raise OSError(error.errno, error.strerror, self.file.name) from None
 
     def show(self, step: int, line: Mapping[str, Any]) -> None:
         """Progress: on the bar, or now and then as a line where there is no terminal."""
@@ -211,7 +221,9 @@ def draw_curves(path_metrics: str | Path, path_png: str | Path) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     draw_losses(axes, training, validation)
-    figure.savefig(path_png, format="png")
+    aside = Path(path_png).with_suffix(".new")
+    figure.savefig(aside, format="png")
+    os.replace(aside, path_png)  # whole, or not at all
 
 
 def curve(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

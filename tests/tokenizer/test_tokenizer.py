@@ -14,7 +14,7 @@ from tiktoken_ext import openai_public
 
 from gpt import tokenizer
 from gpt.errors import UserError
-from gpt.tokenizer import encodings
+from gpt.tokenizer import encodings, saved
 
 CODE = ["def add(a, b):\n        return a + b\n\n" * 50, "今天的天气很好 été 🏳️‍🌈\n" * 50]
 WILD = st.text(st.characters()) | st.text(" \n\t\r'sd1a今\u0301") | st.just("<|endoftext|>")
@@ -144,6 +144,7 @@ HOSTILE = {
     "pattern that drops text": tampered(KINDS[0], pattern=r"[^\u07d0]+"),
     "pattern that drops spaces": tampered(KINDS[0], pattern=r"\S+|\n"),
     "pattern that is empty": tampered(KINDS[0], pattern=""),
+    "pattern of a giant": tampered(KINDS[0], pattern="(?:a{1000}){1000}"),
     "another pattern": tampered(KINDS[1], pattern=r"[\s\S]"),
     "another digest": tampered(KINDS[1], digest="0" * 64),
     "no digest": tampered(KINDS[1], digest=None),
@@ -161,8 +162,19 @@ def test_a_wrong_file_is_refused(values):
         tokenizer.from_json(values)
 
 
+def test_a_pattern_that_takes_for_ever_is_refused(monkeypatch):
+    monkeypatch.setattr(saved, "SECONDS_TO_ENCODE", 0.3)
+    slow = encodings.byte_level("x", r"(?=[\s\S]{0,9000}\x00Q)x|[\s\S]", BYTES)
+    with pytest.raises(
+        UserError, match=r"pattern does not work: .* characters took it over 0\.3 s"
+    ):
+        tokenizer.from_json(tokenizer.to_json(slow))
+
+
 BYTES = [bytes([byte]) for byte in range(256)]
 FORGED = {  # with a digest that is right
+    "pattern that never matches": encodings.byte_level("x", r"(?!)", BYTES),
+    "pattern that backtracks": encodings.byte_level("x", r"(a+)+$|(?=(a|aa)+b)c", BYTES),
     "pattern that drops a letter": encodings.byte_level("x", r"[^\u07d0]+", BYTES),
     "pattern that drops spaces": encodings.byte_level("x", r"\S+|\n", BYTES),
     "pattern that drops spaces at the end": encodings.byte_level("x", r"\s*\S+", BYTES),

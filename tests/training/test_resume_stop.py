@@ -1,0 +1,128 @@
+"""SIGTERM and Ctrl-C in each phase of a run: what is left, and that it continues to the bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from programs import ROOT, TINY, arrays, call, program, read_lines, same_bits
+
+from gpt import checkpoint
+from gpt.training import runlog, step
+
+SIGNALS = pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGTERM, 143, id="SIGTERM"),
+        pytest.param(signal.SIGINT, 130, id="Ctrl-C", marks=pytest.mark.slow),
+    ],
+)
+
+
+def before(monkeypatch, owner, name, action):
+    """Have `action` happen just before a function is called for the first time."""
+    honest, left = getattr(owner, name), [None]
+
+    def watched(*arguments, **named):
+        if left:
+            left.pop()
+            action()
+        return honest(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, watched)
+
+
+PHASES = {  # what is interrupted, and the step that is saved
+    "compiling": (lambda: (step, "compile_steps"), 1),
+    "evaluating": (lambda: (program("train").Run, "evaluate"), 4),
+    "sampling": (lambda: (program("train").Run, "show_sample"), 7),
+    "saving": (lambda: (checkpoint.Writer, "save"), 5),
+    "at its end": (lambda: (runlog, "draw_curves"), 12),
+}
+
+
+@SIGNALS
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_in_any_phase_saves_at_the_next_step(
+    phase, number, code, text, trained, tmp_path, monkeypatch
+):
+    argv = [*TINY, "--data", text, "--out", tmp_path / "run"]
+    place, saved = PHASES[phase]
+    before(monkeypatch, *place(), lambda: os.kill(os.getpid(), number))
+    done = call("train", *argv)
+    assert done.code == code, done.err
+    assert "Ctrl-C again stops at once" in done.err and "Traceback" not in done.err
+    assert checkpoint.steps(tmp_path / "run")[-1] == saved
+    assert read_lines(tmp_path / "run") == [x for x in read_lines(trained[1]) if x["step"] <= saved]
+    monkeypatch.undo()
+    assert call("train", *argv).code == 0
+    assert same_bits(arrays(tmp_path / "run", 12), arrays(trained[1], 12))
+    assert read_lines(tmp_path / "run") == read_lines(trained[1])
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+sys.path.insert(0, "tests")
+from gpt import cli
+import programs
+from gpt import checkpoint
+from gpt.training import prepare, step
+
+train = programs.program("train")
+phase, numbers = sys.argv[1], [int(n) for n in sys.argv[2].split()]
+del sys.argv[1:3]
+honest = {"preparing": prepare.read_text, "compiling": step.compile_steps,
+          "saving": checkpoint.Writer.wait}[phase]
+
+def stuck(*arguments):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        time.sleep(0.3)
+    if len(numbers) > 1:
+        import jax  # out of Python, as a compilation is
+        jax.jit(lambda x: jax.lax.fori_loop(0, 10**9, lambda i, x: x @ x / 2, x))(
+            jax.numpy.eye(500)).block_until_ready()
+    return honest(*arguments)
+
+if phase == "preparing": prepare.read_text = stuck
+if phase == "compiling": step.compile_steps = stuck
+if phase == "saving": checkpoint.Writer.wait = stuck
+cli.run(train.main)
+"""
+
+
+def interrupted(phase, numbers, *argv):
+    words = [sys.executable, "-c", INTERRUPTED, phase, numbers, *map(str, argv)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@SIGNALS
+def test_before_anything_can_be_lost_a_signal_ends_the_run_at_once(number, code, text, tmp_path):
+    argv = [*TINY, "--data", text, "--out", tmp_path / "run"]
+    done = interrupted("preparing", str(int(number)), *argv)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("phase", ["compiling", "saving"])
+def test_a_second_ctrl_c_stops_at_once_and_harms_nothing(
+    phase, text, trained, tmp_path, monkeypatch
+):
+    argv = [*TINY, "--data", text, "--out", tmp_path / "run"]
+    terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    before(monkeypatch, program("train").Run, "show_sample", terminate)
+    assert call("train", *argv).code == 143
+    monkeypatch.undo()
+    (last,) = checkpoint.steps(tmp_path / "run")[-1:]
+    good = arrays(tmp_path / "run", last)
+    began = time.monotonic()
+    done = interrupted(phase, "2 2", *argv)
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert time.monotonic() - began < 60  # what it is stuck in takes far longer
+    assert same_bits(arrays(tmp_path / "run", last), good)
+    assert call("train", *argv).code == 0
+    assert checkpoint.steps(tmp_path / "run") == [8, 12]
+    assert same_bits(arrays(tmp_path / "run", 12), arrays(trained[1], 12))
+    assert read_lines(tmp_path / "run") == read_lines(trained[1])
