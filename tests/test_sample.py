@@ -1,40 +1,25 @@
-"""sample.py: completions, streams, scores and checks, from nothing but a run's folder."""
+"""sample.py: completions and streams, from nothing but a run's folder."""
 
-import json
+import io
 import random
-import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
-from programs import ROOT, SHAPE, call, snapshot
+from programs import SHAPE, call, snapshot
+from samples import BRIEF, TWO, objects, sample
 
 import gpt
-from gpt.model import cache, transformer
-from gpt.sampling import check, engine
+from gpt.model import transformer
 
 FIELDS = ["prompt", "text", "token_ids", "logprobs", "finish_reason", "prefill_seconds"]
 FIELDS += ["decode_seconds", "tokens_per_second", "seed", "sample"]
-BRIEF = ["--max-new-tokens", "12"]
-TWO = ["--prompt", "the ", "--prompt", "a cat"]
 VERSES = """床前明月光，疑是地上霜。举头望明月，低头思故乡。
 春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。
 白日依山尽，黄河入海流。欲穷千里目，更上一层楼。
 红豆生南国，春来发几枝。愿君多采撷，此物最相思。
 千山鸟飞绝，万径人踪灭。孤舟蓑笠翁，独钓寒江雪。""".splitlines()
-
-
-def sample(folder, *argv):
-    """What sample.py prints, which must go well."""
-    done = call("sample", folder, *argv)
-    assert done.code == 0, done.err
-    return done.out
-
-
-def objects(folder, *argv):
-    """What it prints with --json."""
-    return [json.loads(line) for line in sample(folder, *argv, "--json").splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -129,53 +114,44 @@ def test_sampling_changes_nothing_on_disk(folder):
     assert snapshot(folder) == before
 
 
-# Scores and checks.
+# Prompts.
 
 
-def step_by_step(model, text):
-    """Log-probabilities of a text's tokens, each read through the cache."""
-    ids = [model.tokenizer.eot_token, *model.tokenizer.encode_ordinary(text)]
-    padded = np.zeros((1, model.config.context_length), np.int32)
-    padded[0, 0] = ids[0]
-    kv, logits = engine.prefill(model.config, model.params, padded, np.ones(1, np.int32))
-    logprobs = []
-    for token in ids[1:]:
-        logprobs.append(float(jax.nn.log_softmax(logits[0])[token]))
-        kv, logits = engine.decode_step(
-            model.config, model.params, kv, np.array([token]), np.ones(1, bool)
-        )
-    return logprobs
+def type_in(content, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
-def test_a_score_is_the_sum_of_the_steps(folder):
-    (score,) = objects(folder, "--score", "the cat sat")
-    assert list(score)[:4] == ["tokens", "mean_nll", "bits_per_byte", "perplexity"]
-    assert score["tokens"] == len(score["token_ids"]) == len(score["logprobs"]) == 11
-    expected = step_by_step(gpt.load(folder), "the cat sat")
-    assert np.allclose(score["logprobs"], expected, atol=1e-4)
-    assert score["mean_nll"] == pytest.approx(-np.mean(expected), abs=1e-4)
-    assert score["perplexity"] == pytest.approx(np.exp(-np.mean(expected)), rel=1e-3)
-    assert score["bits_per_byte"] == pytest.approx(-np.sum(expected) / np.log(2) / 11, abs=1e-4)
+def test_prompts_as_token_ids(folder):
+    """Equal to the text that they spell, and any id of the vocabulary is one."""
+    (text,) = objects(folder, "--prompt", "the ", *BRIEF)
+    argv = ["--prompt-ids", "116 104 101 32", "--prompt-ids", "256 255", *BRIEF]
+    same, other = objects(folder, *argv)
+    assert (same["prompt"], same["token_ids"]) == ("the ", text["token_ids"])
+    assert other["prompt"] == "<|endoftext|>\ufffd" and other["token_ids"]
+    (empty,), (none,) = objects(folder, "--prompt-ids", "", *BRIEF), objects(folder, *BRIEF)
+    assert empty["token_ids"] == none["token_ids"]
 
 
-def test_a_score_as_text_shows_each_token(folder):
-    lines = sample(folder, "--score", "a 天").splitlines()
-    assert len(lines) == 6 and lines[-1].startswith("5 tokens: ")
-    assert [line.split(maxsplit=1)[1] for line in lines[:2]] == ["'a'", "' '"]
+def test_a_prompt_from_a_file_or_a_pipe(folder, tmp_path, monkeypatch):
+    (tmp_path / "prompt").write_text("the \n")
+    expected = sample(folder, "--prompt", "the \n", *BRIEF)
+    assert sample(folder, "--prompt-file", tmp_path / "prompt", *BRIEF) == expected
+    type_in(b"the \n", monkeypatch)
+    assert sample(folder, "--prompt-file", "-", *BRIEF) == expected
 
 
-def test_the_check_passes_and_a_planted_bug_turns_it_red(folder, monkeypatch):
-    assert "the cache contract holds" in sample(folder, "--check")
-    honest = cache.KVCache.advanced
-    monkeypatch.setattr(cache.KVCache, "advanced", lambda kv, n: honest(kv, n * 0 + n[0]))
-    monkeypatch.setattr(check, "CHECKS", (check.check_growth, check.check_ragged))
-    jax.clear_caches()
-    try:
-        done = call("sample", folder, "--check")
-    finally:
-        jax.clear_caches()
-    assert done.code == 1 and "FAILED ragged rows" in done.out
-    assert "ok     growing" in done.out and "1 checks FAILED" in done.out
+def test_bytes_that_are_no_text_are_replaced(folder):
+    """As a shell may hand them over: Python gives each as half of a surrogate pair."""
+    assert sample(folder, "--prompt", "a\udcff", *BRIEF).startswith("a\ufffd")
+    assert objects(folder, "--prompt", "a\udcff", *BRIEF)[0]["prompt"] == "a\ufffd"
+
+
+def test_each_line_of_a_pipe_is_a_prompt_of_its_own(folder, monkeypatch):
+    type_in(b"the \n" + b"x" * 20 + b"\na cat", monkeypatch)
+    done = call("sample", folder, "--interactive", *BRIEF)
+    first, last = (sample(folder, "--prompt", text, *BRIEF) for text in ("the ", "a cat"))
+    assert (done.code, done.out) == (0, f"{first}\n{last}")
+    assert done.err.count("error: ") == 1 and "20 tokens: expected at most" in done.err
 
 
 # Whole characters.
@@ -220,59 +196,3 @@ def test_sample_py_prints_whole_characters(chinese):
     printed = sample(chinese, "--prompt", "今天的天气很", "--max-new-tokens", "40")
     (done,) = objects(chinese, "--prompt", "今天的天气很", "--max-new-tokens", "40")
     assert printed == "今天的天气很" + done["text"] + "\n"
-
-
-# What is refused.
-
-
-def cut_metadata(folder):
-    """A run whose one checkpoint has lost half of its description."""
-    path = folder / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
-    path.parent.mkdir(parents=True)
-    path.write_text('{"metadata": {"mod')
-    return folder
-
-
-BAD = {
-    "a missing folder": (["gone"], "no folder gone"),
-    "an empty folder": (["void"], "no checkpoint in void"),
-    "a half-written checkpoint": (["half"], "no checkpoint in half"),
-    "a damaged checkpoint": (["cut"], "is whole: "),
-    "a step that is not there": (["RUN", "--step", "5"], "it has [8, 12]"),
-    "a long prompt": (["RUN", "--prompt", "x" * 17], "17 tokens: expected at most"),
-    "nothing to score": (["RUN", "--score", ""], "nothing to score"),
-    "two wishes": (["RUN", "--score", "x", "--check"], "exclude each other"),
-    "a negative number": (["RUN", "--max-new-tokens", "-1"], "max_new_tokens is -1"),
-    "NaN": (["RUN", "--temperature", "nan"], "temperature is nan"),
-    "no samples": (["RUN", "--num-samples", "0"], "num_samples is 0"),
-    "an unknown flag": (["RUN", "--promt", "x"], "--promt"),
-    "no checkpoint named": ([], "CHECKPOINT"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_error(case, folder, tmp_path, monkeypatch):
-    argv, words = BAD[case]
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "void").mkdir()
-    (tmp_path / "half" / "checkpoints" / "12.orbax-checkpoint-tmp").mkdir(parents=True)
-    cut_metadata(tmp_path / "cut")
-    before = snapshot(tmp_path)
-    done = call("sample", *[folder if word == "RUN" else word for word in argv])
-    assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("error: ") and done.err.count("\n") == 1 and words in done.err
-    assert snapshot(tmp_path) == before
-
-
-def test_bytes_that_are_no_text_are_replaced(folder):
-    """As a shell may hand them over: Python gives each as half of a surrogate pair."""
-    assert sample(folder, "--prompt", "a\udcff", *BRIEF).startswith("a\ufffd")
-    assert objects(folder, "--prompt", "a\udcff", *BRIEF)[0]["prompt"] == "a\ufffd"
-
-
-def test_a_real_process_refuses_in_one_line():
-    done = subprocess.run(
-        [sys.executable, ROOT / "sample.py", "gone"], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: no folder gone") and done.stderr.count("\n") == 1

@@ -1,0 +1,148 @@
+"""sample.py: every setting reaches the model, and every report is there when asked for."""
+
+import dataclasses
+import functools
+import sys
+
+import jax
+import numpy as np
+import pytest
+from programs import call
+from samples import BRIEF, TWO, objects, sample
+
+import gpt
+from gpt.sampling import generate, language_model
+
+
+@pytest.fixture(scope="session")
+def folder(trained):
+    return trained[1]
+
+
+# Settings.
+
+
+def tokens(folder, *argv):
+    return [done["token_ids"] for done in objects(folder, "--prompt", "the ", *BRIEF, *argv)]
+
+
+def test_every_filter_reaches_the_draw(folder):
+    greedy = tokens(folder, "--temperature", "0")
+    assert tokens(folder, "--top-p", "1e-6") == tokens(folder, "--min-p", "1") == greedy
+    assert tokens(folder, "--temperature", "0", "--repetition-penalty", "9") != greedy
+    biased = ["--logit-bias", "65", "200", "--logit-bias", "66", "-5"]
+    assert tokens(folder, *biased) == [[65] * 12]
+
+
+def test_end_of_text_can_be_forbidden(folder):
+    bias = ["--logit-bias", "256", "200"]
+    (done,) = objects(folder, "--prompt", "the ", *BRIEF, *bias)
+    assert (done["text"], done["finish_reason"]) == ("", "eos")
+    (done,) = objects(folder, "--prompt", "the ", *BRIEF, *bias, "--ignore-eos")
+    assert len(done["token_ids"]) == 12 and 256 not in done["token_ids"]
+
+
+def test_stop_strings_end_the_text_and_are_not_printed(folder):
+    letters = ["--logit-bias", "65", "200"]
+    argv = ["--prompt", "the ", *BRIEF, *letters]
+    (done,) = objects(folder, *argv, "--stop", "b", "--stop", "AAAA", "--stop=--x")
+    assert (done["text"], done["finish_reason"]) == ("", "stop")
+    stopped = call("sample", folder, *argv, "--stop", "AAAA")
+    assert stopped.out == "the \n" and "stopped by stop" in stopped.err
+
+
+def test_a_full_context_as_the_user_wants_it(folder):
+    argv = ["--prompt", "the ", "--max-new-tokens", "40", "--ignore-eos"]
+    stopped = call("sample", folder, *argv)
+    assert "context of 16 tokens is full, --on-context-full slide goes on" in stopped.err
+    slid = call("sample", folder, *argv, "--on-context-full", "slide")
+    assert slid.code == 0 and slid.out.startswith(stopped.out.rstrip("\n"))
+    assert "stopped by length" in slid.err
+    failed = call("sample", folder, *argv, "--on-context-full", "error")
+    assert failed.code == 2 and failed.err.startswith("error: the context of 16 tokens is full")
+
+
+# Several rows on one output.
+
+
+@pytest.mark.parametrize("chunk", [1, 16])
+def test_rows_are_the_same_bytes_at_any_chunk_size(chunk, folder, monkeypatch):
+    argv = [*TWO, "--num-samples", "2", *BRIEF, "--temperature", "2"]
+    done = objects(folder, *argv)
+    monkeypatch.setattr(generate, "stream", functools.partial(generate.stream, chunk=chunk))
+    assert sample(folder, *argv) == "".join(
+        f"--- prompt {1 + i // 2}, sample {1 + i % 2} ---\n{d['prompt']}{d['text']}\n\n"
+        for i, d in enumerate(done)
+    )
+
+
+def test_the_first_row_is_shown_while_it_is_drawn(folder, monkeypatch):
+    """Before the second has ended, and the second as soon as the first has."""
+    written, honest = [], generate.stream
+
+    def watched(*args, **options):
+        for piece in honest(*args, **options, chunk=1):
+            written.append((piece.row, sys.stdout.getvalue()))
+            yield piece
+
+    monkeypatch.setattr(generate, "stream", watched)
+    printed = sample(folder, *TWO, *BRIEF, "--ignore-eos")
+    last = [shown for row, shown in written if row == 0][-1]
+    assert last.startswith("--- prompt 1, sample 1 ---\nthe ") and len(last) > 30
+    assert printed.startswith(last) and "prompt 2" not in last
+
+
+# Probabilities, beams, programs.
+
+
+def test_the_likeliest_tokens_of_each_step(folder):
+    argv = ["--prompt", "the ", *BRIEF]
+    (done,) = objects(folder, *argv, "--show-probs", "257")
+    assert len(done["top"]) == len(done["token_ids"])
+    for token, logprob, top in zip(done["token_ids"], done["logprobs"], done["top"], strict=True):
+        probabilities = [p for _, p in top]
+        assert sorted(probabilities, reverse=True) == probabilities
+        assert sum(probabilities) == pytest.approx(1, abs=1e-4) and len(dict(top)) == 257
+        assert dict(top)[token] == pytest.approx(np.exp(logprob), rel=1e-3)
+    printed = sample(folder, *argv, "--show-probs", "257")
+    assert printed.startswith("after prefill\n") and printed.endswith("the " + done["text"] + "\n")
+    table = printed[: -len("the " + done["text"] + "\n")].splitlines()
+    assert sum(line.startswith("  * ") for line in table) == len(done["token_ids"])
+    assert sum(line.startswith("step ") for line in table) == len(done["token_ids"]) - 1
+    assert "top" not in objects(folder, *argv)[0]
+
+
+def test_beams_are_the_best_texts_with_their_scores(folder):
+    argv = [*TWO, *BRIEF, "--beam-width", "4", "--num-samples", "2", "--temperature", "0"]
+    done = objects(folder, *argv)
+    assert [d["sample"] for d in done] == [0, 1, 0, 1] and list(done[0])[-1] == "score"
+    assert done[0]["score"] >= done[1]["score"] and done[0]["text"] != done[1]["text"]
+    printed = sample(folder, *argv)
+    assert printed == "".join(
+        f"--- prompt {1 + i // 2}, sample {1 + i % 2}, score {d['score']:.4f} ---\n"
+        f"{d['prompt']}{d['text']}\n\n"
+        for i, d in enumerate(done)
+    )
+    short = objects(folder, *argv, "--length-penalty", "-5")
+    assert short[0]["score"] != done[0]["score"]
+    alone = sample(folder, "--prompt", "the ", *BRIEF, "--beam-width", "4")
+    assert alone == "the " + done[0]["text"] + "\n"
+
+
+def test_programs_and_shapes_are_listed_where_asked_for(folder):
+    argv = ["--prompt", "the ", "--max-new-tokens", "40", "--verbose"]
+    done = call("sample", folder, *argv)
+    assert "prompts in a bucket of 16 tokens, caches of [16] slots" in done.err
+    assert all(f"compiled {name} in " in done.err for name in ("prefill", "begin", "decode_chunk"))
+    assert done.err.splitlines()[-1].endswith("from the cache")
+    assert "compiled" not in call("sample", folder, *argv[:-1]).err.replace("compilation", "")
+
+
+def test_a_model_that_knows_no_numbers_is_refused(folder, monkeypatch):
+    broken = gpt.load(folder)
+    broken = dataclasses.replace(broken, params=jax.tree.map(lambda a: a * np.nan, broken.params))
+    monkeypatch.setattr(language_model, "load", lambda *_: broken)
+    done = call("sample", folder, "--prompt", "the ", "--json")
+    assert (done.code, done.out) == (2, "") and "is not a number" in done.err
+    (score,) = objects(folder, "--score", "the ")
+    assert score["perplexity"] is score["mean_nll"] is None and score["logprobs"] == [None] * 4
