@@ -6,12 +6,12 @@ import types
 import jax
 import numpy as np
 import pytest
+from byte_models import make_model
 
-from gpt import tokenizer
 from gpt.config import ModelConfig
 from gpt.errors import UserError
 from gpt.model import transformer
-from gpt.sampling import engine, generate, score
+from gpt.sampling import engine, generate, loop, score
 from gpt.sampling.settings import Settings
 from gpt.stopwatch import compilations
 
@@ -19,19 +19,9 @@ CONFIG = ModelConfig(257, context_length=128, n_layers=2, n_heads=2, d_model=32)
 PROMPTS = ["", "x", "a prompt of some forty bytes, give or take", "今天的天气很"]
 
 
-def make_model(config=CONFIG, seed=0, loudness=6.0):
-    """An untrained byte-level model, loud enough to prefer some bytes over others."""
-    params = transformer.init(config, jax.random.key(seed))
-    params = jax.tree.map(lambda a: a * loudness if a.ndim > 1 else a, params)
-    letters = tokenizer.create("byte", lambda: (), 0)
-    return types.SimpleNamespace(
-        config=config, params=transformer.unstack(params), tokenizer=letters
-    )
-
-
 @pytest.fixture(scope="module")
 def model():
-    return make_model()
+    return make_model(CONFIG)
 
 
 def ids(completions):
@@ -159,13 +149,160 @@ def test_nothing_compiles_over_200_decode_steps():
     assert compilations.programs == before
 
 
+def test_programs_are_few():
+    """One prefill per (batch, bucket), one loop per (batch, capacity), whatever the settings."""
+    config = dataclasses.replace(CONFIG, d_model=24)  # no other test's programs
+    model = make_model(config)
+    before = engine.prefill._cache_size(), loop.decode_chunk._cache_size()
+    for temperature in (0.0, 0.9):
+        for prompts in (["a"], ["b" * 30], ["c" * 33], ["a", "b" * 20], ["a", "b" * 40]):
+            settings = Settings(max_new_tokens=20, temperature=temperature, ignore_eos=True)
+            generate.complete(model, prompts, settings)
+    after = engine.prefill._cache_size(), loop.decode_chunk._cache_size()
+    prefills, loops = (b - a for a, b in zip(before, after, strict=True))
+    assert prefills == 4  # 1 and 2 rows, buckets of 32 and 64
+    assert loops == 4  # the same, and those grown from 32 to 64 among them
+
+
+@pytest.mark.parametrize("piece", [8, 32])
+def test_prompts_read_in_pieces_equal_prompts_read_at_once(model, piece):
+    ids = [[1, 2, 3], list(range(100)), list(range(40)), list(range(64))]
+    tokens_BT, n_B = generate.pad_prompts(ids, CONFIG.context_length)
+    whole, logits_BV = engine.read(CONFIG, model.params, tokens_BT, n_B)
+    pieces, again_BV = engine.read(CONFIG, model.params, tokens_BT, n_B, piece)
+    assert np.array_equal(whole.length_B, pieces.length_B)
+    allowed = 2e-5 * max(1, np.asarray(logits_BV).std())
+    assert np.abs(np.asarray(logits_BV - again_BV)).max() <= allowed
+    token_B, active_B = np.array([5, 6, 7, 8], np.int32), np.ones(4, bool)
+    _, next_BV = engine.decode_step(CONFIG, model.params, whole, token_B, active_B)
+    _, other_BV = engine.decode_step(CONFIG, model.params, pieces, token_B, active_B)
+    assert np.abs(np.asarray(next_BV - other_BV)).max() <= allowed
+
+
+def test_a_full_context_slides_to_its_last_half(model):
+    """Each token is the likeliest after the window that the documentation promises."""
+    C = CONFIG.context_length
+    settings = Settings(max_new_tokens=3 * C, temperature=0, on_context_full="slide")
+    done = generate.complete(model, ["x" * 100], dataclasses.replace(settings, ignore_eos=True))[0]
+    assert done.finish_reason == "length" and len(done.token_ids) == 3 * C
+    text, start = [*b"x" * 100, *done.token_ids], 0
+    forward = jax.jit(transformer.forward, static_argnums=0)
+    for at in range(100, len(text)):
+        while at - start > C:  # read so far: text[start:at]
+            start += C - C // 2
+        window = np.zeros((1, C), np.int32)
+        window[0, : at - start] = text[start:at]
+        logits_V = np.asarray(forward(CONFIG, model.params, window))[0, at - start - 1, :256]
+        gap = np.subtract(*np.sort(logits_V)[[-1, -2]])
+        assert text[at] == logits_V.argmax() or gap < 2e-5 * max(1, logits_V.std())
+
+
+def test_noise_goes_on_after_a_slide(model):
+    """A slid row does not draw again what it drew at these places of the cache before."""
+    flat = types.SimpleNamespace(**vars(model))
+    flat.params = jax.tree.map(np.zeros_like, model.params)  # all tokens alike: noise alone decides
+    settings = Settings(max_new_tokens=384, temperature=1, on_context_full="slide", ignore_eos=True)
+    drawn = np.array(generate.complete(flat, [""], settings)[0].token_ids)
+    half = CONFIG.context_length // 2
+    assert not any(
+        np.array_equal(drawn[i : i + half], drawn[i + half :][:half]) for i in range(200)
+    )
+
+
+def test_a_long_prompt_slides_and_is_refused_otherwise(model):
+    settings = Settings(max_new_tokens=5, temperature=0, on_context_full="slide")
+    long, last = list(b"abcdefgh" * 40), list(b"abcdefgh" * 40)[-CONFIG.context_length :]
+    done = generate.complete(model, [long, last], settings)
+    assert done[0].token_ids == done[1].token_ids
+    with pytest.raises(UserError, match=r"prompt 2 has 320 tokens.*128"):
+        generate.complete(model, [last, long], Settings())
+
+
+def test_a_full_context_can_be_an_error(model):
+    settings = Settings(max_new_tokens=500, on_context_full="error", ignore_eos=True)
+    pieces = generate.stream(model, ["x" * 100], settings)
+    told = [next(pieces).text]
+    with pytest.raises(UserError, match="context of 128 tokens is full"):
+        told += [piece.text for piece in pieces]
+    assert generate.complete(model, ["x"], Settings(max_new_tokens=3, on_context_full="error"))
+
+
+def test_each_prompt_may_have_its_own_settings(model):
+    each = [Settings(max_new_tokens=9, seed=3), Settings(max_new_tokens=5, num_samples=2)]
+    done = generate.complete(model, ["ab", "cd"], each)
+    alone = [generate.complete(model, [p], s) for p, s in zip(["ab", "cd"], each, strict=True)]
+    assert ids(done) == ids([*alone[0], *alone[1]])
+    assert [c.sample for c in done] == [0, 0, 1]
+    with pytest.raises(UserError, match="2 settings for 1 prompts"):
+        generate.complete(model, ["ab"], each)
+
+
+def test_the_likeliest_tokens_are_those_of_a_full_pass(model):
+    done = generate.complete(model, ["ab"], Settings(max_new_tokens=40), top=3)[0]
+    sequence = np.array([[*b"ab", *done.token_ids]])
+    probs = np.asarray(jax.nn.softmax(transformer.forward(CONFIG, model.params, sequence)[0]))
+    assert len(done.top) == len(done.token_ids)
+    for i, top in enumerate(done.top):
+        assert [p for _, p in top] == pytest.approx(np.sort(probs[1 + i])[:-4:-1], abs=1e-5)
+        assert [p for _, p in top] == pytest.approx([probs[1 + i][t] for t, _ in top], abs=1e-5)
+
+
+def test_repetition_penalty_sees_prompt_and_completion(model):
+    """So large a penalty forbids: every token is new."""
+    settings = Settings(max_new_tokens=60, temperature=0, repetition_penalty=1e9)
+    louder = dict.fromkeys(range(256), 100.0)  # all above zero, where the penalty divides
+    settings = dataclasses.replace(settings, logit_bias=louder, ignore_eos=True)
+    done = generate.complete(model, ["abc"], settings)[0]
+    assert len({*b"abc", *done.token_ids}) == 63
+
+
+def test_a_diverged_model_is_told(model):
+    broken = types.SimpleNamespace(**vars(model))
+    broken.params = jax.tree.map(lambda a: a * np.nan, model.params)
+    with pytest.raises(UserError, match="not a number at token 1"):
+        generate.complete(broken, ["a"], Settings())
+
+
+def test_a_program_compiled_in_steady_state_is_told(model, monkeypatch):
+    honest = generate.decode_chunk
+
+    def restless(*args):
+        jax.clear_caches()
+        return honest(*args)
+
+    monkeypatch.setattr(generate, "decode_chunk", restless)
+    with pytest.warns(UserWarning, match="compiled in the middle of decoding"):
+        generate.complete(model, ["a"], Settings(max_new_tokens=50, ignore_eos=True))
+
+
+@pytest.mark.parametrize("prompt", [[257], [-1], [3, 999]])
+def test_ids_outside_the_vocabulary_are_refused(model, prompt):
+    with pytest.raises(UserError, match="token id"):
+        generate.complete(model, [prompt], Settings())
+
+
 def test_buckets():
     assert [engine.bucket(n, 100) for n in (1, 32, 33, 64, 65, 100)] == [32, 32, 64, 64, 100, 100]
 
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("max_new_tokens", 0), ("num_samples", -1), ("temperature", float("nan")), ("top_k", -1)],
+    [
+        ("max_new_tokens", 0),
+        ("num_samples", -1),
+        ("temperature", float("nan")),
+        ("temperature", -0.1),
+        ("top_k", -1),
+        ("top_p", 1.1),
+        ("top_p", float("nan")),
+        ("min_p", -0.1),
+        ("repetition_penalty", 0.0),
+        ("logit_bias", {3: float("nan")}),
+        ("stop", ("",)),
+        ("stop", "text"),
+        ("seed", -1),
+        ("on_context_full", "drop"),
+    ],
 )
 def test_impossible_settings_are_refused(setting, value):
     with pytest.raises(UserError, match=setting):

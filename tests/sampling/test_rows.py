@@ -1,0 +1,107 @@
+"""Rows are independent (invariant 2), and text is the same however it is cut into chunks: over many
+random batches and models of a few compiled shapes."""
+
+import numpy as np
+from byte_models import make_model
+
+from gpt.config import ModelConfig
+from gpt.sampling import check, generate
+from gpt.sampling.settings import Settings
+
+# The context is the smallest bucket: every batch of B rows has one shape, slid or not.
+CONFIG = ModelConfig(257, context_length=32, n_layers=2, n_heads=2, n_kv_heads=1, d_model=16)
+N_BATCHES, B = 1000, 4
+
+
+def random_settings(rng) -> Settings:
+    """Anything a row may be asked for."""
+
+    def one_of(*values):
+        return values[rng.integers(len(values))]
+
+    biases = {int(token): float(rng.normal(0, 3)) for token in rng.integers(257, size=3)}
+    return Settings(
+        max_new_tokens=int(rng.integers(1, 13)),
+        logit_bias=one_of({}, {}, biases),
+        repetition_penalty=one_of(1.0, 1.0, 1.3, 0.8),
+        ignore_eos=bool(rng.random() < 0.5),
+        temperature=one_of(0.0, 0.5, 1.0, 1.7),
+        top_k=one_of(0, 0, 1, 7),
+        top_p=one_of(1.0, 1.0, 0.9, 0.3, 0.0),
+        min_p=one_of(0.0, 0.0, 0.05, 1.0),
+        stop=one_of((), ("e",), ("ab", "\n")),
+        on_context_full=one_of("stop", "slide"),
+        seed=int(rng.integers(5)),
+    )
+
+
+def random_row(rng) -> tuple[list[int], Settings]:
+    """A prompt of any length that fits, and settings."""
+    ids = rng.integers(256, size=rng.integers(1, CONFIG.context_length + 1)).tolist()
+    return ids, random_settings(rng)
+
+
+def run(model, rows) -> list[tuple]:
+    """What each (prompt, settings) draws when they are completed together."""
+    done = generate.complete(model, *zip(*rows, strict=True))
+    return [(c.token_ids, c.logprobs, c.finish_reason, c.text) for c in done]
+
+
+def same_alone(alone: tuple, together: tuple, allowed: float) -> bool:
+    """Whether the tokens are equal; their log-probabilities must be close up to where they part."""
+    for token, other, p, q in zip(*alone[:1], *together[:1], alone[1], together[1], strict=False):
+        if token != other:
+            return False
+        assert abs(p - q) <= allowed
+    return alone[2:] == together[2:]
+
+
+def test_rows_do_not_see_each_other_in_1000_random_batches():
+    """Within a shape to the bit: in another place, beside other rows. Alone, another shape, within
+    rounding; where the draw lies within it, at most one row in a thousand may differ."""
+    model = make_model(CONFIG)
+    allowed = 2 * check.make_probe(CONFIG, model.params).allowed  # a logit's, and the sum's
+    exempt = 0
+    for number in range(N_BATCHES):
+        rng = np.random.default_rng(number)
+        rows, stranger = [random_row(rng) for _ in range(B)], random_row(rng)
+        together = run(model, rows)
+        place, out = rng.permutation(B), int(rng.integers(B))
+        others = run(model, [stranger if i == out else rows[i] for i in place])
+        for at, i in enumerate(place):
+            assert i == out or others[at] == together[i], f"batch {number}, row {i}"
+        alone = run(model, [rows[out]])[0]
+        exempt += not same_alone(alone, together[out], allowed)
+    print(f"{exempt} of {N_BATCHES} rows drew another token alone than in a batch")
+    assert exempt <= N_BATCHES / 1000
+
+
+def test_chunks_cut_nothing_in_500_random_models():
+    """The bytes streamed are the bytes collected; U+FFFD stands only where the model's own bytes
+    are no UTF-8; a stop string cuts at the same byte."""
+    rng = np.random.default_rng(0)
+    favoured = dict.fromkeys("天ab".encode(), 9.0)  # real characters, and broken ones
+    stopped = characters = 0
+    for seed in range(500):
+        model = make_model(CONFIG, seed, float(rng.uniform(1, 8)))
+        stop = [(), ("a",), ("ab", "天b"), ("天", "b天a")][seed % 4]
+        settings = Settings(
+            max_new_tokens=24, logit_bias=favoured, stop=stop, seed=seed, ignore_eos=True
+        )
+        whole = generate.complete(model, ["a", "天"], settings)
+        for chunk in (1, 3):
+            texts = ["", ""]
+            for piece in generate.stream(model, ["a", "天"], settings, chunk):
+                texts[piece.row] += piece.text
+            assert texts == [c.text for c in whole]
+            assert piece.completion.token_ids == whole[piece.row].token_ids
+        for completion in whole:
+            said = bytes(completion.token_ids).decode("utf-8", "replace")
+            characters += said.count("天")
+            stopped += completion.finish_reason == "stop"
+            if completion.finish_reason == "stop":
+                assert said.startswith(completion.text) and said.endswith(stop)
+                assert not any(text in completion.text for text in stop)
+            else:
+                assert said == completion.text
+    assert stopped > 100 and characters > 50  # there was something to cut, and to break
