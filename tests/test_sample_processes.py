@@ -1,0 +1,130 @@
+"""sample.py as a real process: terminals, pipes, full disks, Ctrl-C."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from programs import ROOT
+from samples import sample
+
+termios = pytest.importorskip("termios", reason="signals and terminals of POSIX")
+ENDLESS = ["--max-new-tokens", "100000000", "--on-context-full", "slide", "--ignore-eos"]
+PATIENCE = 60  # seconds for a slow machine
+# Make the terminal on standard input one's own, as a shell does, so that its Ctrl-C arrives.
+OWN = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+OWN += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+
+
+@pytest.fixture(scope="session")
+def folder(trained):
+    return trained[1]
+
+
+def start(*argv, **options):
+    return subprocess.Popen([sys.executable, ROOT / "sample.py", *argv], **options)
+
+
+def test_a_real_process_refuses_in_one_line():
+    done = subprocess.run(
+        [sys.executable, ROOT / "sample.py", "gone"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: no folder gone") and done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_ends_with_130_and_a_closed_pipe_with_0(folder):
+    """Both in the middle of a text that would never end."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    argv = [folder, "--prompt", "the ", *ENDLESS]
+    with start(*argv, **pipes) as stopped, start(*argv, **pipes) as closed:
+        for process in (stopped, closed):
+            assert process.stdout.read(20).startswith(b"the ")
+        stopped.send_signal(signal.SIGINT)
+        closed.stdout.close()
+        assert (stopped.wait(PATIENCE), closed.wait(PATIENCE)) == (130, 0)
+        assert (stopped.stderr.read(), closed.stderr.read()) == (b"", b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("way", [["--max-new-tokens", "3"], ["--score", "the cat"]])
+def test_an_output_that_is_full(way, folder):
+    with (
+        open("/dev/full", "w") as full,
+        start(folder, *way, stdout=full, stderr=subprocess.PIPE) as process,
+    ):
+        assert process.communicate(timeout=PATIENCE)[1].endswith(
+            b"error: No space left on device\n"
+        )
+    assert process.returncode == 2
+
+
+class Typist:
+    """A person at a terminal of their own, with a program in it."""
+
+    def __init__(self, *argv, **environment):
+        self.master, slave = os.openpty()
+        modes = termios.tcgetattr(slave)
+        modes[3] |= termios.NOFLSH  # or the kernel drops, after Ctrl-C, what is shown meanwhile
+        termios.tcsetattr(slave, termios.TCSANOW, modes)
+        command = [sys.executable, "-c", OWN, ROOT / "sample.py", *argv]
+        environment = {**os.environ, "TERM": "dumb", "PYTHONUTF8": "1", **environment}
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+        self.process = subprocess.Popen(command, **streams, env=environment, start_new_session=True)
+        os.close(slave)
+        self.seen = b""
+
+    def wait_for(self, found) -> str:
+        """All that the terminal has shown since the last time, once it is `found` in there."""
+        end = time.monotonic() + PATIENCE
+        while not found(self.seen.decode("utf-8", "replace")):
+            ready, _, _ = select.select([self.master], [], [], max(0, end - time.monotonic()))
+            assert ready, f"only {self.seen!r} was seen"
+            self.seen += os.read(self.master, 65536)
+        shown, self.seen = self.seen.decode("utf-8", "replace"), b""
+        return shown
+
+    def press(self, keys: bytes) -> None:
+        os.write(self.master, keys)
+
+
+def test_a_conversation(folder, tmp_path):
+    """Typed lines are completed; Ctrl-C ends a completion, Ctrl-D the program; lines are kept."""
+    hot = ["--temperature", "5"]  # draws every byte there is
+    typist = Typist(folder, "--interactive", *ENDLESS, *hot, XDG_CACHE_HOME=str(tmp_path))
+    typist.wait_for(lambda shown: shown.endswith("> "))
+    typist.press(b"the \n")
+    shown = typist.wait_for(lambda shown: len(shown) > 3000)
+    assert "\r\nthe " in shown
+    obeyed = {c for c in shown if ord(c) < 32 or 126 < ord(c) < 160} - {"\r", "\n", "\t"}
+    assert not obeyed and "\\x1b" in shown
+    typist.press(b"\x03")
+    shown = typist.wait_for(lambda shown: shown.endswith("> "))
+    assert "stopped by Ctrl-C" in shown
+    typist.press(b"a cat\n")
+    assert "a cat" in typist.wait_for(lambda shown: len(shown) > 1000)
+    typist.press(b"\x03")
+    typist.wait_for(lambda shown: shown.endswith("> "))
+    typist.press(b"dropped")
+    typist.wait_for(lambda shown: shown.endswith("dropped"))
+    typist.press(b"\x03")
+    typist.wait_for(lambda shown: shown.endswith("\n> "))
+    typist.press(b"\x04")
+    assert typist.process.wait(PATIENCE) == 0
+    os.close(typist.master)
+    kept = (tmp_path / "gpt-jax" / "prompts").read_text().splitlines()
+    assert [line.strip() for line in kept] == ["the", "a cat"]
+
+
+def test_no_escape_reaches_a_pipe_changed(folder):
+    """Bytes as they are, in a process as in this one."""
+    argv = ["--prompt", "\x1b[31m ", "--max-new-tokens", "4"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "sample.py", folder, *argv], capture_output=True, timeout=PATIENCE
+    )
+    assert done.stdout.startswith(b"\x1b[31m ")
+    assert done.stdout.decode() == sample(folder, *argv)
