@@ -73,3 +73,28 @@ def test_mistakes_are_user_errors(trained, tmp_path, model):
         model.generate("x", temperature=-1)
     with pytest.raises(TypeError, match="warmth"):
         model.generate("x", warmth=1)
+
+
+def test_each_prompt_with_its_own_settings(model):
+    each = [gpt.Settings(temperature=0, max_new_tokens=4), gpt.Settings(max_new_tokens=7, seed=2)]
+    done = model.generate(["a cat", "the"], each)
+    assert done[0].token_ids == model.generate("a cat", max_new_tokens=4, temperature=0).token_ids
+    assert done[1].token_ids == model.generate("the", each[1]).token_ids
+    with pytest.raises(gpt.UserError, match="not both"):
+        model.generate("a", each[0], seed=3)
+
+
+def test_search_finds_the_likeliest_first(model):
+    found = model.search("the ", width=3, n_best=2, max_new_tokens=6)
+    assert found[0].score >= found[1].score
+    assert [one.prompt for (one,) in model.search(["a", "b"], width=1, max_new_tokens=3)] == [
+        "a",
+        "b",
+    ]
+
+
+def test_ids_are_prompts_too(model):
+    ids = model.tokenizer.encode_ordinary("a cat")
+    (done,) = model.generate([ids], max_new_tokens=5)
+    assert done.token_ids == model.generate("a cat", max_new_tokens=5).token_ids
+    assert model.score(ids).logprobs == model.score("a cat").logprobs

@@ -11,7 +11,7 @@ from gpt import tokenizer as tokenizers
 from gpt.config import Dtype, ModelConfig, TrainConfig, Weights, from_json
 from gpt.errors import require
 from gpt.model import transformer
-from gpt.sampling import generate, score
+from gpt.sampling import beam, generate, score
 from gpt.sampling.completion import Completion, Piece
 from gpt.sampling.settings import Settings
 
@@ -58,9 +58,16 @@ class LanguageModel:
         """As `generate`, handing out pieces of text as they are drawn."""
         return generate.stream(self, as_list(prompt), as_settings(settings, fields))
 
-    def score(self, text: str) -> score.Score:
-        """Log-probability of each token of `text`, its loss, bits per byte and perplexity."""
-        return score.score(self, text)
+    def search(self, prompt: Prompts = "", **settings) -> list:
+        """Beam search: the likeliest texts found after a prompt, the best first, each with its
+        `score`; for several prompts a list of such lists. `settings`: fields of BeamSettings."""
+        found = beam.search(self, as_list(prompt), beam.BeamSettings(**settings))
+        return found[0] if isinstance(prompt, str) else found
+
+    def score(self, text: str | Sequence[int], stride: int | None = None) -> score.Score:
+        """Log-probability of each token of a text (or of token ids), its loss, bits per byte and
+        perplexity. `stride`: see gpt/sampling/score.py."""
+        return score.score(self, text, stride)
 
 
 def load(
