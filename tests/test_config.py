@@ -229,3 +229,22 @@ def test_presets_of_2017_and_of_today():
     c = new.model
     assert (c.positions, c.norm, c.mlp, c.qk_norm) == ("rope", "rms", "swiglu", True)
     assert c.kv_heads < c.n_heads and 115e6 < cost.parameters(c) < 135e6
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "words"),
+    [
+        (ModelConfig, {"n_layers": 2.5}, "ModelConfig.n_layers is 2.5"),
+        (ModelConfig, {"n_layers": True}, "ModelConfig.n_layers is True"),
+        (ModelConfig, {"bias": 1}, "ModelConfig.bias is 1"),
+        (ModelConfig, {"d_ff": "4"}, "ModelConfig.d_ff is '4'"),
+        (ModelConfig, {"norm": ["rms"]}, "ModelConfig.norm is"),
+        (TrainConfig, {"model": []}, "ModelConfig: expected a JSON object"),
+        (TrainConfig, {"tokenizer": None}, "TrainConfig.tokenizer is None"),
+        (TrainConfig, {"mesh": {"data": None}}, "data is None"),
+    ],
+)
+def test_a_saved_value_of_another_type_is_refused(kind, values, words):
+    with pytest.raises(UserError) as caught:
+        from_json(kind, values)
+    assert words in str(caught.value)

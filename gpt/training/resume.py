@@ -17,7 +17,7 @@ from gpt.errors import UserError, require
 # These change what is printed, kept or where it is computed, never what is learned.
 MAY_CHANGE = {
     "mesh", "grad_accum", "remat", "log_every", "eval_every", "eval_tokens", "sample_every",
-    "save_every", "keep", "keep_best", "keep_going",
+    "save_every", "keep", "keep_best", "keep_going", "max_bad_steps",
     "seq_len",  # which model.context_length repeats
 }  # fmt: skip
 Loaded = TypeVar("Loaded")
@@ -65,7 +65,9 @@ def require_same_text(about: dict[str, Any], fingerprint: str) -> None:
 
 def require_same_run(folder, about: dict[str, Any], config: TrainConfig) -> None:
     """UserError listing what differs between the run in `folder` and what was asked for."""
-    lines = differences(about["train"], config, about["step"])
+    done = about["step"]
+    require(type(done) is int, f"{folder}: its checkpoint says that step {done!r} is done")
+    lines = differences(about["train"], config, done)
     listed = "".join(f"\n  {line}" for line in lines)
     require(
         not lines,
