@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from gpt import cli, console
-from gpt.config import Dtype, Weights
+from gpt.config import ONE_DEVICE, Dtype, MeshConfig, Weights
 from gpt.errors import UserError, positive, require
 from gpt.sampling.settings import Settings
 
@@ -68,6 +68,7 @@ class Command:
     """Type of the computation (default: float32 on CPU, bfloat16 on accelerators)."""
     weights: Weights | None = None
     """The average over the run or the last weights (default: the average where one is kept)."""
+    mesh: MeshConfig = ONE_DEVICE
     compile_cache: bool = True
     """Keep compiled programs in your cache folder for the next run."""
 
@@ -146,11 +147,12 @@ def main(argv: list[str]) -> int:
     cli.prepare_jax(cache=command.compile_cache)
     from gpt.sampling.language_model import load
 
-    model = load(command.checkpoint, command.step, command.dtype, command.weights)
+    c = command
+    model = load(c.checkpoint, c.step, c.dtype, c.weights, c.mesh)
     if model.weights == "ema":
         note("these are the averaged weights; --weights raw for the last ones")
     for said in model.notes:
-        note(f"{said}; using step {model.step}")
+        note(said)
     code = 0
     if command.check:
         code = print_checks(model)
@@ -287,9 +289,8 @@ def print_checks(model) -> int:
     from gpt.sampling.check import run_checks
 
     failed = 0
-    for check in run_checks(model.config, model.params):
-        verdict = "ok    " if check.passed else "FAILED"
-        print(f"{verdict} {check.name}: {check.largest:.2e} (allowed {check.allowed:.2e})")
+    for check in run_checks(model.config, model.params, model.mesh):
+        print(check)
         failed += not check.passed
     print("the cache contract holds" if not failed else f"{failed} checks FAILED")
     return 1 if failed else 0

@@ -164,6 +164,9 @@ class MeshConfig:
         )
 
 
+ONE_DEVICE = MeshConfig(data=1)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How a model is trained. One step is one optimizer update on `batch_size` sequences."""

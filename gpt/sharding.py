@@ -1,7 +1,7 @@
 """The mesh, and the one table from logical axes to mesh axes. Knows no model.
 
 Weights, optimizer state, activations and the KV cache name their axes; this table says over which
-axis of the mesh each name is split. Nothing else in the project mentions a mesh axis.
+axis of the mesh each name is split. An axis that its devices do not divide is kept whole on each.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ RULES = {
     "kv_heads": "tensor",
     "mlp": "tensor",
 }
+DECODING = RULES | {"embed": None}  # weights gathered at each step would cost more than the step
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
@@ -41,16 +42,34 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
+def make_decoding_mesh(config: MeshConfig) -> Mesh:
+    """A mesh of the first devices that `config` asks for; UserError if there are too few."""
+    sizes = (config.data, config.fsdp, config.tensor)
+    devices = jax.devices()
+    return make_mesh(config, devices if -1 in sizes else devices[: int(np.prod(sizes))])
+
+
 @contextlib.contextmanager
-def on_mesh(mesh: Mesh) -> Iterator[None]:
-    """Trace and run on `mesh`: `constrain` takes effect inside."""
-    with jax.set_mesh(mesh):
+def on_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """Trace and run on `mesh`: `constrain` takes effect inside. None: where JAX puts things."""
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         yield
 
 
-def spec(*axes: str | None) -> PartitionSpec:
+def spec(*axes: str | None, rules: dict = RULES) -> PartitionSpec:
     """The partition of an array whose axes bear these names (None: not split)."""
-    return PartitionSpec(*(RULES.get(axis) for axis in axes))
+    return PartitionSpec(*(rules.get(axis) for axis in axes))
+
+
+def fitting(mesh, shape: tuple[int, ...], axes: tuple, rules: dict = RULES) -> PartitionSpec:
+    """As `spec`, for an array of that shape on that mesh: split only where it divides."""
+
+    def parts(names: str | tuple[str, ...]) -> int:
+        return int(np.prod([mesh.shape[name] for name in np.atleast_1d(names)]))
+
+    wanted = spec(*axes, rules=rules)
+    pairs = zip(shape, wanted, strict=True)
+    return PartitionSpec(*(n if n and size % parts(n) == 0 else None for size, n in pairs))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -58,7 +77,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(*axes))
+    return jax.lax.with_sharding_constraint(x, fitting(mesh, x.shape, axes))
 
 
 def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
@@ -66,7 +85,7 @@ def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, spec(*[None] * axis, "batch"))
 
 
-def state_shardings(mesh: Mesh, axes: dict, state):
+def state_shardings(mesh: Mesh, axes: dict, state, rules: dict = RULES):
     """Shardings for `state`: a leaf takes that of the weight whose path its own path ends with.
 
     `axes` is the tree of logical axes of the weights. Adam's moments, Muon's momentum and averages
@@ -74,12 +93,12 @@ def state_shardings(mesh: Mesh, axes: dict, state):
     by the compiler would replicate the moments too.
     """
     leaves = tree_leaves_with_path(axes, is_leaf=lambda a: isinstance(a, tuple))
-    weights = {path: NamedSharding(mesh, spec(*names)) for path, names in leaves}
-    replicated = NamedSharding(mesh, PartitionSpec())
+    weights = {tuple(path): names for path, names in leaves}
 
     def one(path, leaf):
         tails = (path[start:] for start in range(len(path)))
         found = (weights[tail] for tail in tails if tail in weights)
-        return next((s for s in found if len(s.spec) == leaf.ndim), replicated)
+        names = next((n for n in found if len(n) == leaf.ndim), (None,) * leaf.ndim)
+        return NamedSharding(mesh, fitting(mesh, leaf.shape, names, rules))
 
     return tree_map_with_path(one, state)

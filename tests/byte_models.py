@@ -23,4 +23,4 @@ def weights(config: ModelConfig, seed, loudness) -> dict:
 def make_model(config: ModelConfig, seed: int = 0, loudness: float = 6.0):
     """What generate, beam and score take for a model."""
     params = weights(config, seed, loudness)
-    return types.SimpleNamespace(config=config, params=params, tokenizer=LETTERS)
+    return types.SimpleNamespace(config=config, params=params, tokenizer=LETTERS, mesh=None)

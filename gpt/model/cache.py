@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from gpt.config import ModelConfig
 from gpt.sharding import constrain
 
+AXES = ("batch", "kv_heads", None, None)
 APPEND = jax.lax.ScatterDimensionNumbers(
     update_window_dims=(3,),
     inserted_window_dims=(2,),
@@ -60,23 +61,28 @@ def append(cache_BKSH: jax.Array, new_BKTH: jax.Array, pos_BT: jax.Array) -> jax
     new = new_BKTH.astype(cache_BKSH.dtype)
     index = jnp.broadcast_to(pos_BT[:, None, :, None], (*new.shape[:3], 1))
     out = jax.lax.scatter(cache_BKSH, index, new, APPEND, mode="drop", unique_indices=True)
-    return constrain(out, "batch", "kv_heads", None, None)
+    return constrain(out, *AXES)
 
 
 def remember(past: tuple, new: tuple, pos_BT: jax.Array | None) -> tuple:
     """One layer's keys and values with `new` at `pos_BT`; None: the past is empty, `new` is all."""
     if pos_BT is None:
-        return tuple(n.astype(p.dtype) for p, n in zip(past, new, strict=True))
+        pairs = zip(past, new, strict=True)
+        return tuple(constrain(n.astype(p.dtype), *AXES) for p, n in pairs)
     return tuple(append(p, n, pos_BT) for p, n in zip(past, new, strict=True))
 
 
 def grow(cache: KVCache, capacity: int) -> KVCache:
     """The cache with `capacity` slots per row, at least as many as it has."""
     more = [(0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0)]
-    k, v = jax.tree.map(lambda a: jnp.pad(a, more), (cache.k, cache.v))
+    k, v = jax.tree.map(lambda a: constrain(jnp.pad(a, more), *AXES), (cache.k, cache.v))
     return replace(cache, k=k, v=v)
 
 
 def select(cache: KVCache, row_R: jax.Array) -> KVCache:
     """The rows `row_R` of the cache, in that order, each as often as named."""
-    return jax.tree.map(lambda a: jnp.take(a, row_R, axis=0), cache)
+    k, v, length_B = jax.tree.map(
+        lambda a: jnp.take(a, row_R, axis=0), (cache.k, cache.v, cache.length_B)
+    )
+    k, v = jax.tree.map(lambda a: constrain(a, *AXES), (k, v))
+    return KVCache(k, v, length_B)

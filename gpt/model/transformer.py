@@ -16,8 +16,10 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from gpt.config import ModelConfig
+from gpt.errors import require
 from gpt.model import cache as kv
 from gpt.model.attention import MASKED, Attend, Attention, attend
 from gpt.model.layers import NORMS, drop, make_mlp, normal
@@ -93,6 +95,33 @@ def logical_axes(config: ModelConfig) -> dict:
         return (None,) * (len(variable.shape) - len(names)) + names
 
     return jax.tree.map(axes, weights, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def unstacked_axes(config: ModelConfig) -> dict:
+    """As `logical_axes`, for unstacked weights."""
+    axes = logical_axes(config)
+    layer = jax.tree.map(lambda a: a[1:], axes["blocks"], is_leaf=lambda a: isinstance(a, tuple))
+    return axes | {"blocks": dict.fromkeys(range(config.n_layers), layer)}
+
+
+def require_fit(config: ModelConfig, mesh: Mesh, fsdp: bool = True) -> list[str]:
+    """UserError unless the mesh divides the weights; a line for what is kept whole instead.
+
+    `fsdp`: weights are split over that axis too, as in training.
+    """
+    tensor, c = mesh.shape["tensor"], config
+    for name, size, axis, parts in (
+        ("model.n_heads", c.n_heads, "tensor", tensor),
+        ("the MLP's width", c.ff_width, "tensor", tensor),
+        ("the padded vocabulary", c.padded_vocab, "tensor", tensor),
+        ("model.d_model", c.d_model, "fsdp", mesh.shape["fsdp"] if fsdp else 1),
+    ):
+        require(
+            size % parts == 0,
+            f"{name} is {size}, which --mesh.{axis} {parts} does not divide: choose a divisor",
+        )
+    kept = f"{c.kv_heads} key/value heads do not divide among {tensor} devices: each keeps them all"
+    return [kept] if c.kv_heads % tensor else []
 
 
 def unstack(params: dict) -> dict:

@@ -27,6 +27,7 @@ from gpt.sampling.completion import Completion
 from gpt.sampling.draw import Draw
 from gpt.sampling.generate import Prompt
 from gpt.sampling.settings import Settings
+from gpt.sharding import on_mesh
 from gpt.stopwatch import Stopwatch
 
 CHUNK = 64  # steps between looks at the host, where Ctrl-C is heard
@@ -278,16 +279,16 @@ def tell(model, blanks: Sequence[Completion], ended: Texts, settings: BeamSettin
 def search(model, prompts: Sequence[Prompt], settings: BeamSettings) -> list[list[Hypothesis]]:
     """The `n_best` likeliest texts after each prompt (text or token ids), best first.
 
-    `model` has `config`, `params` (unstacked) and `tokenizer`. A prompt has fewer texts where no
+    `model` as in `generate.stream`. A prompt has fewer texts where no
     more are possible. UserError if a prompt exceeds the context, if every token is forbidden, or
     if the model gives no numbers.
     """
     config, each = model.config, generate.settings_of(prompts, settings.as_settings())
     blanks = generate.blank_rows(model, prompts, each)
     prefilling, decoding = Stopwatch(), Stopwatch()
-    with prefilling:
+    with prefilling, on_mesh(model.mesh):
         found, rules = start(model, blanks, settings)
-    with decoding:
+    with decoding, on_mesh(model.mesh):
         while np.any(found.running_P):
             if not found.fits:
                 found = grow(found, engine.bucket(found.cache.capacity + 1, config.context_length))

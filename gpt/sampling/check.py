@@ -13,6 +13,7 @@ from itertools import product
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gpt.config import ModelConfig
 from gpt.model import transformer
@@ -20,6 +21,7 @@ from gpt.sampling import engine, generate
 from gpt.sampling.completion import NO_TOKEN
 from gpt.sampling.loop import begin, decode_chunk
 from gpt.sampling.settings import Settings
+from gpt.sharding import on_mesh
 from gpt.stopwatch import Stopwatch
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-2}  # times max(1, std of the logits)
@@ -46,6 +48,10 @@ class Check:
     def passed(self) -> bool:
         """NaN does not pass."""
         return self.largest <= self.allowed
+
+    def __str__(self) -> str:
+        verdict = "ok    " if self.passed else "FAILED"
+        return f"{verdict} {self.name}: {self.largest:.2e} (allowed {self.allowed:.2e})"
 
 
 @dataclass(frozen=True)
@@ -219,9 +225,12 @@ CHECKS = (
 )
 
 
-def run_checks(config: ModelConfig, params: dict) -> Iterator[Check]:
+def run_checks(config: ModelConfig, params: dict, mesh: Mesh | None = None) -> Iterator[Check]:
     """The whole contract on a model with unstacked weights, one check after the other."""
     with jax.default_matmul_precision("highest"):
-        probe = make_probe(config, params)
+        with on_mesh(mesh):
+            probe = make_probe(config, params)
         for check in CHECKS:
-            yield check(probe)
+            with on_mesh(mesh):
+                done = check(probe)
+            yield done

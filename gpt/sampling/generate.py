@@ -21,6 +21,7 @@ from gpt.sampling.completion import Completion, Piece
 from gpt.sampling.draw import Draw
 from gpt.sampling.loop import Drawn, Loop, begin, decode_chunk, reread
 from gpt.sampling.settings import Settings
+from gpt.sharding import on_mesh
 from gpt.stopwatch import Stopwatch
 from gpt.tokenizer import without_lone_surrogates
 
@@ -184,10 +185,10 @@ def stream(
 ) -> Iterator[Piece]:
     """Complete `prompts` (texts or token ids) together, handing out each row's text as it comes.
 
-    `model` has `config`, `params` (unstacked) and `tokenizer`. `settings`: for all prompts or one
-    for each. `chunk`: steps between looks at the host; it changes no token. `top`: likeliest
-    tokens to note at each step. UserError if a prompt exceeds the context, or the text does where
-    the settings say that this is an error.
+    `model` has `config`, `params` (unstacked), `tokenizer` and `mesh` (or None). `settings`: for
+    all prompts or one for each. `chunk`: steps between looks at the host; it changes no token.
+    `top`: likeliest tokens to note at each step. UserError if a prompt exceeds the context, or the
+    text does where the settings say that this is an error.
     """
     V = model.config.vocab_size
     require(0 <= top <= V, f"{top} likeliest tokens asked for: expected 0 to {V}")
@@ -196,7 +197,7 @@ def stream(
     fails = [one.on_context_full == "error" for one in each for _ in range(one.num_samples)]
     rows = row_settings(each, V, model.tokenizer.eot_token)
     watches = prefilling, decoding = Stopwatch(), Stopwatch()
-    with prefilling:
+    with prefilling, on_mesh(model.mesh):
         loop, drawn = start(model, done, each, rows, top)
         drawn = jax.device_get(drawn)
     steady: set[tuple[int, bool]] = set()
@@ -211,7 +212,7 @@ def stream(
             )
         if any(not completion.finish_reason for completion in done):
             shapes, before = (loop.cache.capacity, bool(filled(loop).any())), decoding.programs
-            with decoding:
+            with decoding, on_mesh(model.mesh):
                 loop, drawn = advance(model, loop, rows, done, chunk, top)
             guard(shapes, steady, decoding.programs - before)
 

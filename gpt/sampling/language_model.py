@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
-from gpt import checkpoint
+from gpt import checkpoint, sharding
 from gpt import tokenizer as tokenizers
-from gpt.config import Dtype, ModelConfig, TrainConfig, Weights, from_json
+from gpt.config import ONE_DEVICE, Dtype, MeshConfig, ModelConfig, TrainConfig, Weights, from_json
 from gpt.errors import require
 from gpt.model import transformer
 from gpt.sampling import beam, generate, score
@@ -32,7 +33,10 @@ def as_settings(settings: Each, fields: dict) -> Settings | Sequence[Settings]:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """What `gpt.load` returns. `params` is unstacked; `notes` tells what loading came across."""
+    """What `gpt.load` returns. `params` is unstacked; `notes` tells what loading came across.
+
+    `mesh`: the devices that it lies on, None for one.
+    """
 
     config: ModelConfig
     params: dict = field(repr=False)
@@ -40,6 +44,7 @@ class LanguageModel:
     step: int
     weights: Weights = "raw"
     notes: list[str] = field(default_factory=list, repr=False)
+    mesh: Mesh | None = field(default=None, repr=False)
 
     def generate(
         self, prompt: Prompts = "", settings: Each = None, **fields
@@ -75,15 +80,18 @@ def load(
     step: int | None = None,
     dtype: Dtype | None = None,
     weights: Weights | None = None,
+    mesh: MeshConfig = ONE_DEVICE,
 ) -> LanguageModel:
     """The model of a run's folder: its newest whole checkpoint, or the one of `step`.
 
     `dtype`: type of the computation (default: float32 on CPU, bfloat16 on accelerators).
     `weights`: "ema", their average over the run, or "raw" (default: the average where one is
-    kept). UserError if there is no checkpoint, it is damaged, or it has no such average.
+    kept). `mesh`: devices among which rows (data) and heads, MLP and vocabulary (tensor) are split.
+    UserError if there is no checkpoint, it is damaged, it has no such average, or the mesh does
+    not divide the model.
     """
     require(Path(run).is_dir(), f"no folder {run}: expected a run's folder made by train.py")
-    dtype = dtype or platform_dtype()
+    dtype, devices = dtype or platform_dtype(), sharding.make_decoding_mesh(mesh)
 
     def read(step: int) -> LanguageModel:
         about = checkpoint.read_metadata(run, step)
@@ -91,18 +99,31 @@ def load(
         kept = bool(from_json(TrainConfig, about["train"]).ema_decay)
         require(kept or weights != "ema", f"{run} keeps no average of its weights: drop --weights")
         tree = "average" if kept and weights != "raw" else "params"
-        params = checkpoint.restore(run, step, tree, transformer.abstract(config))
-        unstacked = jax.jit(transformer.unstack)(params)
+        notes = transformer.require_fit(config, devices, fsdp=False)
+        params = read_weights(run, step, tree, config, devices)
         letters = tokenizers.from_json(about["tokenizer"])
-        return LanguageModel(
-            config, unstacked, letters, step, "ema" if tree == "average" else "raw"
-        )
+        which = "ema" if tree == "average" else "raw"
+        several = devices if devices.size > 1 else None
+        return LanguageModel(config, params, letters, step, which, notes, several)
 
     if step is not None:
         return read(step)
     _, model, notes = checkpoint.latest_good(run, read)
-    model.notes.extend(notes)
+    model.notes.extend(f"{note}; using step {model.step}" for note in notes)
     return model
+
+
+def read_weights(run, step: int, tree: str, config: ModelConfig, mesh: Mesh) -> dict:
+    """Unstacked weights of a checkpoint, each part read by the device that keeps it."""
+    like, axes = transformer.abstract(config), transformer.logical_axes(config)
+    shardings = sharding.state_shardings(mesh, axes, like, sharding.DECODING)
+    like = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), like, shardings
+    )
+    stacked = checkpoint.restore(run, step, tree, like)
+    shapes, axes = jax.eval_shape(transformer.unstack, like), transformer.unstacked_axes(config)
+    out = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING)
+    return jax.jit(transformer.unstack, out_shardings=out)(stacked)
 
 
 def platform_dtype() -> Dtype:

@@ -15,6 +15,7 @@ from gpt.model import cache as kv
 from gpt.sampling import draw, engine
 from gpt.sampling.completion import NO_TOKEN
 from gpt.sampling.draw import Draw
+from gpt.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +47,18 @@ class Drawn:
     top_probs_BCK: jax.Array
 
 
+def pin(loop: Loop) -> Loop:
+    """The loop laid out on the mesh by the table: left to the compiler, the layout might change
+    from one program to the next, and each change compile the next one again."""
+    cache = loop.cache
+    k, v = jax.tree.map(lambda a: constrain(a, *kv.AXES), (cache.k, cache.v))
+    cache = replace(cache, k=k, v=v, length_B=constrain(cache.length_B, "batch"))
+    token_B, left_B, dropped_B = (
+        constrain(a, "batch") for a in (loop.token_B, loop.left_B, loop.dropped_B)
+    )
+    return Loop(cache, token_B, left_B, constrain(loop.seen_BV, "batch", None), dropped_B)
+
+
 def describe(logits_BV: jax.Array, token_B: jax.Array, top: int) -> Drawn:
     """The draw of `token_B` as a chunk of one step."""
     total_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
@@ -65,7 +78,7 @@ def begin(cache, logits_BV, rows: Draw, left_B, seen_BV, dropped_B, eot, top: in
     token_B = draw.sample(logits_BV, rows, seen_BV, cache.length_B + dropped_B)
     seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
     loop = Loop(cache, token_B, settle(token_B, left_B, eot), seen_BV, dropped_B)
-    return loop, describe(logits_BV, token_B, top)
+    return pin(loop), describe(logits_BV, token_B, top)
 
 
 def step(config: ModelConfig, params: dict, loop: Loop, rows: Draw, eot, top: int):
@@ -105,7 +118,8 @@ def decode_chunk(
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i, axis=1)
         return i + 1, loop, jax.tree.map(put, drawn, new)
 
-    return jax.lax.while_loop(going, advance, (0, loop, drawn))[1:]
+    _, loop, drawn = jax.lax.while_loop(going, advance, (0, loop, drawn))
+    return pin(loop), drawn
 
 
 @partial(jax.jit, static_argnames=("config", "kept"), donate_argnames="loop")
@@ -123,4 +137,4 @@ def reread(config: ModelConfig, params: dict, loop: Loop, tokens_BT, slid_B, kep
 
     lost_B = jnp.where(slid_B, loop.cache.length_B - kept, 0)
     cache = jax.tree.map(merge, fresh, loop.cache)
-    return replace(loop, cache=cache, dropped_B=loop.dropped_B + lost_B)
+    return pin(replace(loop, cache=cache, dropped_B=loop.dropped_B + lost_B))

@@ -19,6 +19,7 @@ from gpt.config import ModelConfig
 from gpt.errors import require
 from gpt.model import transformer
 from gpt.sampling.engine import bucket
+from gpt.sharding import on_mesh
 
 ROWS = 8  # windows read together; what is left over is read one by one
 
@@ -131,6 +132,8 @@ def score(model, text: str | Sequence[int], stride: int | None = None) -> Score:
         ids = list(text)
         require_ids(ids, model.config.vocab_size)
         n_bytes = len(model.tokenizer.decode_bytes(ids))
-    logprobs = score_ids(model.config, model.params, ids, model.tokenizer.eot_token, stride)
+    eot = model.tokenizer.eot_token
+    with on_mesh(model.mesh):
+        logprobs = score_ids(model.config, model.params, ids, eot, stride)
     size = model.config.context_length
     return Score(list(ids), logprobs, n_bytes, size, choose_stride(model.config, stride))
