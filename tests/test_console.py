@@ -181,8 +181,8 @@ def test_a_file_that_cannot_be_read_is_named(name, reason, tmp_path):
 
 
 def test_lines_of_a_pipe(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "stdin", pipe(b"one\ntwo\r\n\nlast"))
-    assert list(console.read_lines(tmp_path / "history")) == ["one", "two", "", "last"]
+    monkeypatch.setattr(sys, "stdin", pipe(b"one\n two \r\n\nlast"))
+    assert list(console.read_lines(tmp_path / "history")) == ["one", " two ", "", "last"]
     assert not (tmp_path / "history").exists()
 
 
