@@ -8,10 +8,10 @@ The same command again continues the run where it stopped.
 
 import contextlib
 import dataclasses
-import math
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,9 +19,10 @@ import tyro
 
 from gpt import cli
 from gpt import tokenizer as tokenizers
-from gpt.config import TrainConfig, to_json
+from gpt.config import TrainConfig
+from gpt.errors import above_zero, not_negative
 from gpt.presets import PRESETS
-from gpt.training import data, lock, shards, stop
+from gpt.training import board, data, lock, shards, stop
 
 SAMPLE_TOKENS = 120
 
@@ -42,9 +43,23 @@ class Command:
     """Start from the weights and the tokenizer of another run."""
     dry_run: bool = False
     """Print what this would train, and stop."""
+    verify_resume: bool = False
+    """Prove on a few steps that stopping and continuing changes no bit; exit code 1 if it does."""
+    memory_gb: Annotated[float | None, tyro.conf.arg(metavar="GB")] = None
+    """With --dry-run: memory of one device, in 10^9 bytes (default: what is found here)."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, in DIR/tensorboard (needs tensorboardX)."""
+    profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
+    """Steps to trace for XProf after a short warm-up, in DIR/profile; 0: none."""
     compile_cache: bool = True
     """Keep compiled programs in your cache folder for the next run."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = PRESETS["tiny"]
+
+    def __post_init__(self):
+        not_negative("profile", self.profile)
+        above_zero("memory_gb", 1.0 if self.memory_gb is None else self.memory_gb)
+        if self.tensorboard:
+            board.require_installed()
 
 
 def main(argv: list[str]) -> int:
@@ -53,30 +68,32 @@ def main(argv: list[str]) -> int:
     default = Command(preset=preset, train=PRESETS.get(preset, PRESETS["tiny"]))
     command = cli.parse(Command, argv, program="train.py", description=__doc__, default=default)
     out = command.out or Path("runs") / command.preset
-    cli.prepare_jax(cache=not command.dry_run)
+    trying = command.dry_run or command.verify_resume  # which leaves nothing behind
+    cli.prepare_jax(cache=command.compile_cache and not trying)
     from rich.console import Console
 
+    from gpt.training import memory
+
     console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
-    if command.dry_run:
-        lock.require_folder(out)
-        return train(command, out, console)
-    with stop.StopSignal(console.print, console.show_cursor) as signals, lock.hold(out):
+    held = contextlib.nullcontext(lock.require_folder(out)) if trying else lock.hold(out)
+    signals, enough = stop.StopSignal(console.print, console.show_cursor), memory.explained
+    with signals, held, enough(command.train):
         return train(command, out, console, signals)
 
 
-def train(command: Command, out: Path, console, signals: stop.StopSignal | None = None) -> int:
+def train(command: Command, out: Path, console, signals: stop.StopSignal) -> int:
     """Look at all that can be refused; then change what is on disk, and run."""
     from gpt import checkpoint, sharding
-    from gpt.training import plan, prepare, resume, step
+    from gpt.training import plan, prepare, profile, resume, saving, step
 
-    resuming = bool(checkpoint.steps(out)) and not command.overwrite
+    trying = command.dry_run or command.verify_resume
+    resuming = bool(checkpoint.steps(out)) and not (command.overwrite or command.verify_resume)
     source = out if resuming else command.init_from
     tell = cache(console.print)  # of each damaged checkpoint once
     about = resume.newest(source, checkpoint.read_metadata, tell) if source else None
-
     if about and not resuming:
         about = {"tokenizer": about["tokenizer"]}  # all that a new run takes beside the weights
-    kept = None if command.dry_run else cli.cache_folder() / "tokens"  # it leaves nothing behind
+    kept = None if trying else cli.cache_folder() / "tokens"  # it leaves nothing behind
     tokenizer, dataset = prepare.prepare(command.train, command.data, about, kept, console)
     config = settle(command.train, tokenizer)
     if resuming:
@@ -88,20 +105,39 @@ def train(command: Command, out: Path, console, signals: stop.StopSignal | None 
     for line in plan.describe(config, mesh.size, len(dataset.train)):
         console.print(line)
     if command.dry_run:
+        for line in plan.describe_memory(config, mesh, command.memory_gb):
+            console.print(line)
         return 0
 
-    like = step.abstract_state(config, mesh)
-    load = partial(resume.load_state if resuming else resume.load_start, like)
-    loaded = resume.newest(source, load, tell) if source else {}
-    state = like if resuming else step.make_state(config, mesh)
-    state = dataclasses.replace(state, **loaded)
+    run = Run(out, console, command, config, mesh, tokenizer, dataset, signals, config.steps)
+    if command.verify_resume:
+        return verify(run, source, tell)
+    plan.require_room(config, mesh)
+    state = saving.begin(config, mesh, source, resuming, tell)
+    first = int(state.step)
+    profile.require_steps(command.profile, first, config.steps)
     if command.overwrite:
         resume.remove_run(out)
-    run = Run(out, console, command.train, config, mesh, tokenizer, dataset, signals)
-    first = int(state.step)
     code = run.execute(state, first) if first < config.steps else run.complete()
     console.print(f"sample it      python sample.py {shlex.quote(str(out))} --prompt TEXT")
     return code
+
+
+def verify(run: "Run", source: Path | None, tell: Callable[[str], None]) -> int:
+    """Stop and continue in a folder that does not stay, and go there at once: the exit code."""
+    from rich.console import Console
+
+    from gpt.training import saving, verify
+
+    config, n = verify.shorten(run.config)
+    command = dataclasses.replace(run.command, profile=0, tensorboard=False)
+    run = dataclasses.replace(run, config=config, command=command, console=Console(quiet=True))
+
+    def go(folder: Path, first: int, until: int) -> int:
+        state = saving.begin(config, run.mesh, folder if first else source, first > 0, tell)
+        return dataclasses.replace(run, out=folder, until=until).execute(state, first)
+
+    return verify.verify_resume(config, run.mesh, n, go, tell)
 
 
 def settle(config: TrainConfig, tokenizer) -> TrainConfig:
@@ -113,32 +149,19 @@ def settle(config: TrainConfig, tokenizer) -> TrainConfig:
     return dataclasses.replace(config, model=model.computing_in(dtype), dtype=dtype)
 
 
-def describe_run(asked: TrainConfig, config: TrainConfig, tokenizer, dataset) -> dict[str, Any]:
-    """All that a checkpoint says beside its arrays: it needs nothing else to be used.
-
-    Types that were left open in what was `asked` stay open: another machine fills them its way.
-    """
-    model = dataclasses.replace(asked.model, vocab_size=config.model.vocab_size)
-    return {
-        "model": to_json(model),
-        "train": to_json(config),
-        "tokenizer": tokenizers.to_json(tokenizer),
-        "data": {"fingerprint": dataset.fingerprint},
-    }
-
-
 @dataclass
 class Run:
     """The loop, and what it works with."""
 
     out: Path
     console: Any
-    asked: TrainConfig
+    command: Command
     config: TrainConfig
     mesh: Any
     tokenizer: tokenizers.Tokenizer
     dataset: shards.Dataset
     signals: stop.StopSignal
+    until: int  # the last step to make, for now
 
     def complete(self) -> int:
         """Say that there is nothing left to do."""
@@ -149,9 +172,9 @@ class Run:
 
     def execute(self, state, first: int) -> int:
         """Train from step `first` to the last, or to a signal; the exit code."""
-        from gpt import checkpoint
+        from gpt import checkpoint, probe
         from gpt.stopwatch import Stopwatch
-        from gpt.training import runlog, step
+        from gpt.training import guard, profile, runlog, step
 
         out, c = self.out, self.config
         tokenizers.save(self.tokenizer, out / "tokenizer.json")
@@ -161,10 +184,15 @@ class Run:
         with Stopwatch() as watch:
             steps = step.compile_steps(c, self.mesh)
         self.console.print(f"compiled       in {watch.compile_seconds:.1f} s")
+        peak = probe.matmul_rate(c.model.compute_dtype) * self.mesh.size
+        events = board.Board(out / "tensorboard", first) if self.command.tensorboard else None
+        tracing = profile.Profile(out / "profile", self.command.profile, first, self.console.print)
         with (
             checkpoint.Writer(out, c.keep, c.keep_best, resumed=first or None) as self.writer,
-            runlog.RunLog(out / "metrics.jsonl", first, c, self.console) as self.log,
+            runlog.RunLog(out / "metrics.jsonl", first, c, self.console, peak, events) as self.log,
+            contextlib.closing(tracing) as self.profile,
         ):
+            self.bad = guard.BadSteps(c, first - int(step.count_updates(state.optimizer)))
             self.loop(state, first, *steps)
         self.draw()
         if self.signals.code:
@@ -182,20 +210,30 @@ class Run:
         """Step by step; each one's metrics are looked at when the device has the next."""
         import jax
 
-        c, last, late = self.config, self.config.steps, None
+        c, last, late = self.config, self.until, None
         with contextlib.closing(data.prefetch(self.batch, first, last)) as batches:
             for done, tokens_ABU in enumerate(batches, first + 1):
                 state, metrics = train_step(state, tokens_ABU)
+                self.profile.note(done, metrics)
                 if late:
-                    self.log.log_train(done - 1, jax.block_until_ready(late))
+                    self.take_note(done - 1, jax.block_until_ready(late), state)
                 late, ending = metrics, bool(self.signals.code)
                 if ending or self.due(done, c.eval_every, c.sample_every, c.save_every):
-                    self.log.log_train(done, jax.block_until_ready(late))
+                    self.take_note(done, jax.block_until_ready(late), state)
                     late = None
-                    with self.log.pause():
+                    with self.log.speed.pause():
                         ending = self.look_up(state, eval_step, done)
                 if ending:
                     break
+
+    def take_note(self, done: int, metrics, state) -> None:
+        """Log step `done`; Failed if it is one too many in a row whose update was skipped."""
+        from gpt.training import guard
+
+        self.log.log_train(done, metrics)
+        if self.bad.note(done, int(metrics["skipped"])):
+            self.writer.wait()
+            raise guard.diverged(self.config, self.bad, self.out, state.params, self.batch)
 
     def look_up(self, state, eval_step, done: int) -> bool:
         """What is due between two steps: evaluate, show a sample, save. Whether it was the last."""
@@ -205,14 +243,14 @@ class Run:
             loss = self.evaluate(state.average or state.params, eval_step, done)
         if self.due(done, c.sample_every):
             self.show_sample(state.average or state.params)
-        ending = done == c.steps or bool(self.signals.code)  # it may have come meanwhile
+        ending = done == self.until or bool(self.signals.code)  # it may have come meanwhile
         if ending or saving:
             self.save(state, done, loss, ending)
         return ending
 
     def due(self, done: int, *intervals: int) -> bool:
         """Whether an interval, in steps, ends with step `done` or with the run; 0 never does."""
-        last = done == self.config.steps
+        last = done == self.until
         return any(length and (last or done % length == 0) for length in intervals)
 
     def batch(self, index: int):
@@ -228,12 +266,10 @@ class Run:
 
     def evaluate(self, params, eval_step, done: int) -> float:
         """The loss on held-out text, always the same windows of it, nats a token; it is logged."""
-        c, val = self.config, self.dataset.val
-        rows = c.batch_size // c.grad_accum
-        windows = data.evaluation_windows(val, c.window, c.eval_tokens, rows)
-        sums = [eval_step(params, tokens, weights) for tokens, weights in windows]
-        loss = float(sum(total for total, _ in sums) / sum(n for _, n in sums))
-        self.log.log_eval(done, loss, loss / math.log(2) * len(val) / val.n_bytes)
+        from gpt.training import step
+
+        loss, bits = step.evaluate(self.config, params, eval_step, self.dataset.val)
+        self.log.log_eval(done, loss, bits)
         return loss
 
     def show_sample(self, params) -> None:
@@ -250,20 +286,14 @@ class Run:
 
     def save(self, state, done: int, loss: float | None, ending: bool) -> None:
         """Write a checkpoint in the background; at the end of the run, until it is on disk."""
-        from gpt.training.resume import forgiving
+        from gpt.training import prepare, saving
 
-        trees = {
-            "params": state.params,
-            "rest": {"optimizer": state.optimizer, "step": state.step},
-        }
-        if state.average:
-            trees["average"] = state.average
-        about = describe_run(self.asked, self.config, self.tokenizer, self.dataset) | {"step": done}
-        going_on = self.config.keep_going
-        with forgiving(going_on or ending, self.console.print):  # an earlier one, that failed
-            self.writer.wait()
-        with forgiving(going_on and not ending, self.console.print):
-            self.writer.save(done, trees, about, loss=loss, wait=ending)
+        if self.bad.row:  # it may go on like this: these weights must not push out good ones
+            self.console.print(f"note: step {done} is not saved: its update was skipped")
+            return
+        about = prepare.describe_run(self.command.train, self.config, self.tokenizer, self.dataset)
+        tell = self.console.print
+        saving.save(self.writer, self.config, done, state, about, loss, ending, tell)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from gpt.errors import UserError
+from gpt.errors import Failed, UserError
 
 Kind = TypeVar("Kind")
 USER_OS_ERRORS = (FileNotFoundError, FileExistsError, PermissionError)
@@ -89,9 +89,9 @@ def peek(kind: type, argv: list[str], name: str, *, default: Any) -> Any:
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main` with the command line and leave with its exit code, 0 for None.
 
-    A user's mistake is one `error: ` line on standard error and exit code 2; Ctrl-C is 130, or
-    what the KeyboardInterrupt holds; a reader that closes the pipe (`| head`) ends the program
-    quietly. Anything else is our bug and keeps its traceback.
+    A user's mistake is one `error: ` line on standard error and exit code 2, what Failed the same
+    with 1; Ctrl-C is 130, or what the KeyboardInterrupt holds; a reader that closes the pipe
+    (`| head`) ends the program quietly. Anything else is our bug and keeps its traceback.
     """
     try:
         try:
@@ -100,6 +100,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
             sys.stdout.flush()  # here, where a closed pipe can still be answered
     except UserError as error:
         code = _refuse(str(error))
+    except Failed as error:
+        code = _refuse(str(error), code=1)
     except BrokenPipeError:
         _drop_stdout()
         code = 0
@@ -182,10 +184,10 @@ def _unchecked(info: StructTypeInfo) -> StructConstructorSpec | None:
     return StructConstructorSpec(dict, fields)
 
 
-def _refuse(message: str) -> int:
-    """Print a user's mistake; return its exit code."""
+def _refuse(message: str, code: int = 2) -> int:
+    """Print a user's mistake, or another's; return its exit code."""
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _explain(error: OSError) -> str:

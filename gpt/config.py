@@ -215,6 +215,8 @@ class TrainConfig:
     """Decay a step of an average of the weights, kept beside them; 0: none is kept."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    max_bad_steps: int = 10
+    """Steps in a row whose loss or gradient is not finite, and is skipped, that end the run."""
     remat: bool = True
     """Recompute each block in the backward pass: a quarter of the memory for activations."""
     dtype: Dtype | None = None
@@ -242,7 +244,7 @@ class TrainConfig:
         check_names(self)
         for name in ("steps", "batch_size", "grad_accum", "log_every", "eval_every", "save_every"):
             positive(name, getattr(self, name))
-        for name in ("keep", "vocab_size"):
+        for name in ("keep", "vocab_size", "max_bad_steps"):
             positive(name, getattr(self, name))
         for name in ("warmup_steps", "eval_tokens", "sample_every", "weight_decay", "clip_norm"):
             not_negative(name, getattr(self, name))

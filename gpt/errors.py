@@ -11,6 +11,13 @@ class UserError(Exception):
     """
 
 
+class Failed(Exception):
+    """The input was right, but what was done with it did not go well: a run that diverged.
+
+    Entry points print it as one `error: ` line and leave with exit code 1, without a traceback.
+    """
+
+
 def require(condition: bool, message: str) -> None:
     """Raise UserError with `message` unless `condition` holds."""
     if not condition:

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from gpt import checkpoint, cli
+from gpt.training import speed
 
 ROOT = Path(__file__).parent.parent
 SHAPE = [
@@ -30,7 +31,7 @@ STEPS = [
 EVERY = ["--log-every", "1", "--eval-every", "5", "--save-every", "4", "--sample-every", "7"]
 TINY = [*SHAPE, *STEPS, *EVERY]
 WORDS = ("the", "a", "cat", "dog", "sat", "ran", "on", "over", "hill", "river", "and", "then")
-TIMINGS = ("seconds", "tokens_per_second")
+TIMINGS = ("seconds", *speed.FIELDS)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ FLOORS = {
     "errors": 0,
     "config": 1,
     "stopwatch": 1,
+    "probe": 1,
     "digest": 1,
     "presets": 2,
     "tokenizer": 2,

@@ -118,7 +118,9 @@ def main(argv: list[str]) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    from gpt.bench import card, measure, probe
+    from gpt import probe
+    from gpt.bench import card, measure
+    from gpt.sharding import on_mesh
 
     name, config, weights = model(command)
     prompt_lengths, new = lengths(command, config.context_length)

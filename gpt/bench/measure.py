@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from gpt import cost
-from gpt.bench.probe import timed
 from gpt.config import ModelConfig
+from gpt.probe import timed
 from gpt.sampling import engine, generate
 from gpt.sampling.loop import begin, decode_chunk
 from gpt.sampling.settings import Settings

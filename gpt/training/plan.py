@@ -1,7 +1,15 @@
-"""The dry run: what a run would take, by arithmetic, before anything is built."""
+"""The dry run: what a run would take, before anything is built."""
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import Mesh
 
 from gpt import cost
 from gpt.config import TrainConfig
+from gpt.training import memory, step
+from gpt.training.memory import size
 
 MIB = 2**20
 
@@ -41,3 +49,53 @@ def describe(config: TrainConfig, n_devices: int, n_tokens: int) -> list[str]:
         f"run            {config.steps:,} steps, {total:,} tokens "
         f"({total / max(n_tokens, 1):,.2f} epochs), {total * flops:.3g} FLOPs",
     ]
+
+
+def describe_memory(config: TrainConfig, mesh: Mesh, memory_gb: float | None) -> list[str]:
+    """Lines about the memory of one device: what the compiled step takes, and what would fit.
+
+    Compiles the step for a few sizes; no array of the model is made. `memory_gb`: what a device
+    has, in 10^9 bytes (default: what is found here).
+    """
+    need, rows = need_of(config, mesh), config.batch_size // config.grad_accum
+    stated = None if memory_gb is None else (int(memory_gb * 1e9), "--memory-gb")
+    limit, where = stated or memory.detect()
+    gradients = cost.weight_bytes(config.model) // (mesh.size // mesh.shape["data"])
+
+    def total(rows: int) -> float:
+        batch_size = rows * config.grad_accum
+        return need_of(dataclasses.replace(config, batch_size=batch_size), mesh).total
+
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    most = memory.largest_rows(limit, shards, rows, total)
+    return [
+        f"activations    {size(max(need.temporary - gradients, 0))} beside the gradients, by "
+        "XLA's plan for the compiled step",
+        f"in all         {size(need.total)} on each device, which has {size(limit)} ({where})",
+        f"micro-batch    {rows} sequences; {f'up to {most:,} fit' if most else 'none fits'}"
+        + ("" if rows <= most else f": {memory.ADVICE}"),
+    ]
+
+
+def require_room(config: TrainConfig, mesh: Mesh) -> None:
+    """UserError if not even the least that a step takes fits: before any array is made.
+
+    That is the state, the gradients, and each block's input for its part of a micro-batch.
+    """
+    c, shards = config.model, mesh.size // mesh.shape["data"]
+    weights = cost.weight_bytes(c)
+    state = weights * (2 if config.ema_decay else 1) + optimizer_bytes(config)
+    tokens = config.batch_size // config.grad_accum * config.window
+    item = cost.ITEM_BYTES[c.compute_dtype or "float32"]
+    inputs = tokens * c.d_model * c.n_layers * item // (mesh.shape["data"] * mesh.shape["fsdp"])
+    memory.require_room(memory.Need(state // shards, weights // shards + inputs))
+
+
+def need_of(config: TrainConfig, mesh: Mesh) -> memory.Need:
+    """What the compiled step takes of one device; without end where its compiler says so."""
+    try:
+        return memory.need_of(step.compile_train_step(config, mesh))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return memory.Need(math.inf, math.inf)

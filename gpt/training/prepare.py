@@ -1,6 +1,7 @@
 """The text and the tokenizer of a run, from what was asked for. Knows neither steps nor weights."""
 
 import contextlib
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from gpt import tokenizer as tokenizers
-from gpt.config import TrainConfig
+from gpt.config import TrainConfig, to_json
 from gpt.errors import require
 from gpt.training import corpus, resume, runlog, shards
 
@@ -73,3 +74,17 @@ def read_text(paths: tuple[Path, ...], console: Console) -> corpus.Corpus:
         names = ", ".join(text.skipped[:5]) + (", ..." if len(text.skipped) > 5 else "")
         console.print(f"skipped        {len(text.skipped):,} file(s), not text: {names}")
     return text
+
+
+def describe_run(asked: TrainConfig, config: TrainConfig, tokenizer, dataset) -> dict[str, Any]:
+    """All that a checkpoint says beside its arrays: it needs nothing else to be used.
+
+    Types that were left open in what was `asked` stay open: another machine fills them its way.
+    """
+    model = dataclasses.replace(asked.model, vocab_size=config.model.vocab_size)
+    return {
+        "model": to_json(model),
+        "train": to_json(config),
+        "tokenizer": tokenizers.to_json(tokenizer),
+        "data": {"fingerprint": dataset.fingerprint},
+    }

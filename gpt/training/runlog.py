@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from gpt.config import TrainConfig
+from gpt.training.board import Board
+from gpt.training.speed import Speed
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal to draw a bar on
 
@@ -78,7 +81,8 @@ def tokenizing(console: Console) -> Iterator[Callable[[int, int], None]]:
 class RunLog:
     """Takes the numbers of a run as it goes: to metrics.jsonl, and to `console` as they suit it.
 
-    `first`: the step the run continues from. Close it, or use it in `with`.
+    `first`: the step the run continues from. `peak`: as in speed.Speed. `board`: takes each line
+    too. Close it, or use it in `with`.
     """
 
     def __init__(
@@ -87,48 +91,31 @@ class RunLog:
         first: int,
         config: TrainConfig,
         console: Console,
+        peak: float | None = None,
+        board: Board | None = None,
     ):
-        self.config, self.console = config, console
+        self.config, self.console, self.board = config, console, board
         self.file = open_metrics(path, first)
-        self.window_step = first
         self.said = -math.inf
         self.bar = Bar(console, first, config.steps) if console.is_terminal else None
-        self.start()
-
-    def start(self) -> None:
-        """Start the clock: call it when compilation is over and the first step begins."""
-        self.started = self.window_started = time.perf_counter()
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """What happens inside (an evaluation, a sample) does not count in tokens a second."""
-        began = time.perf_counter()
-        yield
-        self.window_started += time.perf_counter() - began
+        self.speed = Speed(config, first, peak)
 
     def log_train(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Note that `step` is done; every `log_every` steps, and at the last, write its line.
 
-        `metrics`: scalars `loss` (nats a token), `learning_rate`, `grad_norm` and any others, on
-        the device or not: they are fetched only for a line.
+        `metrics`: scalars `loss` (nats a token), `learning_rate`, `grad_norm`, `skipped` (updates
+        up to now) and any others, on the device or not: they are fetched only for a line.
         """
+        self.speed.note(step)
         if step % self.config.log_every and step != self.config.steps:
             if self.bar:
                 self.bar.advance(step)
             return
-        numbers = {name: float(value) for name, value in metrics.items()}
-        line = {"step": step} | numbers | self.measure(step)
+        numbers = {name: np.asarray(value).item() for name, value in metrics.items()}
+        tokens = step * self.config.batch_size * self.config.window
+        line = {"step": step} | numbers | {"tokens": tokens} | self.speed.measure()
         self.write(line)
         self.show(step, line)
-
-    def measure(self, step: int) -> dict[str, Any]:
-        """Tokens and speed since the last line, and seconds since the first step."""
-        now, a_step = time.perf_counter(), self.config.batch_size * self.config.window
-        done, taken = (step - self.window_step) * a_step, now - self.window_started
-        speed = done / max(taken, 1e-9)
-        self.window_step, self.window_started = step, now
-        seconds = now - self.started
-        return {"tokens": step * a_step, "tokens_per_second": speed, "seconds": seconds}
 
     def log_eval(self, step: int, val_loss: float, val_bits_per_byte: float) -> None:
         """Write and show what an evaluation on held-out text found, in nats a token and bits."""
@@ -157,12 +144,16 @@ class RunLog:
             self.file.truncate(end)
             if not self.config.keep_going:
                 raise OSError(error.errno, error.strerror, self.file.name) from None
+        if self.board:
+            self.board.add(record)
 
     def show(self, step: int, line: Mapping[str, Any]) -> None:
         """Progress: on the bar, or now and then as a line where there is no terminal."""
         speed = line["tokens_per_second"]
         left = (self.config.steps - step) * self.config.batch_size * self.config.window
         text = f"loss {line['loss']:.4f}  {speed:,.0f} tokens/s"
+        text += f", MFU {line['mfu']:.0%}" if "mfu" in line else ""
+        text += f"  {line['skipped']} skipped" if line["skipped"] else ""
         text += f"  {clock(left / speed)} left" if left and speed else ""
         now = time.perf_counter()
         if self.bar:
@@ -175,6 +166,10 @@ class RunLog:
         """Take the bar from the screen and close the file."""
         if self.bar:
             self.bar.progress.stop()
+        if self.board:
+            self.board.close()
+        if summary := self.speed.summary():
+            self.console.print(summary)
         self.file.close()
 
     def __enter__(self) -> "RunLog":

@@ -1,5 +1,7 @@
 """One optimizer step and one evaluation step: pure functions, jitted, the state donated."""
 
+import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +15,10 @@ from gpt import sharding
 from gpt.config import TrainConfig
 from gpt.errors import require
 from gpt.model import transformer
+from gpt.training import data, memory
 from gpt.training.loss import objective, sequence_losses
 from gpt.training.optim import make_optimizer, make_schedule
+from gpt.training.shards import Tokens
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +33,15 @@ class TrainState:
     optimizer: optax.OptState
     step: jax.Array
     average: dict
+
+
+def stored(state: TrainState) -> dict[str, dict]:
+    """The trees of a checkpoint of `state`, by name; the weights stand alone."""
+    trees = {
+        "params": state.params,
+        "rest": {"optimizer": state.optimizer, "step": state.step},
+    }
+    return trees | ({"average": state.average} if state.average else {})
 
 
 def fresh_state(config: TrainConfig) -> TrainState:
@@ -85,10 +98,15 @@ def row_keys(seed: int, step: jax.Array, n_rows: int) -> jax.Array:
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(n_rows))
 
 
+def batch_keys(config: TrainConfig, step: jax.Array, A: int, B: int) -> jax.Array | None:
+    """The rows' dropout keys for A micro-batches of B rows, [A, B]; None without dropout."""
+    return row_keys(config.seed, step, A * B).reshape(A, B) if config.model.dropout else None
+
+
 def gradients(config: TrainConfig, params: dict, tokens_ABU: jax.Array, step: jax.Array):
     """Mean cross-entropy in nats a token over all micro-batches A; the objective's gradient."""
     A, B = tokens_ABU.shape[:2]
-    key_AB = row_keys(config.seed, step, A * B).reshape(A, B) if config.model.dropout else None
+    key_AB = batch_keys(config, step, A, B)
 
     def share(params, tokens_BU, key_B):
         aim, loss = objective(config, params, tokens_BU, key_B)
@@ -113,21 +131,35 @@ def averaged(config: TrainConfig, average: dict, params: dict, step: jax.Array) 
     return jax.tree.map(lambda a, p: a + (1 - decay).astype(a.dtype) * (p - a), average, params)
 
 
+def count_updates(optimizer: optax.OptState) -> jax.Array:
+    """Updates that this state of the optimizer has seen, int32."""
+    return optax.tree.get_all_with_path(optimizer, "count")[0][1]
+
+
 def train_step(config: TrainConfig, state: TrainState, tokens_ABU: jax.Array):
     """The state after one optimizer step on [A, B, T+1] tokens, and its metrics.
 
-    Metrics: `loss` (nats a token), `grad_norm` (before clipping), `learning_rate`.
+    Where the loss or a gradient is not finite only the number of steps changes: the update is
+    skipped, and the learning rate waits with the moments.
+    Metrics: `loss` (nats a token), `grad_norm` (before clipping), `learning_rate`, `skipped`
+    (updates up to now, int32).
     """
     loss, grads = gradients(config, state.params, tokens_ABU, state.step)
+    norm = optax.tree.norm(grads)
     updates, optimizer = make_optimizer(config).update(grads, state.optimizer, state.params)
-    metrics = {
-        "loss": loss,
-        "grad_norm": optax.tree.norm(grads),
-        "learning_rate": make_schedule(config)(state.step),
-    }
     params = optax.apply_updates(state.params, updates)
     average = averaged(config, state.average, params, state.step) if config.ema_decay else {}
-    return TrainState(params, optimizer, state.step + 1, average), metrics
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updated = TrainState(params, optimizer, state.step, average)
+    kept = jax.tree.map(partial(jnp.where, good), updated, state)
+    step = state.step + 1
+    metrics = {
+        "loss": loss,
+        "grad_norm": norm,
+        "learning_rate": make_schedule(config)(count_updates(state.optimizer)),
+        "skipped": step - count_updates(kept.optimizer),
+    }
+    return dataclasses.replace(kept, step=step), metrics
 
 
 def eval_step(config: TrainConfig, params: dict, tokens_BU: jax.Array, weight_BT: jax.Array):
@@ -136,19 +168,38 @@ def eval_step(config: TrainConfig, params: dict, tokens_BU: jax.Array, weight_BT
     return jnp.sum(losses_BT * weight_BT), jnp.sum(weight_BT)
 
 
-def compile_steps(config: TrainConfig, mesh: Mesh) -> tuple[Callable, Callable]:
-    """`train_step(state, tokens_ABU)`, which consumes its state, and `eval_step(params, ...)`.
+def evaluate(config: TrainConfig, params: dict, eval_step: Callable, val: Tokens):
+    """The loss on held-out text in nats a token, and in bits a byte; always the same windows."""
+    rows = config.batch_size // config.grad_accum
+    windows = data.evaluation_windows(val, config.window, config.eval_tokens, rows)
+    sums = [eval_step(params, tokens, weights) for tokens, weights in windows]
+    loss = float(sum(total for total, _ in sums) / sum(n for _, n in sums))
+    return loss, loss / math.log(2) * len(val) / val.n_bytes
 
-    The training step is compiled here, ahead of time; evaluation when it is first called.
-    """
+
+def compile_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:
+    """The training step, which consumes its state; no array is made for it."""
     state, replicated = abstract_state(config, mesh), NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     micro = (config.grad_accum, config.batch_size // config.grad_accum, config.window + 1)
     tokens = jax.ShapeDtypeStruct(micro, jnp.int32, sharding=sharding.rows(mesh, axis=1))
     out = (shardings, replicated)
     train = jax.jit(partial(train_step, config), donate_argnums=0, out_shardings=out)
+    with sharding.on_mesh(mesh):
+        return train.lower(state, tokens).compile()
+
+
+def compile_steps(config: TrainConfig, mesh: Mesh) -> tuple[Callable, Callable]:
+    """`train_step(state, tokens_ABU)`, which consumes its state, and `eval_step(params, ...)`.
+
+    The training step is compiled here, ahead of time; evaluation when it is first called.
+    UserError if a device has not the memory.
+    """
+    train = compile_train_step(config, mesh)
+    memory.require_room(memory.need_of(train))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh).params)
     rows = sharding.rows(mesh)
-    evaluate = jax.jit(partial(eval_step, config), in_shardings=(shardings.params, rows, rows))
+    evaluate = jax.jit(partial(eval_step, config), in_shardings=(shardings, rows, rows))
 
     def on_mesh(function):
         def call(*args):
@@ -157,5 +208,4 @@ def compile_steps(config: TrainConfig, mesh: Mesh) -> tuple[Callable, Callable]:
 
         return call
 
-    with sharding.on_mesh(mesh):
-        return on_mesh(train.lower(state, tokens).compile()), on_mesh(evaluate)
+    return on_mesh(train), on_mesh(evaluate)

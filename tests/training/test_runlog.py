@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from gpt.config import ModelConfig, TrainConfig
-from gpt.training import runlog
+from gpt.training import runlog, speed
 from gpt.training.runlog import RunLog, open_metrics, read_metrics
 
 CONFIG = TrainConfig(
     model=ModelConfig(context_length=32), steps=40, batch_size=4, log_every=10, eval_every=20
 )
-METRICS = {"loss": jnp.float32(3.5), "learning_rate": 1e-3, "grad_norm": 0.25}
+METRICS = {"loss": jnp.float32(3.5), "learning_rate": 1e-3, "grad_norm": 0.25, "skipped": 0}
 
 
 def plain_console(terminal: bool = False) -> Console:
@@ -47,7 +47,8 @@ def test_each_line_says_all_there_is_to_know(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     first, *_, last = [json.loads(line) for line in lines]
     assert steps_in(tmp_path / "metrics.jsonl") == [10, 20, 20, 30, 40, 40]
-    names = "step loss learning_rate grad_norm tokens tokens_per_second seconds"
+    names = "step loss learning_rate grad_norm skipped tokens tokens_per_second seconds "
+    names += "step_seconds_p50 step_seconds_p90 step_seconds_p99"
     assert set(first) == set(names.split())
     assert (first["loss"], first["grad_norm"], first["tokens"]) == (3.5, 0.25, 10 * 4 * 32)
     assert last == {"step": 40, "val_loss": 3.25, "val_bits_per_byte": 1.5}
@@ -62,7 +63,7 @@ def test_lines_are_in_the_file_at_once(tmp_path):
 
 def test_what_is_not_a_number_is_null(tmp_path):
     with RunLog(tmp_path / "m", 0, CONFIG, plain_console()) as log:
-        log.log_train(10, {"loss": jnp.nan, "learning_rate": 1e-3, "grad_norm": jnp.inf})
+        log.log_train(10, METRICS | {"loss": jnp.nan, "grad_norm": jnp.inf})
         log.log_eval(10, math.nan, -math.inf)
     train, evaluation = read_metrics(tmp_path / "m")
     assert (train["loss"], train["grad_norm"], train["learning_rate"]) == (None, None, 1e-3)
@@ -119,15 +120,16 @@ def clock(monkeypatch):
     """The time that the log reads; a test moves it."""
     clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr(runlog, "time", clock)
+    monkeypatch.setattr(speed, "time", clock)
     return clock
 
 
 def test_speed_leaves_out_pauses_and_what_was_before_the_start(tmp_path, clock):
     with RunLog(tmp_path / "m", 0, CONFIG, plain_console()) as log:
         clock.now += 60  # compiling
-        log.start()
+        log.speed.start()
         clock.now += 2
-        with log.pause():
+        with log.speed.pause():
             clock.now += 30
         log.log_train(10, METRICS)
     (line,) = read_metrics(tmp_path / "m")
@@ -151,7 +153,8 @@ def test_without_a_terminal_there_are_a_few_plain_lines(tmp_path):
     assert lines[0].startswith("step 10/40  loss 3.5000  ") and lines[0].endswith(" left")
     assert lines[1] == "step 20  validation loss 3.2500, 1.5000 bits a byte"
     assert lines[2].startswith("step 40/40  loss 3.5000  ")  # 20 and 30 came too soon after
-    assert len(lines) == 4 and "\x1b" not in said(console)
+    assert lines[4].startswith("step time      p50 ") and lines[4].endswith(" ms")
+    assert len(lines) == 5 and "\x1b" not in said(console)
 
 
 def test_a_terminal_has_a_bar_and_evaluations_above_it(tmp_path):

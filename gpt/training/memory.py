@@ -1,0 +1,112 @@
+"""What a training step takes of a device's memory, and the largest micro-batch that fits.
+
+Bytes are those of one device. What a step takes is told by XLA, which plans every buffer when it
+compiles; nothing is allocated for it.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from gpt.config import TrainConfig
+from gpt.errors import UserError, require
+
+MIB, GIB = 2**20, 2**30
+GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+ADVICE = "raise --grad-accum, or lower --batch-size, --seq-len, --model.d-model, --model.n-layers"
+TRIES = 4  # guesses of the largest micro-batch, each compiled to be sure
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Bytes of one device that a compiled training step takes."""
+
+    state: float
+    """Weights, optimizer and average, and the batch: what the step is given."""
+    temporary: float
+    """What lives within the step: gradients and activations."""
+
+    @property
+    def total(self) -> float:
+        """All of it; what the step returns takes the place of what it was given."""
+        return self.state + self.temporary
+
+
+def need_of(compiled: jax.stages.Compiled) -> Need:
+    """What XLA has planned for a compiled step, on one device."""
+    told = compiled.memory_analysis()
+    given = told.argument_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
+    return Need(given, told.temp_size_in_bytes)
+
+
+def detect() -> tuple[int, str]:
+    """Bytes that one device here can hold, and where that is known from."""
+    devices = jax.local_devices()
+    stats = devices[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"], f"what JAX may take of a {devices[0].device_kind}"
+    return host_bytes() // len(devices), "this machine's memory"
+
+
+def host_bytes() -> int:
+    """Bytes of memory of this machine, or of the part of it that this process may use."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in GROUPS:
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(path.read_text()))
+    return min(sizes)
+
+
+def largest_rows(limit: int, least: int, rows: int, total: Callable[[int], float]) -> int:
+    """The largest micro-batch, a multiple of `least` sequences, of which `total` is within `limit`
+    bytes; 0 if none is. The search begins at `rows`.
+
+    What a step takes grows about evenly with its rows, so a few guesses come close.
+    """
+    tried = {n: total(n) for n in {least, max(rows, 2 * least)}}
+    for _ in range(TRIES):
+        fits = max((n for n, size in tried.items() if size <= limit), default=0)
+        fails = min((n for n, size in tried.items() if size > limit), default=math.inf)
+        (a, at_a), (b, at_b) = min(tried.items()), max(tried.items())
+        slope = (at_b - at_a) / (b - a)
+        if not 0 < slope < math.inf or fits + least >= fails:
+            break
+        guess = int(a + (limit - at_a) / slope) // least * least
+        guess = int(max(fits + least, min(guess, fails - least)))
+        tried[guess] = total(guess)
+    return max((n for n, size in tried.items() if size <= limit), default=0)
+
+
+def require_room(need: Need) -> None:
+    """UserError if a step takes more than a device has: on a CPU it would be killed for that."""
+    limit, where = detect()
+    require(
+        need.total <= limit,
+        f"out of memory: a step takes {size(need.total)}, of which weights and optimizer are "
+        f"{size(need.state)}, and there are {size(limit)} ({where}): {ADVICE}",
+    )
+
+
+@contextlib.contextmanager
+def explained(config: TrainConfig) -> Iterator[None]:
+    """Running out of memory inside is a UserError that names the flags to turn."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
+            raise
+        rows = config.batch_size // config.grad_accum
+        raise UserError(
+            f"out of memory with micro-batches of {rows:,} sequences of {config.window:,} tokens: "
+            f"{ADVICE}; --dry-run tells what fits"
+        ) from None
+
+
+def size(n_bytes: float) -> str:
+    """Bytes as people read them."""
+    return f"{n_bytes / GIB:,.2f} GiB" if n_bytes >= GIB else f"{n_bytes / MIB:,.1f} MiB"

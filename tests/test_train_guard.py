@@ -1,0 +1,77 @@
+"""train.py with a NaN planted at a known step and layer: skipped, counted, told, stopped."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from programs import TINY, arrays, call, read_lines, same_bits
+
+from gpt import checkpoint
+from gpt.training import step
+
+RUN = [*TINY, "--eval-every", "100", "--sample-every", "0", "--ema-decay", "0.9"]
+AT, LAYER = 7, 1
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """Have the weights of a layer be bad in some steps, and good again after them."""
+    honest = step.compile_steps
+
+    def in_steps(bad):
+        def compile_steps(config, mesh):
+            train_step, eval_step = honest(config, mesh)
+
+            def watched(state, tokens):
+                up = state.params["blocks"]["mlp"]["up"]
+                good = [jnp.copy(up[LAYER]) for _ in range(int(state.step) + 1 in bad)]
+                for _ in good:
+                    state.params["blocks"]["mlp"]["up"] = up.at[LAYER, 0].set(jnp.nan)
+                state, metrics = train_step(state, tokens)
+                if good and int(state.step) != max(bad):
+                    up = state.params["blocks"]["mlp"]["up"]
+                    state.params["blocks"]["mlp"]["up"] = up.at[LAYER].set(good[0])
+                return jax.block_until_ready(state), metrics
+
+            return watched, eval_step
+
+        monkeypatch.setattr(step, "compile_steps", compile_steps)
+
+    return in_steps
+
+
+def test_a_planted_nan_is_reported_with_its_step_and_layer(text, tmp_path, plant):
+    """Three in a row are one too many: exit code 1, one line, the checkpoint before them whole."""
+    plant({AT, AT + 1, AT + 2})
+    run = tmp_path / "run"
+    done = call("train", *RUN, "--max-bad-steps", "3", "--data", text, "--out", run)
+    assert done.code == 1
+    (error,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert f"error: step {AT}: " in error and "3 step(s) in a row; " in error
+    assert f"in the weights of block {LAYER} of 0 to 1 (blocks/mlp/up)" in error
+    assert "the last good checkpoint is step 4" in error
+    assert checkpoint.steps(run) == [4] and "step 8 is not saved" in done.err
+    lines = [line for line in read_lines(run) if "loss" in line]
+    assert [line["skipped"] for line in lines] == [0] * (AT - 1) + [1, 2, 3]
+    assert [line["loss"] is None for line in lines] == [False] * (AT - 1) + [True] * 3
+    assert "Traceback" not in done.err
+
+
+def test_a_few_bad_steps_are_skipped_and_shown(text, tmp_path, plant):
+    """The run goes on with the next data; where it stops and continues, it ends the same."""
+    plant({AT, 20})
+    done = call("train", *RUN, "--data", text, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    lines = [line for line in read_lines(tmp_path / "run") if "loss" in line]
+    assert [line["skipped"] for line in lines] == [0] * (AT - 1) + [1] * (13 - AT)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert "  1 skipped" in done.err
+    rates = [line["learning_rate"] for line in lines]
+    assert rates[AT - 1] == rates[AT]  # it waits with the moments
+    weights = arrays(tmp_path / "run", 12)
+    for saved in checkpoint.steps(tmp_path / "run")[1:]:
+        checkpoint.place_of(tmp_path / "run", saved).rename(tmp_path / str(saved))
+    plant({20})
+    done = call("train", *RUN, "--data", text, "--out", tmp_path / "run")
+    assert done.code == 0 and "continues" in done.err
+    assert [x["skipped"] for x in read_lines(tmp_path / "run") if "loss" in x][8:] == [1] * 4
+    assert same_bits(arrays(tmp_path / "run", 12), weights)
