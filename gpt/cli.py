@@ -57,7 +57,7 @@ def parse(
         argv = ["--help"]  # what else stands there would be missing from the help
     if helping and sys.stdout.isatty():
         return read(args=argv)  # in colours, in boxes
-    width = contextlib.nullcontext() if helping else _environment("COLUMNS", "10000")
+    width = contextlib.nullcontext() if helping else environment("COLUMNS", "10000")
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), width:
@@ -150,7 +150,7 @@ def prepare_jax(cache: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def _environment(name: str, value: str):
+def environment(name: str, value: str):
     """The environment with `name` set to `value` for a while."""
     before = os.environ.get(name)
     os.environ[name] = value

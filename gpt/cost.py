@@ -5,6 +5,8 @@ left out, as is customary (Chowdhery et al. 2022, PaLM, appendix B).
 Shape letters: see model/transformer.py.
 """
 
+import inspect
+
 from gpt.config import ModelConfig
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -82,3 +84,21 @@ def decode_bytes(c: ModelConfig, batch: int, slots: int) -> int:
     unread = sum(rows - min(batch, rows) for rows in looked_up) * c.d_model
     weights = weight_bytes(c) - unread * ITEM_BYTES[c.param_dtype]
     return weights + cache_bytes(c, batch, slots) + cache_bytes(c, batch, 1)
+
+
+def prefill_bytes(c: ModelConfig, batch: int, n_tokens: int) -> int:
+    """Bytes that reading prompts must move: weights once, of tables that are looked up in the rows
+    of the tokens, and the keys and values written. Activations may stay in caches: left out."""
+    looked_up = [] if c.tied else [c.padded_vocab]
+    unread = sum(rows - min(batch * n_tokens, rows) for rows in looked_up) * c.d_model
+    if c.positions == "learned":
+        unread += (c.context_length - min(n_tokens, c.context_length)) * c.d_model
+    return weight_bytes(c) - unread * ITEM_BYTES[c.param_dtype] + cache_bytes(c, batch, n_tokens)
+
+
+def describe() -> str:
+    """The formulas of this file: its docstrings, as they stand."""
+    functions = (parameters, forward_flops, train_flops_per_token, weight_bytes, cache_bytes)
+    functions += (prefill_bytes, decode_bytes)
+    told = [f"{f.__name__}: {inspect.cleandoc(f.__doc__ or '')}" for f in functions]
+    return "\n\n".join([inspect.cleandoc(__doc__ or ""), *told])

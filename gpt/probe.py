@@ -1,6 +1,7 @@
 """What this machine can do at best: the ceilings that every figure is a fraction of."""
 
 import functools
+import statistics
 import time
 from collections.abc import Callable
 
@@ -30,12 +31,14 @@ def square(n: int, dtype: str) -> jax.Array:
     return jnp.full((n, n), 1 / n, dtype)
 
 
-def read_rate(n_bytes: int) -> float:
-    """Bytes/s at which a product of a matrix of about `n_bytes` and one row reads the matrix.
+def read_side(n_bytes: int) -> int:
+    """Side of a float32 matrix of about `n_bytes`, whole tiles of it."""
+    return max(int((min(n_bytes, LARGEST_READ) / 4) ** 0.5) // 128, 2) * 128
 
-    What fits in a processor's cache is read faster than memory: so the size is that of the work.
-    """
-    n = max(int((min(n_bytes, LARGEST_READ) / 4) ** 0.5) // 128, 2) * 128
+
+@functools.cache
+def reader(n: int) -> tuple[Callable, tuple, int]:
+    """A program that reads a float32 matrix [n, n] again and again, its arguments, its bytes."""
     passes = max(PASSES_BYTES // (4 * n * n), 1)
 
     @jax.jit
@@ -43,25 +46,67 @@ def read_rate(n_bytes: int) -> float:
         step = lambda _, row: jnp.einsum("bd,vd->bv", row, x)  # noqa: E731
         return jax.lax.fori_loop(0, passes, step, row)
 
-    return passes * 4 * n * n / best_seconds(read, square(n, "float32"), jnp.ones((1, n)))
+    return read, (square(n, "float32"), jnp.ones((1, n))), passes * 4 * n * n
+
+
+def read_rate(n_bytes: int) -> float:
+    """Bytes/s at which a product of a matrix of about `n_bytes` and one row reads the matrix.
+
+    What fits in a processor's cache is read faster than memory: so the size is that of the work.
+    """
+    read, args, n_read = reader(read_side(n_bytes))
+    return n_read / best_seconds(read, *args)
+
+
+def copy_rate(n_bytes: int) -> float:
+    """Bytes/s, read and written together, at which an array of about `n_bytes` is copied."""
+    n = read_side(n_bytes)
+    passes = max(PASSES_BYTES // (8 * n * n), 1)
+
+    @jax.jit
+    def copy(x):
+        return jax.lax.fori_loop(0, passes, lambda i, y: y + i, x)  # no copy that could be left out
+
+    return passes * 8 * n * n / best_seconds(copy, square(n, "float32"))
 
 
 @functools.cache
-def matmul_rate(dtype: str) -> float:
-    """FLOP/s of products of two large square matrices of `dtype` on one device; measured once."""
+def multiplier(dtype: str) -> tuple[Callable, tuple, int]:
+    """A program of products of two large square matrices, its arguments, its FLOPs."""
     n, passes = (1024, 4) if jax.default_backend() == "cpu" else (8192, 8)
 
     @jax.jit
     def multiply(x):
         return jax.lax.fori_loop(0, passes, lambda _, y: x @ y, x)
 
-    return passes * 2 * n**3 / best_seconds(multiply, square(n, dtype))
+    return multiply, (square(n, dtype),), passes * 2 * n**3
+
+
+@functools.cache
+def matmul_rate(dtype: str) -> float:
+    """FLOP/s of products of two large square matrices of `dtype` on one device; measured once."""
+    multiply, args, flops = multiplier(dtype)
+    return flops / best_seconds(multiply, *args)
 
 
 def ceilings(n_bytes: int, dtype: str) -> dict[str, float]:
-    """The read rate on `n_bytes` and the matrix product's rate in `dtype`."""
-    return {
+    """The rates of reading and copying `n_bytes` and of products in `dtype`.
+
+    `bare_..._mbu`, `bare_..._mfu`: what a bare product reads when it is measured like any cell, by
+    the median of repeats: near 1, or the other figures are no shares of a ceiling.
+    """
+    rates = {
         "read_bytes_per_second": read_rate(n_bytes),
+        "copy_bytes_per_second": copy_rate(n_bytes),
         "matmul_flops_per_second": matmul_rate(dtype),
         "read_bytes": n_bytes,
     }
+    read, read_args, n_read = reader(read_side(n_bytes))
+    multiply, args, flops = multiplier(dtype)
+    vector = statistics.median(timed(read, *read_args)[0] for _ in range(RUNS))
+    matrix = statistics.median(timed(multiply, *args)[0] for _ in range(RUNS))
+    bare = {
+        "bare_matvec_mbu": n_read / vector / rates["read_bytes_per_second"],
+        "bare_matmul_mfu": flops / matrix / rates["matmul_flops_per_second"],
+    }
+    return rates | bare

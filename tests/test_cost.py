@@ -130,3 +130,15 @@ def test_reading_in_pieces_costs_as_much_as_at_once():
     pieces = [(0, 5), (5, 1), (6, 42)]
     apart = sum(cost.forward_flops(WIDE, n, n_before=before) for before, n in pieces)
     assert apart == cost.forward_flops(WIDE, 48)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_reading_prompts_moves_weights_and_what_is_kept(name):
+    """All weights but positions past the prompt, and the keys and values of its tokens."""
+    config = VARIANTS[name]
+    params = transformer.init(config, jax.random.key(0))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    held = cache.grow(cache.empty(config, 3), 20)
+    expected = weights - params["positions"][20:].nbytes
+    expected += sum(leaf.nbytes for leaf in (*held.k, *held.v))
+    assert cost.prefill_bytes(config, 3, 20) == expected

@@ -13,11 +13,13 @@ import numpy as np
 
 from gpt import cost
 from gpt.config import ModelConfig
+from gpt.errors import require
 from gpt.probe import timed
 from gpt.sampling import engine, generate
 from gpt.sampling.loop import begin, decode_chunk
 from gpt.sampling.settings import Settings
 from gpt.stopwatch import Stopwatch
+from gpt.training import memory
 
 NO_EOT = -1  # no token ends a row: every repeat does the same work
 
@@ -45,6 +47,18 @@ class Times:
     first: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
     host_step: list[float] = field(default_factory=list)
+
+
+def require_room(config: ModelConfig, cell: Cell) -> None:
+    """UserError if weights and cache of the largest cell exceed the memory that is there."""
+    slots = engine.bucket(cell.prompt_length + cell.new_tokens, config.context_length)
+    need = cost.weight_bytes(config) + cost.cache_bytes(config, cell.batch, slots)
+    have, whose = memory.detect()
+    require(
+        need <= have,
+        f"{cell.batch} rows of {slots} tokens take {need / 1e9:.1f} GB with the weights, and "
+        f"{whose} is {have / 1e9:.1f} GB: choose smaller --batch-sizes or --prompt-lengths",
+    )
 
 
 def read_prompts(config: ModelConfig, params: dict, cell: Cell, times: Times):
@@ -93,11 +107,17 @@ def repeat(config: ModelConfig, params: dict, cell: Cell, times: Times) -> None:
 def measure(config: ModelConfig, params: dict, cell: Cell, repeats: int, ceilings: dict) -> dict:
     """The figures of one cell as JSON values: medians over `repeats`, and each repeat's own.
 
-    `params` is unstacked. `compile_seconds` are those of programs no earlier cell had compiled.
+    `params` is unstacked. `compile_seconds` are those of programs no earlier cell had compiled,
+    `cached_compile_seconds` those of reading the same programs from the compilation cache: None
+    where there is none.
     """
-    first, times = Stopwatch(), Times()
+    first, again, times = Stopwatch(), Stopwatch(), Times()
     with first:
         repeat(config, params, cell, Times())
+    if jax.config.jax_compilation_cache_dir:
+        jax.clear_caches()
+        with again:
+            repeat(config, params, cell, Times())
     for _ in range(repeats):
         repeat(config, params, cell, times)
     return {
@@ -105,6 +125,7 @@ def measure(config: ModelConfig, params: dict, cell: Cell, repeats: int, ceiling
         "prompt_length": cell.prompt_length,
         "new_tokens": cell.new_tokens,
         "compile_seconds": first.compile_seconds,
+        "cached_compile_seconds": again.compile_seconds if again.programs else None,
         "ttft_seconds": statistics.median(times.first),
         "prefill": prefill_figures(config, cell, times, ceilings),
         "decode": decode_figures(config, cell, times, ceilings),
@@ -120,6 +141,7 @@ def prefill_figures(config: ModelConfig, cell: Cell, times: Times, ceilings: dic
         "seconds": seconds,
         "tokens_per_second": cell.batch * cell.prompt_length / seconds,
         "flops": flops,
+        "bytes": cost.prefill_bytes(config, cell.batch, cell.prompt_length),
         "mfu": flops / seconds / ceilings["matmul_flops_per_second"],
         "seconds_of_repeats": times.prefill,
     }

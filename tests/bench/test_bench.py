@@ -9,12 +9,12 @@ import pytest
 
 from gpt import cost, probe
 from gpt.bench import __main__ as bench
-from gpt.bench import measure
+from gpt.bench import card, measure, train
 from gpt.config import ModelConfig
 from gpt.errors import UserError
 from gpt.model import transformer
 from gpt.presets import PRESETS
-from gpt.sampling import engine, generate
+from gpt.sampling import engine
 from gpt.stopwatch import compilations
 
 CONFIG = ModelConfig(50, context_length=64, n_layers=1, n_heads=2, d_model=8).computing_in(
@@ -23,6 +23,7 @@ CONFIG = ModelConfig(50, context_length=64, n_layers=1, n_heads=2, d_model=8).co
 PARAMS = transformer.unstack(transformer.init(CONFIG, jax.random.key(0)))
 CELL = measure.Cell(batch=2, prompt_length=20, new_tokens=21)
 CEILINGS = {"read_bytes_per_second": 1e6, "matmul_flops_per_second": 1e7, "read_bytes": 1}
+CEILINGS |= {"copy_bytes_per_second": 1e6, "bare_matvec_mbu": 1.0, "bare_matmul_mfu": 1.0}
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ DECODE |= {"seconds_per_step_p99", "bytes_per_step", "mbu", "host_seconds_per_st
 def small_preset(monkeypatch):
     monkeypatch.setitem(PRESETS, "small", dataclasses.replace(PRESETS["tiny"], model=CONFIG))
     monkeypatch.setattr(probe, "ceilings", lambda n_bytes, dtype: CEILINGS)
-    monkeypatch.setattr(bench.cli, "prepare_jax", lambda cache: None)
+    monkeypatch.setattr(bench.cli, "prepare_jax", lambda: None)
 
 
 def output(capsys, *argv):
@@ -211,3 +212,51 @@ def test_a_missing_checkpoint_and_an_unknown_preset(small_preset, tmp_path):
         bench.main([str(tmp_path / "none")])
     with pytest.raises(UserError, match="no preset named"):
         bench.main(["--preset", "none"])
+
+
+def test_training_figures_of_known_times(small_preset, monkeypatch, capsys):
+    """The clock moves by 2 seconds a step: 10 steps a repeat, tokens and FLOPs by the formulas."""
+    now, honest = [0.0], train.step.compile_steps
+
+    def compile_steps(config, mesh):
+        train_step, evaluate = honest(config, mesh)
+
+        def slow(*args):
+            now[0] += 2.0
+            return train_step(*args)
+
+        return slow, evaluate
+
+    monkeypatch.setattr(train.step, "compile_steps", compile_steps)
+    monkeypatch.setattr(probe, "clock", lambda: now[0])
+    bench.main(["--preset", "small", "--train", "--batch-sizes", "2,4", "--repeats", "2"])
+    table, line = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
+    cells = json.loads(line)["cells"]
+    assert [cell["batch"] for cell in cells] == [2, 4]
+    for cell in cells:
+        found, tokens = cell["train"], cell["batch"] * 64
+        assert found["seconds_of_repeats"] == [2.0, 2.0]
+        assert found["tokens_per_second"] == tokens / 2
+        assert found["flops"] == tokens * cost.train_flops_per_token(CONFIG)
+        assert found["mfu"] == pytest.approx(found["flops"] / 2 / 1e7)
+        assert f"{tokens / 2:,.0f}" in table
+    for idle in (["--plot", "x.png"], ["--prompt-lengths", "8"], ["--new-tokens", "9"]):
+        with pytest.raises(UserError, match="--train measures"):
+            bench.main(["--train", *idle])
+
+
+def test_a_wide_spread_is_marked():
+    assert card.spread([1.0, 1.05, 0.98]) == "1000.00 ±4%"
+    assert card.spread([1.0, 1.5, 0.9]).endswith("±30%!")
+
+
+def test_a_batch_that_cannot_fit_is_refused_before_it_is_tried(small_preset, monkeypatch):
+    monkeypatch.setattr(measure.memory, "detect", lambda: (10**6, "this machine's memory"))
+    with pytest.raises(UserError, match=r"5000 rows of 64 tokens.*0\.0 GB.*--batch-sizes"):
+        bench.main(["--preset", "small", "--batch-sizes", "5000"])
+
+
+def test_formulas_are_printed_on_request(capsys):
+    assert bench.main(["--formulas"]) == 0
+    said = capsys.readouterr().out
+    assert "2 m k n FLOPs" in said and "decode_bytes: Bytes one decode step must move" in said

@@ -1,0 +1,71 @@
+"""The training step, timed: tokens a second, MFU, compile time and memory, batch by batch.
+
+It times what training runs: `step.compile_steps` on random tokens, already on the devices.
+"""
+
+import dataclasses
+import statistics
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from gpt import cost, sharding
+from gpt.bench.measure import peak_bytes
+from gpt.config import TrainConfig
+from gpt.probe import timed
+from gpt.stopwatch import Stopwatch
+from gpt.training import step
+
+STEPS = 10  # a repeat: one step is too short beside what starts it
+
+
+def random_batch(config: TrainConfig, mesh: Mesh) -> jax.Array:
+    """Tokens of one step on their devices, [grad_accum, rows, T+1] int32."""
+    shape = (config.grad_accum, config.batch_size // config.grad_accum, config.window + 1)
+    ids = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
+    return jax.device_put(ids, sharding.rows(mesh, axis=1))
+
+
+def measure(config: TrainConfig, mesh: Mesh, repeats: int, ceilings: dict) -> dict:
+    """The figures of one batch size as JSON values: medians over `repeats` of STEPS steps each."""
+    step.require_fit(config, mesh)
+    watch = Stopwatch()
+    with watch:
+        train_step, _ = step.compile_steps(config, mesh)
+        state, tokens = step.make_state(config, mesh), random_batch(config, mesh)
+
+    def run(state):
+        for _ in range(STEPS):
+            state, metrics = train_step(state, tokens)
+            jax.block_until_ready(metrics)  # at most one step ahead, as in training
+        return state
+
+    _, state = timed(run, state)
+    seconds = []
+    for _ in range(repeats):
+        spent, state = timed(run, state)
+        seconds.append(spent / STEPS)
+    return {
+        "batch": config.batch_size,
+        "seq_len": config.window,
+        "compile_seconds": watch.compile_seconds,
+        "train": figures(config, seconds, ceilings, mesh.size),
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def figures(config: TrainConfig, seconds: list[float], ceilings: dict, n_devices: int) -> dict:
+    """Of steps that took `seconds`. `mfu`: share of the devices' matrix rate, by the FLOPs of
+    gpt/cost.py; recomputation is not counted as work."""
+    tokens, middle = config.batch_size * config.window, statistics.median(seconds)
+    flops = tokens * cost.train_flops_per_token(
+        dataclasses.replace(config.model, context_length=config.window)
+    )
+    return {
+        "seconds_per_step": middle,
+        "tokens_per_second": tokens / middle,
+        "flops": flops,
+        "mfu": flops / middle / (n_devices * ceilings["matmul_flops_per_second"]),
+        "seconds_of_repeats": seconds,
+    }
