@@ -1,0 +1,55 @@
+"""train.py --verify-resume: says what it compared, notices a difference, leaves nothing behind."""
+
+import tempfile
+
+import jax
+import numpy as np
+import pytest
+from programs import TINY, call, snapshot
+
+from gpt.training import resume, step
+
+
+@pytest.fixture
+def argv(text, tmp_path, monkeypatch):
+    """The flags, in a world where what is left behind is seen."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return [*TINY, "--ema-decay", "0.9", "--data", text, "--out", tmp_path / "run"]
+
+
+def test_it_proves_it_on_the_settings_given(argv, tmp_path):
+    done = call("train", *argv, "--verify-resume")
+    assert done.code == 0, done.err
+    compared = [line for line in done.err.splitlines() if line.startswith("compared")]
+    assert all(line.endswith("equal to the bit") for line in compared)
+    parts = [line.removeprefix("compared").strip().split(",")[0] for line in compared]
+    assert parts == ["weights", "optimizer and step", "average", "metrics"]
+    assert "metrics, 8 lines" in compared[-1]
+    assert "grad_norm" in compared[-1] and "val_loss" in compared[-1]
+    assert "verified       3 steps, a stop and 3 more equal 6 steps at once" in done.err
+    assert snapshot(tmp_path) == {}
+
+
+def test_it_notices_what_a_stop_loses(argv, tmp_path, monkeypatch):
+    """As if the second moments were not saved, or the noise came from a stream of its own."""
+    honest = resume.load_state
+
+    def forgetful(like, folder, at):
+        loaded = honest(like, folder, at)
+        forget = lambda a: a * np.float32(1 + 1e-6) if a.ndim else a  # noqa: E731
+        return loaded | {"optimizer": jax.tree.map(forget, loaded["optimizer"])}
+
+    monkeypatch.setattr(resume, "load_state", forgetful)
+    done = call("train", *argv, "--verify-resume")
+    assert done.code == 1
+    assert "NOT verified" in done.err and "differs" in done.err and "Traceback" not in done.err
+    assert snapshot(tmp_path) == {}
+
+
+def test_a_run_that_is_there_is_not_touched(trained, text, tmp_path, monkeypatch):
+    before = snapshot(trained[1])
+    monkeypatch.setattr(step, "compile_steps", lambda *_: pytest.fail("it is refused before"))
+    run = [*TINY, "--data", text, "--out", trained[1], "--verify-resume"]
+    done = call("train", *run, "--steps", "1")
+    assert done.code == 2 and "--steps 2 or more" in done.err
+    assert snapshot(trained[1]) == before
