@@ -19,7 +19,8 @@ from gpt.errors import UserError, require
 MIB, GIB = 2**20, 2**30
 GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 ADVICE = "raise --grad-accum, or lower --batch-size, --seq-len, --model.d-model, --model.n-layers"
-TRIES = 4  # guesses of the largest micro-batch, each compiled to be sure
+HALVING = 2  # the guess that is no line's
+TRIES = 5  # guesses of the largest micro-batch, each compiled to be sure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,18 +67,21 @@ def largest_rows(limit: int, least: int, rows: int, total: Callable[[int], float
     """The largest micro-batch, a multiple of `least` sequences, of which `total` is within `limit`
     bytes; 0 if none is. The search begins at `rows`.
 
-    What a step takes grows about evenly with its rows, so a few guesses come close.
+    What a step takes grows about evenly with its rows: a line through two sizes comes close, and
+    halving helps where it does not.
     """
-    tried = {n: total(n) for n in {least, max(rows, 2 * least)}}
-    for _ in range(TRIES):
+    tried = {n: total(n) for n in (least, max(rows, 2 * least))}
+    for turn in range(TRIES):
         fits = max((n for n, size in tried.items() if size <= limit), default=0)
         fails = min((n for n, size in tried.items() if size > limit), default=math.inf)
-        (a, at_a), (b, at_b) = min(tried.items()), max(tried.items())
-        slope = (at_b - at_a) / (b - a)
-        if not 0 < slope < math.inf or fits + least >= fails:
+        if fits + least >= fails:
             break
-        guess = int(a + (limit - at_a) / slope) // least * least
-        guess = int(max(fits + least, min(guess, fails - least)))
+        a, b = (fits, fails) if fails < math.inf else (min(tried), fits)
+        slope = (tried[b] - tried[a]) / (b - a)
+        guess = a + (limit - tried[a]) / slope if slope > 0 else 2 * fits
+        if turn == HALVING and fails < math.inf:
+            guess = (fits + fails) / 2
+        guess = min(max(int(guess) // least * least, fits + least), fails - least)
         tried[guess] = total(guess)
     return max((n for n, size in tried.items() if size <= limit), default=0)
 

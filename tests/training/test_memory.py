@@ -1,0 +1,100 @@
+"""What fits in memory: the search, the refusal before memory is taken, the one message after."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt import cost, sharding
+from gpt.config import MeshConfig, ModelConfig, TrainConfig
+from gpt.errors import UserError
+from gpt.training import memory, plan, step
+
+MODEL = ModelConfig(300, context_length=32, n_layers=2, n_heads=2, d_model=32)
+CONFIG = TrainConfig(model=MODEL, batch_size=8, steps=5, ema_decay=0.9)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@given(
+    fixed=st.integers(0, 10**9),
+    a_row=st.integers(1, 10**7),
+    least=st.integers(1, 8),
+    begin=st.integers(1, 20),
+    limit=st.integers(0, 10**11),
+)
+def test_the_largest_micro_batch_of_an_even_cost(fixed, a_row, least, begin, limit):
+    total = lambda rows: fixed + a_row * rows  # noqa: E731
+    best = memory.largest_rows(limit, least, least * begin, total)
+    assert best % least == 0
+    assert best == 0 or total(best) <= limit
+    assert total(best + least) > limit
+
+
+def test_the_search_holds_where_the_cost_is_uneven():
+    """As where XLA plans a larger batch otherwise: what it names has been tried, and fits."""
+    tried = {}
+
+    def total(rows):
+        return tried.setdefault(rows, 1000 + 7 * rows + (3000 if rows > 100 else 0))
+
+    best = memory.largest_rows(2000, 1, 4, total)
+    assert tried[best] <= 2000 and best >= 0.9 * 100
+    assert memory.largest_rows(10, 1, 4, total) == 0
+    no_end = lambda rows: float("inf")  # noqa: E731
+    assert memory.largest_rows(10, 1, 4, no_end) == 0
+
+
+def test_the_plan_agrees_with_the_arrays_themselves(mesh):
+    """What XLA says it is given is weights, optimizer, average, step and batch, to the byte."""
+    need = memory.need_of(step.compile_train_step(CONFIG, mesh))
+    state = jax.tree.leaves(step.abstract_state(CONFIG, mesh))
+    given = sum(leaf.size * leaf.dtype.itemsize for leaf in state) + 8 * 33 * 4
+    assert given <= need.state < given + 1000  # and the metrics that come out
+    assert need.temporary > cost.weight_bytes(MODEL)  # the gradients, and then activations
+
+
+def test_the_dry_run_tells_what_fits(mesh):
+    few, more = (plan.describe_memory(CONFIG, mesh, gb) for gb in (0.003, 0.03))
+    fits = [int(lines[-1].split("up to ")[1].split()[0].replace(",", "")) for lines in (few, more)]
+    assert 0 < fits[0] < fits[1] and fits[1] > 5 * fits[0]
+    assert "(--memory-gb)" in few[1] and few[0].startswith("activations ")
+    (none,) = plan.describe_memory(CONFIG, mesh, 1e-4)[-1:]
+    assert "none fits: raise --grad-accum" in none
+    assert "this machine's memory" in plan.describe_memory(CONFIG, mesh, None)[1]
+
+
+def test_memory_is_found():
+    limit, where = memory.detect()
+    assert 2**28 < limit < 2**50 and where == "this machine's memory"
+
+
+def test_what_cannot_fit_is_refused_before_it_is_made(mesh, monkeypatch):
+    plan.require_room(CONFIG, mesh)
+    monkeypatch.setattr(memory, "detect", lambda: (10**5, "a small machine"))
+    monkeypatch.setattr(step, "compile_train_step", lambda *_: pytest.fail("too late"))
+    with pytest.raises(
+        UserError, match=r"out of memory: .* \(a small machine\): raise --grad-accum"
+    ):
+        plan.require_room(CONFIG, mesh)
+
+
+def test_a_step_that_cannot_fit_is_refused_when_it_is_compiled(mesh, monkeypatch):
+    monkeypatch.setattr(memory, "detect", lambda: (10**6, "a small machine"))
+    plan.require_room(CONFIG, mesh)
+    with pytest.raises(UserError, match="--batch-size"):
+        step.compile_steps(CONFIG, mesh)
+
+
+def test_running_out_of_memory_names_the_flags():
+    """What XLA raises, what NumPy raises; any other error is our bug and stays."""
+    for take in (lambda: jnp.zeros(10**13), lambda: bytearray(10**18)):
+        match = "8 sequences of 32 tokens: raise --grad-accum"
+        with pytest.raises(UserError, match=match), memory.explained(CONFIG):
+            take()
+    with pytest.raises(ZeroDivisionError), memory.explained(CONFIG):
+        print(1 / 0)
