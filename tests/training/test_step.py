@@ -92,6 +92,24 @@ def test_accumulation_equals_the_large_batch(dropout):
         assert abs(whole - other_step) > 1e-4
 
 
+def test_loss_curves_agree_whatever_the_accumulation():
+    """Fifty steps with dropout, and a learning rate at which rounding is not amplified."""
+    model = dataclasses.replace(MODEL, dropout=0.1)
+    curves = []
+    for micro in (1, 2, 4):
+        config = dataclasses.replace(CONFIG, model=model, grad_accum=micro, ema_decay=0.9)
+        state, train, _ = start(config)
+        losses = []
+        for n in range(50):
+            state, metrics = train(state, batch(config, micro, seed=n))
+            losses.append(float(metrics["loss"]))
+        curves.append(losses)
+    assert CONFIG.learning_rate <= 1e-3 and curves[0][-1] < curves[0][0]
+    for curve in curves[1:]:
+        assert np.allclose(curve, curves[0], rtol=1e-5, atol=0)
+    assert curves[1] != curves[0]  # they are computed otherwise
+
+
 def test_recomputation_changes_no_gradient():
     """On against off, and the traced programs differ, so that the flag is seen to act."""
     model = dataclasses.replace(MODEL, dropout=0.1)
