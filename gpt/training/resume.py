@@ -22,6 +22,8 @@ MAY_CHANGE = {
 }  # fmt: skip
 Loaded = TypeVar("Loaded")
 FILES = ("metrics.jsonl", "tokenizer.json", "loss.png")
+EVENTS, TRACES = "tensorboard/events.out.tfevents.*", "profile/plugins/profile/[0-9]*"
+FOLDERS = ("tensorboard", "profile", "profile/plugins", "profile/plugins/profile")
 
 
 def differences(saved: dict[str, Any], config: TrainConfig, done: int) -> list[str]:
@@ -126,5 +128,10 @@ def remove_run(out: Path) -> None:
     """Remove what a run wrote in its folder, and nothing else."""
     for step in checkpoint.steps(out):
         shutil.rmtree(checkpoint.place_of(out, step))
-    for name in FILES:
-        (out / name).unlink(missing_ok=True)
+    for path in [*(out / name for name in FILES), *out.glob(EVENTS)]:
+        path.unlink(missing_ok=True)
+    for path in out.glob(TRACES):
+        shutil.rmtree(path)
+    for name in reversed(FOLDERS):
+        with contextlib.suppress(OSError):  # not there, or another's files are in it
+            (out / name).rmdir()

@@ -1,0 +1,94 @@
+"""What a run shows of itself, and that looking changes nothing: speed, TensorBoard, traces."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+from programs import TINY, arrays, call, read_lines, same_bits, snapshot
+
+from gpt.training import resume, speed
+
+
+@pytest.mark.parametrize(
+    "looking",
+    [
+        ("--eval-every", "1", "--sample-every", "3", "--eval-tokens", "0"),
+        ("--eval-every", "100", "--sample-every", "0", "--keep-best", "0", "--log-every", "1"),
+    ],
+    ids=["at every step", "never"],
+)
+def test_evaluation_and_samples_shift_neither_data_nor_noise(looking, text, trained, tmp_path):
+    """With dropout: the same losses and the same weights, to the bit."""
+    done = call("train", *TINY, *looking, "--data", text, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    mine, other = (
+        [(x["step"], x["loss"], x["grad_norm"]) for x in read_lines(folder) if "loss" in x]
+        for folder in (tmp_path / "run", trained[1])
+    )
+    assert mine == other and len(mine) == 12
+    assert same_bits(arrays(tmp_path / "run", 12), arrays(trained[1], 12))
+
+
+def test_each_line_tells_the_speed_and_its_share_of_a_measured_peak(trained):
+    lines = [json.loads(x) for x in (trained[1] / "metrics.jsonl").read_text().splitlines()]
+    for line in (x for x in lines if "loss" in x):
+        assert set(speed.FIELDS) <= line.keys()
+        assert 0 < line["mfu"] < 1
+        assert 0 < line["step_seconds_p50"] <= line["step_seconds_p90"] <= line["step_seconds_p99"]
+    (told,) = [x for x in trained[0].err.splitlines() if x.startswith("step time")]
+    assert "p50" in told and "p99" in told and "of the measured peak" in told
+
+
+def test_a_profile_is_a_trace_of_the_steps_asked_for(text, tmp_path):
+    run = tmp_path / "run"
+    done = call("train", *TINY, "--data", text, "--out", run, "--profile", "2")
+    assert done.code == 0, done.err
+    assert f"profile        steps 4 to 5: xprof {run / 'profile'}" in done.err
+    (xplane,) = run.glob("profile/plugins/profile/*/*.xplane.pb")
+    (trace,) = run.glob("profile/plugins/profile/*/*.trace.json.gz")
+    assert xplane.stat().st_size > 1000
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert any("train_step" in str(event.get("name")) for event in events)
+    (run / "profile" / "notes.txt").write_text("mine")
+    (run / "tensorboard").mkdir()
+    (run / "tensorboard" / "events.out.tfevents.1").write_text("a run's")
+    resume.remove_run(run)
+    assert snapshot(run) == {"checkpoints": None, "profile": None, "profile/notes.txt": b"mine"}
+
+
+def test_a_profile_that_the_run_is_too_short_for(text, tmp_path):
+    argv = [*TINY, "--data", text, "--out", tmp_path / "run", "--profile"]
+    for n, words in (("10", "there are 12 left"), ("-1", "profile is -1")):
+        done = call("train", *argv, n)
+        assert done.code == 2 and words in done.err, done.err
+    assert snapshot(tmp_path) == {}
+
+
+def test_tensorboard_reads_what_metrics_jsonl_holds(text, tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import RecordWriter  # noqa: F401
+
+    run = tmp_path / "run"
+    done = call("train", *TINY, "--data", text, "--out", run, "--tensorboard")
+    assert done.code == 0, done.err
+    (path,) = run.glob("tensorboard/events.out.tfevents.*")
+    data, at, found = path.read_bytes(), 0, {}
+    while at < len(data):  # a length of eight bytes, its checksum, the event, its checksum
+        n = int.from_bytes(data[at : at + 8], "little")
+        event = event_pb2.Event.FromString(data[at + 12 : at + 12 + n])
+        at += n + 16
+        for value in event.summary.value:
+            found[event.step, value.tag] = value.simple_value
+    lines = read_lines(run)
+    expected = {(x["step"], k): v for x in lines for k, v in x.items() if k != "step"}
+    assert expected.keys() <= found.keys()
+    assert all(np.isclose(found[k], v, rtol=1e-6) for k, v in expected.items())
+
+
+def test_tensorboard_that_is_not_installed(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    done = call("train", *TINY, "--data", text, "--out", tmp_path / "run", "--tensorboard")
+    assert done.code == 2 and "gpt-jax[tensorboard]" in done.err
+    assert done.err.count("error: ") == 1 and snapshot(tmp_path) == {}
