@@ -266,7 +266,8 @@ class TrainConfig:
             f"batch_size {self.batch_size} is not divisible by grad_accum {self.grad_accum}: "
             "micro-batches must be of one size",
         )
-        require(0 <= self.seed < 2**31, f"seed is {self.seed}: expected 0 <= seed < 2^31")
+        for n, name in ((self.seed, "seed"), (self.steps, "steps")):
+            require(0 <= n < 2**31, f"{name} is {n}: expected 0 <= {name} < 2^31")
         if self.seq_len is not None:
             positive("seq_len", self.seq_len)
             model = dataclasses.replace(self.model, context_length=self.seq_len)
