@@ -7,7 +7,6 @@ The same command again continues the run where it stopped.
 """
 
 import contextlib
-import dataclasses
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gpt import cli
+from gpt import cli, distributed, pod
 from gpt import tokenizer as tokenizers
 from gpt.config import TrainConfig
-from gpt.errors import above_zero, not_negative
+from gpt.distributed import FROM_ENVIRONMENT, Processes
+from gpt.errors import above_zero, not_negative, require
 from gpt.presets import PRESETS
 from gpt.training import board, data, lock, shards, stop
 
@@ -47,12 +47,17 @@ class Command:
     """Prove on a few steps that stopping and continuing changes no bit; exit code 1 if it does."""
     memory_gb: Annotated[float | None, tyro.conf.arg(metavar="GB")] = None
     """With --dry-run: memory of one device, in 10^9 bytes (default: what is found here)."""
+    devices: int | None = None
+    """With --dry-run: plan for so many devices that need not be here, virtual ones of this CPU."""
+    topology: str | None = None
+    """With --dry-run: plan for TPUs that need not be here, by their own compiler: v5e:16x16."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, in DIR/tensorboard (needs tensorboardX)."""
     profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
     """Steps to trace for XProf after a short warm-up, in DIR/profile; 0: none."""
     compile_cache: bool = True
     """Keep compiled programs in your cache folder for the next run."""
+    processes: Annotated[Processes, tyro.conf.arg(name="")] = FROM_ENVIRONMENT
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = PRESETS["tiny"]
 
     def __post_init__(self):
@@ -67,86 +72,82 @@ def main(argv: list[str]) -> int:
     preset = cli.peek(Command, argv, "preset", default=Command())
     default = Command(preset=preset, train=PRESETS.get(preset, PRESETS["tiny"]))
     command = cli.parse(Command, argv, program="train.py", description=__doc__, default=default)
+    if pod.require_asked(command):
+        cli.prepare_absent()
+        from gpt.pod.plan import show
+
+        return show(command, PRESETS[command.preset])
     out = command.out or Path("runs") / command.preset
     trying = command.dry_run or command.verify_resume  # which leaves nothing behind
     cli.prepare_jax(cache=command.compile_cache and not trying)
+    distributed.join(command.processes)  # before anything asks for a device
     from rich.console import Console
 
     from gpt.training import memory
 
-    console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
-    held = contextlib.nullcontext(lock.require_folder(out)) if trying else lock.hold(out)
+    plain = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
+    console = Console(stderr=True, quiet=not distributed.is_first(), **plain)
+    held = contextlib.nullcontext() if trying else distributed.by_first(lock.hold(out))
     signals, enough = stop.StopSignal(console.print, console.show_cursor), memory.explained
-    with signals, held, enough(command.train):
-        return train(command, out, console, signals)
+    with signals, distributed.parting(), held, enough(command.train):
+        return train(command, out, console, signals, cache(console.print))
 
 
-def train(command: Command, out: Path, console, signals: stop.StopSignal) -> int:
-    """Look at all that can be refused; then change what is on disk, and run."""
+@distributed.together()
+def look(command: Command, out: Path, console, tell: Callable[[str], None]) -> tuple:
+    """Refuse all that can be refused, in all processes: what is found. Nothing is changed."""
     from gpt import checkpoint, sharding
-    from gpt.training import plan, prepare, profile, resume, saving, step
+    from gpt.sampling.language_model import platform_dtype
+    from gpt.training import plan, prepare, resume, step
 
     trying = command.dry_run or command.verify_resume
+    (lock.require_folder if trying else lock.require_shared)(out)
+    alone = not (command.verify_resume and distributed.several())
+    require(alone, "--verify-resume proves a run of one process: add --num-processes 1")
     resuming = bool(checkpoint.steps(out)) and not (command.overwrite or command.verify_resume)
     source = out if resuming else command.init_from
-    tell = cache(console.print)  # of each damaged checkpoint once
     about = resume.newest(source, checkpoint.read_metadata, tell) if source else None
     if about and not resuming:
         about = {"tokenizer": about["tokenizer"]}  # all that a new run takes beside the weights
     kept = None if trying else cli.cache_folder() / "tokens"  # it leaves nothing behind
     tokenizer, dataset = prepare.prepare(command.train, command.data, about, kept, console)
-    config = settle(command.train, tokenizer)
+    config = prepare.settle(command.train, tokenizer, platform_dtype())
     if resuming:
         resume.require_same_text(about, dataset.fingerprint)
         resume.require_same_run(out, about, config)
     data.require_length(dataset.train, config.window)
     mesh = sharding.make_mesh(config.mesh)
-    step.require_fit(config, mesh)
-    for line in plan.describe(config, mesh.size, len(dataset.train)):
-        console.print(line)
+    lines = step.require_fit(config, mesh) + plan.describe(config, mesh.size, len(dataset.train))
+    console.print(*lines, sep="\n")
+    return config, mesh, tokenizer, dataset, source, resuming
+
+
+def train(command: Command, out: Path, console, signals, tell: Callable[[str], None]) -> int:
+    """Look at all that can be refused; then change what is on disk, and run."""
+    from gpt import checkpoint
+    from gpt.training import plan, profile, resume, saving, verify
+
+    config, mesh, tokenizer, dataset, source, resuming = look(command, out, console, tell)
+    about = {"the settings": (config, command.overwrite), "the text": dataset.fingerprint}
+    found = {"what they find in --out": (resuming, checkpoint.steps(source) if source else [])}
+    distributed.require_same(about | found)
     if command.dry_run:
-        for line in plan.describe_memory(config, mesh, command.memory_gb):
-            console.print(line)
+        console.print(*plan.describe_memory(config, mesh, command.memory_gb), sep="\n")
         return 0
 
     run = Run(out, console, command, config, mesh, tokenizer, dataset, signals, config.steps)
     if command.verify_resume:
-        return verify(run, source, tell)
+        return verify.verify_run(run, source, tell)
     plan.require_room(config, mesh)
     state = saving.begin(config, mesh, source, resuming, tell)
     first = int(state.step)
     profile.require_steps(command.profile, first, config.steps)
-    if command.overwrite:
-        resume.remove_run(out)
+    with distributed.together():
+        if command.overwrite and distributed.is_first():
+            resume.remove_run(out)
     code = run.execute(state, first) if first < config.steps else run.complete()
     console.print(f"sample it      python sample.py {shlex.quote(str(out))} --prompt TEXT")
     return code
-
-
-def verify(run: "Run", source: Path | None, tell: Callable[[str], None]) -> int:
-    """Stop and continue in a folder that does not stay, and go there at once: the exit code."""
-    from rich.console import Console
-
-    from gpt.training import saving, verify
-
-    config, n = verify.shorten(run.config)
-    command = dataclasses.replace(run.command, profile=0, tensorboard=False)
-    run = dataclasses.replace(run, config=config, command=command, console=Console(quiet=True))
-
-    def go(folder: Path, first: int, until: int) -> int:
-        state = saving.begin(config, run.mesh, folder if first else source, first > 0, tell)
-        return dataclasses.replace(run, out=folder, until=until).execute(state, first)
-
-    return verify.verify_resume(config, run.mesh, n, go, tell)
-
-
-def settle(config: TrainConfig, tokenizer) -> TrainConfig:
-    """The config with what the tokenizer and the machine decide: vocabulary and types."""
-    from gpt.sampling.language_model import platform_dtype
-
-    dtype = config.dtype or platform_dtype()
-    model = dataclasses.replace(config.model, vocab_size=tokenizer.n_vocab)
-    return dataclasses.replace(config, model=model.computing_in(dtype), dtype=dtype)
 
 
 @dataclass
@@ -176,34 +177,37 @@ class Run:
         from gpt.stopwatch import Stopwatch
         from gpt.training import guard, profile, runlog, step
 
-        out, c = self.out, self.config
-        tokenizers.save(self.tokenizer, out / "tokenizer.json")
+        out, c, writes, n = self.out, self.config, distributed.is_first(), self.command.profile
+        if writes:
+            tokenizers.save(self.tokenizer, out / "tokenizer.json")
         if first:
             self.console.print(f"continues      from step {first:,}")
-        self.signals.deferred = True  # from here on: compiling must not be broken off
+        self.signals.defer(first)  # from here on: compiling must not be broken off
         with Stopwatch() as watch:
             steps = step.compile_steps(c, self.mesh)
         self.console.print(f"compiled       in {watch.compile_seconds:.1f} s")
         peak = probe.matmul_rate(c.model.compute_dtype) * self.mesh.size
-        events = board.Board(out / "tensorboard", first) if self.command.tensorboard else None
-        tracing = profile.Profile(out / "profile", self.command.profile, first, self.console.print)
+        events = self.command.tensorboard and writes and board.Board(out / "tensorboard", first)
+        tracing = profile.Profile(out / "profile", n if writes else 0, first, self.console.print)
+        metrics = out / "metrics.jsonl" if writes else None
         with (
             checkpoint.Writer(out, c.keep, c.keep_best, resumed=first or None) as self.writer,
-            runlog.RunLog(out / "metrics.jsonl", first, c, self.console, peak, events) as self.log,
+            runlog.RunLog(metrics, first, c, self.console, peak, events or None) as self.log,
             contextlib.closing(tracing) as self.profile,
         ):
             self.bad = guard.BadSteps(c, first - int(step.count_updates(state.optimizer)))
             self.loop(state, first, *steps)
         self.draw()
-        if self.signals.code:
+        if code := distributed.agree_on_code(self.signals.code):
             self.console.print("stopped        the same command continues the run")
-        return self.signals.code
+        return code
 
     def draw(self) -> None:
         """The picture of the losses."""
         from gpt.training import runlog
 
-        runlog.draw_curves(self.out / "metrics.jsonl", self.out / "loss.png")
+        if distributed.is_first():
+            runlog.draw_curves(self.out / "metrics.jsonl", self.out / "loss.png")
         self.console.print(f"loss curve     {self.out / 'loss.png'}")
 
     def loop(self, state, first: int, train_step, eval_step) -> None:
@@ -217,7 +221,7 @@ class Run:
                 self.profile.note(done, metrics)
                 if late:
                     self.take_note(done - 1, jax.block_until_ready(late), state)
-                late, ending = metrics, bool(self.signals.code)
+                late, ending = metrics, self.signals.ends(done)
                 if ending or self.due(done, c.eval_every, c.sample_every, c.save_every):
                     self.take_note(done, jax.block_until_ready(late), state)
                     late = None
@@ -237,13 +241,16 @@ class Run:
 
     def look_up(self, state, eval_step, done: int) -> bool:
         """What is due between two steps: evaluate, show a sample, save. Whether it was the last."""
-        c, loss = self.config, None
+        from gpt.training import step
+
+        c, loss, kept = self.config, None, state.average or state.params
         saving = self.due(done, c.save_every)
         if self.due(done, c.eval_every) or (saving and c.keep_best):
-            loss = self.evaluate(state.average or state.params, eval_step, done)
+            loss, bits = step.evaluate(c, kept, eval_step, self.dataset.val)
+            self.log.log_eval(done, loss, bits)
         if self.due(done, c.sample_every):
-            self.show_sample(state.average or state.params)
-        ending = done == self.until or bool(self.signals.code)  # it may have come meanwhile
+            self.show_sample(kept)
+        ending = done == self.until or self.signals.ends(done)  # it may have come meanwhile
         if ending or saving:
             self.save(state, done, loss, ending)
         return ending
@@ -255,32 +262,20 @@ class Run:
 
     def batch(self, index: int):
         """The batch of step `index` on its devices, [grad_accum, rows, T+1] int32."""
-        import jax
+        from gpt.training import feed
 
-        from gpt import sharding
-
-        c = self.config
-        tokens = data.batch(self.dataset.train, c.seed, index, c.batch_size, c.window)
-        micro = tokens.reshape(c.grad_accum, -1, c.window + 1)
-        return jax.device_put(micro, sharding.rows(self.mesh, axis=1))
-
-    def evaluate(self, params, eval_step, done: int) -> float:
-        """The loss on held-out text, always the same windows of it, nats a token; it is logged."""
-        from gpt.training import step
-
-        loss, bits = step.evaluate(self.config, params, eval_step, self.dataset.val)
-        self.log.log_eval(done, loss, bits)
-        return loss
+        return feed.batch(self.config, self.dataset.train, self.mesh, index)
 
     def show_sample(self, params) -> None:
-        """Print what the model writes now, from nothing."""
+        """Print what the model writes now, from nothing: the first process does it alone."""
         import jax
 
         from gpt.model.transformer import unstack
         from gpt.sampling.language_model import LanguageModel
 
-        weights = jax.jit(unstack)(params)
-        model = LanguageModel(self.config.model, weights, self.tokenizer, step=0)
+        if not (params := distributed.copy_for_first(params)):
+            return
+        model = LanguageModel(self.config.model, jax.jit(unstack)(params), self.tokenizer, step=0)
         text = str(model.generate(max_new_tokens=SAMPLE_TOKENS))
         self.console.print(f"--- sample ---\n{text}\n---")
 
@@ -292,8 +287,7 @@ class Run:
             self.console.print(f"note: step {done} is not saved: its update was skipped")
             return
         about = prepare.describe_run(self.command.train, self.config, self.tokenizer, self.dataset)
-        tell = self.console.print
-        saving.save(self.writer, self.config, done, state, about, loss, ending, tell)
+        saving.save(self.writer, self.config, done, state, about, loss, ending, self.console.print)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import platform
 import re
 import sys
 import tempfile
+import traceback
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from gpt import distributed
 from gpt.errors import Failed, UserError
 
 Kind = TypeVar("Kind")
@@ -114,7 +116,12 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         sys.stderr.flush()
         # At once: the end of the interpreter crashes on a compilation broken off.
         os._exit(*stopped.args or (130,))
-    sys.exit(code)
+    except Exception:
+        if not distributed.joined():
+            raise
+        traceback.print_exc()
+        code = 1
+    _leave(code)
 
 
 def cache_folder() -> Path:
@@ -147,6 +154,20 @@ def prepare_jax(cache: bool = True) -> None:
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if _only_cpu():
         _keep_memory()
+
+
+def prepare_absent() -> None:
+    """Set JAX up to compile for devices that are not here; call it before JAX is imported.
+
+    This CPU alone is used. The rest keeps the TPU's compiler, where there is one, from looking for
+    the machine that it would be part of.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
 
 
 @contextlib.contextmanager
@@ -188,6 +209,15 @@ def _refuse(message: str, code: int = 2) -> int:
     """Print a user's mistake, or another's; return its exit code."""
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End with an exit code; after a mistake without the other processes, who do not know of it:
+    the interpreter's end would wait for them."""
+    if code in (1, 2) and distributed.joined():
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _explain(error: OSError) -> str:

@@ -12,6 +12,7 @@ ENTRY_POINTS = {"train.py", "sample.py", "gpt/cli.py", "gpt/console.py", "gpt/__
 FLOORS = {
     "errors": 0,
     "config": 1,
+    "distributed": 1,
     "stopwatch": 1,
     "probe": 1,
     "digest": 1,
@@ -27,6 +28,7 @@ FLOORS = {
     "console": 5,
     "bench": 6,
     "convert": 6,
+    "pod": 6,
     "pages": 6,
 }
 CLI = "cli"

@@ -15,7 +15,7 @@ from gpt import sharding
 from gpt.config import TrainConfig
 from gpt.errors import require
 from gpt.model import transformer
-from gpt.training import data, memory
+from gpt.training import data, feed, memory
 from gpt.training.loss import objective, sequence_losses
 from gpt.training.optim import make_optimizer, make_schedule
 from gpt.training.shards import Tokens
@@ -62,20 +62,10 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     )
 
 
-def require_fit(config: TrainConfig, mesh: Mesh) -> None:
-    """UserError unless weights and a micro-batch's rows divide evenly among the devices."""
-    c, tensor, fsdp = config.model, mesh.shape["tensor"], mesh.shape["fsdp"]
-    for name, size, axis, parts in (
-        ("model.n_heads", c.n_heads, "tensor", tensor),
-        ("model.n_kv_heads", c.kv_heads, "tensor", tensor),
-        ("the MLP's width", c.ff_width, "tensor", tensor),
-        ("the padded vocabulary", c.padded_vocab, "tensor", tensor),
-        ("model.d_model", c.d_model, "fsdp", fsdp),
-    ):
-        require(
-            size % parts == 0,
-            f"{name} is {size}, which --mesh.{axis} {parts} does not divide: choose a divisor",
-        )
+def require_fit(config: TrainConfig, mesh: Mesh) -> list[str]:
+    """UserError unless weights and a micro-batch's rows divide evenly among the devices; a line
+    for what is kept whole on each."""
+    notes = transformer.require_fit(config.model, mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = config.batch_size // config.grad_accum
     require(
@@ -83,6 +73,7 @@ def require_fit(config: TrainConfig, mesh: Mesh) -> None:
         f"a micro-batch of {rows} sequences (--batch-size / --grad-accum) does not divide among "
         f"{shards} devices (--mesh.data x --mesh.fsdp)",
     )
+    return notes
 
 
 def make_state(config: TrainConfig, mesh: Mesh) -> TrainState:
@@ -146,12 +137,16 @@ def train_step(config: TrainConfig, state: TrainState, tokens_ABU: jax.Array):
     """
     loss, grads = gradients(config, state.params, tokens_ABU, state.step)
     norm = optax.tree.norm(grads)
-    updates, optimizer = make_optimizer(config).update(grads, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
-    average = averaged(config, state.average, params, state.step) if config.ema_decay else {}
+
+    def update(state: TrainState) -> TrainState:
+        updates, optimizer = make_optimizer(config).update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = averaged(config, state.average, params, state.step) if config.ema_decay else {}
+        return TrainState(params, optimizer, state.step, average)
+
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updated = TrainState(params, optimizer, state.step, average)
-    kept = jax.tree.map(partial(jnp.where, good), updated, state)
+    choices = {"cpu": partial(by_branch, update), "default": partial(by_choice, update)}
+    kept = jax.lax.platform_dependent(good, state, **choices)
     step = state.step + 1
     metrics = {
         "loss": loss,
@@ -160,6 +155,16 @@ def train_step(config: TrainConfig, state: TrainState, tokens_ABU: jax.Array):
         "skipped": step - count_updates(kept.optimizer),
     }
     return dataclasses.replace(kept, step=step), metrics
+
+
+def by_branch(update: Callable, good: jax.Array, state: TrainState) -> TrainState:
+    """`update(state)` where `good`: in place on a CPU, which for a choice keeps both."""
+    return jax.lax.cond(good, update, lambda state: state, state)
+
+
+def by_choice(update: Callable, good: jax.Array, state: TrainState) -> TrainState:
+    """`update(state)` where `good`, leaf by leaf: a GPU waits for the host at each branch."""
+    return jax.tree.map(partial(jnp.where, good), update(state), state)
 
 
 def eval_step(config: TrainConfig, params: dict, tokens_BU: jax.Array, weight_BT: jax.Array):
@@ -172,7 +177,8 @@ def evaluate(config: TrainConfig, params: dict, eval_step: Callable, val: Tokens
     """The loss on held-out text in nats a token, and in bits a byte; always the same windows."""
     rows = config.batch_size // config.grad_accum
     windows = data.evaluation_windows(val, config.window, config.eval_tokens, rows)
-    sums = [eval_step(params, tokens, weights) for tokens, weights in windows]
+    # One after another: on a CPU steps with collectives must not pile up.
+    sums = [jax.device_get(eval_step(params, tokens, weights)) for tokens, weights in windows]
     loss = float(sum(total for total, _ in sums) / sum(n for _, n in sums))
     return loss, loss / math.log(2) * len(val) / val.n_bytes
 
@@ -190,7 +196,8 @@ def compile_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:
 
 
 def compile_steps(config: TrainConfig, mesh: Mesh) -> tuple[Callable, Callable]:
-    """`train_step(state, tokens_ABU)`, which consumes its state, and `eval_step(params, ...)`.
+    """`train_step(state, tokens_ABU)`, which consumes its state, and `eval_step(params, ...)`,
+    which takes its rows from the host.
 
     The training step is compiled here, ahead of time; evaluation when it is first called.
     UserError if a device has not the memory.
@@ -198,8 +205,12 @@ def compile_steps(config: TrainConfig, mesh: Mesh) -> tuple[Callable, Callable]:
     train = compile_train_step(config, mesh)
     memory.require_room(memory.need_of(train))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh).params)
-    rows = sharding.rows(mesh)
-    evaluate = jax.jit(partial(eval_step, config), in_shardings=(shardings, rows, rows))
+    rows, replicated = sharding.rows(mesh), NamedSharding(mesh, PartitionSpec())
+    ins = (shardings, rows, rows)
+    evaluate = jax.jit(partial(eval_step, config), in_shardings=ins, out_shardings=replicated)
+
+    def evaluate_rows(params, *arrays):
+        return evaluate(params, *(feed.place(rows, array) for array in arrays))
 
     def on_mesh(function):
         def call(*args):
@@ -208,4 +219,4 @@ def compile_steps(config: TrainConfig, mesh: Mesh) -> tuple[Callable, Callable]:
 
         return call
 
-    return on_mesh(train), on_mesh(evaluate)
+    return on_mesh(train), on_mesh(evaluate_rows)
