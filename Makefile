@@ -26,7 +26,7 @@ endif
 
 INSTALL = -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-all test-parity cpu-torch lint clean
+.PHONY: setup demo test test-all test-parity bench-peers cpu-torch lint clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/ready
@@ -56,6 +56,11 @@ test-all: setup
 
 test-parity: $(PARITY_VENV)/ready
 	@$(PARITY_VENV)/bin/python -m pytest -q -m parity
+
+# torch and transformers are those of the comparison; NANOGPT=FOLDER adds nanoGPT from its folder.
+bench-peers: setup $(PARITY_VENV)/ready
+	@$(BIN)/python benchmarks/peers.py --python $(PARITY_VENV)/bin/python \
+	$(if $(NANOGPT),--nanogpt "$(NANOGPT)")
 
 $(PARITY_VENV)/ready: pyproject.toml constraints.txt | $(PARITY_VENV)/bin/python
 	@torch="$(CPU_TORCH)"; if [ -z "$$torch" ]; then \

@@ -1,0 +1,172 @@
+"""Side by side with what people would use instead: same shapes, same threads, one machine.
+
+    make bench-peers NANOGPT=PATH
+    python benchmarks/peers.py --nanogpt PATH --rows "decode gpt2 1" "train nano"
+
+Each contestant is a process of its own (benchmarks/workers/) that has loaded and warmed up and
+waits. They take turns, one at work at a time; a ratio is of two neighbouring turns, and the median
+of these ratios counts, with the middle half of them. Writes benchmarks/results/peers.json and
+prints the table. Weights are random: the work does not depend on them.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).parent.parent
+WORKERS = Path(__file__).parent / "workers"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: the work, and who does it beside us. `unit`: what one second is of."""
+
+    name: str
+    work: tuple[str, ...]
+    peers: tuple[str, ...]
+    unit: str = "ms"
+
+
+TORCH = ("transformers",)
+NANO = ("nanogpt-eager", "nanogpt-compiled")
+ROWS = [
+    Row("train nano", ("train", "shakespeare-char", "12"), NANO, "ms a step"),
+    Row("train gpt2", ("train", "gpt2", "2"), NANO, "ms a step"),
+    Row("decode gpt2 1", ("decode", "gpt2", "1", "128", "32"), TORCH, "ms a step"),
+    Row("decode gpt2 8", ("decode", "gpt2", "8", "128", "32"), TORCH, "ms a step"),
+    Row("decode gpt2 32", ("decode", "gpt2", "32", "128", "32"), TORCH, "ms a step"),
+    Row("prefill gpt2 1", ("prefill", "gpt2", "1", "128"), TORCH, "ms"),
+    Row("prefill gpt2 8", ("prefill", "gpt2", "8", "128"), TORCH, "ms"),
+]
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to compare."""
+
+    python: Path = ROOT / ".venv-parity" / "bin" / "python"
+    """The interpreter that has torch and transformers."""
+    nanogpt: Path | None = None
+    """nanoGPT's folder (its model.py is used); without it its rows are left out."""
+    rows: tuple[str, ...] = ()
+    """Lines of the table by name (default: all)."""
+    repeats: int = 15
+    """Turns of each contestant."""
+    out: Path = Path(__file__).parent / "results" / "peers.json"
+    """Where the result goes; lines measured before stay."""
+
+
+class Contestant:
+    """A process that does the work once for each line that it is sent."""
+
+    def __init__(self, python: Path, script: str, *words: str):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+        command = [str(python), str(WORKERS / script), *words]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, env=environment
+        )
+        self.expect("ready")
+
+    def expect(self, word: str) -> float:
+        """The number that follows `word` in the next line of the process."""
+        line = self.process.stdout.readline().split()
+        if not line or line[0] != word:
+            raise SystemExit(f"error: {' '.join(self.process.args)} ended before its time")
+        return float(line[1])
+
+    def turn(self) -> float:
+        """Seconds of one more turn."""
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return self.expect("seconds")
+
+    def end(self) -> float:
+        """Let it go; the most memory that it has taken, in bytes."""
+        self.process.stdin.close()
+        peak = self.expect("peak")
+        self.process.wait()
+        return peak
+
+
+def start(peer: str, row: Row, command: Command) -> Contestant:
+    """A contestant by name."""
+    if peer == "ours":
+        return Contestant(Path(sys.executable), "ours.py", *row.work)
+    if peer == "transformers":
+        return Contestant(command.python, "with_transformers.py", *row.work)
+    folder, mode = str(command.nanogpt), peer.removeprefix("nanogpt-")
+    return Contestant(command.python, "with_nanogpt.py", folder, mode, *row.work)
+
+
+def middle(values: list[float]) -> list[float]:
+    """First quartile, median, third quartile."""
+    return statistics.quantiles(values, n=4)
+
+
+def measure(row: Row, command: Command) -> list[dict]:
+    """One result for each peer: medians of both, quartiles of the ratio, peak memory of both."""
+    results = []
+    for peer in row.peers:
+        with contextlib.ExitStack() as stack:
+            both = [start(name, row, command) for name in ("ours", peer)]
+            for one in both:
+                stack.callback(one.process.kill)
+            turns = [[one.turn() for one in both] for _ in range(command.repeats)]
+            peaks = [one.end() for one in both]
+        ours, theirs = zip(*turns, strict=True)
+        ratios = [b / a for a, b in turns]
+        results.append(
+            {"row": row.name, "peer": peer, "unit": row.unit, "repeats": command.repeats}
+            | {"ours": statistics.median(ours), "theirs": statistics.median(theirs)}
+            | {"ratio": middle(ratios), "our_peak_bytes": peaks[0], "their_peak_bytes": peaks[1]}
+        )
+        print(table([results[-1]]).splitlines()[-1], flush=True)
+    return results
+
+
+def table(results: list[dict]) -> str:
+    """The results as Markdown."""
+    lines = ["| work | peer | ours, ms | theirs, ms | theirs / ours (quartiles) | peak GB |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for r in results:
+        low, ratio, high = r["ratio"]
+        lines.append(
+            f"| {r['row']} | {r['peer']} | {r['ours'] * 1e3:,.2f} | {r['theirs'] * 1e3:,.2f} | "
+            f"**{ratio:.2f}** ({low:.2f} to {high:.2f}) | "
+            f"{r['our_peak_bytes'] / 1e9:.2f} / {r['their_peak_bytes'] / 1e9:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure the lines asked for and keep the others."""
+    command = tyro.cli(Command, description=__doc__)
+    rows = [row for row in ROWS if not command.rows or row.name in command.rows]
+    unknown = set(command.rows) - {row.name for row in ROWS}
+    if unknown:
+        raise SystemExit(f"error: no line named {unknown}: choose of {[row.name for row in ROWS]}")
+    if command.nanogpt is None:
+        rows = [row for row in rows if row.peers != NANO]
+    kept = json.loads(command.out.read_text())["results"] if command.out.exists() else []
+    for row in rows:
+        new = measure(row, command)
+        kept = [old for old in kept if old["row"] != row.name] + new
+        about = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
+        about |= {"date": datetime.date.today().isoformat(), "python": platform.python_version()}
+        command.out.parent.mkdir(exist_ok=True)
+        command.out.write_text(json.dumps(about | {"results": kept}, indent=1) + "\n")
+    print(table(kept))
+
+
+if __name__ == "__main__":
+    main()
