@@ -1,6 +1,7 @@
 """Digests of arrays, computed where they live, the same on any mesh. Knows nothing of files."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,30 +25,56 @@ def digest(tree: Any) -> dict[str, int]:
     named = named_leaves(tree)
     if not named:
         return {}
-    sums = jax.device_get(digest_arrays(list(named.values())))  # one fetch for all of them
+    arrays = list(named.values())
+    sums = jax.device_get(digest_arrays(arrays, tuple(whole_axis(x) for x in arrays)))
     return dict(zip(named, sums.tolist(), strict=True))
 
 
-@jax.jit
-def digest_arrays(arrays: list[jax.Array]) -> jax.Array:
-    """Digests of `arrays`, uint32 [len(arrays)]: one program, so that one fetch brings them."""
-    return jnp.stack([digest_array(x) for x in arrays])
+@partial(jax.jit, static_argnames="axes")
+def digest_arrays(arrays: list[jax.Array], axes: tuple[int | None, ...]) -> jax.Array:
+    """Digests of `arrays`, uint32 [len(arrays)]: one program, so that one fetch brings them.
+
+    `axes`: for each array one that lies whole on every device, or None.
+    """
+    return jnp.stack([digest_array(x, axis) for x, axis in zip(arrays, axes, strict=True)])
 
 
-def digest_array(x: jax.Array) -> jax.Array:
+def whole_axis(x: jax.Array) -> int | None:
+    """The first axis of an array that is not split among devices; None for a vector."""
+    here = x.sharding.shard_shape(x.shape)
+    whole = [axis for axis in range(x.ndim) if here[axis] == x.shape[axis]]
+    return whole[0] if x.ndim > 1 and x.size and whole else None
+
+
+def digest_array(x: jax.Array, axis: int | None = None) -> jax.Array:
     """Sum over the elements, modulo 2^32, of a bijective mix of their bits with their index.
 
     A sum has no order, so shards add up to the same number in any layout and nothing is gathered.
+    It goes along `axis` slice by slice: XLA's own sum on a CPU first writes all that it adds up.
     """
-    bits = bits_of(x)
-    index = jnp.zeros(bits.shape, jnp.uint32)
-    for axis in range(bits.ndim):  # a reshape would gather a sharded array
-        stride = jnp.uint32(math.prod(bits.shape[axis + 1 :]) % 2**32)
-        index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * stride
+    sizes = [1 if i == axis else n for i, n in enumerate(x.shape)]
+    strides = [jnp.uint32(math.prod(x.shape[i + 1 :]) % 2**32) for i in range(x.ndim)]
+    index = jnp.zeros(sizes, jnp.uint32)
+    for i, stride in enumerate(strides):  # a reshape would gather a sharded array
+        index += jax.lax.broadcasted_iota(jnp.uint32, sizes, i) * stride
+
+    if axis is None:
+        return jnp.sum(mix(bits_of(x), index), dtype=jnp.uint32)
+
+    def add(i, sums):
+        bits = bits_of(jax.lax.dynamic_slice_in_dim(x, i, 1, axis))
+        return sums + mix(bits, index + jnp.uint32(i) * strides[axis])
+
+    sums = jax.lax.fori_loop(0, x.shape[axis], add, jnp.zeros(sizes, jnp.uint32))
+    return jnp.sum(sums, dtype=jnp.uint32)
+
+
+def mix(bits: jax.Array, index: jax.Array) -> jax.Array:
+    """The bits of elements mixed with their places."""
     h = bits ^ (index * jnp.uint32(0x9E3779B1))
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)  # murmur3's finaliser
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+    return h ^ (h >> 16)
 
 
 def bits_of(x: jax.Array) -> jax.Array:
