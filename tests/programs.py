@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from gpt import checkpoint, cli
+from gpt import checkpoint, cli, distributed
 from gpt.training import speed
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +68,7 @@ def call(name: str, *argv) -> Done:
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(cli, "prepare_jax", lambda cache=True: None),
+        mock.patch.object(distributed, "join", lambda processes: None),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

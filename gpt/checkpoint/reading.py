@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from gpt import distributed
 from gpt.checkpoint.folder import Damaged, place_of, steps
 from gpt.checkpoint.record import read_record, reading
 from gpt.checkpoint.writing import storable
@@ -30,15 +32,23 @@ def restore(folder: str | Path, step: int, name: str, like: Tree) -> Tree:
     from its digest.
     """
     path, wanted = place_of(folder, step), named_leaves(like)
-    described = read_record(folder, step)["arrays"].get(name, {})
-    require_same_shapes(path / name, described, wanted)
-    require_memory(path / name, described)
-    arrays, found = reading(path / name, lambda: load(path, name, described, wanted))
+    with unreadable_in_all(path / name):
+        described = read_record(folder, step)["arrays"].get(name, {})
+        require_same_shapes(path / name, described, wanted)
+        require_memory(path / name, described)
+    with unreadable_in_all(path / name):
+        arrays = reading(path / name, lambda: load(path, name, described, wanted))
+    found = digest(arrays)
     wrong = [leaf for leaf in arrays if found[leaf] != described[leaf]["digest"]]
     if wrong:
         raise Damaged(f"{path / name} is damaged: {', '.join(wrong)}: not what was saved")
     leaves = [arrays[leaf].astype(x.dtype) for leaf, x in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def unreadable_in_all(path: Path) -> AbstractContextManager:
+    """Of several processes none reads on alone, or falls back alone to an earlier checkpoint."""
+    return distributed.refused_alike(Damaged(f"{path} cannot be read by another process"))
 
 
 def require_same_shapes(path: Path, described: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -76,8 +86,8 @@ def memory() -> int | None:
 
 def load(
     path: Path, name: str, described: dict[str, Any], wanted: dict[str, Any]
-) -> tuple[dict[str, jax.Array], dict[str, int]]:
-    """The arrays of one tree in the dtypes they were saved in, and the digests they now have."""
+) -> dict[str, jax.Array]:
+    """The arrays of one tree in the dtypes they were saved in."""
     first = SingleDeviceSharding(jax.devices()[0])
     like = {
         leaf: jax.ShapeDtypeStruct(
@@ -89,7 +99,7 @@ def load(
     arrays = ocp.load_checkpointables(path, {name: stored})[name] if stored else {}
     for leaf in like.keys() - stored.keys():
         arrays[leaf] = jnp.zeros(like[leaf].shape, like[leaf].dtype, device=like[leaf].sharding)
-    return arrays, digest(arrays)
+    return arrays
 
 
 def latest_good(folder: str | Path, load: Callable[[int], T]) -> tuple[int, T, list[str]]:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from gpt import distributed
 from gpt.checkpoint.folder import PLACE, Damaged, Unsaved, half_written, reason_of, steps
 from gpt.checkpoint.record import read_record, seal
 from gpt.digest import digest, named_leaves
@@ -118,7 +119,7 @@ class Writer:
         except (OSError, ValueError) as error:  # tensorstore's failures are ValueErrors
             with contextlib.suppress(OSError, ValueError):
                 self.orbax.wait()  # the same error once more, or the next save would raise it
-            for half in half_written(self.folder):
+            for half in half_written(self.folder) if distributed.is_first() else ():
                 shutil.rmtree(half, ignore_errors=True)  # it takes the room that is wanted
             self.orbax.reload()
             step, self.latest = self.latest, max(steps(self.folder), default=None)

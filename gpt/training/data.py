@@ -36,16 +36,17 @@ def batch(
     step: int,
     batch_size: int,
     seq_len: int,
-    rows: slice | None = None,
+    rows: slice | np.ndarray | None = None,
 ) -> np.ndarray:
     """The sequences of step `step`: int32 [rows, T+1], each overlapping its targets by one.
 
-    `rows` selects some of the `batch_size` rows, for a process that holds only those. Raises
+    `rows` selects some of the `batch_size` rows, or their numbers, for a process that holds only
+    those. Raises
     UserError if the text is shorter than one sequence.
     """
     require_length(tokens, seq_len)
     n_windows, n_phases = windows(len(tokens), seq_len)
-    row = np.arange(batch_size, dtype=np.uint64)[rows or slice(None)]
+    row = np.arange(batch_size, dtype=np.uint64)[slice(None) if rows is None else rows]
     index = np.uint64(step * batch_size) + row
     epoch, place = np.divmod(index, np.uint64(n_windows))
     key = mix(mix(np.full_like(epoch, seed)) ^ epoch)

@@ -1,4 +1,4 @@
-"""A run's folder, held by one trainer at a time. Knows neither checkpoints nor JAX."""
+"""Folders held by one process at a time: a run's, the cache's. Knows no checkpoints, no JAX."""
 
 import contextlib
 import os
@@ -66,3 +66,27 @@ def lock(out: Path) -> TextIO:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(out / LOCK)):
                 return file
         file.close()  # of one who has just left, and has removed it
+
+
+def require_shared(out: Path) -> None:
+    """UserError unless the folder that the first process of a run has made is seen here too."""
+    require(
+        out.is_dir(),
+        f"--out {out} is not seen by all processes of the run: choose a folder on storage that "
+        "they share",
+    )
+
+
+@contextlib.contextmanager
+def wait_for(path: Path) -> Iterator[None]:
+    """Have the lock file `path` alone, when whoever holds it now is done.
+
+    It stays, empty. Where none can be made, or the file system has no locks, nobody waits.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("a"))
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield

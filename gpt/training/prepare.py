@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from gpt import tokenizer as tokenizers
-from gpt.config import TrainConfig, to_json
+from gpt.config import Dtype, TrainConfig, to_json
 from gpt.errors import require
-from gpt.training import corpus, resume, runlog, shards
+from gpt.training import corpus, lock, resume, runlog, shards
 
 
 def prepare(
@@ -44,7 +44,9 @@ def prepare(
         resume.require_same_text(about, shards.fingerprint_of(text, tokenizer))
     kept = contextlib.nullcontext(cache) if cache else tempfile.TemporaryDirectory()
     with kept as folder, runlog.tokenizing(console) as report:
-        return tokenizer, shards.tokenize(text, tokenizer, Path(folder), report)
+        name = f".{shards.fingerprint_of(text, tokenizer)[:32]}.lock"
+        with lock.wait_for(Path(folder) / name):  # of several processes one makes the tokens
+            return tokenizer, shards.tokenize(text, tokenizer, Path(folder), report)
 
 
 def tokenizer_of_tokens(
@@ -74,6 +76,16 @@ def read_text(paths: tuple[Path, ...], console: Console) -> corpus.Corpus:
         names = ", ".join(text.skipped[:5]) + (", ..." if len(text.skipped) > 5 else "")
         console.print(f"skipped        {len(text.skipped):,} file(s), not text: {names}")
     return text
+
+
+def settle(config: TrainConfig, tokenizer, dtype: Dtype) -> TrainConfig:
+    """The config with what the tokenizer and the machine decide: vocabulary, and types left open.
+
+    `dtype`: the type to compute in where the config names none.
+    """
+    dtype = config.dtype or dtype
+    model = dataclasses.replace(config.model, vocab_size=tokenizer.n_vocab)
+    return dataclasses.replace(config, model=model.computing_in(dtype), dtype=dtype)
 
 
 def describe_run(asked: TrainConfig, config: TrainConfig, tokenizer, dataset) -> dict[str, Any]:

@@ -41,12 +41,15 @@ def parse(line: str) -> dict[str, Any] | None:
     return None
 
 
-def open_metrics(path: str | Path, step: int) -> BinaryIO:
+def open_metrics(path: str | Path | None, step: int) -> BinaryIO:
     """metrics.jsonl, ready to take the lines after `step`: later ones and a torn one are dropped.
 
-    The lines that stay are written aside and renamed, so that no crash loses them.
+    The lines that stay are written aside and renamed, so that no crash loses them. None: a file
+    that keeps nothing.
     """
-    path = Path(path)
+    path = Path(path or os.devnull)
+    if str(path) == os.devnull:
+        return path.open("ab", buffering=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".new")
     with aside.open("w", encoding="utf-8") as file:
@@ -81,13 +84,13 @@ def tokenizing(console: Console) -> Iterator[Callable[[int, int], None]]:
 class RunLog:
     """Takes the numbers of a run as it goes: to metrics.jsonl, and to `console` as they suit it.
 
-    `first`: the step the run continues from. `peak`: as in speed.Speed. `board`: takes each line
-    too. Close it, or use it in `with`.
+    `path`: None keeps no file. `first`: the step the run continues from. `peak`: as in speed.Speed.
+    `board`: takes each line too. Close it, or use it in `with`.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | None,
         first: int,
         config: TrainConfig,
         console: Console,

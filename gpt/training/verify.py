@@ -1,22 +1,24 @@
 """Whether a run that is stopped and continued is one that is not: compared to the bit.
 
-How a run is made is the caller's matter.
+How a step is made is the caller's matter.
 """
 
 import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from rich.console import Console
 
 from gpt import checkpoint
 from gpt.config import TrainConfig
 from gpt.digest import bits_of, named_leaves
 from gpt.errors import require
-from gpt.training import speed
+from gpt.training import saving, speed
 from gpt.training.runlog import read_metrics
 from gpt.training.step import TrainState, abstract_state, stored
 
@@ -35,6 +37,20 @@ def shorten(config: TrainConfig) -> tuple[TrainConfig, int]:
     n = min(HALF, config.steps // 2)
     often = {"log_every": 1, "eval_every": n, "save_every": n, "sample_every": 0}
     return dataclasses.replace(config, keep_going=False, **often), n
+
+
+def verify_run(run: Any, source: Path | None, tell: Callable[[str], None]) -> int:
+    """`verify_resume` of a run, a dataclass with `config`, `command`, `console`, `mesh`, `out`,
+    `until` and `execute(state, first)`, that begins with the weights in `source` or with none."""
+    config, n = shorten(run.config)
+    command = dataclasses.replace(run.command, profile=0, tensorboard=False)
+    run = dataclasses.replace(run, config=config, command=command, console=Console(quiet=True))
+
+    def go(folder: Path, first: int, until: int) -> int:
+        state = saving.begin(config, run.mesh, folder if first else source, first > 0, tell)
+        return dataclasses.replace(run, out=folder, until=until).execute(state, first)
+
+    return verify_resume(config, run.mesh, n, go, tell)
 
 
 def verify_resume(

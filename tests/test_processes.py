@@ -1,0 +1,199 @@
+"""Training in several real processes on this machine: what one trains, together or not at all."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from programs import ROOT, TINY, arrays, call, read_lines, same_losses
+
+from gpt import checkpoint
+
+SMALL = [*TINY, "--batch-size", "8", "--optimizer", "adamw", "--model.n-layers", "1"]
+ENDLESS = [*SMALL, "--steps", "100000", "--eval-every", "0", "--sample-every", "0"]
+ENDLESS += ["--save-every", "0"]
+HEARTBEAT = 10  # seconds, where the death of a process is tested
+
+
+@dataclass
+class Trainer:
+    """One process of a run."""
+
+    process: subprocess.Popen
+    err: str = ""
+
+    @property
+    def code(self):
+        return self.process.returncode
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def training(n: int, *argv, own=lambda i: ()):
+    """`n` processes of train.py with the same flags, beside `own(i)`; none outlives the block."""
+    # Compiling is all that takes time.
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    where = ["--coordinator", f"localhost:{free_port()}", "--num-processes", n, "--process-id"]
+    started = []
+    try:
+        for i in range(n):
+            words = [sys.executable, ROOT / "train.py", *argv, *own(i)]
+            words += [*where, i] if n > 1 else ["--num-processes", 1]
+            process = subprocess.Popen(
+                [str(word) for word in words], env=env, stderr=subprocess.PIPE, text=True
+            )
+            started.append(Trainer(process))
+        yield started
+    finally:
+        for trainer in started:
+            trainer.process.kill()
+            trainer.process.communicate()
+
+
+def wait(trainers: list[Trainer], seconds: float = 300) -> None:
+    """Until all have ended by themselves."""
+    for trainer in trainers:
+        trainer.err = trainer.process.communicate(timeout=seconds)[1]
+
+
+def run(n: int, *argv) -> list[Trainer]:
+    """A run of `n` processes to its end."""
+    with training(n, *argv) as trainers:
+        wait(trainers)
+    assert [t.code for t in trainers] == [0] * n, "\n".join(t.err for t in trainers)
+    return trainers
+
+
+def wait_for_steps(folder, n: int = 5) -> None:
+    """Until the run in `folder` has made a few steps."""
+    until = time.monotonic() + 200
+    while len(read_lines(folder) if (folder / "metrics.jsonl").exists() else []) < n:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def same_weights(a, b) -> bool:
+    """Whether two runs of twelve steps have come to the same weights, within rounding."""
+    mine, other = arrays(a, 12), arrays(b, 12)
+    names = [name for name in mine if name.startswith("params/")]
+    return mine.keys() == other.keys() and all(
+        np.allclose(mine[name], other[name], rtol=0, atol=2e-5) for name in names
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(text, tmp_path_factory):
+    """The folder of the run that one process makes."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    done = call("train", *SMALL, "--data", text, "--out", folder)
+    assert done.code == 0, done.err
+    return folder
+
+
+def test_two_processes_train_the_run_that_one_trains(text, alone, tmp_path):
+    folder = tmp_path / "run"
+    first, second = run(2, *SMALL, "--data", text, "--out", folder)
+    assert "on 2 device(s)" in first.err and first.err.count("--- sample ---") == 2
+    assert not [line for line in second.err.splitlines() if "Gloo" not in line]  # one speaks
+    names = {"checkpoints", "loss.png", "metrics.jsonl", "tokenizer.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert [x["step"] for x in read_lines(folder)] == [x["step"] for x in read_lines(alone)]
+    assert same_losses(folder, alone) and same_weights(folder, alone)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(text, alone, tmp_path):
+    """Begun by two, continued by one, ended by four on another mesh."""
+    folder = tmp_path / "run"
+    argv = [*SMALL, "--keep", "3", "--data", text, "--out", folder]
+    run(2, *argv, "--mesh.data", "1", "--mesh.fsdp", "2")
+    shutil.rmtree(folder / "checkpoints" / "8")
+    shutil.rmtree(folder / "checkpoints" / "12")
+    (one,) = run(1, *argv)
+    assert "continues      from step 4" in one.err
+    shutil.rmtree(folder / "checkpoints" / "12")
+    first, *_ = run(4, *argv, "--mesh.data", "2", "--mesh.fsdp", "2")
+    assert "continues      from step 8" in first.err and "on 4 device(s)" in first.err
+    assert same_losses(folder, alone) and same_weights(folder, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("who", "number", "code"), [(1, "SIGTERM", 143), (0, "SIGINT", 130)])
+def test_a_signal_to_one_stops_all_at_the_same_step(who, number, code, text, tmp_path):
+    folder = tmp_path / "run"
+    argv = [*ENDLESS, "--data", text, "--out", folder]
+    with training(2, *argv) as trainers:
+        wait_for_steps(folder)
+        trainers[who].process.send_signal(signal.Signals[number])
+        wait(trainers, 60)
+    assert [t.code for t in trainers] == [code] * 2, trainers[0].err + trainers[1].err
+    assert "stopped        the same command continues the run" in trainers[0].err
+    (saved,) = checkpoint.steps(folder)
+    assert saved == read_lines(folder)[-1]["step"] > 5
+    assert int(arrays(folder, saved)["rest/step"]) == saved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("who", [0, 1])
+def test_when_one_dies_or_hangs_the_other_ends_too(who, how, text, tmp_path):
+    folder = tmp_path / "run"
+    argv = [*ENDLESS, "--save-every", "3", "--data", text, "--out", folder]
+    with training(2, *argv, "--heartbeat", HEARTBEAT) as trainers:
+        wait_for_steps(folder)
+        trainers[who].process.send_signal(signal.Signals[how])
+        began, other = time.monotonic(), trainers[1 - who]
+        wait([other], 3 * HEARTBEAT + 30)
+        assert time.monotonic() - began < 3 * HEARTBEAT + 30
+    assert other.code not in (0, 2, 130, 143), other.err
+    assert checkpoint.steps(folder)
+
+
+@pytest.mark.slow
+def test_what_one_refuses_all_refuse(text, alone, tmp_path):
+    folder = tmp_path / "run"
+    argv = [*SMALL, "--data", text, "--out", folder]
+    missing = ["--data", tmp_path / "missing.txt"]
+    for own, reason in (
+        (lambda i: ["--seed", 7 + i], "the processes of a run must agree on the settings"),
+        (lambda i: missing if i else [], "another process of this run was refused"),
+        (lambda i: [] if i else missing, "missing.txt"),
+    ):
+        with training(2, *argv, own=own) as trainers:
+            wait(trainers)
+        assert [t.code for t in trainers] == [2, 2], trainers[0].err + trainers[1].err
+        assert all(t.err.count("error: ") == 1 for t in trainers)
+        assert f"error: {reason}" in trainers[0].err or reason in trainers[0].err
+        assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--coordinator", "localhost:1234"], "belong together"),
+        (["--num-processes", "2"], "belong together"),
+        (["--process-id", "0", "--num-processes", "2"], "belong together"),
+        (["--num-processes", "0"], "num_processes is 0: expected at least 1"),
+        (["--heartbeat", "0"], "heartbeat is 0: expected at least 1"),
+        (["--coordinator", "h:1", "--num-processes", "2", "--process-id", "2"], "expected 0 to 1"),
+        (["--coordinator", "h", "--num-processes", "2", "--process-id", "1"], "HOST:PORT"),
+        (["--coordinator", "h:x", "--num-processes", "2", "--process-id", "1"], "HOST:PORT"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(flags, reason, text, tmp_path):
+    done = call("train", *SMALL, *flags, "--data", text, "--out", tmp_path / "run")
+    assert done.code == 2 and done.err.count("\n") == 1, done.err
+    assert done.err.startswith("error: ") and reason in done.err
+    assert not (tmp_path / "run").exists()
