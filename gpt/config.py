@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from tyro.conf import Suppress
 
-from gpt.errors import above_zero, check_names, construct, fraction, not_negative, positive, require
+from gpt import errors
+from gpt.errors import above_zero, each, fraction, not_negative, positive, require
 
 Dtype = Literal["float32", "bfloat16"]
 Positions = Literal["learned", "sinusoidal", "rope", "none"]
@@ -46,6 +47,14 @@ class ModelConfig:
     defined but was never trained (Press et al. 2022)."""
     rope_theta: float = 10_000.0
     """RoPE: base of the wavelengths."""
+    rope_factor: float = 1.0
+    """RoPE stretched as Llama 3.1's: slow waves turn this many times slower (1: as they are)."""
+    rope_low: float = 1.0
+    """Slow is what turns less often than this within rope_context."""
+    rope_high: float = 4.0
+    """What turns more often than this within rope_context stays; between the two: in proportion."""
+    rope_context: int = 8192
+    """Tokens of context that the model had before it was stretched."""
     norm: Norm = "layer"
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019)."""
     norm_place: NormPlace = "pre"
@@ -82,15 +91,12 @@ class ModelConfig:
     """Type of the cached keys and values (default: the compute type)."""
 
     def __post_init__(self):
-        check_names(self, "model.")
-        for name in ("vocab_size", "context_length", "n_layers", "n_heads", "d_model"):
-            positive(f"model.{name}", getattr(self, name))
-        for name in ("n_kv_heads", "d_head", "d_ff"):
-            positive(f"model.{name}", 1 if getattr(self, name) is None else getattr(self, name))
-        for name in ("rope_theta", "norm_epsilon"):
-            above_zero(f"model.{name}", getattr(self, name))
-        for name in ("logit_softcap", "init_std"):
-            not_negative(f"model.{name}", getattr(self, name))
+        errors.check_names(self, "model.")
+        each(positive, self, "vocab_size context_length n_layers n_heads d_model", "model.")
+        each(positive, self, "n_kv_heads d_head d_ff rope_context", "model.")
+        each(above_zero, self, "rope_theta rope_factor rope_low norm_epsilon", "model.")
+        above_zero("model.rope_high - model.rope_low", self.rope_high - self.rope_low)
+        each(not_negative, self, "logit_softcap init_std", "model.")
         fraction("model.dropout", self.dropout)
         require(
             self.d_head is not None or self.d_model % self.n_heads == 0,
@@ -241,19 +247,13 @@ class TrainConfig:
     """Train on where a checkpoint cannot be written, on a full disk say (default: stop)."""
 
     def __post_init__(self):
-        check_names(self)
-        for name in ("steps", "batch_size", "grad_accum", "log_every", "eval_every", "save_every"):
-            positive(name, getattr(self, name))
-        for name in ("keep", "vocab_size", "max_bad_steps"):
-            positive(name, getattr(self, name))
-        for name in ("warmup_steps", "eval_tokens", "sample_every", "weight_decay", "clip_norm"):
-            not_negative(name, getattr(self, name))
-        for name in ("z_loss", "keep_best"):
-            not_negative(name, getattr(self, name))
-        for name in ("beta1", "beta2", "label_smoothing", "ema_decay"):
-            fraction(name, getattr(self, name))
-        for name in ("learning_rate", "muon_learning_rate"):
-            above_zero(name, getattr(self, name))
+        errors.check_names(self)
+        each(positive, self, "steps batch_size grad_accum log_every eval_every save_every keep")
+        each(positive, self, "vocab_size max_bad_steps")
+        each(not_negative, self, "warmup_steps eval_tokens sample_every weight_decay clip_norm")
+        each(not_negative, self, "z_loss keep_best")
+        each(fraction, self, "beta1 beta2 label_smoothing ema_decay")
+        each(above_zero, self, "learning_rate muon_learning_rate")
         share = self.decay_fraction
         require(0 < share <= 1, f"decay_fraction is {share}: expected 0 < decay_fraction <= 1")
         require(
@@ -297,4 +297,4 @@ def from_json(kind: type, values: dict[str, Any]):
         require(name in fields, f"{kind.__name__} has no field {name!r}: made by another version?")
     nested = {"model": ModelConfig, "mesh": MeshConfig}
     made = {k: from_json(nested[k], v) if k in nested else v for k, v in values.items()}
-    return construct(kind, made)
+    return errors.construct(kind, made)

@@ -1,6 +1,7 @@
 """What a user can get wrong, told in one message. Knows nothing of the rest of the project."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -53,6 +54,14 @@ def is_of(value: Any, kind: Any) -> bool:
     if get_args(kind):
         return any(is_of(value, one) for one in get_args(kind))
     return type(value) is kind or (kind is float and type(value) is int)
+
+
+def each(check: Callable[[str, Any], None], config: object, names: str, prefix: str = "") -> None:
+    """`check` the fields of a config that `names` lists, spaces between, unless they are open."""
+    for name in names.split():
+        value = getattr(config, name)
+        if value is not None:
+            check(prefix + name, value)
 
 
 def positive(name: str, value: int) -> None:

@@ -32,10 +32,22 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-def turn(x, theta):
+def speed(theta, c):
+    """Radians a token of one pair, which Llama 3.1 slows where a turn takes many tokens."""
+    turn, context = 2 * math.pi / theta, c.rope_context
+    if turn < context / c.rope_high:
+        return theta
+    if turn > context / c.rope_low:
+        return theta / c.rope_factor
+    smooth = (context / turn - c.rope_low) / (c.rope_high - c.rope_low)
+    return (1 - smooth) * theta / c.rope_factor + smooth * theta
+
+
+def turn(x, c):
     """RoPE by complex numbers: pair (i, i + H/2) of position t times exp(i t theta^(-2i/H))."""
     half = x.shape[1] // 2
-    angle = np.outer(np.arange(len(x)), theta ** (-np.arange(half) / half))
+    speeds = [speed(c.rope_theta ** (-i / half), c) for i in range(half)]
+    angle = np.outer(np.arange(len(x)), speeds)
     z = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
     return np.concatenate([z.real, z.imag], axis=1)
 
@@ -62,7 +74,7 @@ def attention(x, w, c):
         if c.qk_norm:
             q, k = norm(q, w["q_norm"], c), norm(k, w["k_norm"], c)
         if c.positions == "rope":
-            q, k = turn(q, c.rope_theta), turn(k, c.rope_theta)
+            q, k = turn(q, c), turn(k, c)
         scores = np.where(np.tri(T, dtype=bool), q @ k.T / math.sqrt(width), -np.inf)
         out += softmax(scores) @ project("v", head // group) @ w["o"][head]
     return out + w.get("o_bias", 0)

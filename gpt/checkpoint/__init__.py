@@ -10,6 +10,7 @@ from gpt.checkpoint.folder import Damaged, Unsaved, place_of, steps
 from gpt.checkpoint.quiet import hush_orbax
 from gpt.checkpoint.reading import latest_good, restore
 from gpt.checkpoint.record import read_metadata, read_record, read_shapes
+from gpt.checkpoint.sparing import sparing
 from gpt.checkpoint.writing import Writer
 from gpt.digest import digest, named_leaves
 
@@ -25,6 +26,7 @@ __all__ = [
     "read_record",
     "read_shapes",
     "restore",
+    "sparing",
     "steps",
 ]
 

@@ -3,6 +3,7 @@
 Shape letters: see transformer.py.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ def find_place(c: ModelConfig, pos_BT: jax.Array | None, n_tokens: int) -> Place
     if c.positions != "rope":
         return Place(pos_BT, lambda x: x)
     pos = jnp.arange(n_tokens)[None] if pos_BT is None else pos_BT
-    angle = pos[..., None, None] * wavenumbers(c.head_width, c.rope_theta)
+    angle = pos[..., None, None] * stretched(c, wavenumbers(c.head_width, c.rope_theta))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return Place(pos_BT, lambda x: rotate(x, cos, sin))
 
@@ -36,6 +37,17 @@ def find_place(c: ModelConfig, pos_BT: jax.Array | None, n_tokens: int) -> Place
 def wavenumbers(width: int, base: float) -> jax.Array:
     """Radians a position for each of `width`/2 pairs: base^(-2i/width) (Vaswani et al., 3.5)."""
     return base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+
+
+def stretched(c: ModelConfig, number: jax.Array) -> jax.Array:
+    """Wave numbers as Llama 3.1 stretches them (Grattafiori et al. 2024): the slow ones divided by
+    the factor, the fast ones kept, those between in proportion to their turns in the old context.
+    """
+    if c.rope_factor == 1:
+        return number
+    turns = number * (c.rope_context / (2 * math.pi))
+    kept = jnp.clip((turns - c.rope_low) / (c.rope_high - c.rope_low), 0, 1)
+    return number * (kept + (1 - kept) / c.rope_factor)
 
 
 def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -124,6 +124,24 @@ def test_rope_depends_on_distance_alone():
     assert abs(score(5, 2) - score(5, 3)) > 1e-3
 
 
+def test_stretched_rope_equals_numpy():
+    """Eight pairs: some that turn fast, some slow, some between."""
+    c = dataclasses.replace(
+        SMALL, context_length=40, positions="rope", d_head=16, rope_theta=1000.0,
+        rope_factor=8.0, rope_low=1.0, rope_high=4.0, rope_context=32,
+    )  # fmt: skip
+    params, ids = weights(c), np.random.default_rng(0).integers(c.vocab_size, size=40)
+    exact = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    ours = np.asarray(transformer.forward(c, params, jnp.asarray(ids[None])))[0]
+    oracle = numpy_transformer.forward(exact, ids, c)
+    assert np.abs(ours - oracle).max() < 2e-5 * max(1, np.abs(oracle).max())
+    as_before = numpy_transformer.forward(exact, ids, dataclasses.replace(c, rope_factor=1.0))
+    assert np.abs(oracle - as_before).max() > 0.1
+    number = positions.wavenumbers(16, 1000.0)
+    slowed = np.asarray(number / positions.stretched(c, number))
+    assert slowed[0] == 1 and slowed[-1] == 8 and any((slowed > 1) & (slowed < 8))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -131,6 +149,9 @@ def test_rope_depends_on_distance_alone():
         {"positions": "sinusoidal", "d_model": 33, "d_head": 4},
         {"logit_softcap": -1.0},
         {"rope_theta": 0.0},
+        {"rope_low": 4.0},
+        {"rope_factor": float("inf")},
+        {"rope_context": 0},
         {"norm_epsilon": float("nan")},
     ],
     ids=str,
