@@ -8,10 +8,12 @@ from jax.sharding import Mesh
 
 from gpt import cost
 from gpt.config import TrainConfig
+from gpt.errors import require
 from gpt.training import memory, step
 from gpt.training.memory import size
 
 MIB = 2**20
+ABSURD = 2**46  # bytes; far beyond it numbers stop fitting where XLA keeps them
 
 
 def optimizer_bytes(config: TrainConfig) -> int:
@@ -57,6 +59,8 @@ def describe_memory(config: TrainConfig, mesh: Mesh, memory_gb: float | None) ->
     Compiles the step for a few sizes; no array of the model is made. `memory_gb`: what a device
     has, in 10^9 bytes (default: what is found here).
     """
+    least = least_need(config, mesh).total
+    require(least < ABSURD, f"no device holds {size(least)}, which a step takes: {memory.ADVICE}")
     need, rows = need_of(config, mesh), config.batch_size // config.grad_accum
     stated = None if memory_gb is None else (int(memory_gb * 1e9), "--memory-gb")
     limit, where = stated or memory.detect()
@@ -78,17 +82,20 @@ def describe_memory(config: TrainConfig, mesh: Mesh, memory_gb: float | None) ->
 
 
 def require_room(config: TrainConfig, mesh: Mesh) -> None:
-    """UserError if not even the least that a step takes fits: before any array is made.
+    """UserError if not even the least that a step takes fits: before any array is made."""
+    memory.require_room(least_need(config, mesh))
 
-    That is the state, the gradients, and each block's input for its part of a micro-batch.
-    """
+
+def least_need(config: TrainConfig, mesh: Mesh) -> memory.Need:
+    """What a step takes at least of one device: the state, the gradients, and each block's input
+    for the device's part of a micro-batch."""
     c, shards = config.model, mesh.size // mesh.shape["data"]
     weights = cost.weight_bytes(c)
     state = weights * (2 if config.ema_decay else 1) + optimizer_bytes(config)
     tokens = config.batch_size // config.grad_accum * config.window
     item = cost.ITEM_BYTES[c.compute_dtype or "float32"]
     inputs = tokens * c.d_model * c.n_layers * item // (mesh.shape["data"] * mesh.shape["fsdp"])
-    memory.require_room(memory.Need(state // shards, weights // shards + inputs))
+    return memory.Need(state // shards, weights // shards + inputs)
 
 
 def need_of(config: TrainConfig, mesh: Mesh) -> memory.Need:

@@ -1,5 +1,7 @@
 """What fits in memory: the search, the refusal before memory is taken, the one message after."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -66,6 +68,13 @@ def test_the_dry_run_tells_what_fits(mesh):
     (none,) = plan.describe_memory(CONFIG, mesh, 1e-4)[-1:]
     assert "none fits: raise --grad-accum" in none
     assert "this machine's memory" in plan.describe_memory(CONFIG, mesh, None)[1]
+
+
+def test_an_absurd_plan_is_refused_before_it_is_compiled(mesh):
+    wide = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, d_ff=10**20))
+    for absurd in (wide, dataclasses.replace(CONFIG, batch_size=10**20)):
+        with pytest.raises(UserError, match=r"no device holds .* GiB"):
+            plan.describe_memory(absurd, mesh, None)
 
 
 def test_memory_is_found():
