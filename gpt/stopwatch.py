@@ -1,6 +1,8 @@
 """Seconds of work with the seconds of compilation taken out. Knows nothing but jax's own events."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import jax
@@ -13,11 +15,12 @@ FOUND = "/jax/compilation_cache/cache_hits"  # comes before the COMPILED of the 
 @dataclass(frozen=True)
 class Program:
     """One that was compiled: the name of its function, seconds from tracing on, and whether it was
-    found in the cache on disk, whole."""
+    found in the cache on disk, whole. `sizes`: what it is for, such as "batch 2, bucket 32"."""
 
     name: str
     seconds: float
     cached: bool
+    sizes: str = ""
 
 
 @dataclass
@@ -29,6 +32,17 @@ class Compilations:
     each: list[Program] = field(default_factory=list)
     unfinished: dict[str, float] = field(default_factory=dict, repr=False)  # seconds, by name
     found: bool = field(default=False, repr=False)
+    sizes: dict[str, int] = field(default_factory=dict, repr=False)
+
+    @contextlib.contextmanager
+    def of(self, **sizes: int) -> Iterator[None]:
+        """Programs that are compiled within are noted as those for these sizes and the ones around
+        them; 0 is left out."""
+        before, self.sizes = self.sizes, self.sizes | sizes
+        try:
+            yield
+        finally:
+            self.sizes = before
 
     def record(self, event: str, seconds: float, fun_name: str = "", **_) -> None:
         """Listener of jax's duration events."""
@@ -39,7 +53,8 @@ class Compilations:
         self.unfinished[name] = self.unfinished.get(name, 0.0) + seconds
         if event == COMPILED:
             self.programs += 1
-            self.each.append(Program(name, self.unfinished.pop(name), self.found))
+            sizes = ", ".join(f"{size} {n}" for size, n in self.sizes.items() if n)
+            self.each.append(Program(name, self.unfinished.pop(name), self.found, sizes))
             self.found = False
 
     def notice(self, event: str, **_) -> None:
