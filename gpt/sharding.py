@@ -15,6 +15,7 @@ from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 from gpt.config import MeshConfig
 from gpt.errors import require
 
+AXES = ("data", "fsdp", "tensor")
 RULES = {
     "batch": ("data", "fsdp"),
     "embed": "fsdp",
@@ -39,7 +40,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         f"{len(devices)} devices: change --mesh.data, --mesh.fsdp or --mesh.tensor",
     )
     grid = np.asarray(devices).reshape(filled)
-    return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def make_decoding_mesh(config: MeshConfig) -> Mesh:
@@ -73,9 +74,10 @@ def fitting(mesh, shape: tuple[int, ...], axes: tuple, rules: dict = RULES) -> P
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x`, partitioned as its logical axes say; unchanged where there is one device."""
+    """`x`, partitioned as its logical axes say; unchanged where there is one device, or a mesh that
+    is not ours: pmap's."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
         return x
     return jax.lax.with_sharding_constraint(x, fitting(mesh, x.shape, axes))
 

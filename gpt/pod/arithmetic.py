@@ -17,7 +17,7 @@ from gpt import sharding
 from gpt.config import ModelConfig, TrainConfig
 from gpt.cost import ITEM_BYTES
 from gpt.model import transformer
-from gpt.training.loss import count_chunks
+from gpt.training.loss import KEPT_LOGITS, count_chunks
 
 Row = tuple[str, tuple[str, ...]]
 BATCH = ("data", "fsdp")
@@ -87,7 +87,8 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
 
 def add_tables(moved: Bytes, config: TrainConfig, weights: dict, item: int, kept: int) -> None:
     """The embedding is gathered as kept for the lookup, whose gradient is summed whole; the head's
-    table for the loss and again for its backward pass, in the type of the products."""
+    table for the loss, in the type of the products, and once more where its backward pass computes
+    the logits again."""
     batches, fsdp = config.grad_accum, moved.mesh["fsdp"]
     for name in ("tokens", "positions"):
         entries, is_split = weights.get(name, (0, False))
@@ -96,9 +97,16 @@ def add_tables(moved: Bytes, config: TrainConfig, weights: dict, item: int, kept
         moved.move("reduce", BATCH, batches * entries * kept)
     entries, is_split = weights["tokens" if config.model.tied else "head"]
     if is_split:
-        moved.move("gather", ("fsdp",), 2 * batches * entries * item)
+        times = 2 if recomputes_logits(config) else 1
+        moved.move("gather", ("fsdp",), times * batches * entries * item)
         moved.move("reduce", ("fsdp",), batches * entries * kept)
         moved.move("reduce", ("data",), batches * entries / fsdp * item)
+
+
+def recomputes_logits(config: TrainConfig) -> bool:
+    """Whether the logits of a micro-batch are too many to be kept."""
+    rows, vocabulary = config.batch_size // config.grad_accum, config.model.padded_vocab
+    return count_chunks(vocabulary) > 1 or rows * config.window * vocabulary > KEPT_LOGITS
 
 
 def add_tensor(
