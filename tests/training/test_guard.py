@@ -8,19 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt import sharding
+from gpt import cost, sharding
 from gpt.config import MeshConfig, ModelConfig, TrainConfig
 from gpt.model import layers
-from gpt.training import guard, step
+from gpt.training import guard, memory, step
 
 MODEL = ModelConfig(100, context_length=8, n_layers=4, n_heads=2, d_model=16, dropout=0.1)
 CONFIG = TrainConfig(
     model=MODEL, batch_size=4, grad_accum=2, steps=20, warmup_steps=2, ema_decay=0.9
 )
+NOT_A_CPU = "muon, as on any device but a CPU"
 CHOICES = {
     "adamw": {},
     "muon": {"optimizer": "muon"},
     "no clipping, no average": {"clip_norm": 0.0, "ema_decay": 0.0},
+    NOT_A_CPU: {"optimizer": "muon", "seed": 3},
 }
 
 
@@ -51,10 +53,12 @@ def fresh(config):
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_a_bad_step_changes_only_the_number_of_steps(choice):
+def test_a_bad_step_changes_only_the_number_of_steps(choice, monkeypatch):
     """Weights, moments, momentum and average stay to the bit; the next good step is as if it had
     not been, but for its data and its noise."""
     config = dataclasses.replace(CONFIG, **CHOICES[choice])
+    if choice == NOT_A_CPU:
+        monkeypatch.setattr(step, "by_branch", step.by_choice)
     run = jax.jit(step.train_step, static_argnums=0)
     state, metrics = run(config, fresh(config), batch())
     assert metrics["skipped"] == 0 and int(state.step) == 1
@@ -97,6 +101,17 @@ def test_the_compiled_step_skips_too():
     after, metrics = train(state, batch())
     assert int(metrics["skipped"]) == int(after.step) == 1
     assert bits((after.params, after.optimizer, after.average)) == before
+
+
+def test_the_guard_takes_no_memory(monkeypatch):
+    """Neither a second copy of the weights nor of the moments; a choice would, on a CPU."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    model = dataclasses.replace(MODEL, vocab_size=5000)
+    config = dataclasses.replace(CONFIG, model=model)
+    guarded = memory.need_of(step.compile_train_step(config, mesh)).total
+    monkeypatch.setattr(step, "by_branch", lambda update, good, state: update(state))
+    free = memory.need_of(step.compile_train_step(config, mesh)).total
+    assert guarded < free + 10_000 < free + cost.weight_bytes(model) // 10
 
 
 def test_bad_steps_in_a_row():
