@@ -76,7 +76,7 @@ def above_zero(name: str, value: float) -> None:
 
 def not_negative(name: str, value: float) -> None:
     """Raise UserError unless `value` is a finite number, zero or more."""
-    require(0 <= value < math.inf, f"{name} is {value}: expected zero or more")
+    require(0 <= value < math.inf, f"{name} is {value}: expected zero or more, and finite")
 
 
 def fraction(name: str, value: float) -> None:

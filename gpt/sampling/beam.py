@@ -28,7 +28,7 @@ from gpt.sampling.draw import Draw
 from gpt.sampling.generate import Prompt
 from gpt.sampling.settings import Settings
 from gpt.sharding import on_mesh
-from gpt.stopwatch import Stopwatch
+from gpt.stopwatch import Stopwatch, compilations
 
 CHUNK = 64  # steps between looks at the host, where Ctrl-C is heard
 FORBIDDEN = MASKED * 1e-6  # adjusted logits below it are those of forbidden tokens
@@ -240,11 +240,8 @@ def search_chunk(config: ModelConfig, params: dict, search: Search, rules: Rules
 def grow(search: Search, capacity: int) -> Search:
     """The search with room for `capacity` tokens a text."""
     more = [(0, 0), (0, 0), (0, capacity - search.cache.capacity)]
-
-    def wider(a: jax.Array) -> jax.Array:
-        return jnp.pad(a, more) if a.ndim == 3 else a
-
-    live, ended = jax.tree.map(wider, (search.live, search.ended))
+    texts = search.live, search.ended
+    live, ended = jax.tree.map(lambda a: jnp.pad(a, more) if a.ndim == 3 else a, texts)
     return replace(search, cache=kv.grow(search.cache, capacity), live=live, ended=ended)
 
 
@@ -257,11 +254,13 @@ def start(model, blanks: Sequence[Completion], settings: BeamSettings) -> tuple[
     penalty = float(settings.length_penalty)
     rules = Rules(most_P, rows, eot, penalty, settings.n_best, settings.early_stopping)
     tokens_PT, n_P = generate.pad_prompts(ids, config.context_length)
-    cache, logits_PV = engine.read(config, model.params, tokens_PT, n_P)
+    with compilations.of(bucket=tokens_PT.shape[1]):
+        cache, logits_PV = engine.read(config, model.params, tokens_PT, n_P)
     seen_PV = np.zeros(logits_PV.shape, bool)
     for row, prompt in enumerate(ids):
         seen_PV[row, prompt] = True
-    return jax.block_until_ready(begin(cache, logits_PV, seen_PV, rules, settings.width)), rules
+    with compilations.of(capacity=cache.capacity):
+        return jax.block_until_ready(begin(cache, logits_PV, seen_PV, rules, settings.width)), rules
 
 
 def tell(model, blanks: Sequence[Completion], ended: Texts, settings: BeamSettings, p: int):
@@ -279,20 +278,21 @@ def tell(model, blanks: Sequence[Completion], ended: Texts, settings: BeamSettin
 def search(model, prompts: Sequence[Prompt], settings: BeamSettings) -> list[list[Hypothesis]]:
     """The `n_best` likeliest texts after each prompt (text or token ids), best first.
 
-    `model` as in `generate.stream`. A prompt has fewer texts where no
-    more are possible. UserError if a prompt exceeds the context, if every token is forbidden, or
-    if the model gives no numbers.
+    `model` as in `generate.stream`. A prompt has fewer texts where no more are possible. UserError
+    if a prompt exceeds the context, if every token is forbidden, or if the model gives no numbers.
     """
     config, each = model.config, generate.settings_of(prompts, settings.as_settings())
     blanks = generate.blank_rows(model, prompts, each)
     prefilling, decoding = Stopwatch(), Stopwatch()
-    with prefilling, on_mesh(model.mesh):
+    sizes = {"prompts": len(blanks), "width": settings.width}
+    with prefilling, on_mesh(model.mesh), compilations.of(**sizes):
         found, rules = start(model, blanks, settings)
-    with decoding, on_mesh(model.mesh):
+    with decoding, on_mesh(model.mesh), compilations.of(**sizes):
         while np.any(found.running_P):
             if not found.fits:
                 found = grow(found, engine.bucket(found.cache.capacity + 1, config.context_length))
-            found = search_chunk(config, model.params, found, rules, CHUNK)
+            with compilations.of(capacity=found.cache.capacity):
+                found = search_chunk(config, model.params, found, rules, CHUNK)
         ended = jax.device_get(found.ended)
     told = [tell(model, blanks, ended, settings, p) for p in range(len(blanks))]
     for one in chain.from_iterable(told):

@@ -16,7 +16,8 @@ class Completion:
     """One row: its prompt, and what has been drawn after it so far.
 
     `logprobs`: the model's own, in nats, before bias, temperature and filters. `top`: for each
-    token the likeliest ones at its place, (id, the model's own probability), where asked for.
+    token the likeliest ones at its place, (id, the model's own probability), where asked for; also
+    for an end-of-text that was drawn.
     `finish_reason`: "stop" (a stop string, whose last token is still in `token_ids`), "eos",
     "length" or "context" (None while it runs). `prefill_seconds` and `decode_seconds` are those of
     the whole batch until this row ended, compilation left out.
@@ -39,15 +40,17 @@ class Completion:
     decode_seconds: float = 0.0
 
     @classmethod
-    def blank(cls, model, prompt: str, ids: list[int], sample: int, settings: Settings):
+    def blank(cls, model, prompt: str, ids: list[int], sample: int, settings: Settings, before=b""):
         """Nothing drawn yet after `prompt`, whose tokens are `ids`.
+
+        `before`: the first bytes of a character that the prompt breaks off in.
 
         A token may be drawn at the context's end, but none after it: it would have no position.
         """
         room = model.config.context_length + 1 - len(ids)
         allowed = math.inf if settings.on_context_full == "slide" else room
         most, eot = settings.max_new_tokens, model.tokenizer.eot_token
-        stream = TextStream(model.tokenizer.decode_bytes, settings.stop)
+        stream = TextStream(model.tokenizer.decode_bytes, settings.stop, before)
         return cls(prompt, ids, sample, settings.seed, eot, most, allowed, stream)
 
     def record(self, tokens: Sequence[int], logprobs: Sequence[float], top: Sequence = ()) -> str:
@@ -71,12 +74,12 @@ class Completion:
 
     def take(self, token: int, logprob: float, top: list) -> str:
         """Append one token, end if it is the last; the characters that it completes."""
+        self.top += [top] if top else []
         if token == self.eot:
             self.finish_reason = "eos"
             return ""
         self.token_ids.append(token)
         self.logprobs.append(logprob)
-        self.top += [top] if top else []
         gained = self.stream.push([token])
         if self.stream.stopped:
             self.finish_reason = "stop"

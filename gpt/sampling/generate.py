@@ -21,25 +21,34 @@ from gpt.sampling.completion import Completion, Piece
 from gpt.sampling.draw import Draw
 from gpt.sampling.loop import Drawn, Loop, begin, decode_chunk, reread
 from gpt.sampling.settings import Settings
+from gpt.sampling.text import split_end
 from gpt.sharding import on_mesh
-from gpt.stopwatch import Stopwatch
+from gpt.stopwatch import Stopwatch, compilations
 from gpt.tokenizer import without_lone_surrogates
 
 CHUNK = 16  # steps between looks at the host: text appears this often
+MOST = 2**31 - 1  # tokens that the device can count
 Prompt = str | Sequence[int]
 
 
-def read_prompt(model, prompt: Prompt) -> tuple[str, list[int]]:
-    """A prompt, text or token ids, as both. An empty one stands for end-of-text, which is how
-    every document began."""
+def read_prompt(model, prompt: Prompt) -> tuple[str, list[int], bytes]:
+    """A prompt, text or token ids, as both, and the bytes of a character that it breaks off in.
+
+    An empty one stands for end-of-text, which is how every document began.
+    """
     tokenizer, eot = model.tokenizer, model.tokenizer.eot_token
     if isinstance(prompt, str):
         prompt = without_lone_surrogates(prompt)
-        return prompt, tokenizer.encode_ordinary(prompt) or [eot]
-    ids, V = [int(token) for token in prompt], model.config.vocab_size
-    wrong = [token for token in ids if not 0 <= token < V]
-    require(not wrong, f"token id {wrong[:1]} in the prompt: expected 0 to {V - 1}")
-    return tokenizer.decode_bytes(ids).decode("utf-8", "replace"), ids or [eot]
+        return prompt, tokenizer.encode_ordinary(prompt) or [eot], b""
+    V = model.config.vocab_size
+    for token in prompt:
+        good = isinstance(token, (int, np.integer)) and 0 <= token < V
+        require(
+            good, f"token id {token!r} in the prompt: expected a whole number from 0 to {V - 1}"
+        )
+    ids = [int(token) for token in prompt]
+    text, rest = split_end(tokenizer.decode_bytes(ids))
+    return text, ids or [eot], rest
 
 
 def settings_of(prompts: Sequence[Prompt], settings: Settings | Sequence[Settings]):
@@ -74,12 +83,13 @@ def row_settings(each: Sequence[Settings], vocab_size: int, eot: int) -> Draw:
     def column(name: str, dtype) -> jax.Array:
         return jnp.array([getattr(one, name) for one, _ in rows], dtype)
 
-    kinds = {"top_k": jnp.int32, "seed": jnp.uint32}
+    kinds = {"seed": jnp.uint32}
     kinds |= dict.fromkeys(("repetition_penalty", "temperature", "top_p", "min_p"), jnp.float32)
     sample_B = jnp.array([sample for _, sample in rows], jnp.uint32)
+    top_k_B = jnp.array([min(one.top_k, vocab_size) for one, _ in rows], jnp.int32)
     bias_BV = np.stack([bias(one, vocab_size, eot) for one, _ in rows])
     columns = {name: column(name, kind) for name, kind in kinds.items()}
-    return Draw(bias_BV=jnp.asarray(bias_BV), sample=sample_B, **columns)
+    return Draw(jnp.asarray(bias_BV), top_k=top_k_B, sample=sample_B, **columns)
 
 
 def bias(settings: Settings, vocab_size: int, eot: int) -> np.ndarray:
@@ -90,7 +100,7 @@ def bias(settings: Settings, vocab_size: int, eot: int) -> np.ndarray:
             0 <= token < vocab_size,
             f"logit_bias names token {token}: expected 0 to {vocab_size - 1}",
         )
-        bias_V[token] = max(value, MASKED)
+        bias_V[token] = min(max(value, MASKED), -MASKED)
     if settings.ignore_eos and 0 <= eot < vocab_size:
         bias_V[eot] = MASKED
     return bias_V
@@ -100,8 +110,8 @@ def blank_rows(model, prompts: Sequence[Prompt], each: Sequence[Settings]) -> li
     """A completion with nothing drawn yet for each sample of each prompt."""
     read = [read_prompt(model, prompt) for prompt in prompts]
     return [
-        Completion.blank(model, text, ids, sample, one)
-        for (text, ids), one in zip(read, each, strict=True)
+        Completion.blank(model, text, ids, sample, one, rest)
+        for (text, ids, rest), one in zip(read, each, strict=True)
         for sample in range(one.num_samples)
     ]
 
@@ -118,16 +128,18 @@ def start(model, done: Sequence[Completion], each: Sequence[Settings], rows: Dra
         for row, slide in zip(firsts, slides, strict=True)
     ]
     tokens_BT, n_B = pad_prompts(windows, C)
-    cache, logits_BV = engine.read(config, model.params, tokens_BT, n_B)
+    with compilations.of(batch=len(each), bucket=tokens_BT.shape[1]):
+        cache, logits_BV = engine.read(config, model.params, tokens_BT, n_B)
     if len(done) > len(each):
         cache, logits_BV = engine.fork(cache, logits_BV, row_B)
     seen_BV = np.zeros((len(done), config.vocab_size), bool)
     for row, completion in enumerate(done):
         seen_BV[row, completion.prompt_ids] = True
     dropped_B = np.array([len(one.prompt_ids) for one in done], np.int32) - n_B[row_B]
-    left_B = np.array([min(one.most, one.allowed) for one in done], np.int32)
+    left_B = np.array([min(one.most, one.allowed, MOST) for one in done], np.int32)
     eot = model.tokenizer.eot_token
-    return begin(cache, logits_BV, rows, left_B, jnp.asarray(seen_BV), dropped_B, eot, top)
+    with compilations.of(batch=len(done), capacity=cache.capacity, top=top):
+        return begin(cache, logits_BV, rows, left_B, jnp.asarray(seen_BV), dropped_B, eot, top)
 
 
 def with_room(config: ModelConfig, loop: Loop) -> Loop:
@@ -135,7 +147,8 @@ def with_room(config: ModelConfig, loop: Loop) -> Loop:
     if not filled(loop).any() or loop.cache.capacity == config.context_length:
         return loop
     capacity = engine.bucket(loop.cache.capacity + 1, config.context_length)
-    return replace(loop, cache=engine.grow(loop.cache, capacity))
+    with compilations.of(capacity=capacity):
+        return replace(loop, cache=engine.grow(loop.cache, capacity))
 
 
 def filled(loop: Loop) -> np.ndarray:
@@ -153,7 +166,8 @@ def slide(model, loop: Loop, done: Sequence[Completion]) -> Loop:
         for one, full in zip(done, full_B, strict=True)
     ]
     tokens_BT, _ = pad_prompts(windows, model.config.context_length)
-    return reread(model.config, model.params, loop, tokens_BT, full_B, kept)
+    with compilations.of(bucket=tokens_BT.shape[1], capacity=loop.cache.capacity):
+        return reread(model.config, model.params, loop, tokens_BT, full_B, kept)
 
 
 def advance(model, loop: Loop, rows: Draw, done: Sequence[Completion], chunk: int, top: int):
@@ -161,7 +175,8 @@ def advance(model, loop: Loop, rows: Draw, done: Sequence[Completion], chunk: in
     loop = slide(model, with_room(model.config, loop), done)
     going_B = np.array([not completion.finish_reason for completion in done])
     eot = model.tokenizer.eot_token
-    loop, drawn = decode_chunk(model.config, model.params, loop, rows, going_B, eot, chunk, top)
+    with compilations.of(capacity=loop.cache.capacity, top=top):
+        loop, drawn = decode_chunk(model.config, model.params, loop, rows, going_B, eot, chunk, top)
     return loop, jax.device_get(drawn)
 
 
@@ -194,7 +209,6 @@ def stream(
     require(0 <= top <= V, f"{top} likeliest tokens asked for: expected 0 to {V}")
     each = settings_of(prompts, settings)
     done = blank_rows(model, prompts, each)
-    fails = [one.on_context_full == "error" for one in each for _ in range(one.num_samples)]
     rows = row_settings(each, V, model.tokenizer.eot_token)
     watches = prefilling, decoding = Stopwatch(), Stopwatch()
     with prefilling, on_mesh(model.mesh):
@@ -204,17 +218,22 @@ def stream(
     while running := [row for row, completion in enumerate(done) if not completion.finish_reason]:
         for row in running:
             yield Piece(row, record(done[row], drawn, row, watches), done[row])
-            full = done[row].finish_reason == "context"
-            require(
-                not (full and fails[row]),
-                f"the context of {model.config.context_length} tokens is full: expected the text "
-                f"to end within it; ask for fewer tokens, or choose stop or slide",
-            )
         if any(not completion.finish_reason for completion in done):
             shapes, before = (loop.cache.capacity, bool(filled(loop).any())), decoding.programs
-            with decoding, on_mesh(model.mesh):
+            with decoding, on_mesh(model.mesh), compilations.of(batch=len(done)):
                 loop, drawn = advance(model, loop, rows, done, chunk, top)
             guard(shapes, steady, decoding.programs - before)
+    require_end(model, done, each)
+
+
+def require_end(model, done: Sequence[Completion], each: Sequence[Settings]) -> None:
+    """UserError if a text that must end within the context did not. Others have ended by now."""
+    fails = [one.on_context_full == "error" for one in each for _ in range(one.num_samples)]
+    require(
+        not any(f and one.finish_reason == "context" for f, one in zip(fails, done, strict=True)),
+        f"the context of {model.config.context_length} tokens is full: expected the text to end "
+        f"within it; ask for fewer tokens, or choose stop or slide",
+    )
 
 
 def guard(shapes: tuple[int, bool], steady: set, programs: int) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from gpt import checkpoint, sharding
@@ -16,13 +17,18 @@ from gpt.sampling import beam, generate, score
 from gpt.sampling.completion import Completion, Piece
 from gpt.sampling.settings import Settings
 
-Prompts = str | Sequence[str] | Sequence[Sequence[int]]
+Prompts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 Each = Settings | Sequence[Settings] | None
+
+
+def is_one(prompt: Prompts) -> bool:
+    """Whether it is one prompt, text or token ids, and not a list of them."""
+    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer)))
 
 
 def as_list(prompt: Prompts) -> Sequence[str] | Sequence[Sequence[int]]:
     """One prompt as a list of one."""
-    return [prompt] if isinstance(prompt, str) else prompt
+    return [prompt] if is_one(prompt) else prompt
 
 
 def as_settings(settings: Each, fields: dict) -> Settings | Sequence[Settings]:
@@ -52,12 +58,12 @@ class LanguageModel:
         """Complete a prompt, or several together; each is text or token ids.
 
         `settings`: a Settings for all, or a list with one for each prompt; or its fields by name.
-        One text and one sample give one Completion (printing it shows the text), else a list,
+        One prompt and one sample give one Completion (printing it shows the text), else a list,
         prompt by prompt.
         """
         prompts, settings = as_list(prompt), as_settings(settings, fields)
         done = generate.complete(self, prompts, settings)
-        return done[0] if isinstance(prompt, str) and len(done) == 1 else done
+        return done[0] if is_one(prompt) and len(done) == 1 else done
 
     def stream(self, prompt: Prompts = "", settings: Each = None, **fields) -> Iterator[Piece]:
         """As `generate`, handing out pieces of text as they are drawn."""
@@ -67,7 +73,7 @@ class LanguageModel:
         """Beam search: the likeliest texts found after a prompt, the best first, each with its
         `score`; for several prompts a list of such lists. `settings`: fields of BeamSettings."""
         found = beam.search(self, as_list(prompt), beam.BeamSettings(**settings))
-        return found[0] if isinstance(prompt, str) else found
+        return found[0] if is_one(prompt) else found
 
     def score(self, text: str | Sequence[int], stride: int | None = None) -> score.Score:
         """Log-probability of each token of a text (or of token ids), its loss, bits per byte and

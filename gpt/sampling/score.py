@@ -20,6 +20,7 @@ from gpt.errors import require
 from gpt.model import transformer
 from gpt.sampling.engine import bucket
 from gpt.sharding import on_mesh
+from gpt.stopwatch import compilations
 
 ROWS = 8  # windows read together; what is left over is read one by one
 
@@ -118,7 +119,8 @@ def score_ids(
         for row, (start, _, end) in enumerate(windows):
             tokens_BT[row, : end - start] = sequence[start:end]
             targets_BT[row, : end - start] = sequence[start + 1 : end + 1]
-        scored_BT = np.asarray(target_logprobs(config, params, tokens_BT, targets_BT))
+        with compilations.of(batch=len(windows), bucket=width):
+            scored_BT = np.asarray(target_logprobs(config, params, tokens_BT, targets_BT))
         for row, (start, done, end) in enumerate(windows):
             logprobs[done:end] = scored_BT[row, done - start : end - start]
     return logprobs.tolist()

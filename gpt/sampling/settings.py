@@ -6,6 +6,7 @@ from typing import Literal
 
 from gpt.errors import above_zero, check_names, not_negative, positive, require
 
+HOTTEST = 1e30  # within float32; all tokens are alike long before
 Full = Literal["stop", "error", "slide"]
 
 
@@ -41,9 +42,15 @@ class Settings:
     def __post_init__(self):
         check_names(self)
         positive("max_new_tokens", self.max_new_tokens)
+        require(
+            self.max_new_tokens < 2**31,
+            f"max_new_tokens is {self.max_new_tokens}: expected less than 2^31",
+        )
         positive("num_samples", self.num_samples)
         above_zero("repetition_penalty", self.repetition_penalty)
         not_negative("temperature", self.temperature)
+        hot = self.temperature > HOTTEST
+        require(not hot, f"temperature is {self.temperature}: expected at most {HOTTEST:g}")
         not_negative("top_k", self.top_k)
         for name in ("top_p", "min_p"):
             value = getattr(self, name)

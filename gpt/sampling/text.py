@@ -9,11 +9,20 @@ from collections.abc import Callable, Sequence
 
 
 class TextStream:
-    """Decodes the tokens of one row as they come. `stopped`: one of `stops` has been met."""
+    """Decodes the tokens of one row as they come. `stopped`: one of `stops` has been met.
 
-    def __init__(self, decode_bytes: Callable[[Sequence[int]], bytes], stops: Sequence[str] = ()):
+    `before`: the first bytes of a character that the first token may complete.
+    """
+
+    def __init__(
+        self,
+        decode_bytes: Callable[[Sequence[int]], bytes],
+        stops: Sequence[str] = (),
+        before: bytes = b"",
+    ):
         self.decode_bytes = decode_bytes
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.decoder.decode(before)
         self.stops = stops
         self.held = ""
         self.stopped = False
@@ -44,6 +53,12 @@ class TextStream:
         unsure = max((overlap(text, stop) for stop in self.stops), default=0)
         self.held = text[len(text) - unsure :]
         return text[: len(text) - unsure]
+
+
+def split_end(data: bytes) -> tuple[str, bytes]:
+    """Bytes as text, U+FFFD for those that are none, and what may begin one more character."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return decoder.decode(data), decoder.getstate()[0]
 
 
 def overlap(text: str, stop: str) -> int:

@@ -143,7 +143,8 @@ def test_greedy_text(pair):
     """100 tokens after prompts of several lengths, read together by us and one by one by them."""
     config, params, model = pair
     prompts = [token_ids(config, 1, length, seed=length)[0].tolist() for length in (1, 33, 60)]
-    lm = SimpleNamespace(config=config, params=transformer.unstack(params), tokenizer=Numerals())
+    lm = SimpleNamespace(config=config, params=transformer.unstack(params), mesh=None)
+    lm.tokenizer = Numerals()
     texts = [" ".join(map(str, prompt)) for prompt in prompts]
     done = generate.complete(lm, texts, Settings(max_new_tokens=100, temperature=0))
     for prompt, completion in zip(prompts, done, strict=True):

@@ -28,7 +28,10 @@ def make_model(seed=0, loudness=6.0):
     params = transformer.init(CONFIG, jax.random.key(seed))
     params = jax.tree.map(lambda a: a * loudness if a.ndim > 1 else a, params)
     return types.SimpleNamespace(
-        config=CONFIG, params=transformer.unstack(params), tokenizer=CharTokenizer("abcd")
+        mesh=None,
+        config=CONFIG,
+        params=transformer.unstack(params),
+        tokenizer=CharTokenizer("abcd"),
     )
 
 
@@ -256,6 +259,6 @@ def test_where_nothing_can_follow_the_search_says_so():
 
 def test_numbers_that_are_none_are_told():
     params = jax.tree.map(lambda a: a * np.nan, MODEL.params)
-    model = types.SimpleNamespace(config=CONFIG, params=params, tokenizer=MODEL.tokenizer)
+    model = types.SimpleNamespace(**vars(MODEL) | {"params": params})
     with pytest.raises(UserError, match="not a number"):
         search(model, ["a"], BeamSettings(3, max_new_tokens=40))

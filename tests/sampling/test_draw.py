@@ -234,6 +234,24 @@ def test_a_rows_draw_does_not_see_its_neighbours_settings(each, seed):
         assert int(token_B[(i + 1) % 4]) == together[i]
 
 
+def test_the_search_for_thresholds_is_skipped_where_nobody_asks(monkeypatch):
+    """One program for both: what the device runs is counted."""
+    calls, honest = [], draw.keep_largest
+
+    def counted(*args):
+        jax.debug.callback(lambda: calls.append(1))
+        return honest(*args)
+
+    monkeypatch.setattr(draw, "keep_largest", counted)
+    fresh, x = jax.jit(lambda *args: draw.sample(*args)), jnp.zeros((2, V))
+    for columns, searches in [({"temperature": 0, "top_k": 3}, 0), ({}, 0), ({"top_p": 0.5}, 2)]:
+        calls.clear()
+        fresh(x, rows(2, **columns), nothing_seen(2), jnp.zeros(2, jnp.int32))
+        jax.effects_barrier()
+        assert len(calls) == searches, columns
+    assert fresh._cache_size() == 1
+
+
 def test_nothing_recompiles_whatever_the_settings():
     before = sample._cache_size()
     x = jnp.zeros((4, V))

@@ -1,0 +1,37 @@
+"""Several streams of text that take turns on one output. Knows no model and no terminal."""
+
+
+class Rows:
+    """Several streams on one output, row after row, whatever the order in which they come.
+
+    The first row is shown as it comes while the others wait; when it has ended the next one shows
+    what it has and goes on. So the text does not depend on how it was cut in pieces.
+    `line_open`: what has been shown does not end a line.
+    """
+
+    def __init__(self, n: int):
+        self.waiting = [""] * n
+        self.ended = [False] * n
+        self.current = 0
+        self.line_open = False
+
+    def push(self, row: int, text: str, ended: bool = False) -> str:
+        """`row` has gained `text`: what may be shown now."""
+        self.waiting[row] += text
+        self.ended[row] = ended
+        ready = ""
+        while self.current < len(self.waiting):
+            ready, self.waiting[self.current] = ready + self.waiting[self.current], ""
+            if not self.ended[self.current]:
+                break
+            self.current += 1
+        self.line_open = not ready.endswith("\n") if ready else self.line_open
+        return ready
+
+    def leave(self, end_line: bool) -> str:
+        """What to show when all is broken off: the rows that have ended and still wait, on a line
+        of their own; `end_line`: so is what others show after it, as on a terminal."""
+        kept = [text for text, ended in zip(self.waiting, self.ended, strict=True) if ended]
+        ready = "\n" * (self.line_open and (end_line or any(kept))) + "".join(kept)
+        self.waiting, self.line_open = [""] * len(self.waiting), False
+        return ready

@@ -1,0 +1,189 @@
+"""Where texts end, slide or are refused; what the caller may ask for."""
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+from byte_models import make_model
+
+from gpt.config import ModelConfig
+from gpt.errors import UserError
+from gpt.model import transformer
+from gpt.sampling import generate
+from gpt.sampling.settings import Settings
+
+CONFIG = ModelConfig(257, context_length=128, n_layers=2, n_heads=2, d_model=32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(CONFIG)
+
+
+def ids(completions):
+    return [(c.token_ids, c.finish_reason) for c in completions]
+
+
+def test_finish_reasons(model):
+    context = CONFIG.context_length
+    done = generate.complete(model, ["x" * 20], Settings(max_new_tokens=500, temperature=0))[0]
+    assert done.finish_reason == "context" and len(done.token_ids) == context + 1 - 20
+    done = generate.complete(model, ["x" * context], Settings(max_new_tokens=5))[0]
+    assert done.finish_reason == "context" and len(done.token_ids) == 1
+    done = generate.complete(model, ["x"], Settings(max_new_tokens=1))[0]
+    assert done.finish_reason == "length" and len(done.token_ids) == 1
+
+
+def test_end_of_text_ends_one_row_and_not_the_others(model):
+    """The head made to shout end-of-text after byte "x" alone."""
+    eot = model.tokenizer.eot_token
+    settings = Settings(max_new_tokens=12, temperature=0)
+    before = generate.complete(model, ["abc", "x"], settings)
+    x_row = transformer.hidden(CONFIG, model.params, np.array([[ord("x")]]))[0][0, 0]
+    table = model.params["tokens"].at[eot].set(x_row * 100)
+    shouting = types.SimpleNamespace(**vars(model) | {"params": model.params | {"tokens": table}})
+    ended = generate.complete(shouting, ["x"], settings)[0]
+    assert ended.finish_reason == "eos" and ended.text == "" and ended.token_ids == []
+    after = generate.complete(shouting, ["abc", "x"], settings)
+    assert after[1].finish_reason == "eos"
+    if eot not in after[0].token_ids:
+        assert len(after[0].token_ids) == len(before[0].token_ids) or after[0].finish_reason
+
+
+def test_prompt_longer_than_the_context_is_refused(model):
+    with pytest.raises(UserError, match=r"129 tokens.*128"):
+        generate.complete(model, ["x" * 129], Settings())
+
+
+def test_a_full_context_slides_to_its_last_half(model):
+    """Each token is the likeliest after the window that the documentation promises."""
+    C = CONFIG.context_length
+    settings = Settings(max_new_tokens=3 * C, temperature=0, on_context_full="slide")
+    done = generate.complete(model, ["x" * 100], dataclasses.replace(settings, ignore_eos=True))[0]
+    assert done.finish_reason == "length" and len(done.token_ids) == 3 * C
+    text, start = [*b"x" * 100, *done.token_ids], 0
+    forward = jax.jit(transformer.forward, static_argnums=0)
+    for at in range(100, len(text)):
+        while at - start > C:  # read so far: text[start:at]
+            start += C - C // 2
+        window = np.zeros((1, C), np.int32)
+        window[0, : at - start] = text[start:at]
+        logits_V = np.asarray(forward(CONFIG, model.params, window))[0, at - start - 1, :256]
+        gap = np.subtract(*np.sort(logits_V)[[-1, -2]])
+        assert text[at] == logits_V.argmax() or gap < 2e-5 * max(1, logits_V.std())
+
+
+def test_noise_goes_on_after_a_slide(model):
+    """A slid row does not draw again what it drew at these places of the cache before."""
+    flat = types.SimpleNamespace(**vars(model))
+    flat.params = jax.tree.map(np.zeros_like, model.params)  # all tokens alike: noise alone decides
+    settings = Settings(max_new_tokens=384, temperature=1, on_context_full="slide", ignore_eos=True)
+    drawn = np.array(generate.complete(flat, [""], settings)[0].token_ids)
+    half = CONFIG.context_length // 2
+    assert not any(
+        np.array_equal(drawn[i : i + half], drawn[i + half :][:half]) for i in range(200)
+    )
+
+
+def test_a_long_prompt_slides_and_is_refused_otherwise(model):
+    settings = Settings(max_new_tokens=5, temperature=0, on_context_full="slide")
+    long, last = list(b"abcdefgh" * 40), list(b"abcdefgh" * 40)[-CONFIG.context_length :]
+    done = generate.complete(model, [long, last], settings)
+    assert done[0].token_ids == done[1].token_ids
+    with pytest.raises(UserError, match=r"prompt 2 has 320 tokens.*128"):
+        generate.complete(model, [last, long], Settings())
+
+
+def test_a_full_context_can_be_an_error(model):
+    settings = Settings(max_new_tokens=500, on_context_full="error", ignore_eos=True)
+    pieces = generate.stream(model, ["x" * 100], settings)
+    told = [next(pieces).text]
+    with pytest.raises(UserError, match="context of 128 tokens is full"):
+        told += [piece.text for piece in pieces]
+    assert generate.complete(model, ["x"], Settings(max_new_tokens=3, on_context_full="error"))
+
+
+def test_each_prompt_may_have_its_own_settings(model):
+    each = [Settings(max_new_tokens=9, seed=3), Settings(max_new_tokens=5, num_samples=2)]
+    done = generate.complete(model, ["ab", "cd"], each)
+    alone = [generate.complete(model, [p], s) for p, s in zip(["ab", "cd"], each, strict=True)]
+    assert ids(done) == ids([*alone[0], *alone[1]])
+    assert [c.sample for c in done] == [0, 0, 1]
+    with pytest.raises(UserError, match="2 settings for 1 prompts"):
+        generate.complete(model, ["ab"], each)
+
+
+def test_a_diverged_model_is_told(model):
+    broken = types.SimpleNamespace(**vars(model))
+    broken.params = jax.tree.map(lambda a: a * np.nan, model.params)
+    with pytest.raises(UserError, match="not a number at token 1"):
+        generate.complete(broken, ["a"], Settings())
+
+
+@pytest.mark.parametrize("prompt", [[257], [-1], [3, 999], [1.5], ["a"]])
+def test_ids_outside_the_vocabulary_are_refused(model, prompt):
+    with pytest.raises(UserError, match="token id"):
+        generate.complete(model, [prompt], Settings())
+
+
+def test_a_character_begun_by_the_prompt_is_whole(model):
+    """Two of three bytes in the prompt, the third by force: no U+FFFD that nobody wrote."""
+    first, second, third = "天".encode()
+    settings = Settings(max_new_tokens=1, temperature=0, logit_bias={third: 1e6})
+    done = generate.complete(model, [[65, first, second]], settings)[0]
+    assert (done.prompt, done.text) == ("A", "天")
+
+
+def test_numbers_that_no_device_can_hold(model):
+    done = generate.complete(model, ["a"], Settings(max_new_tokens=3, top_k=10**12))[0]
+    assert len(done.token_ids) == 3 or done.finish_reason == "eos"
+    settings = Settings(2**31 - 1, on_context_full="slide", logit_bias={5: 1e39}, seed=3)
+    pieces = generate.stream(model, ["a"], settings)
+    assert next(pieces) and next(pieces)
+
+
+def test_end_of_text_has_its_likeliest_tokens_too(model):
+    eot = model.tokenizer.eot_token
+    settings = Settings(max_new_tokens=9, logit_bias={eot: 1e9})
+    done = generate.complete(model, ["a"], settings, top=3)[0]
+    assert (done.finish_reason, done.token_ids, len(done.top)) == ("eos", [], 1)
+
+
+def test_one_row_may_fail_after_its_neighbours_have_ended(model):
+    each = [
+        Settings(max_new_tokens=50, on_context_full="error", ignore_eos=True),
+        Settings(max_new_tokens=90, ignore_eos=True),
+    ]
+    last = {}
+    with pytest.raises(UserError, match="context of 128 tokens is full"):
+        for piece in generate.stream(model, ["x" * 100, "y"], each):
+            last[piece.row] = piece.completion
+    assert last[1].finish_reason == "length" and last[0].finish_reason == "context"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 2**31),
+        ("temperature", 1e39),
+        ("num_samples", -1),
+        ("temperature", float("nan")),
+        ("temperature", -0.1),
+        ("top_k", -1),
+        ("top_p", 1.1),
+        ("top_p", float("nan")),
+        ("min_p", -0.1),
+        ("repetition_penalty", 0.0),
+        ("logit_bias", {3: float("nan")}),
+        ("stop", ("",)),
+        ("stop", "text"),
+        ("seed", -1),
+        ("on_context_full", "drop"),
+    ],
+)
+def test_impossible_settings_are_refused(setting, value):
+    with pytest.raises(UserError, match=setting):
+        Settings(**{setting: value})
