@@ -1,0 +1,148 @@
+"""The table of docs/parallelism.md: three models on TPU slices that are not here.
+
+    python benchmarks/pods.py [ROW ...]        needs libtpu, no TPU; some minutes a row
+
+ROW: model and chips, as gpt2-xl/64 (default: all). Each is compiled by the TPU's own compiler: the
+training step on one mesh, prefill and decode on the one that suits sampling. What is found goes to
+benchmarks/results/pods.json, and the table of all that stands there to standard output.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from gpt import cli
+
+cli.prepare_absent()
+
+import jax  # noqa: E402
+
+from gpt import cost, sharding  # noqa: E402
+from gpt.config import MeshConfig, ModelConfig, TrainConfig  # noqa: E402
+from gpt.pod import chips, plan  # noqa: E402
+from gpt.presets import PRESETS  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results" / "pods.json"
+SLICES = {8: "v5e:2x4", 64: "v5e:8x8", 256: "v5e:16x16"}
+LLAMA = ModelConfig(
+    32_000,
+    2048,
+    n_layers=32,
+    n_heads=32,
+    d_model=4096,
+    d_ff=11_008,
+    positions="rope",
+    norm="rms",
+    mlp="swiglu",
+    bias=False,
+    tied=False,
+)  # Touvron et al. 2023, table 2
+MODELS = {
+    "gpt2": PRESETS["gpt2"],
+    "gpt2-xl": PRESETS["gpt2-xl"],
+    "llama-7b": TrainConfig(model=LLAMA, batch_size=512, grad_accum=64),
+}
+# (data, fsdp, tensor) for training, and for sampling
+MESHES = {
+    "gpt2/8": ((8, 1, 1), (8, 1, 1)),
+    "gpt2/64": ((64, 1, 1), (64, 1, 1)),
+    "gpt2/256": ((256, 1, 1), (256, 1, 1)),
+    "gpt2-xl/8": ((1, 8, 1), (8, 1, 1)),
+    "gpt2-xl/64": ((1, 64, 1), (64, 1, 1)),
+    "gpt2-xl/256": ((4, 64, 1), (256, 1, 1)),
+    "llama-7b/8": ((1, 8, 1), (1, 1, 8)),
+    "llama-7b/64": ((1, 64, 1), (8, 1, 8)),
+    "llama-7b/256": ((4, 64, 1), (32, 1, 8)),
+}
+HEAD = (
+    "| model, chips | mesh | state, MB | training step, MB of 16,000 | sent, MB | work, ms"
+    " | links, ms | efficiency | prefill 8 rows, MB | decode step, MB | at best, ms |"
+)
+
+
+def figures(program: plan.Program, chip: chips.Chip) -> dict:
+    """One program as JSON values. Bytes, seconds."""
+    return {
+        "given": program.given,
+        "total": program.need.total,
+        "flops": program.flops,
+        "sent": program.sent,
+        "moved": [[*row, n] for row, n in program.moved().items()],
+        "predicted": [[*row, n] for row, n in program.predicted.items()],
+        "work_seconds": program.work_seconds(chip),
+        "link_seconds": program.sent / chip.ring_rate,
+        "efficiency": program.efficiency(chip),
+        "compile_seconds": program.seconds,
+    }
+
+
+def attempt(make, chip: chips.Chip) -> dict:
+    """The figures of a program, or what it lacks to fit."""
+    try:
+        return figures(make(), chip)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"does_not_fit": plan.shortfall(str(error))}
+
+
+def measure(row: str) -> dict:
+    """All programs of a row."""
+    model, n = row.split("/")
+    devices, chip = chips.topology_devices(SLICES[int(n)])
+    meshes = [sharding.make_mesh(MeshConfig(*sizes), devices) for sizes in MESHES[row]]
+    shards = meshes[0].shape["data"] * meshes[0].shape["fsdp"]
+    asked = MODELS[model]
+    known = dataclasses.replace(asked, tokenizer="char")  # the model's own vocabulary
+    config = plan.settle(known, True, shards, "bfloat16")
+    plan.step.require_fit(config, meshes[0])
+    return {
+        "parameters": cost.parameters(config.model),
+        "grad_accum": config.grad_accum,
+        "state": plan.state_bytes(config, meshes[0]),
+        "train": attempt(lambda: plan.train_program(config, meshes[0], tpu=True), chip),
+        "prefill": attempt(lambda: plan.prefill_program(config, meshes[1]), chip),
+        "decode": attempt(lambda: plan.decode_program(config, meshes[1]), chip),
+        "jax": jax.__version__,
+    }
+
+
+def taken(program: dict) -> str:
+    """MB of a chip, or why it has too few."""
+    return program.get("does_not_fit") or f"{program['total'] / 1e6:,.0f}"
+
+
+def line(row: str, found: dict) -> str:
+    """One line of the table."""
+    train, decode = found["train"], found["decode"]
+    sizes = " x ".join(str(n) for n in MESHES[row][0])
+    cells = [row.replace("/", ", "), sizes, f"{sum(found['state'].values()) / 1e6:,.0f}"]
+    cells += [taken(train)]
+    if "sent" in train:
+        least, most = train["efficiency"]
+        cells += [f"{train['sent'] / 1e6:,.0f}", f"{train['work_seconds'] * 1e3:,.0f}"]
+        cells += [f"{train['link_seconds'] * 1e3:,.0f}", f"{least:.0%} to {most:.0%}"]
+    else:
+        cells += [""] * 4
+    cells += [taken(found["prefill"]), taken(decode)]
+    best = decode.get("work_seconds", 0) + decode.get("link_seconds", 0)
+    return "| " + " | ".join([*cells, f"{best * 1e3:.2f}" if best else ""]) + " |"
+
+
+def main(rows: list[str]) -> None:
+    """Measure, keep, print."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for row in rows:
+        results[row] = measure(row)
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        print(line(row, results[row]), file=sys.stderr)
+    print(HEAD, "|---" * HEAD.count(" |") + "|", sep="\n")
+    for row in MESHES:
+        if row in results:
+            print(line(row, results[row]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(MESHES))

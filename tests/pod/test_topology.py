@@ -1,0 +1,134 @@
+"""Programs compiled by the TPU's own compiler for chips that are not here (needs libtpu)."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from programs import ROOT
+
+HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
+LAYERS = 4
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def needs_compiler(test):
+    """A long proof, where libtpu is."""
+    absent = pytest.mark.skipif(not HAS_COMPILER, reason="needs libtpu: pip install libtpu")
+    return pytest.mark.slow(absent(test))
+
+
+def run(*words):
+    return subprocess.run(
+        [sys.executable, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=1500
+    )
+
+
+def compiled(*sizes):
+    """What a mesh of 16 chips gave."""
+    done = run(ROOT / "tests" / "pod" / "on_tpu.py", *map(str, sizes))
+    assert done.returncode == 0, done.stderr
+    assert "nvoluntary" not in done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def fsdp():
+    return compiled(1, 16, 1)
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    return compiled(2, 4, 2)
+
+
+def moved(program, kinds, axes):
+    """Bytes of the collectives of these kinds over these axes."""
+    return sum(
+        n * turns for kind, over, n, turns in program["found"] if kind in kinds and over == axes
+    )
+
+
+def predicted(program, what, axes):
+    return sum(n for kind, over, n in program["predicted"] if (kind, over) == (what, axes))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["fsdp", "mixed"])
+def test_fsdp_gathers_and_scatters_what_arithmetic_says(name, request):
+    """Windowed and fused ones included; small gradients may be reduced whole, which counts too."""
+    train = request.getfixturevalue(name)["train"]
+    gathered = moved(train, ["all-gather"], ["fsdp"])
+    assert gathered == pytest.approx(predicted(train, "gather", ["fsdp"]), rel=0.05)
+    reduced = moved(train, ["reduce-scatter", "all-reduce"], ["fsdp"])
+    assert reduced == pytest.approx(predicted(train, "reduce", ["fsdp"]), rel=0.05)
+    assert moved(train, ["reduce-scatter"], ["fsdp"]) > 0
+
+
+@needs_compiler
+def test_gradients_of_blocks_are_scattered(fsdp):
+    """All but the lookup's, which is summed whole."""
+    train = fsdp["train"]
+    table, positions = 50_304 * 768 * 4, 1024 * 768 * 4
+    scattered = moved(train, ["reduce-scatter"], ["fsdp"])
+    whole = predicted(train, "reduce", ["fsdp"])
+    assert scattered == pytest.approx(whole - table - positions, rel=0.05)
+
+
+@needs_compiler
+def test_tensor_parallelism_holds_two_reductions_a_block_forward(mixed):
+    """And two back, one when a block is computed again; prefill has the forward's alone."""
+    stream = 8 * 1024 * 768 * 2
+    kinds = ["all-reduce", "reduce-scatter"]
+    found = mixed["train"]["found"]
+    turns = [
+        t for kind, axes, n, t in found if kind in kinds and axes == ["tensor"] and n == stream
+    ]
+    assert sum(t for t in turns if t == LAYERS) == 5 * LAYERS
+    found = mixed["prefill"]["found"]
+    forward = [
+        t for kind, axes, n, t in found if kind in kinds and axes == ["tensor"] and n == stream
+    ]
+    assert sum(forward) == 2 * LAYERS
+
+
+@needs_compiler
+def test_decoding_moves_neither_weights_nor_cache(mixed):
+    """The largest thing that moves are the logits of the rows."""
+    decode = mixed["decode"]
+    logits = 8 * 50_304 * 4
+    assert max(n for _, _, n, _ in decode["found"]) <= logits
+    total = sum(n * turns for _, _, n, turns in decode["found"])
+    assert total == pytest.approx(sum(n for *_, n in decode["predicted"]), rel=0.05)
+    assert total < mixed["cache"] / 10 and total < mixed["state"]["weights"] / 10
+
+
+@needs_compiler
+def test_the_compiler_is_handed_what_was_predicted(fsdp):
+    assert fsdp["train"]["given"] == pytest.approx(sum(fsdp["state"].values()), rel=0.1)
+
+
+@needs_compiler
+def test_the_command_line_compiles_for_chips(tmp_path):
+    small = ["--model.n-layers", "1", "--model.d-model", "128", "--model.n-heads", "2"]
+    flags = ["--dry-run", "--topology", "v5e:2x2", "--seq-len", "128", "--batch-size", "16"]
+    done = run(ROOT / "train.py", "gpt2", *small, *flags, "--grad-accum", "1", "--mesh.fsdp", "4")
+    assert done.returncode == 0, done.stderr
+    assert "4 (v5e:2x2): data 1 x fsdp 4 x tensor 1" in done.stderr
+    assert done.stderr.count("expected: work") == 3 and "fits" in done.stderr
+
+
+@needs_compiler
+def test_a_slice_that_does_not_exist_is_refused():
+    done = run(ROOT / "train.py", "gpt2", "--dry-run", "--topology", "v5e:3x5x7")
+    assert done.returncode == 2 and done.stderr.startswith("error: --topology v5e:3x5x7")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(HAS_COMPILER, reason="libtpu is here")
+def test_without_the_compiler_it_says_what_to_install():
+    done = run(ROOT / "train.py", "gpt2", "--dry-run", "--topology", "v5e:4x4")
+    assert done.returncode == 2 and "pip install libtpu" in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
