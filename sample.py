@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -19,8 +19,10 @@ from gpt import cli, console
 from gpt.config import ONE_DEVICE, Dtype, MeshConfig, Weights
 from gpt.errors import UserError, positive, require
 from gpt.sampling.settings import Settings
+from gpt.sampling.turns import Rows
 
 DEFAULT = Settings()
+BIAS = ("--logit-bias", "--logit_bias")
 BEAM_TAKES = {"max_new_tokens", "num_samples", "logit_bias", "repetition_penalty", "ignore_eos"}
 
 
@@ -46,7 +48,8 @@ class Command:
     length_penalty: float = 1.0
     """Beam search: exponent of the length that divides a text's log-probability."""
     show_probs: int | None = None
-    """Show this many likeliest next tokens, after prefill and at each step; * marks the drawn."""
+    """Show this many likeliest next tokens, after prefill and at each step; * marks the drawn.
+    Each number of them compiles the loop anew."""
     score: str | None = None
     """Do not sample: print how likely this text is, token by token."""
     score_file: Path | None = None
@@ -59,9 +62,9 @@ class Command:
     check: bool = False
     """Do not sample: check the cache contract on this model; exit code 1 if it does not hold."""
     json: bool = False
-    """Print JSON, one object a completion; its seconds leave compilation out."""
+    """Print JSON, one object a completion, as soon as it ends; seconds leave compilation out."""
     verbose: bool = False
-    """Report the programs that were compiled, and the shapes they are for."""
+    """Report the programs that were compiled, with their shapes and seconds."""
     step: int | None = None
     """Take the checkpoint of this step (default: the newest)."""
     dtype: Dtype | None = None
@@ -77,7 +80,7 @@ def refuse(command: Command) -> None:
     """UserError for what can be refused before anything is loaded."""
     c, scores = command, ("score", "score_file", "score_ids")
     doing = ("check", *scores, "prompt", "prompt_file", "prompt_ids", "interactive")
-    given = [flag(name) for name in doing if getattr(c, name) not in (None, False, ())]
+    given = [console.flag(name) for name in doing if getattr(c, name) not in (None, False, ())]
     require(len(given) < 2, f"{' and '.join(given)} exclude each other: choose one")
     scoring = any(getattr(c, name) is not None for name in scores)
     require(not (c.json and c.check), "--check prints no JSON: drop --json")
@@ -89,7 +92,9 @@ def refuse(command: Command) -> None:
     beam = ["beam_width"] * (c.beam_width > 1) + ["length_penalty"] * (c.length_penalty != 1)
     if scoring or c.check:
         idle = changed(c.settings) + beam + ["show_probs"] * (c.show_probs is not None)
-        require(not idle, f"{given[0]} draws nothing: drop {' '.join(map(flag, idle))}")
+        require(not idle, f"{given[0]} draws nothing: drop {' '.join(map(console.flag, idle))}")
+    for text in c.settings.stop:
+        console.require_text("--stop", text)
     if c.beam_width > 1:
         refuse_beam(c)
     require(c.beam_width > 1 or not beam, "--length-penalty is for beam search: add --beam-width")
@@ -101,7 +106,7 @@ def refuse_beam(command: Command) -> None:
     idle = [name for name in changed(c.settings) if name not in BEAM_TAKES]
     idle = [name for name in idle if name != "temperature" or c.settings.temperature]
     idle += [name for name in ("interactive", "show_probs") if getattr(c, name)]
-    words = " ".join(map(flag, idle))
+    words = " ".join(map(console.flag, idle))
     require(not idle, f"--beam-width {c.beam_width} neither draws nor streams: drop {words}")
     n = c.settings.num_samples
     require(n <= c.beam_width, f"--num-samples {n}: a beam of {c.beam_width} has no more texts")
@@ -113,20 +118,15 @@ def changed(settings: Settings) -> list[str]:
     return [name for name in names if getattr(settings, name) != getattr(DEFAULT, name)]
 
 
-def flag(name: str) -> str:
-    """`top_k` as people type it."""
-    return "--" + name.replace("_", "-")
-
-
 def read_prompts(command: Command) -> list[str] | list[list[int]]:
-    """What to continue, texts or token ids; bytes from the shell that are none become U+FFFD."""
-    from gpt.tokenizer import without_lone_surrogates
-
+    """What to continue, texts or token ids; bytes that are no text become U+FFFD."""
+    if command.interactive:
+        console.require_input("--interactive")
     if command.prompt_file:
         return [console.read_text("--prompt-file", command.prompt_file)]
     if command.prompt_ids:
         return [console.parse_ids("--prompt-ids", text) for text in command.prompt_ids]
-    return [without_lone_surrogates(prompt) for prompt in command.prompt or ("",)]
+    return [console.as_text("--prompt", text) for text in command.prompt or ("",)]
 
 
 def read_scored(command: Command) -> str | list[int] | None:
@@ -135,13 +135,23 @@ def read_scored(command: Command) -> str | list[int] | None:
         return console.read_text("--score-file", command.score_file)
     if command.score_ids is not None:
         return console.parse_ids("--score-ids", command.score_ids)
-    return command.score
+    return None if command.score is None else console.as_text("--score", command.score)
 
 
 def main(argv: list[str]) -> int:
     """Load the model and do what the flags ask; the exit code."""
-    command = cli.parse(Command, argv, program="sample.py", description=__doc__)
-    refuse(command)
+    console.fill_streams()
+    with console.as_typed(Command, Settings):
+        command = cli.parse(Command, argv, program="sample.py", description=__doc__)
+        biases = sum(word.partition("=")[0] in BIAS for word in argv)
+        good = biases <= len(command.settings.logit_bias)  # of two the last alone would be left
+        require(good, "--logit-bias names a token twice: expected one bias for each token")
+        refuse(command)
+        return obey(command)
+
+
+def obey(command: Command) -> int:
+    """Load the model and do what the flags ask; the exit code."""
     console.accept_any_text()
     prompts, scored = read_prompts(command), read_scored(command)
     cli.prepare_jax(cache=command.compile_cache)
@@ -149,10 +159,9 @@ def main(argv: list[str]) -> int:
 
     c = command
     model = load(c.checkpoint, c.step, c.dtype, c.weights, c.mesh)
-    if model.weights == "ema":
-        note("these are the averaged weights; --weights raw for the last ones")
-    for said in model.notes:
-        note(said)
+    averaged = "these are the averaged weights; --weights raw for the last ones"
+    for said in [averaged] * (model.weights == "ema") + model.notes:
+        print(f"note: {said}", file=sys.stderr)
     code = 0
     if command.check:
         code = print_checks(model)
@@ -169,34 +178,24 @@ def main(argv: list[str]) -> int:
     return code
 
 
-def note(text: str) -> None:
-    """A line on standard error."""
-    print(f"note: {text}", file=sys.stderr)
-
-
 def complete(model, command: Command, prompts: list) -> None:
     """Completions of all prompts: searched or drawn, as JSON or as text that streams."""
-    from gpt.sampling import generate
-
     if command.beam_width > 1:
         done = print_search(model, command, prompts)
-    elif command.json:
-        done = generate.complete(model, prompts, command.settings, top=command.show_probs or 0)
-        for completion in done:
-            print(console.to_json(completion_json(completion)))
     else:
-        done = print_stream(model, command, prompts)
-    report(model, command, done)
+        done = (print_json if command.json else print_stream)(model, command, prompts)
+    report(model, done)
 
 
 def converse(model, command: Command) -> None:
     """Complete line after line, each a prompt of its own, until there are no more."""
     for line in console.read_lines(cli.cache_folder() / "prompts"):
+        prompt = console.as_text("the line", line)
         try:
             with console.patient_interrupt() as pressed:
-                report(model, command, print_stream(model, command, [line], pressed.is_set))
+                report(model, print_stream(model, command, [prompt], pressed.is_set))
         except UserError as error:
-            console.write("\n")
+            console.write("\n" * (not sys.stdout.isatty()))  # to tell lines of a pipe apart
             print(f"error: {error}", file=sys.stderr)
 
 
@@ -206,20 +205,36 @@ def print_stream(model, command: Command, prompts: list, stopped=lambda: False) 
 
     top, n_samples = command.show_probs or 0, command.settings.num_samples
     several = len(prompts) * n_samples > 1
-    rows, shown, done = console.Rows(len(prompts) * n_samples), collections.Counter(), {}
-    for piece in generate.stream(model, prompts, command.settings, top=top):
-        row, completion, text = piece.row, piece.completion, ""
-        if row not in done:
-            text += console.label(*divmod(row, n_samples)) * several + completion.prompt * (not top)
-        done[row] = completion
-        text += console.tables(completion, shown[row], model.tokenizer) if top else piece.text
-        shown[row] = len(completion.token_ids)
-        if completion.finish_reason:
-            text += str(completion) * bool(top) + "\n" * (1 + several)
-        console.write(rows.push(row, text, bool(completion.finish_reason)))
-        if stopped():
-            console.write("\n")
-            break
+    rows, shown, done = Rows(len(prompts) * n_samples), collections.Counter(), {}
+    with console.leaving(rows):
+        for piece in generate.stream(model, prompts, command.settings, top=top):
+            row, one, text = piece.row, piece.completion, ""
+            if row not in done:
+                text += console.label(*divmod(row, n_samples)) * several + one.prompt * (not top)
+            done[row] = one
+            text += console.tables(one, shown[row], model.tokenizer) if top else piece.text
+            shown[row] = len(one.top)
+            if one.finish_reason:
+                text += str(one) * bool(top) + "\n" * (1 + several)
+            console.write(rows.push(row, text, bool(one.finish_reason)))
+            if stopped():
+                console.write("\n")
+                break
+    return list(done.values())
+
+
+def print_json(model, command: Command, prompts: list) -> list:
+    """Completions as JSON, each as soon as it and those before it have ended; all of them."""
+    from gpt.sampling import generate
+
+    top, rows, done = command.show_probs, Rows(len(prompts) * command.settings.num_samples), {}
+    with console.leaving(rows):
+        for piece in generate.stream(model, prompts, command.settings, top=top or 0):
+            done[piece.row] = one = piece.completion
+            if one.finish_reason:
+                extra = {"top": one.top} if top else {}
+                line = console.to_json(console.completion_json(one) | extra) + "\n"
+                console.write(rows.push(piece.row, line, ended=True))
     return list(done.values())
 
 
@@ -235,34 +250,18 @@ def print_search(model, command: Command, prompts: list) -> list:
         for one in found:
             head = console.label(i, one.sample, f", score {one.score:.4f}") * several
             if command.json:
-                print(console.to_json(completion_json(one) | {"score": one.score}))
+                line = console.to_json(console.completion_json(one) | {"score": one.score})
+                console.write(line + "\n")
             else:
                 console.write(f"{head}{one}\n" + "\n" * several)
         if len(found) < n_best:
-            note(f"prompt {i + 1} has only {len(found)} texts")
+            print(f"note: prompt {i + 1} has only {len(found)} texts", file=sys.stderr)
     return [one for found in told for one in found]
 
 
-def completion_json(completion) -> dict[str, Any]:
-    """A completion as JSON values."""
-    names = ("prompt", "text", "token_ids", "logprobs", "finish_reason")
-    names += ("prefill_seconds", "decode_seconds", "tokens_per_second", "seed", "sample")
-    names += ("top",) * bool(completion.top)
-    return {name: getattr(completion, name) for name in names}
-
-
-def report(model, command: Command, done: list) -> None:
-    """How the completions went, on standard error; their shapes where asked for."""
+def report(model, done: list) -> None:
+    """How the completions went, on standard error."""
     print(console.describe_end(done, model.config.context_length), file=sys.stderr)
-    if command.verbose:
-        from gpt.sampling.engine import bucket
-
-        n, limit = max(len(one.prompt_ids) for one in done), model.config.context_length
-        used = max(len(one.prompt_ids) + len(one.token_ids) for one in done) - 1
-        sizes = [bucket(min(n, limit), limit)]
-        while sizes[-1] < min(used, limit):
-            sizes.append(bucket(sizes[-1] + 1, limit))
-        print(f"prompts in a bucket of {sizes[0]} tokens, caches of {sizes} slots", file=sys.stderr)
 
 
 def print_score(model, command: Command, scored: str | list[int]) -> None:

@@ -1,29 +1,32 @@
 """What entry points show on a terminal and read from it. Knows no model, no flags and no JAX.
 
-An entry point's room, like cli.py: text that is safe to show, rows that share one output, files
-and lines that people type, Ctrl-C that waits.
+An entry point's room, like cli.py: text that is safe to show, files and lines that people type,
+standard streams that may be closed, Ctrl-C that waits.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
+import os
 import re
 import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt.errors import UserError
+from gpt.errors import UserError, require
 
 # What moves the cursor, colours, clears or reorders: C0 but newline and tab, DEL, C1, and the
 # overrides and isolates by which text is made to look like other text (Unicode Bidirectional
 # Algorithm, 2.2-2.5).
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 MOST_LINES = 1000  # of history
+TIMING = "compilation is left out; the first completion of a process includes its start-up"
 ADVICE = {
     "length": "--max-new-tokens for more",
     "context": "the model's context of {context} tokens is full, --on-context-full slide goes on",
@@ -41,6 +44,45 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def fill_streams() -> None:
+    """Put nothing where the shell has closed a standard stream, lest the next file that is opened
+    takes its place; UserError if it is standard output, which is what all is done for.
+
+    A closed standard input stays None: those who read it say so.
+    """
+    if sys.stdin is None:
+        os.open(os.devnull, os.O_RDONLY)
+    closed = sys.stdout is None
+    if closed:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    require(not closed, "standard output is closed: expected somewhere to print to")
+
+
+def require_input(flag: str) -> None:
+    """UserError, which names `flag`, if standard input is closed."""
+    require(sys.stdin is not None, f"{flag}: standard input is closed; expected one to read")
+
+
+def flag(name: str) -> str:
+    """`top_k` as people type it."""
+    return "--" + name.replace("_", "-")
+
+
+@contextlib.contextmanager
+def as_typed(*kinds: type) -> Iterator[None]:
+    """Within, what a UserError says of a field of these dataclasses it says of the flag."""
+    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    try:
+        yield
+    except UserError as error:
+        said = re.match(r"(\w+) (is|of token|names token|forbids) ", str(error))
+        if not said or said[1] not in names:
+            raise
+        raise UserError(flag(said[1]) + str(error)[said.end(1) :]) from None
+
+
 def accept_any_text() -> None:
     """Let no character fail for the locale: what an output cannot show is spelled out, and bytes
     typed that are no text arrive as lone surrogates, as those of the command line do."""
@@ -54,6 +96,13 @@ def to_json(value: Any) -> str:
     ascii_only = (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8"
     line = json.dumps(finite(value), ensure_ascii=ascii_only, allow_nan=False)
     return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
+
+
+def completion_json(completion) -> dict[str, Any]:
+    """A completion as JSON values."""
+    names = ("prompt", "text", "token_ids", "logprobs", "finish_reason", "prefill_seconds")
+    names += ("decode_seconds", "tokens_per_second", "seed", "sample")
+    return {name: getattr(completion, name) for name in names} | {"timing": TIMING}
 
 
 def finite(value: Any) -> Any:
@@ -80,20 +129,21 @@ def label(prompt: int, sample: int, more: str = "") -> str:
 
 def tables(completion, first: int, tokenizer) -> str:
     """The likeliest tokens before each draw from token `first` on, the drawn one among them."""
-    text = ""
-    for i in range(first, len(completion.token_ids)):
-        drawn, top = completion.token_ids[i], completion.top[i]
-        if drawn not in dict(top):
-            top = [*top, (drawn, math.exp(completion.logprobs[i]))]
-        rows = [(token == drawn, p, tokenizer.decode_bytes([token])) for token, p in top]
-        text += table(f"step {i}" if i else "after prefill", rows)
+    text, ended = "", [completion.eot] * (completion.finish_reason == "eos")
+    drawn = completion.token_ids + ended
+    for i in range(first, len(drawn)):
+        rows = [(token, f"{p:9.4%}") for token, p in completion.top[i]]
+        if drawn[i] not in dict(rows):
+            # The probability of an end-of-text is not kept: at most that of the last one shown.
+            known = i < len(completion.logprobs)
+            p = f"{math.exp(completion.logprobs[i]):9.4%}" if known else f"<={rows[-1][1].strip()}"
+            rows.append((drawn[i], p))
+        lines = [
+            f"  {'*' if token == drawn[i] else ' '} {p}  {spell(tokenizer.decode_bytes([token]))}"
+            for token, p in rows
+        ]
+        text += "\n".join([f"step {i}" if i else "after prefill", *lines, ""])
     return text
-
-
-def table(title: str, rows: Iterable[tuple[bool, float, bytes]]) -> str:
-    """Lines of tokens with their probabilities, those that were drawn marked by `*`."""
-    lines = [f"  {'*' if drawn else ' '} {p:9.4%}  {spell(token)}" for drawn, p, token in rows]
-    return "\n".join([title, *lines, ""])
 
 
 def describe_end(done: Sequence, context: int) -> str:
@@ -113,7 +163,8 @@ def describe_end(done: Sequence, context: int) -> str:
 def describe_programs(each: Sequence) -> str:
     """Programs that were compiled, one on a line, and their number."""
     lines = [
-        f"compiled {one.name} in {one.seconds:.2f} s{', from the cache' if one.cached else ''}"
+        f"compiled {one.name}{f' ({one.sizes})' if one.sizes else ''} in {one.seconds:.2f} s"
+        + ", from the cache" * one.cached
         for one in each
     ]
     seconds, cached = sum(one.seconds for one in each), sum(one.cached for one in each)
@@ -121,38 +172,44 @@ def describe_programs(each: Sequence) -> str:
     return "\n".join([*lines, total])
 
 
-class Rows:
-    """Several streams on one output, row after row, whatever the order in which they come.
-
-    The first row is shown as it comes while the others wait; when it has ended the next one shows
-    what it has and goes on. So the text does not depend on how it was cut in pieces.
-    """
-
-    def __init__(self, n: int):
-        self.waiting = [""] * n
-        self.ended = [False] * n
-        self.current = 0
-
-    def push(self, row: int, text: str, ended: bool = False) -> str:
-        """`row` has gained `text`: what may be shown now."""
-        self.waiting[row] += text
-        self.ended[row] = ended
-        ready = ""
-        while self.current < len(self.waiting):
-            ready, self.waiting[self.current] = ready + self.waiting[self.current], ""
-            if not self.ended[self.current]:
-                break
-            self.current += 1
-        return ready
+@contextlib.contextmanager
+def leaving(rows) -> Iterator[None]:
+    """Within, what breaks `rows` (see sampling/turns.py) off loses none that has ended."""
+    try:
+        yield
+    except (KeyboardInterrupt, UserError):
+        write(rows.leave(sys.stdout.isatty()))
+        raise
 
 
 def parse_ids(flag: str, text: str) -> list[int]:
     """`1 2 3` as numbers; UserError, which names `flag`, if it is something else."""
+    hint = f"expected whole numbers, spaces between: {flag} '1 2 3'"
+    good = all(re.fullmatch("-?[0-9]{1,19}", word) for word in text.split())
+    require(good, f"{flag} {text!r}: {hint}")
+    return [int(word) for word in text.split()]
+
+
+def decode(name: str, content: bytes) -> str:
+    """The text of what a person gave as `name`; what is no UTF-8 is U+FFFD, and said to be."""
+    text = content.decode("utf-8", "replace")
+    if text.encode() != content:
+        print(f"note: {name} is not all UTF-8: the rest is read as U+FFFD", file=sys.stderr)
+    return text
+
+
+def as_text(name: str, typed: str) -> str:
+    """What was typed as `name`, in which Python keeps bytes that are no text as lone surrogates."""
     try:
-        return [int(word) for word in text.split()]
-    except ValueError:
-        hint = f"expected whole numbers, spaces between: {flag} '1 2 3'"
-        raise UserError(f"{flag} {text!r}: {hint}") from None
+        return decode(name, typed.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:  # half a pair, as a Windows shell may hand over
+        return decode(name, typed.encode("utf-8", "surrogatepass"))
+
+
+def require_text(flag: str, typed: str) -> None:
+    """UserError, which names `flag`, if what was typed is not all UTF-8."""
+    good = not re.search("[\ud800-\udfff]", typed)
+    require(good, f"{flag} {typed!r} is not all UTF-8: no text holds it; give whole characters")
 
 
 def read_text(flag: str, path: Path) -> str:
@@ -160,14 +217,13 @@ def read_text(flag: str, path: Path) -> str:
 
     UserError, which names `flag`, if it cannot be read.
     """
+    if str(path) == "-":
+        require_input(f"{flag} -")
     try:
         content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}; expected a file of text") from None
-    text = content.decode("utf-8", "replace")
-    if text.encode() != content:
-        print(f"note: {path} is not all UTF-8: the rest is read as U+FFFD", file=sys.stderr)
-    return text
+    return decode(f"{flag} {path}", content)
 
 
 def read_lines(history: Path) -> Iterator[str]:

@@ -1,7 +1,9 @@
 """What entry points show on a terminal and read from it."""
 
+import contextlib
 import io
 import json
+import re
 import signal
 import sys
 from types import SimpleNamespace
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 
 from gpt import console
 from gpt.errors import UserError
+from gpt.sampling.settings import Settings
+from gpt.sampling.turns import Rows
 
 
 class Terminal(io.StringIO):
@@ -92,15 +96,19 @@ def test_tokens_are_spelled(token, spelled):
 
 def test_a_table_holds_the_drawn_token_even_if_it_is_not_among_the_likeliest():
     tokenizer = SimpleNamespace(decode_bytes=bytes)
-    done = SimpleNamespace(
-        token_ids=[97, 98], logprobs=[-0.5, -3.0], top=[[(97, 0.6), (99, 0.2)], [(97, 0.5)]]
-    )
+    top = [[(97, 0.6), (99, 0.2)], [(97, 0.5)], [(97, 0.25)]]
+    done = SimpleNamespace(token_ids=[97, 98], logprobs=[-0.5, -3.0], eot=42, top=top)
+    done.finish_reason = None
     first, second = console.tables(done, 0, tokenizer), console.tables(done, 1, tokenizer)
     assert first.splitlines() == [
         "after prefill", "  *  60.0000%  'a'", "     20.0000%  'c'",
         "step 1", "     50.0000%  'a'", "  *   4.9787%  'b'",
     ]  # fmt: skip
     assert first.endswith(second) and second.startswith("step 1")
+    done.finish_reason = "eos"
+    assert console.tables(done, 2, tokenizer).splitlines() == [
+        "step 2", "     25.0000%  'a'", "  * <=25.0000%  '*'"
+    ]  # fmt: skip
 
 
 def completion(reason, decode=0.5, rate=20.0):
@@ -122,10 +130,11 @@ def test_the_end_is_told_in_words():
 
 
 def test_programs_are_listed():
-    each = [SimpleNamespace(name="prefill", seconds=1.25, cached=False)]
-    each += [SimpleNamespace(name="begin", seconds=0.5, cached=True)]
+    sizes = "batch 2, bucket 32"
+    each = [SimpleNamespace(name="prefill", seconds=1.25, cached=False, sizes=sizes)]
+    each += [SimpleNamespace(name="begin", seconds=0.5, cached=True, sizes="")]
     assert console.describe_programs(each).splitlines() == [
-        "compiled prefill in 1.25 s",
+        "compiled prefill (batch 2, bucket 32) in 1.25 s",
         "compiled begin in 0.50 s, from the cache",
         "2 programs in 1.8 s, 1 of them from the cache",
     ]
@@ -139,7 +148,7 @@ def test_rows_never_interleave(texts, random):
     """In whatever order and pieces they come, and the current one is never kept waiting."""
     order = [row for row, pieces in enumerate(texts) for _ in pieces]
     random.shuffle(order)
-    rows, left = console.Rows(len(texts)), [list(pieces) for pieces in texts]
+    rows, left = Rows(len(texts)), [list(pieces) for pieces in texts]
     shown = ""
     for row in order:
         piece = left[row].pop(0)
@@ -152,14 +161,63 @@ def test_rows_never_interleave(texts, random):
     assert shown == "".join("".join(pieces) for pieces in texts)
 
 
+@pytest.mark.parametrize(
+    ("terminal", "kept"), [(True, "a1\nc\n"), (False, "a1\nc\n")], ids=["terminal", "pipe"]
+)
+def test_what_is_broken_off_loses_no_row_that_has_ended(terminal, kept, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal() if terminal else io.StringIO())
+    rows = Rows(3)
+    for error in (KeyboardInterrupt, UserError):
+        with pytest.raises(error), console.leaving(rows):
+            for row, text, ended in ((0, "a1", False), (1, "b1", False), (2, "c\n", True)):
+                console.write(rows.push(row, text, ended) if error is KeyboardInterrupt else "")
+            raise error
+    assert sys.stdout.getvalue() == kept
+
+
+@pytest.mark.parametrize("text", ["open", "closed\n", ""])
+def test_only_a_terminal_gets_an_open_line_ended(text, monkeypatch):
+    for stream, more in ((Terminal(), "\n" * (text == "open")), (io.StringIO(), "")):
+        monkeypatch.setattr(sys, "stdout", stream)
+        rows = Rows(1)
+        with pytest.raises(KeyboardInterrupt), console.leaving(rows):
+            console.write(rows.push(0, text))
+            console.write(rows.push(0, ""))
+            raise KeyboardInterrupt
+        assert stream.getvalue() == text + more
+
+
+def test_a_setting_is_named_as_it_was_typed():
+    with pytest.raises(UserError, match=r"^--top-k is -1: expected"), console.as_typed(Settings):
+        Settings(top_k=-1)
+    for words in ("prompt 1 has 3 tokens", "seconds is no setting", "the top_k is small"):
+        with pytest.raises(UserError, match=f"^{words}$"), console.as_typed(Settings):
+            raise UserError(words)
+
+
 # What is read.
 
 
 def test_ids_are_numbers_with_spaces_between():
     assert console.parse_ids("--prompt-ids", " 1 2\n-3 ") == [1, 2, -3]
     assert console.parse_ids("--prompt-ids", "") == []
-    with pytest.raises(UserError, match=r"--prompt-ids '1,2': expected whole numbers, spaces"):
-        console.parse_ids("--prompt-ids", "1,2")
+    for text in ("1,2", "1_0", "٣", "+1", "1.", "9" * 5000):
+        with pytest.raises(UserError, match=f"--prompt-ids '{re.escape(text)}': expected whole nu"):
+            console.parse_ids("--prompt-ids", text)
+
+
+@given(st.binary() | st.text().map(str.encode))
+def test_what_is_typed_is_read_as_a_file_would_be(content):
+    typed = content.decode("utf-8", "surrogateescape")
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        text = console.as_text("--prompt", typed)
+    assert text == content.decode("utf-8", "replace")
+    assert said.getvalue().startswith("note: --prompt is not all") == (text.encode() != content)
+    assert bool(said.getvalue()) == (text != typed)
+
+
+def test_half_a_pair_from_another_shell_is_read():
+    assert console.as_text("--prompt", "a\ud800").startswith("a\ufffd")
 
 
 def test_a_file_is_read_to_the_byte(tmp_path, capsys, monkeypatch):
@@ -169,7 +227,7 @@ def test_a_file_is_read_to_the_byte(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
     path.write_bytes(b"a\xe5\xa4\nb")
     assert console.read_text("--prompt-file", path) == "a\ufffd\nb"
-    assert capsys.readouterr().err == f"note: {path} is not all UTF-8: the rest is read as U+FFFD\n"
+    assert capsys.readouterr().err.startswith(f"note: --prompt-file {path} is not all UTF-8: ")
     monkeypatch.setattr(sys, "stdin", pipe(b"from a pipe\r\n"))
     assert console.read_text("--prompt-file", console.Path("-")) == "from a pipe\r\n"
 

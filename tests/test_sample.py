@@ -56,6 +56,7 @@ def test_json_has_the_fields_that_others_read(folder):
     (done,) = objects(folder, "--prompt", "the ", *BRIEF, "--seed", "3")
     assert list(done)[: len(FIELDS)] == FIELDS
     assert done["seed"] == 3 and done["sample"] == 0
+    assert "compilation is left out" in done["timing"] and "start-up" in done["timing"]
     assert done["finish_reason"] in ("length", "eos")
     assert len(done["token_ids"]) == len(done["logprobs"]) <= 12
     assert all(p < 0 for p in done["logprobs"])
@@ -140,10 +141,21 @@ def test_a_prompt_from_a_file_or_a_pipe(folder, tmp_path, monkeypatch):
     assert sample(folder, "--prompt-file", "-", *BRIEF) == expected
 
 
-def test_bytes_that_are_no_text_are_replaced(folder):
+def test_bytes_that_are_no_text_are_replaced_and_told(folder, tmp_path, monkeypatch):
     """As a shell may hand them over: Python gives each as half of a surrogate pair."""
-    assert sample(folder, "--prompt", "a\udcff", *BRIEF).startswith("a\ufffd")
-    assert objects(folder, "--prompt", "a\udcff", *BRIEF)[0]["prompt"] == "a\ufffd"
+    broken, typed = b"a\xe5\xa4", "a\udce5\udca4"  # the latter is how Python hands on the former
+    (tmp_path / "file").write_bytes(broken)
+    type_in(broken, monkeypatch)
+    ways = {("--prompt", typed): "--prompt", ("--interactive",): "the line"}
+    ways[("--prompt-file", tmp_path / "file")] = f"--prompt-file {tmp_path / 'file'}"
+    expected = sample(folder, "--prompt", "a\ufffd", *BRIEF)
+    for way, name in ways.items():
+        done = call("sample", folder, *way, *BRIEF)
+        assert done.out == expected
+        said = f"note: {name} is not all UTF-8: the rest is read as U+FFFD\n"
+        assert said in done.err
+    assert "--score is not all UTF-8" in call("sample", folder, "--score", typed).err
+    assert "note" not in call("sample", folder, "--prompt", "天 \ufffd", *BRIEF).err
 
 
 def test_each_line_of_a_pipe_is_a_prompt_of_its_own(folder, monkeypatch):

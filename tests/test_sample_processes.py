@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from programs import ROOT
+from programs import ROOT, snapshot
 from samples import sample
 
 termios = pytest.importorskip("termios", reason="signals and terminals of POSIX")
@@ -48,6 +48,34 @@ def test_ctrl_c_ends_with_130_and_a_closed_pipe_with_0(folder):
         closed.stdout.close()
         assert (stopped.wait(PATIENCE), closed.wait(PATIENCE)) == (130, 0)
         assert (stopped.stderr.read(), closed.stderr.read()) == (b"", b"")
+
+
+CLOSED = {
+    ">&-": (2, b"", b"error: standard output is closed: expected somewhere to print to\n"),
+    ">&- 2>&-": (2, b"", b""),
+    "2>&-": (0, b"the ", b""),
+    "<&-": (0, b"the ", b"prefill"),
+    "<&- --interactive": (2, b"", b"error: --interactive: standard input is closed; expected one"),
+    "<&- --prompt-file -": (2, b"", b"error: --prompt-file -: standard input is closed; "),
+    "<&- --score-file -": (2, b"", b"error: --score-file -: standard input is closed; "),
+}
+
+
+@pytest.mark.parametrize("way", CLOSED)
+def test_streams_that_the_shell_has_closed(way, folder, tmp_path):
+    """Nothing that is said lands elsewhere, neither on another stream nor in a file."""
+    code, out, err = CLOSED[way]
+    prompt = "" if "--" in way else "--prompt 'the ' --verbose --max-new-tokens 3"
+    line = f'exec "$0" "$@" {prompt} {way}'
+    command = ["sh", "-c", line, sys.executable, ROOT / "sample.py", folder]
+    kept = snapshot(folder)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, timeout=PATIENCE, env=environment)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.startswith(out) and (out or not done.stdout)
+    assert b"prefill" not in done.stdout and b"compiled" not in done.stdout
+    assert done.stderr.startswith(err) and (err or not done.stderr)
+    assert b"Traceback" not in done.stderr and snapshot(folder) == kept
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
@@ -118,6 +146,23 @@ def test_a_conversation(folder, tmp_path):
     os.close(typist.master)
     kept = (tmp_path / "gpt-jax" / "prompts").read_text().splitlines()
     assert [line.strip() for line in kept] == ["the", "a cat"]
+
+
+def test_what_a_terminal_shows_after_a_text_has_its_own_line(folder):
+    """Ctrl-C in the middle of a line that is not to end: no line break, no filter."""
+    letters = ["--prompt", "the ", *ENDLESS, "--logit-bias", "65", "200"]
+    typist = Typist(folder, *letters)
+    typist.wait_for(lambda shown: len(shown) > 1000)
+    typist.press(b"\x03")
+    assert typist.wait_for(lambda shown: shown.endswith("\n")).count("\n") == 1
+    assert typist.process.wait(PATIENCE) == 130
+    os.close(typist.master)
+    full = ["--prompt", "the ", "--logit-bias", "65", "200", "--on-context-full", "error"]
+    typist = Typist(folder, *full)
+    shown = typist.wait_for(lambda shown: "context of 16 tokens is full" in shown)
+    assert "AAA\r\nerror: the context of 16" in shown
+    assert typist.process.wait(PATIENCE) == 2
+    os.close(typist.master)
 
 
 def test_no_escape_reaches_a_pipe_changed(folder):

@@ -92,6 +92,25 @@ def test_the_first_row_is_shown_while_it_is_drawn(folder, monkeypatch):
     assert printed.startswith(last) and "prompt 2" not in last
 
 
+def test_each_line_of_json_is_printed_when_its_row_has_ended(folder, monkeypatch):
+    """In the order of the rows, although the last end first."""
+    counts, honest = [], generate.stream
+
+    def watched(model, prompts, settings, **options):
+        each = [dataclasses.replace(settings, max_new_tokens=n) for n in (3, 7, 5)]
+        for piece in honest(model, prompts, each, **options, chunk=1):
+            yield piece
+            counts.append((len(piece.completion.token_ids), sys.stdout.getvalue().count("\n")))
+
+    monkeypatch.setattr(generate, "stream", watched)
+    prompts = [*TWO, "--prompt", "x", "--ignore-eos"]
+    done = objects(folder, *prompts)
+    assert [d["prompt"] for d in done] == ["the ", "a cat", "x"]
+    assert [len(d["token_ids"]) for d in done] == [3, 7, 5]
+    lines = dict(counts)  # after so many tokens, so many lines
+    assert (lines[2], lines[4], lines[6], lines[7]) == (0, 1, 1, 3)
+
+
 # Probabilities, beams, programs.
 
 
@@ -112,6 +131,17 @@ def test_the_likeliest_tokens_of_each_step(folder):
     assert "top" not in objects(folder, *argv)[0]
 
 
+def test_a_drawn_end_of_text_is_shown_too(folder):
+    argv = ["--prompt", "the ", *BRIEF, "--logit-bias", "256", "200", "--show-probs"]
+    (done,) = objects(folder, *argv, "257")
+    assert (done["token_ids"], len(done["top"])) == ([], 1)
+    shown = sample(folder, *argv, "257").splitlines()
+    (drawn,) = [line for line in shown if line.startswith("  * ")]
+    assert f"{dict(done['top'][0])[256]:.4%}" in drawn and drawn.endswith("'<|endoftext|>'")
+    few = sample(folder, *argv, "1").splitlines()  # its probability is below the one that is kept
+    assert few[2].startswith("  * <=") and few[1].split()[0] in few[2]
+
+
 def test_beams_are_the_best_texts_with_their_scores(folder):
     argv = [*TWO, *BRIEF, "--beam-width", "4", "--num-samples", "2", "--temperature", "0"]
     done = objects(folder, *argv)
@@ -129,12 +159,26 @@ def test_beams_are_the_best_texts_with_their_scores(folder):
     assert alone == "the " + done[0]["text"] + "\n"
 
 
-def test_programs_and_shapes_are_listed_where_asked_for(folder):
-    argv = ["--prompt", "the ", "--max-new-tokens", "40", "--verbose"]
-    done = call("sample", folder, *argv)
-    assert "prompts in a bucket of 16 tokens, caches of [16] slots" in done.err
-    assert all(f"compiled {name} in " in done.err for name in ("prefill", "begin", "decode_chunk"))
+def listed(err, name, sizes):
+    return any(line.startswith(f"compiled {name} ({sizes}) in ") for line in err.splitlines())
+
+
+def test_programs_are_listed_with_their_shapes_where_asked_for(folder):
+    """Those that this very process has compiled: no other test has five rows, nor a top of 7."""
+    argv = ["--prompt", "the ", "--num-samples", "5", "--max-new-tokens", "40", "--verbose"]
+    done = call("sample", folder, *argv, "--show-probs", "7")
+    for name in ("begin", "decode_chunk"):
+        assert listed(done.err, name, "batch 5, capacity 16, top 7")
+        assert not listed(done.err, name, "batch 5, capacity 16")
+    assert listed(done.err, "prefill", "batch 1, bucket 16")
     assert done.err.splitlines()[-1].endswith("from the cache")
+    slid = call("sample", folder, *argv, "--on-context-full", "slide", "--ignore-eos")
+    assert listed(slid.err, "reread", "batch 5, bucket 16, capacity 16")
+    assert listed(slid.err, "decode_chunk", "batch 5, capacity 16")
+    beams = call("sample", folder, "--beam-width", "7", "--verbose")
+    assert listed(beams.err, "search_chunk", "prompts 1, width 7, capacity 16")
+    score = call("sample", folder, "--score", "the", "--verbose")
+    assert listed(score.err, "target_logprobs", "batch 1, bucket 16")
     assert "compiled" not in call("sample", folder, *argv[:-1]).err.replace("compilation", "")
 
 
