@@ -15,10 +15,12 @@ import pytest
 from programs import ROOT, TINY, arrays, call, read_lines, same_losses
 
 from gpt import checkpoint
+from gpt.training.runlog import read_metrics
 
 SMALL = [*TINY, "--batch-size", "8", "--optimizer", "adamw", "--model.n-layers", "1"]
-ENDLESS = [*SMALL, "--steps", "100000", "--eval-every", "0", "--sample-every", "0"]
-ENDLESS += ["--save-every", "0"]
+NEVER = "100000"
+ENDLESS = [*SMALL, "--steps", NEVER, "--eval-every", NEVER, "--sample-every", "0"]
+ENDLESS += ["--save-every", NEVER]
 HEARTBEAT = 10  # seconds, where the death of a process is tested
 
 
@@ -76,11 +78,10 @@ def run(n: int, *argv) -> list[Trainer]:
     return trainers
 
 
-def wait_for_steps(folder, n: int = 5) -> None:
-    """Until the run in `folder` has made a few steps."""
-    until = time.monotonic() + 200
-    while len(read_lines(folder) if (folder / "metrics.jsonl").exists() else []) < n:
-        assert time.monotonic() < until
+def wait_for_steps(trainers: list[Trainer], folder, n: int = 5) -> None:
+    """Until a run has made a few steps."""
+    while len(read_metrics(folder / "metrics.jsonl")) < n:
+        assert [t.process.poll() for t in trainers] == [None] * len(trainers)
         time.sleep(0.1)
 
 
@@ -107,7 +108,7 @@ def test_two_processes_train_the_run_that_one_trains(text, alone, tmp_path):
     first, second = run(2, *SMALL, "--data", text, "--out", folder)
     assert "on 2 device(s)" in first.err and first.err.count("--- sample ---") == 2
     assert not [line for line in second.err.splitlines() if "Gloo" not in line]  # one speaks
-    names = {"checkpoints", "loss.png", "metrics.jsonl", "tokenizer.json"}
+    names = {"checkpoints", "loss.png", "metrics.jsonl", "samples.jsonl", "tokenizer.json"}
     assert {path.name for path in folder.iterdir()} == names
     assert [x["step"] for x in read_lines(folder)] == [x["step"] for x in read_lines(alone)]
     assert same_losses(folder, alone) and same_weights(folder, alone)
@@ -135,7 +136,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(who, number, code, text, tmp
     folder = tmp_path / "run"
     argv = [*ENDLESS, "--data", text, "--out", folder]
     with training(2, *argv) as trainers:
-        wait_for_steps(folder)
+        wait_for_steps(trainers, folder)
         trainers[who].process.send_signal(signal.Signals[number])
         wait(trainers, 60)
     assert [t.code for t in trainers] == [code] * 2, trainers[0].err + trainers[1].err
@@ -152,7 +153,7 @@ def test_when_one_dies_or_hangs_the_other_ends_too(who, how, text, tmp_path):
     folder = tmp_path / "run"
     argv = [*ENDLESS, "--save-every", "3", "--data", text, "--out", folder]
     with training(2, *argv, "--heartbeat", HEARTBEAT) as trainers:
-        wait_for_steps(folder)
+        wait_for_steps(trainers, folder)
         trainers[who].process.send_signal(signal.Signals[how])
         began, other = time.monotonic(), trainers[1 - who]
         wait([other], 3 * HEARTBEAT + 30)
