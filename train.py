@@ -249,7 +249,7 @@ class Run:
             loss, bits = step.evaluate(c, kept, eval_step, self.dataset.val)
             self.log.log_eval(done, loss, bits)
         if self.due(done, c.sample_every):
-            self.show_sample(kept)
+            self.show_sample(kept, done)
         ending = done == self.until or self.signals.ends(done)  # it may have come meanwhile
         if ending or saving:
             self.save(state, done, loss, ending)
@@ -266,7 +266,7 @@ class Run:
 
         return feed.batch(self.config, self.dataset.train, self.mesh, index)
 
-    def show_sample(self, params) -> None:
+    def show_sample(self, params, done: int) -> None:
         """Print what the model writes now, from nothing: the first process does it alone."""
         import jax
 
@@ -278,6 +278,7 @@ class Run:
         model = LanguageModel(self.config.model, jax.jit(unstack)(params), self.tokenizer, step=0)
         text = str(model.generate(max_new_tokens=SAMPLE_TOKENS))
         self.console.print(f"--- sample ---\n{text}\n---")
+        self.log.log_sample(done, text)
 
     def save(self, state, done: int, loss: float | None, ending: bool) -> None:
         """Write a checkpoint in the background; at the end of the run, until it is on disk."""

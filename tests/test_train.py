@@ -66,7 +66,7 @@ def interrupt(monkeypatch):
 def test_a_run_leaves_what_the_next_command_needs(trained):
     done, folder = trained
     assert {p.name for p in folder.iterdir()} == {
-        "checkpoints", "metrics.jsonl", "tokenizer.json", "loss.png"
+        "checkpoints", "metrics.jsonl", "samples.jsonl", "tokenizer.json", "loss.png"
     }  # fmt: skip
     assert checkpoint.steps(folder) == [8, 12]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -21,7 +21,7 @@ MAY_CHANGE = {
     "seq_len",  # which model.context_length repeats
 }  # fmt: skip
 Loaded = TypeVar("Loaded")
-FILES = ("metrics.jsonl", "tokenizer.json", "loss.png")
+FILES = ("metrics.jsonl", "samples.jsonl", "tokenizer.json", "loss.png")
 EVENTS, TRACES = "tensorboard/events.out.tfevents.*", "profile/plugins/profile/[0-9]*"
 FOLDERS = ("tensorboard", "profile", "profile/plugins", "profile/plugins/profile")
 

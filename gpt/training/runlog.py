@@ -99,6 +99,7 @@ class RunLog:
     ):
         self.config, self.console, self.board = config, console, board
         self.file = open_metrics(path, first)
+        self.samples = path and Path(path).with_name("samples.jsonl")
         self.said = -math.inf
         self.bar = Bar(console, first, config.steps) if console.is_terminal else None
         self.speed = Speed(config, first, peak)
@@ -133,6 +134,14 @@ class RunLog:
             f"step {step:,}  validation loss {val_loss:.4f}, {val_bits_per_byte:.4f} bits a byte",
             soft_wrap=True,
         )
+
+    def log_sample(self, step: int, text: str) -> None:
+        """Keep what the model wrote at `step`, in samples.jsonl; what an earlier process wrote from
+        there on goes. Where there is no room for it, as in `write`."""
+        line = to_line({"step": step, "text": text}).encode()
+        forgiven = (OSError,) if self.config.keep_going else ()
+        with contextlib.suppress(*forgiven), open_metrics(self.samples, step - 1) as file:
+            file.write(line)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a line that is in the file before this returns: whole, or not at all.

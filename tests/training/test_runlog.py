@@ -61,6 +61,19 @@ def test_lines_are_in_the_file_at_once(tmp_path):
     log.close()
 
 
+def test_samples_of_steps_that_are_made_again_are_replaced(tmp_path):
+    """A run killed after step 30 that continues from a checkpoint of step 10."""
+    path = tmp_path / "samples.jsonl"
+    with RunLog(tmp_path / "metrics.jsonl", 0, CONFIG, plain_console()) as log:
+        for step in (10, 20, 30):
+            log.log_sample(step, f"今天 {step}")
+    path.write_text(path.read_text() + '{"step": 31, "te')
+    with RunLog(tmp_path / "metrics.jsonl", 10, CONFIG, plain_console()) as log:
+        log.log_sample(20, "again")
+    said = [(r["step"], r["text"]) for r in read_metrics(path)]
+    assert said == [(10, "今天 10"), (20, "again")]
+
+
 def test_what_is_not_a_number_is_null(tmp_path):
     with RunLog(tmp_path / "m", 0, CONFIG, plain_console()) as log:
         log.log_train(10, METRICS | {"loss": jnp.nan, "grad_norm": jnp.inf})
