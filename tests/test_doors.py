@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ENTRY_POINTS = {"train.py", "sample.py", "gpt/cli.py", "gpt/console.py", "gpt/__main__.py"}
+ENTRY_POINTS |= {"gpt/report.py", "gpt/tour.py"}
 
 # A room may import the rooms of lower floors and itself; rooms of one floor do not know each other.
 FLOORS = {
@@ -30,6 +31,8 @@ FLOORS = {
     "convert": 6,
     "pod": 6,
     "pages": 6,
+    "report": 7,
+    "tour": 7,
 }
 CLI = "cli"
 WITHOUT_JAX = ("gpt/tokenizer", "gpt/training/data", "gpt/corpus", "gpt/shards", "gpt/cli")

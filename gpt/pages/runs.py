@@ -1,0 +1,172 @@
+"""A run's folder as the report reads it: its log, its samples, its settings. Knows no HTML.
+
+A run may still be going: a torn last line is left out, and what it has not written yet is missing.
+"""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from gpt import checkpoint
+from gpt.config import TrainConfig, from_json, to_json
+from gpt.errors import UserError, require
+from gpt.presets import PRESETS
+from gpt.training.resume import flat
+from gpt.training.runlog import read_metrics
+
+MOST_SAMPLES = 12
+MOST_CHARACTERS = 2000  # of a sample
+DECIDED = {"model.vocab_size", "model.compute_dtype", "model.cache_dtype"}  # by the run itself
+
+
+@dataclass(frozen=True)
+class Run:
+    """`records`: the lines of metrics.jsonl. `config`, `about`: of the newest whole checkpoint,
+    None where there is none yet, and `note` says why."""
+
+    name: str
+    folder: Path
+    records: list[dict[str, Any]]
+    samples: list[tuple[int, str]]
+    config: TrainConfig | None
+    about: dict[str, Any]
+    note: str
+    written: datetime | None
+
+    @property
+    def training(self) -> list[dict[str, Any]]:
+        """The lines about steps, as distinct from those about evaluations."""
+        return [record for record in self.records if "seconds" in record]
+
+    @property
+    def last_step(self) -> int:
+        """The last step that the log knows of."""
+        return max((record["step"] for record in self.records), default=0)
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the text it was trained on."""
+        text = self.about.get("data")
+        return str(text.get("fingerprint")) if isinstance(text, dict) else "unknown"
+
+    @property
+    def restarts(self) -> list[int]:
+        """The first step logged after each restart: there the seconds fall back."""
+        return [b["step"] for a, b in pairwise(self.training) if b["seconds"] < a["seconds"]]
+
+    @property
+    def skipped(self) -> list[int]:
+        """The steps by whose line more updates were skipped than by the line before."""
+        counts = [(0, 0), *((r["step"], r.get("skipped") or 0) for r in self.training)]
+        return [step for (_, before), (step, now) in pairwise(counts) if now > before]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those of each process added."""
+        lines = self.training
+        ends = [a["seconds"] for a, b in pairwise(lines) if b["seconds"] < a["seconds"]]
+        return sum(ends) + (lines[-1]["seconds"] if lines else 0.0)
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric, where it was a number."""
+        found = [(r["step"], r[name]) for r in self.records if is_number(r.get(name))]
+        return [step for step, _ in found], [value for _, value in found]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """What there is of a run; UserError if the folder holds none."""
+    require(folder.is_dir(), f"no folder {folder}: expected a run's folder made by train.py")
+    path = folder / "metrics.jsonl"
+    records = [r for r in read_metrics(path) if is_number(r.get("seconds", 0))]
+    require(
+        bool(records or checkpoint.steps(folder)),
+        f"{folder} holds neither metrics.jsonl nor a checkpoint: expected a run's folder",
+    )
+    written = datetime.fromtimestamp(path.stat().st_mtime) if path.exists() else None
+    samples = read_samples(folder / "samples.jsonl")
+    return Run(name, folder, records, samples, *read_settings(folder), written)
+
+
+def read_settings(folder: Path) -> tuple[TrainConfig | None, dict[str, Any], str]:
+    """The settings in the newest whole checkpoint and all that it says; or why there are none."""
+    if not checkpoint.steps(folder):
+        return None, {}, "it has no checkpoint yet, and its settings are kept there"
+    try:
+        _, about, _ = checkpoint.latest_good(
+            folder, lambda step: checkpoint.read_metadata(folder, step)
+        )
+        return from_json(TrainConfig, about["train"]), about, ""
+    except UserError as error:
+        return None, {}, f"its settings cannot be read: {error}"
+
+
+def read_samples(path: Path) -> list[tuple[int, str]]:
+    """Some of what the model wrote over the run, with the steps: evenly, the last among them."""
+    found = {}
+    for record in read_metrics(path):
+        if isinstance(record.get("text"), str):
+            found[record["step"]] = record["text"][:MOST_CHARACTERS]
+    steps = sorted(found)
+    n = min(len(steps), MOST_SAMPLES)
+    chosen = {steps[round(i * (len(steps) - 1) / max(n - 1, 1))] for i in range(n)}
+    return [(step, found[step]) for step in sorted(chosen)]
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Each run under a name of its own: its folder's, or the path where two are called the same."""
+    short = [folder.resolve().name for folder in folders]
+    names = [
+        name if short.count(name) == 1 else str(folder)
+        for name, folder in zip(short, folders, strict=True)
+    ]
+    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """The settings in which the runs differ, a value for each run (None: unknown)."""
+    known = [flat(to_json(run.config)) if run.config else {} for run in runs]
+    found = {}
+    for name in flat(to_json(TrainConfig())):
+        values = {repr(settings[name]) for settings in known if settings}
+        if len(values) > 1:
+            found[name] = [settings.get(name) for settings in known]
+    return found
+
+
+def command_of(run: Run) -> str:
+    """The command that trains this again: the preset that needs the fewest flags, and these."""
+    wanted = flags_apart(run.config)
+    name = min(wanted, key=lambda preset: len(wanted[preset]))
+    return shlex.join(["python", "train.py", name, *wanted[name]])
+
+
+def flags_apart(config: TrainConfig) -> dict[str, list[str]]:
+    """For each preset the flags that lead from it to `config`."""
+    settings = flat(to_json(config))
+    ignored = DECIDED | ({"model.context_length"} if config.seq_len else set())
+    return {
+        name: [
+            word
+            for key, before in flat(to_json(preset)).items()
+            if key not in ignored and settings[key] != before
+            for word in flag(key, settings[key])
+        ]
+        for name, preset in PRESETS.items()
+    }
+
+
+def flag(name: str, value: Any) -> list[str]:
+    """A setting as people type it: `--model.d-model 64`, `--model.no-bias`."""
+    *place, last = name.replace("_", "-").split(".")
+    if isinstance(value, bool):
+        return ["--" + ".".join([*place, last if value else f"no-{last}"])]
+    return ["--" + ".".join([*place, last]), str(value)]

@@ -1,0 +1,142 @@
+"""The report, read as text: what it shows of runs, whole, torn and long, and what it escapes."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from made_up import write_run
+from programs import call
+
+from gpt import cli, presets
+from gpt.config import TrainConfig, from_json, to_json
+from gpt.pages import curves, runs
+from gpt.training.resume import flat
+from gpt.training.runlog import smoothed
+
+
+def report(*argv):
+    """python -m gpt.report ARGV, which must go well."""
+    done = call("gpt/report", *argv)
+    assert done.code == 0, done.err
+    return done.out
+
+
+def data_of(text):
+    """What the page's script draws from."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
+
+
+def test_a_trained_run_is_shown_with_its_command(trained, tmp_path):
+    """The real thing: curves, settings, and a command that leads back to the same settings."""
+    assert [step for step, _ in runs.read_samples(trained[1] / "samples.jsonl")] == [7, 12]
+    report(trained[1], "--out", tmp_path / "a.html")
+    text = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "12, complete" in text and "Validation, bits a byte" in text
+    assert {"loss", "bits", "learning_rate", "grad_norm"} <= data_of(text).keys()
+    assert '<th scope="col">setting</th>' in text and "model.d_model" in text
+    assert "src=" not in text and "http" not in re.sub("Content-Security|http-equiv", "", text)
+
+
+def test_the_command_parses_back_to_the_settings(trained):
+    (run,) = runs.read_runs([trained[1]])
+    words = runs.command_of(run).split()
+    default, flags = presets.PRESETS[words[2]], words[3:]
+    read = cli.parse(TrainConfig, flags, program="x", description="", default=default)
+    left = flat(to_json(read)).items() ^ flat(to_json(run.config)).items()
+    assert {name for name, _ in left} <= runs.DECIDED
+
+
+def test_runs_are_overlaid_and_their_differences_listed(trained, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(trained[1], tmp_path / name)
+    first, second = runs.read_runs([tmp_path / "one", tmp_path / "two"])
+    assert runs.differences([first, second]) == {}
+    changed = to_json(second.config) | {"learning_rate": 0.5}
+    second = runs.Run(**(vars(second) | {"config": from_json(TrainConfig, changed)}))
+    rate = first.config.learning_rate
+    assert runs.differences([first, second]) == {"learning_rate": [rate, 0.5]}
+    report(tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both.html")
+    text = (tmp_path / "both.html").read_text(encoding="utf-8")
+    labels = {curve["label"] for curve in data_of(text)["bits"]["curves"]}
+    assert labels == {"one", "two"} and "No setting differs" in text
+
+
+def test_a_run_that_is_still_going(tmp_path):
+    """No checkpoint, a torn last line in both files, a restart and skipped updates."""
+    going = write_run(tmp_path / "going", restart=120)
+    (run,) = runs.read_runs([going])
+    assert run.restarts == [120] and run.skipped == [100] and run.last_step == 200
+    assert run.seconds == pytest.approx(0.2 * 119 + 0.2 * 81)
+    report(going, "--out", tmp_path / "a.html")
+    text = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "no checkpoint yet" in text and "last heard of" in text
+    assert 'class="restart"' in text and 'class="skip"' in text
+    assert text.count("<figcaption>step ") == runs.MOST_SAMPLES and "step 200<" in text
+
+
+def test_what_runs_and_samples_say_is_escaped(tmp_path):
+    """Neither a sample nor a folder's name can become a part of the page."""
+    evil = "<script>alert(1)</script>&\u202e\x1b[2J 今天 \ud800"
+    folder = write_run(tmp_path / "<img onerror=x>", text=evil)
+    report(folder, "--out", tmp_path / "a.html")
+    text = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;&amp;\\u202e\\x1b[2J 今天 ?" in text
+    assert "<img" not in text and text.count("<script") == 2
+
+
+def test_a_long_run_stays_small(tmp_path):
+    """100,000 steps, each logged: no peak is lost, and the file is far below 3 MB."""
+    write_run(tmp_path / "long", n_steps=100_000)
+    report(tmp_path / "long", "--out", tmp_path / "a.html")
+    assert (tmp_path / "a.html").stat().st_size < 1e6
+    (run,) = runs.read_runs([tmp_path / "long"])
+    steps, values = curves.thin(*run.series("grad_norm"))
+    assert len(steps) <= 2 * curves.BUCKETS + 2 and values.max() == 400.0
+    assert list(steps) == sorted(set(steps)) and (steps[0], steps[-1]) == (1, 100_000)
+
+
+def test_pictures_alone(tmp_path):
+    write_run(tmp_path / "a", restart=50)
+    said = report(tmp_path / "a", "--png", tmp_path / "pictures")
+    names = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert names == {f"{name}.png" for name in (
+        "loss", "bits", "learning_rate", "grad_norm", "speed", "mfu", "step_seconds")}  # fmt: skip
+    assert all((tmp_path / "pictures" / name).read_bytes()[1:4] == b"PNG" for name in names)
+    assert said.count(".png\n") == 7
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--out", "a.html"], "no run given"),
+        (["nowhere", "--out", "a.html"], "no folder nowhere: expected a run's folder"),
+        (["{empty}", "--out", "a.html"], "holds neither metrics.jsonl nor a checkpoint"),
+        (["{run}"], "nothing to write: expected --out FILE.html"),
+        (["{run}", "--out", "no/such/a.html"], "there is no folder"),
+        (["{run}", "--out", "{empty}"], "is a folder; name a file in it"),
+    ],
+)
+def test_mistakes_are_one_line(argv, message, tmp_path):
+    (tmp_path / "empty").mkdir()
+    write_run(tmp_path / "run")
+    words = [word.format(empty=tmp_path / "empty", run=tmp_path / "run") for word in argv]
+    done = call("gpt/report", *words)
+    assert done.code == 2 and done.err.startswith("error: ") and message in done.err
+    assert done.err.count("\n") == 1 and not list(tmp_path.glob("*.html"))
+
+
+def test_the_smooth_curve_is_the_one_of_the_run_log():
+    values = np.random.default_rng(0).normal(5, 1, 500).tolist()
+    assert np.allclose(curves.smooth(values), smoothed(values))
+
+
+def test_a_peak_makes_the_scale_logarithmic():
+    flat_, peaked = np.ones(50) + np.arange(50) / 50, np.ones(50)
+    peaked[20] = 1000.0
+    for values, log in ((flat_, False), (peaked, True)):
+        panel = curves.Panel("a", "A", "", [curves.Curve(0, "", np.arange(50), values)])
+        assert panel.log is log
+        shares = panel.up(values)
+        assert shares.min() >= 0 and shares.max() <= 1
