@@ -1,0 +1,82 @@
+"""One self-contained page that walks a prompt through a model: python -m gpt.tour RUN --prompt TEXT
+
+    python -m gpt.tour runs/tiny --prompt "def read(self, path):" --out tour.html
+
+Its tokens, the shapes on the way, every head's attention, the scores of one token, what each layer
+would predict, the cache in prefill and decode, and how the settings shaped each draw.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from gpt import cli
+from gpt.config import Dtype, Weights
+from gpt.sampling.settings import Settings
+
+
+@dataclass(frozen=True)
+class Command:
+    """Which model and which prompt; how the tokens after it are drawn."""
+
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """A run's folder, as train.py made it."""
+    out: Path
+    """The HTML file to write."""
+    prompt: str = "Tom is going to fish at the river bank."
+    """Text to take through the model; --prompt=TEXT where it begins with a hyphen."""
+    max_new_tokens: int = 8
+    """Tokens to draw after it."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens already in the text (1: none)."""
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = 50
+    """Draw among the k likeliest tokens alone (0: all)."""
+    top_p: float = 0.9
+    """Draw among the fewest likeliest tokens whose probabilities reach this sum (1: all)."""
+    min_p: float = 0.0
+    """Draw only tokens at least this many times as likely as the likeliest (0: all)."""
+    seed: int = 0
+    """Seed of the draws: the same seed gives the same text."""
+    step: int | None = None
+    """Take the checkpoint of this step (default: the newest)."""
+    dtype: Dtype | None = None
+    """Type of the computation (default: float32 on CPU, bfloat16 on accelerators)."""
+    weights: Weights | None = None
+    """The average over the run or the last weights (default: the average where one is kept)."""
+
+    @property
+    def settings(self) -> Settings:
+        """How to draw, checked."""
+        return Settings(
+            max_new_tokens=self.max_new_tokens,
+            repetition_penalty=self.repetition_penalty,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            seed=self.seed,
+        )
+
+
+def main(argv: list[str]) -> None:
+    """Load the model, take the tour, write the page."""
+    command = cli.parse(Command, argv, program="python -m gpt.tour", description=__doc__)
+    settings = command.settings
+    cli.prepare_jax()
+    from gpt.pages import page, record, tour
+    from gpt.sampling.language_model import load
+
+    page.require_place("--out", command.out)
+    run = command.checkpoint
+    model = load(run, command.step, command.dtype, command.weights)
+    journey = record.take_tour(model, command.prompt, settings)
+    page.write(command.out, tour.build(journey, model, run, settings))
+    print(f"tour           {command.out} ({command.out.stat().st_size / 1e6:.2f} MB)")
+
+
+if __name__ == "__main__":
+    cli.run(main)
