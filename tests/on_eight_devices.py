@@ -1,31 +1,38 @@
 """Meshes of eight virtual devices against one device; run by test_mesh.py in its own process.
 
-    python on_eight_devices.py FOLDER TEXT
+    python on_eight_devices.py FOLDER TEXT [STEPS]
 
-Prints one JSON object: what each mesh gave. Leaves a run of mesh (2, 2, 2) in FOLDER.
+Prints one JSON object: what each mesh gave. Leaves a run of mesh (2, 2, 2) in FOLDER; with STEPS
+that run alone, and so long.
 """
 
 import json
 import sys
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # compiling is all that takes time
 
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from programs import TINY, call  # noqa: E402
+import optax  # noqa: E402
+from programs import TINY, call, keep_compiled  # noqa: E402
 
 from gpt import sharding  # noqa: E402
 from gpt.config import MeshConfig, ModelConfig, TrainConfig  # noqa: E402
 from gpt.training import step  # noqa: E402
+from gpt.training.loss import objective  # noqa: E402
+from gpt.training.optim import make_optimizer  # noqa: E402
 
 MODEL = ModelConfig(300, context_length=16, n_layers=2, n_heads=4, d_model=32, dropout=0.1)
 CONFIG = TrainConfig(model=MODEL, batch_size=16, grad_accum=2, steps=20, warmup_steps=2)
+FEW_HEADS = replace(CONFIG, model=replace(MODEL, n_kv_heads=2))
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 4),
-          "all": (2, 2, 2)}  # fmt: skip
+          "all": (2, 2, 2), "rows and heads": (4, 1, 2)}  # fmt: skip
+STEPS = 20
 
 
 def tokens(n: int) -> np.ndarray:
@@ -34,19 +41,48 @@ def tokens(n: int) -> np.ndarray:
     return ids.astype(np.int32)
 
 
-def train(sizes: tuple[int, int, int], n_steps: int):
-    """The losses of a few steps on a mesh, the state after them, and how to evaluate it."""
+def train(config: TrainConfig, sizes: tuple[int, int, int]):
+    """The losses of a few steps on a mesh, the state after them, how to evaluate it, and what is
+    said of the mesh."""
     n_devices = reduce(int.__mul__, sizes)
-    config = replace(CONFIG, mesh=MeshConfig(*sizes))
+    config = replace(config, mesh=MeshConfig(*sizes))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:n_devices])
-    step.require_fit(config, mesh)
+    notes = step.require_fit(config, mesh)
     state, losses = step.make_state(config, mesh), []
     train_step, eval_step = step.compile_steps(config, mesh)
-    for n in range(n_steps):
+    for n in range(STEPS):
         batch = jax.device_put(tokens(n), sharding.rows(mesh, axis=1))
         state, metrics = train_step(state, batch)
         losses.append(float(metrics["loss"]))  # waits: collectives of two steps could deadlock
-    return losses, state, eval_step
+    return losses, state, eval_step, notes
+
+
+def train_by_pmap() -> list[float]:
+    """The losses of data parallelism as it was once written: the oracle of the mesh's `data`.
+
+    Every device keeps all weights, takes its rows of the batch, and averages gradients with the
+    others (Dean et al. 2012, synchronous).
+    """
+    optimizer = make_optimizer(CONFIG)
+    params = step.make_state(CONFIG, sharding.make_mesh(MeshConfig(1), jax.devices()[:1])).params
+
+    @partial(jax.pmap, axis_name="devices")
+    def update(params, moments, tokens_BU, key_B):
+        aim = jax.value_and_grad(partial(objective, CONFIG), has_aux=True)
+        (_, loss), grads = aim(params, tokens_BU, key_B)
+        loss, grads = jax.lax.pmean((loss, grads), "devices")
+        updates, moments = optimizer.update(grads, moments, params)
+        return optax.apply_updates(params, updates), moments, loss
+
+    def copied(tree):
+        return jax.tree.map(lambda a: jnp.broadcast_to(np.asarray(a), (8, *a.shape)), tree)
+
+    params, moments, losses = copied(params), copied(optimizer.init(params)), []
+    for n in range(STEPS):
+        keys_AB = step.batch_keys(CONFIG, jnp.int32(n), 2, 8)
+        params, moments, loss = update(params, moments, tokens(n).swapaxes(0, 1), keys_AB.T)
+        losses.append(float(loss[0]))
+    return losses
 
 
 def layout(tree) -> dict[str, dict]:
@@ -64,8 +100,8 @@ def layout(tree) -> dict[str, dict]:
 
 def report(name: str) -> dict:
     """What a mesh gave."""
-    losses, state, eval_step = train(MESHES[name], 5)
-    found = {"losses": losses, "params": layout(state.params)}
+    losses, state, eval_step, notes = train(CONFIG, MESHES[name])
+    found = {"losses": losses, "notes": notes, "params": layout(state.params)}
     found |= {"optimizer": layout(state.optimizer)}
     if name in ("one", "all"):
         total, _ = eval_step(state.params, tokens(99)[0], np.ones((8, 16), np.float32))
@@ -73,15 +109,28 @@ def report(name: str) -> dict:
     return found
 
 
+def report_few_heads() -> dict:
+    """Two key/value heads on four devices, and on one."""
+    one, *_ = train(FEW_HEADS, MESHES["one"])
+    losses, state, _, notes = train(FEW_HEADS, MESHES["tensor"])
+    return {"one": one, "losses": losses, "notes": notes, "params": layout(state.params)}
+
+
 def main() -> None:
     """All meshes, then a whole run of train.py on the mixed one."""
-    folder, text = sys.argv[1:]
-    meshes = {name: report(name) for name in MESHES}
+    folder, text, *long = sys.argv[1:]
+    keep_compiled()
     mesh = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
     argv = [*TINY, "--batch-size", "8", *mesh, "--data", text, "--out", folder]
-    refused = call("train", *argv, "--grad-accum", "8")
-    ran = call("train", *argv)
-    print(json.dumps({"meshes": meshes, "refused": vars(refused), "ran": vars(ran)}))
+    if long:
+        seldom = ["--save-every", *long, "--eval-every", "100", "--sample-every", "0"]
+        print(json.dumps(vars(call("train", *argv, "--steps", *long, *seldom))))
+        return
+    found = {"meshes": {name: report(name) for name in MESHES}}
+    found |= {"pmap": train_by_pmap(), "few heads": report_few_heads()}
+    found["refused"] = vars(call("train", *argv, "--grad-accum", "8"))
+    found["ran"] = vars(call("train", *argv))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

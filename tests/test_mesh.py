@@ -14,28 +14,62 @@ import gpt
 from gpt import sharding
 from gpt.model import transformer
 
+MESHES = ["data", "fsdp", "tensor", "all", "rows and heads"]
 
-@pytest.fixture(scope="module")
-def eight(text, tmp_path_factory):
-    """What eight virtual devices gave, in a process of their own, and the run they left."""
-    folder = tmp_path_factory.mktemp("mesh") / "run"
-    script = ROOT / "tests" / "on_eight_devices.py"
+
+def on_eight(*words):
+    """What eight virtual devices gave, in a process of their own."""
     done = subprocess.run(
-        [sys.executable, script, folder, text],
+        [sys.executable, ROOT / "tests" / "on_eight_devices.py", *words],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,  # a deadlock of collectives would wait for ever
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), folder
+    return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", ["data", "fsdp", "tensor", "all"])
+@pytest.fixture(scope="module")
+def eight(text, tmp_path_factory):
+    """What eight virtual devices gave, and the run they left."""
+    folder = tmp_path_factory.mktemp("mesh") / "run"
+    return on_eight(folder, text), folder
+
+
+@pytest.mark.parametrize("name", MESHES)
 def test_every_mesh_gives_the_losses_of_one_device(name, eight):
     meshes = eight[0]["meshes"]
     assert np.allclose(meshes[name]["losses"], meshes["one"]["losses"], rtol=1e-5, atol=0)
-    assert len(set(meshes["one"]["losses"])) == 5
+    assert len(set(meshes["one"]["losses"])) == 20 and meshes[name]["notes"] == []
+
+
+def test_the_data_axis_is_the_data_parallelism_of_pmap(eight):
+    """With dropout and two micro-batches, which pmap's devices take as one."""
+    losses = eight[0]["meshes"]["data"]["losses"]
+    assert np.allclose(losses, eight[0]["pmap"], rtol=1e-5, atol=0)
+
+
+def test_heads_that_do_not_divide_are_kept_whole_and_told(eight):
+    found = eight[0]["few heads"]
+    assert np.allclose(found["losses"], found["one"], rtol=1e-5, atol=0)
+    assert found["notes"] == [
+        "2 key/value heads do not divide among 4 devices: each keeps them all"
+    ]
+    split = {
+        name.split("/")[-1]: x["most"] * 4 == x["bytes"] for name, x in found["params"].items()
+    }
+    assert split["q"] and split["o"] and split["up"] and not split["k"] and not split["v"]
+
+
+@pytest.mark.slow
+def test_five_hundred_steps_end(text, tmp_path):
+    """Two steps in flight, evaluations and checkpoints between: no collective waits for another."""
+    done = on_eight(tmp_path / "run", text, "500")
+    assert done["code"] == 0, done["err"]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = {x["step"]: x["loss"] for x in map(json.loads, lines) if "loss" in x}
+    assert losses[500] < losses[1] / 2
 
 
 def test_evaluation_is_the_same_on_a_mesh(eight):
@@ -53,7 +87,7 @@ def leaves(found):
             yield weight, layout
 
 
-@pytest.mark.parametrize("name", ["data", "fsdp", "tensor", "all"])
+@pytest.mark.parametrize("name", MESHES)
 def test_every_leaf_lies_as_the_table_says(name, eight):
     found = eight[0]["meshes"][name]
     config = gpt.ModelConfig(300, context_length=16, n_layers=2, n_heads=4, d_model=32)

@@ -59,10 +59,11 @@ def is_reshaped(name: str) -> bool:
 def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
     """Bytes of a training step. `tpu`: as the TPU compiler writes it, else as XLA's CPU compiler.
 
-    They differ in three things. A TPU's program gathers attention's matrices once more: they are
+    They differ in four things. A TPU's program gathers attention's matrices once more: they are
     reshaped before the gather, so that its backward pass cannot use what was gathered for the
     recomputation. It adds up what flows back from several products of one input before it reduces
-    the sum over tensor; and the loss's part of that after the last chunk of the vocabulary.
+    the sum over tensor; and the loss's part of that after the last chunk of the vocabulary. Where
+    there are micro-batches, it serves the loss with the table that was gathered for the lookup.
     """
     c, moved = config.model, Bytes(mesh.shape)
     item, kept = ITEM_BYTES[c.compute_dtype or "float32"], ITEM_BYTES[c.param_dtype]
@@ -79,13 +80,15 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
             moved.move("reduce", ("data",), batches * entries / fsdp * item)
         elif name.startswith("blocks/") or name.startswith("final_norm"):
             moved.move("reduce", BATCH, batches * entries * item)
-    add_tables(moved, config, weights, item, kept)
+    add_tables(moved, config, weights, item, kept, tpu)
     if mesh.shape["tensor"] > 1:
         add_tensor(moved, config, stream, rows * config.window, item, kept, tpu)
     return moved
 
 
-def add_tables(moved: Bytes, config: TrainConfig, weights: dict, item: int, kept: int) -> None:
+def add_tables(
+    moved: Bytes, config: TrainConfig, weights: dict, item: int, kept: int, tpu: bool
+) -> None:
     """The embedding is gathered as kept for the lookup, whose gradient is summed whole; the head's
     table for the loss, in the type of the products, and once more where its backward pass computes
     the logits again."""
@@ -97,7 +100,8 @@ def add_tables(moved: Bytes, config: TrainConfig, weights: dict, item: int, kept
         moved.move("reduce", BATCH, batches * entries * kept)
     entries, is_split = weights["tokens" if config.model.tied else "head"]
     if is_split:
-        times = 2 if recomputes_logits(config) else 1
+        at_hand = tpu and config.model.tied and batches > 1
+        times = 0 if at_hand else 2 if recomputes_logits(config) else 1
         moved.move("gather", ("fsdp",), times * batches * entries * item)
         moved.move("reduce", ("fsdp",), batches * entries * kept)
         moved.move("reduce", ("data",), batches * entries / fsdp * item)

@@ -106,8 +106,9 @@ def test_decoding_moves_neither_weights_nor_cache(mixed):
 
 
 @needs_compiler
-def test_the_compiler_is_handed_what_was_predicted(fsdp):
-    assert fsdp["train"]["given"] == pytest.approx(sum(fsdp["state"].values()), rel=0.1)
+def test_the_compiler_is_handed_what_was_predicted(mixed):
+    """Tiles of 8 x 128 are filled up: parts of 192 columns cost a little, those of 48 a quarter."""
+    assert mixed["train"]["given"] == pytest.approx(sum(mixed["state"].values()), rel=0.1)
 
 
 @needs_compiler
