@@ -135,6 +135,8 @@ def score(model, text: str | Sequence[int], stride: int | None = None) -> Score:
         require_ids(ids, model.config.vocab_size)
         n_bytes = len(model.tokenizer.decode_bytes(ids))
     eot = model.tokenizer.eot_token
+    known = 0 <= eot < model.config.vocab_size
+    require(known, "the model has no end-of-text, which a scored text follows: it cannot be scored")
     with on_mesh(model.mesh):
         logprobs = score_ids(model.config, model.params, ids, eot, stride)
     size = model.config.context_length

@@ -1,8 +1,8 @@
 """Text to token ids and back: bytes, characters, a trained BPE, OpenAI's encodings.
 
-Knows nothing of models, data files or JAX. A tokenizer here is a `tiktoken.Encoding` (or the
-small CharTokenizer with the same methods) whose ids are 0..n_vocab-1 without a gap, so that any
-id a model can produce decodes; one of them ends a text, and no text ever encodes to it.
+Knows nothing of models, data files or JAX. A tokenizer here is a `tiktoken.Encoding` (or a small
+class with the same methods: characters, or ids alone) whose ids are 0..n_vocab-1 without a gap, so
+that any id a model can produce decodes; one of them ends a text, and no text ever encodes to it.
 """
 
 import os
@@ -15,26 +15,31 @@ from gpt.tokenizer.encodings import (
     OPENAI_FILES,
     ByteLevelTokenizer,
     CharTokenizer,
+    IdTokenizer,
     Tokenizer,
     byte_tokenizer,
     learn_characters,
     openai_encoding,
     train_bpe,
+    with_unused,
     without_lone_surrogates,
 )
-from gpt.tokenizer.saved import digest, from_json, load, save, to_json
+from gpt.tokenizer.saved import build, digest, from_json, load, save, to_json
 
 __all__ = [
     "END_OF_TEXT",
     "ByteLevelTokenizer",
     "CharTokenizer",
+    "IdTokenizer",
     "Tokenizer",
+    "build",
     "create",
     "digest",
     "from_json",
     "load",
     "save",
     "to_json",
+    "with_unused",
     "without_lone_surrogates",
 ]
 

@@ -3,8 +3,11 @@
 Knows nothing of files of ours, of models or of JAX.
 """
 
+import functools
 import hashlib
 import itertools
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 import rustbpe
@@ -34,12 +37,43 @@ OPENAI_FILES = {  # what tiktoken downloads for each encoding
 
 
 class ByteLevelTokenizer(tiktoken.Encoding):
-    """A tiktoken encoding that also survives very long runs of white space."""
+    """A tiktoken encoding that also survives very long runs of white space.
+
+    `end`: the special token that ends a text. `form`: the Unicode normal form into which text is
+    brought before it is encoded, None for none.
+    """
+
+    def __init__(self, name: str, *, end: str = END_OF_TEXT, form: str | None = None, **parts):
+        super().__init__(name, **parts)
+        self.end, self.form = end, form
+
+    @property
+    def eot_token(self) -> int:
+        """The id that ends a text."""
+        return self._special_tokens[self.end]
+
+    def normalised(self, text: str) -> str:
+        """`text` as it is encoded."""
+        return text if self.form is None else unicodedata.normalize(self.form, text)
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of `text`, never a special one; a lone surrogate becomes U+FFFD."""
         encode = super().encode_ordinary
-        return [token for part in cut_long_blanks(text) for token in encode(part)]
+        return [token for part in cut_long_blanks(self.normalised(text)) for token in encode(part)]
+
+    def encode(self, text: str, *, allowed_special=frozenset(), **options) -> list[int]:
+        """As tiktoken's: special tokens that are allowed are found in `text` before it is brought
+        into its normal form."""
+        encode = functools.partial(super().encode, allowed_special=allowed_special, **options)
+        names = self.special_tokens_set if allowed_special == "all" else allowed_special
+        if self.form is None or not names:
+            return encode(self.normalised(text))
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
+        return [
+            token
+            for i, part in enumerate(parts)
+            for token in encode(part if i % 2 else self.normalised(part))
+        ]
 
 
 class CharTokenizer:
@@ -77,7 +111,40 @@ class CharTokenizer:
         return self.decode_bytes(ids).decode()
 
 
-Tokenizer = tiktoken.Encoding | CharTokenizer
+class IdTokenizer:
+    """The ids alone, of a model that came without a tokenizer: id 5 is spelled `<5>`.
+
+    `eot_token`: the id that ends a text, or -1 for none.
+    """
+
+    name = "ids"
+
+    def __init__(self, n_vocab: int, eot_token: int = -1):
+        self.n_vocab, self.eot_token = n_vocab, eot_token
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """UserError: no text has ids here; an empty one has none, where texts have an end."""
+        require(
+            text == "" and self.eot_token >= 0,
+            "the model came without a tokenizer and cannot read text: give ids, as in "
+            '--prompt-ids "1 2 3" or --score-ids "1 2 3"',
+        )
+        return []
+
+    def encode_ordinary_batch(self, texts: list[str], *, num_threads: int = 1) -> list[list[int]]:
+        """As `encode_ordinary`, for each text."""
+        return [self.encode_ordinary(text) for text in texts]
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The ids, spelled out."""
+        return self.decode(ids).encode()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The ids, spelled out."""
+        return "".join(f"<{i}>" for i in ids)
+
+
+Tokenizer = tiktoken.Encoding | CharTokenizer | IdTokenizer
 
 
 def byte_tokenizer() -> ByteLevelTokenizer:
@@ -86,15 +153,35 @@ def byte_tokenizer() -> ByteLevelTokenizer:
 
 
 def byte_level(
-    name: str, pattern: str, ranks: list[bytes], special_tokens: dict[str, int] | None = None
+    name: str,
+    pattern: str,
+    ranks: list[bytes],
+    special_tokens: dict[str, int] | None = None,
+    **ending,
 ) -> ByteLevelTokenizer:
-    """A byte-level BPE from its tokens in order of rank; end-of-text follows them by default."""
+    """A byte-level BPE from its tokens in order of rank, which take the ids that are left free.
+
+    End-of-text follows them by default. `ending`: `end` and `form`, as of ByteLevelTokenizer.
+    """
+    special = special_tokens or {END_OF_TEXT: len(ranks)}
+    taken = set(special.values())
+    free = (i for i in range(len(ranks) + len(special)) if i not in taken)
     return ByteLevelTokenizer(
         name,
         pat_str=pattern,
-        mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
-        special_tokens=special_tokens or {END_OF_TEXT: len(ranks)},
+        mergeable_ranks=dict(zip(ranks, free, strict=False)),
+        special_tokens=special,
+        **ending,
     )
+
+
+def with_unused(special: dict[str, int], n_ordinary: int, n_vocab: int) -> dict[str, int]:
+    """Special tokens with names for the ids that nothing has, below `n_vocab`."""
+    unused = n_vocab - n_ordinary - len(special)
+    require(unused >= 0, f"there are more tokens than the {n_vocab:,} ids of the vocabulary")
+    taken = set(special.values())
+    free = [i for i in range(n_vocab - 1, -1, -1) if i not in taken][:unused]
+    return special | {f"<|unused_{i}|>": i for i in free}
 
 
 def learn_characters(documents: Iterable[str]) -> CharTokenizer:
@@ -139,8 +226,7 @@ def openai_encoding(name: str) -> ByteLevelTokenizer:
         tiktoken.load.read_file = tiktokens_own
     ranks = sorted(parts["mergeable_ranks"], key=parts["mergeable_ranks"].__getitem__)
     special = parts["special_tokens"]
-    unused = set(range(len(ranks), max(special.values()) + 1)) - set(special.values())
-    special = special | {f"<|unused_{i}|>": i for i in unused}
+    special = with_unused(special, len(ranks), max(special.values()) + 1)
     return byte_level(name, parts["pat_str"], ranks, special)
 
 

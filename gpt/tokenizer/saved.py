@@ -20,6 +20,7 @@ from gpt.tokenizer.encodings import (
     END_OF_TEXT,
     GPT4_PATTERN,
     CharTokenizer,
+    IdTokenizer,
     Tokenizer,
     byte_level,
     without_lone_surrogates,
@@ -27,6 +28,7 @@ from gpt.tokenizer.encodings import (
 
 FORMAT = "gpt tokenizer"
 VERSION = 1
+MOST_IDS = 2**24
 SECONDS_TO_ENCODE = 10  # a text that takes a tenth of a second
 
 
@@ -40,12 +42,15 @@ def contents(tokenizer: Tokenizer) -> dict[str, Any]:
     """All that decides the ids, as plain JSON; ranks are base64, in order."""
     if isinstance(tokenizer, CharTokenizer):
         return {"characters": tokenizer.characters}
+    if isinstance(tokenizer, IdTokenizer):
+        return {"n_vocab": tokenizer.n_vocab, "end": tokenizer.eot_token}
+    own = {"end": (tokenizer.end, END_OF_TEXT), "form": (tokenizer.form, None)}
     ranks = tokenizer._mergeable_ranks
     return {
         "pattern": tokenizer._pat_str,
         "ranks": [base64.b64encode(t).decode() for t in sorted(ranks, key=ranks.__getitem__)],
         "special_tokens": dict(sorted(tokenizer._special_tokens.items())),
-    }
+    } | {name: value for name, (value, usual) in own.items() if value != usual}
 
 
 def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -61,10 +66,14 @@ def from_json(values: Any) -> Tokenizer:
     check(isinstance(values.get("name"), str), "it has no name")
     if "characters" in values:
         tokenizer = read_characters(values["characters"])
+    elif "n_vocab" in values:
+        tokenizer = read_ids(values)
     else:
         tokens = [read_token(token) for token in check_type(values, "ranks", list)]
         special = check_type(values, "special_tokens", dict)
-        tokenizer = build(values["name"], check_type(values, "pattern", str), tokens, special)
+        ending = {name: values[name] for name in ("end", "form") if name in values}
+        pattern = check_type(values, "pattern", str)
+        tokenizer = build(values["name"], pattern, tokens, special, **ending)
     check(values.get("digest") == digest(tokenizer), "its contents do not have its digest")
     return tokenizer
 
@@ -93,6 +102,13 @@ def read_characters(characters: Any) -> CharTokenizer:
     return CharTokenizer(characters)
 
 
+def read_ids(values: dict[str, Any]) -> IdTokenizer:
+    """The tokenizer of ids alone."""
+    n_vocab, end = check_type(values, "n_vocab", int), check_type(values, "end", int)
+    check(1 <= n_vocab <= MOST_IDS and -1 <= end < n_vocab, "its number of ids is impossible")
+    return IdTokenizer(n_vocab, end)
+
+
 def read_token(text: Any) -> bytes:
     """One saved token."""
     try:
@@ -101,18 +117,30 @@ def read_token(text: Any) -> bytes:
         raise UserError(f"the saved tokenizer has a token that is not base64: {text!r}") from None
 
 
-def build(name: str, pattern: str, tokens: list[bytes], special: dict[str, int]) -> Tokenizer:
+def build(
+    name: str,
+    pattern: str,
+    tokens: list[bytes],
+    special: dict[str, int],
+    end: str = END_OF_TEXT,
+    form: str | None = None,
+) -> Tokenizer:
     """A byte-level tokenizer from a file's contents, refused unless it keeps every text."""
     distinct = set(tokens)
     check(len(distinct) == len(tokens) and b"" not in distinct, "a token is empty or there twice")
     check({bytes([byte]) for byte in range(256)} <= distinct, "a single byte has no token")
     check(all(type(i) is int for i in special.values()), "a special token's id is no integer")
-    ids = range(len(tokens), len(tokens) + len(special))
-    check(sorted(special.values()) == list(ids), "its special ids do not follow the others")
-    check(END_OF_TEXT in special, f"it lacks {END_OF_TEXT}")
+    n_ids, ids = len(tokens) + len(special), set(special.values())
+    check(
+        len(ids) == len(special) and all(0 <= i < n_ids for i in ids),
+        "its special ids leave a gap or stand twice",
+    )
+    check(isinstance(end, str) and end in special, f"it lacks {end}")
+    check(form in (None, "NFC"), f"its normal form is {form!r}")
     try:
-        tokenizer = byte_level(name, pattern, tokens, special)
-        kept = encode_in_time(tokenizer, wild_text()) == wild_text().encode()
+        tokenizer = byte_level(name, pattern, tokens, special, end=end, form=form)
+        text = tokenizer.normalised(wild_text())
+        kept = encode_in_time(tokenizer, wild_text()) == text.encode()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in tiktoken's Rust is no Exception

@@ -1,0 +1,261 @@
+"""A tokenizer in the Hugging Face form as a tiktoken.Encoding with the same ids, or the reason why
+there is none.
+
+tokenizer.json says all; older folders have vocab.json and merges.txt, and what the class named in
+tokenizer_config.json makes of them. Knows nothing of weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpt import tokenizer as tokenizers
+from gpt.convert import bpe, pieces, strict_json
+from gpt.convert.fields import brief
+from gpt.errors import UserError, is_of, require
+
+MOST_BYTES = 64 * strict_json.MEGABYTE
+FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+OTHERS = (
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "qwen.tiktoken",
+)
+IDS_ONLY = "; --ids-only imports the model without its tokenizer"
+
+
+@dataclass
+class Vocabulary:
+    """A byte-level BPE as files describe it: spelled tokens, pairs, added tokens by their text."""
+
+    ids: dict[str, int]
+    merges: list[tuple[str, str]]
+    pattern: str
+    form: str | None = None
+    whole: bool = False
+    added: dict[str, int] = field(default_factory=dict)
+
+
+def read(
+    folder: Path, config: dict[str, Any], n_vocab: int, ids_only: bool, tell: Callable[[str], None]
+) -> tokenizers.Tokenizer:
+    """The tokenizer of a model's folder with `n_vocab` ids; of ids alone where it has none.
+
+    `config`: its config.json. `tell` hears what it does not do. UserError where it cannot be
+    represented to the last id.
+    """
+    there = [name for name in (*FILES, *OTHERS) if (folder / name).exists()]
+    if ids_only or not there:
+        ends = ends_of(config)
+        tell("without a tokenizer: prompts are ids, as in --prompt-ids '1 2 3'")
+        end = ends[0] if ends and ends[0] < n_vocab else -1
+        return tokenizers.IdTokenizer(n_vocab, end)
+    try:
+        vocabulary = read_vocabulary(folder, config, there, tell)
+        return encoding(folder, vocabulary, config, n_vocab, tell)
+    except UserError as error:
+        raise UserError(f"{error}{IDS_ONLY}") from None
+
+
+def read_vocabulary(
+    folder: Path, config: dict[str, Any], there: list[str], tell: Callable[[str], None]
+) -> Vocabulary:
+    """What the files of a folder say, in whichever form they are."""
+    about = {}
+    if (folder / "tokenizer_config.json").exists():
+        about = strict_json.read(folder / "tokenizer_config.json", MOST_BYTES)
+    require(
+        not about.get("add_prefix_space"),
+        "tokenizer_config.json: add_prefix_space is true: here no space is put before a text",
+    )
+    if "tokenizer.json" in there:
+        found = from_tokenizer_json(strict_json.read(folder / "tokenizer.json", MOST_BYTES), tell)
+    else:
+        both = "vocab.json" in there and "merges.txt" in there
+        require(
+            both,
+            f"the tokenizer in {', '.join(there)} is no byte-level BPE that can be read: expected "
+            "tokenizer.json, or vocab.json and merges.txt",
+        )
+        found = from_pair(folder, str(about.get("tokenizer_class") or config["model_type"]))
+    for text, i in later_tokens(folder, about).items():
+        require(
+            found.added.setdefault(text, i) == i,
+            f"the files give the token {text!r} the ids {found.added[text]} and {i}",
+        )
+    return found
+
+
+def ends_of(config: dict[str, Any]) -> list[int]:
+    """The ids that end a text, as config.json has them: one, several or none."""
+    value = config.get("eos_token_id")
+    ends = value if isinstance(value, list) else [value]
+    return [i for i in ends if is_of(i, int) and i >= 0]
+
+
+def from_tokenizer_json(values: dict[str, Any], tell: Callable[[str], None]) -> Vocabulary:
+    """A tokenizer.json; UserError for each part that has no counterpart here."""
+    model = part(values, "model")
+    for name, allowed in {
+        "type": ("BPE", None),
+        "dropout": (None, 0, 0.0),
+        "continuing_subword_prefix": (None, ""),
+        "end_of_word_suffix": (None, ""),
+        "byte_fallback": (None, False),
+        "fuse_unk": (None, False),
+    }.items():
+        value = model.get(name)
+        require(value in allowed, f"tokenizer.json: the model's {name} is {brief(value)}")
+    decoder = part(values, "decoder").get("type")
+    require(
+        decoder == "ByteLevel", f"tokenizer.json: the decoder is {brief(decoder)}, no ByteLevel"
+    )
+    whole = model.get("ignore_merges") or False
+    require(isinstance(whole, bool), "tokenizer.json: ignore_merges is neither true nor false")
+    after = values.get("post_processor")
+    if isinstance(after, dict) and after.get("type") != "ByteLevel":
+        tell("the tokenizer of transformers adds special tokens to a text; here none is added")
+    pattern, form = pieces.read_pattern(values.get("pre_tokenizer")), read_form(values)
+    ids, merges = read_ids(model.get("vocab"), "vocab"), read_merges(model.get("merges"))
+    added = [read_added(token) for token in values.get("added_tokens") or []]
+    return Vocabulary(ids, merges, pattern, form, whole, dict(added))
+
+
+def part(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object in a tokenizer.json; UserError if it is none."""
+    found = values.get(name)
+    require(isinstance(found, dict), f"tokenizer.json: {name} is {brief(found)}")
+    return found
+
+
+def read_form(values: dict[str, Any]) -> str | None:
+    """The normal form of a tokenizer.json: NFC or none."""
+    found = values.get("normalizer")
+    if isinstance(found, dict) and found.get("type") == "Sequence":
+        inner = found.get("normalizers")
+        found = inner[0] if isinstance(inner, list) and len(inner) == 1 else found
+    require(
+        found is None or found == {"type": "NFC"},
+        f"tokenizer.json: the normalizer is {brief(found)}: only NFC or none is known",
+    )
+    return found and "NFC"
+
+
+def read_ids(values: Any, what: str) -> dict[str, int]:
+    """Tokens and their ids, each id once."""
+    good = isinstance(values, dict) and all(is_of(i, int) and i >= 0 for i in values.values())
+    require(good and values != {}, f"the tokenizer's {what} is no object of tokens and ids")
+    require(len(set(values.values())) == len(values), f"the tokenizer's {what} has an id twice")
+    return values
+
+
+def read_merges(values: Any) -> list[tuple[str, str]]:
+    """The pairs, written "a b" or [a, b]."""
+    require(isinstance(values, list), "the tokenizer has no list of merges")
+    pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else pair for pair in values]
+    good = all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs)
+    require(
+        good and all(isinstance(half, str) for p in pairs for half in p),
+        "the tokenizer's merges are no pairs of tokens",
+    )
+    return [(first, second) for first, second in pairs]
+
+
+def read_added(token: Any, i: Any = None) -> tuple[str, int]:
+    """One added token; UserError if it also takes the white space around it, or is half a word."""
+    require(isinstance(token, dict), f"the added token {brief(token)} is no object")
+    text, i = token.get("content"), token.get("id") if i is None else i
+    good = isinstance(text, str) and text != "" and is_of(i, int) and i >= 0
+    require(good, f"the added token {brief(token)} has no text or no id")
+    odd = [name for name in ("lstrip", "rstrip", "single_word") if token.get(name)]
+    require(not odd, f"the added token {text!r} is {' and '.join(odd)}, which is not known here")
+    return text, i
+
+
+def later_tokens(folder: Path, about: dict[str, Any]) -> dict[str, int]:
+    """Tokens that other files add: the ids in tokenizer_config.json, added_tokens.json."""
+    table = about.get("added_tokens_decoder") or {}
+    good = isinstance(table, dict) and all(i.isdecimal() for i in table)
+    require(good, "tokenizer_config.json: added_tokens_decoder is no object of ids")
+    found = dict(read_added(token, int(i)) for i, token in table.items())
+    if (folder / "added_tokens.json").exists():
+        added = strict_json.read(folder / "added_tokens.json", MOST_BYTES)
+        found |= read_ids(added, "added_tokens.json") if added else {}
+    return found
+
+
+def from_pair(folder: Path, kind: str) -> Vocabulary:
+    """vocab.json and merges.txt, cut into pieces as the tokenizer class `kind` does."""
+    known = pieces.of_class(kind)
+    require(
+        known is not None,
+        f"there is no tokenizer.json, and how a {brief(kind)} cuts text is not known",
+    )
+    ids = read_ids(strict_json.read(folder / "vocab.json", MOST_BYTES), "vocab.json")
+    size = (folder / "merges.txt").stat().st_size
+    require(size <= MOST_BYTES, f"{folder / 'merges.txt'} has {size:,} bytes")
+    lines = (folder / "merges.txt").read_text("utf-8", errors="replace").split("\n")
+    lines = [line for line in lines if line and not line.startswith("#version")]
+    added = {text: i for text, i in ids.items() if text in pieces.ENDS}
+    return Vocabulary(ids, read_merges(lines), *known, added=added)
+
+
+def encoding(
+    folder: Path,
+    found: Vocabulary,
+    config: dict[str, Any],
+    n_vocab: int,
+    tell: Callable[[str], None],
+) -> tokenizers.Tokenizer:
+    """The tiktoken.Encoding of a vocabulary, proved to give the same ids."""
+    for text, i in found.added.items():
+        as_word = found.ids.get(text, i)
+        require(as_word == i, f"the token {text!r} has the ids {as_word} and {i}")
+    ordinary = {text: i for text, i in found.ids.items() if text not in found.added}
+    ranks = {unspelled(text): i for text, i in ordinary.items()}
+    everything = set(found.added.values()) | set(ranks.values())
+    distinct = len(everything) == len(found.added) + len(ranks)
+    require(distinct, "an added token of the tokenizer has the id of another token")
+    require(
+        max(everything) < n_vocab,
+        f"the tokenizer has the id {max(everything)}, the model's vocabulary only {n_vocab:,}",
+    )
+    lacking = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    require(not lacking, f"the tokenizer has no token for the byte {lacking[:1]}")
+    pairs = [(unspelled(a), unspelled(b)) for a, b in found.merges]
+    bpe.require_same(pairs, ranks, found.whole)
+    special = tokenizers.with_unused(found.added, len(ranks), n_vocab)
+    tokens = sorted(ranks, key=ranks.__getitem__)
+    end = choose_end(folder, config, found.added, tell)
+    return tokenizers.build("imported", found.pattern, tokens, special, end=end, form=found.form)
+
+
+def unspelled(text: str) -> bytes:
+    """The bytes of a spelled token; UserError if it is not spelled as byte-level ones are."""
+    try:
+        return bpe.unspell(text)
+    except KeyError:
+        raise UserError(
+            f"the token {text[:60]!r} is not spelled in bytes: no byte-level BPE"
+        ) from None
+
+
+def choose_end(
+    folder: Path, config: dict[str, Any], added: dict[str, int], tell: Callable[[str], None]
+) -> str:
+    """The special token that ends a text: config.json's, or else one of a usual name."""
+    names = {i: text for text, i in added.items()}
+    ends = [i for i in ends_of(config) if i in names]
+    if len(ends) > 1:
+        others = ", ".join(names[i] for i in ends[1:])
+        tell(f"{names[ends[0]]} ends a text; config.json also names {others}, at which none stops")
+    found = [names[i] for i in ends] or [text for text in pieces.ENDS if text in added]
+    require(
+        bool(found),
+        f"no special token ends a text: config.json's eos_token_id is "
+        f"{brief(config.get('eos_token_id'))}, expected one of {brief(sorted(names)[:9])}",
+    )
+    return found[0]

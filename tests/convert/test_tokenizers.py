@@ -1,0 +1,312 @@
+"""Other people's tokenizers: the ids of a plain reading of their files, or the reason why not."""
+
+import json
+import random
+from itertools import pairwise
+
+import pytest
+import regex
+import standins
+from hypothesis import given
+from hypothesis import strategies as st
+from standins import tokenizer_json, write_tokenizer
+
+from gpt import tokenizer as tokenizers
+from gpt.convert import bpe, pieces, tokenizers_in, tokenizers_out
+from gpt.errors import UserError
+
+END = "<|endoftext|>"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def learn(text, n, pattern=pieces.GPT2):
+    """`n` merges of the pairs that are most frequent: Sennrich et al. 2016, in the plainest way."""
+    words = [[bytes([b]) for b in word.encode()] for word in regex.findall(pattern, text)]
+    merges = []
+    for _ in range(n):
+        counts = {}
+        for word in words:
+            for pair in pairwise(word):
+                counts[pair] = counts.get(pair, 0) + 1
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(best)
+        words = [join(word, best) for word in words]
+    return merges
+
+
+def join(word, pair):
+    out, i = [], 0
+    while i < len(word):
+        pairs = tuple(word[i : i + 2]) == pair
+        out.append(word[i] + word[i + 1] if pairs else word[i])
+        i += 1 + pairs
+    return out
+
+
+def plainly(text, merges, ids, pattern=pieces.GPT2):
+    """Ids of a text by the definition: in each piece the first pair of the list that occurs."""
+    found = []
+    for piece in regex.findall(pattern, text):
+        word = [bytes([b]) for b in piece.encode()]
+        for pair in merges:
+            word = join(word, pair)
+        found += [ids[token] for token in word]
+    return found
+
+
+@pytest.fixture(scope="module")
+def merges():
+    """80 pairs, learned from invented words, Chinese and code."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices(["the", "ca", "t", "on", "in", "g"], k=3)) for _ in range(40)]
+    text = " ".join(rng.choices(words, k=200)) + "今天的天气很好 " * 30
+    return learn(text + "def f(x):\n    return x + 123\n" * 30, 80)
+
+
+def read(folder, n_vocab=400, eos=None, **config):
+    told = []
+    config |= {"model_type": "gpt2", "eos_token_id": eos}
+    return tokenizers_in.read(folder, config, n_vocab, False, told.append), told
+
+
+WILD = st.text(
+    st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("the cat 今天\n 1"))
+)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_ids_are_those_of_the_list_of_pairs(first, merges, tmp_path):
+    """Special tokens after the others, as in GPT-2, and before them, as in SmolLM2."""
+    special = {END: 336, "<|pad|>": 338} if first == 0 else {END: 0, "<a>": 1, "<b>": 2}
+    values = tokenizer_json(merges, special, first)
+    found, _ = read(write_tokenizer(tmp_path, values), eos=special[END])
+    assert found.n_vocab == 400 and found.eot_token == special[END]
+    ids = {bpe.unspell(t): i for t, i in values["model"]["vocab"].items()}
+
+    @given(WILD)
+    def check(text):
+        assert found.encode_ordinary(text) == plainly(text, merges, ids)
+        assert found.decode(found.encode_ordinary(text)) == text
+
+    check()
+    name, i = list(special.items())[-1]
+    assert found.encode(f"the{name}cat", allowed_special="all") == [
+        *found.encode_ordinary("the"),
+        i,
+        *found.encode_ordinary("cat"),
+    ]
+    again = tokenizers.from_json(json.loads(json.dumps(tokenizers.to_json(found))))
+    assert tokenizers.digest(again) == tokenizers.digest(found)
+    assert again.encode("x" + name, allowed_special="all")[-1] == i
+    assert all(found.decode_bytes([i]) for i in range(400)), "an id that decodes to nothing"
+
+
+CUTS = {
+    "llama 3": [{"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated"}],
+    "digits alone": [{"type": "Digits", "individual_digits": True}],
+    "digits together": [{"type": "Digits", "individual_digits": False}],
+}
+
+
+def sequence(*steps, use_regex):
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}
+    return {"type": "Sequence", "pretokenizers": [*steps, level]}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_text_is_cut_as_the_file_says(cut, tmp_path):
+    """Against the steps themselves, one after the other."""
+    split = CUTS[cut][0]["type"] == "Split"
+    values = tokenizer_json([], {END: 256}, pre_tokenizer=sequence(*CUTS[cut], use_regex=not split))
+    found, _ = read(write_tokenizer(tmp_path, values))
+    digits = r"\p{N}|[^\p{N}]+" if cut == "digits alone" else r"\p{N}+|[^\p{N}]+"
+
+    @given(st.text(st.sampled_from("a1٣ \n\t'sd.今²")))
+    def check(text):
+        steps = [text] if split else regex.findall(digits, text)
+        wanted = [p for s in steps for p in regex.findall(LLAMA3 if split else pieces.GPT2, s)]
+        assert regex.findall(found._pat_str, text) == wanted
+
+    check()
+
+
+def test_nfc_is_kept_and_special_tokens_are_found_before_it(tmp_path):
+    values = tokenizer_json([], {END: 256}, normalizer={"type": "NFC"})
+    found, _ = read(write_tokenizer(tmp_path, values))
+    found = tokenizers.from_json(tokenizers.to_json(found))
+    assert found.decode(found.encode_ordinary("e\u0301")) == "\u00e9"
+    ids = found.encode(f"a{END}\u0338e\u0301", allowed_special="all")
+    assert 256 in ids and found.decode(ids) == f"a{END}\u0338\u00e9"
+
+
+def test_vocab_and_merges_of_old_folders(merges, tmp_path):
+    values = tokenizer_json(merges, {END: 336})
+    whole, _ = read(write_tokenizer(tmp_path, values), 337, 336)
+    (tmp_path / "tokenizer.json").unlink()
+    vocab = values["model"]["vocab"] | {END: 336}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    lines = ["#version: 0.2", *values["model"]["merges"], ""]
+    (tmp_path / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    old, _ = read(tmp_path, 337, 336)
+    assert tokenizers.digest(old) == tokenizers.digest(whole)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CodeLlamaTokenizer"}')
+    with pytest.raises(UserError, match="how a 'CodeLlamaTokenizer' cuts text is not known"):
+        read(tmp_path, 337, 336)
+
+
+def test_tokens_named_beside_the_file_are_added(tmp_path):
+    write_tokenizer(tmp_path, tokenizer_json([], {END: 256}))
+    about = {"added_tokens_decoder": {"257": {"content": "<|im_end|>"}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    (tmp_path / "added_tokens.json").write_text('{"<x>": 258}')
+    found, _ = read(tmp_path, 300, 257)
+    assert found.eot_token == 257 and found.encode("<x>", allowed_special="all") == [258]
+
+
+def test_of_several_ends_the_first_is_taken_and_said(tmp_path):
+    write_tokenizer(tmp_path, tokenizer_json([], {END: 256, "<|eot_id|>": 257}))
+    found, told = read(tmp_path, 300, [257, 256])
+    assert found.eot_token == 257 and END in told[0]
+
+
+def without(values, name):
+    return {k: v for k, v in values.items() if k != name}
+
+
+def refusals(merges):
+    """Tokenizers that have no counterpart, and why."""
+    swapped = [merges[1], merges[0], *merges[2:]]
+    good = tokenizer_json(merges, {END: 336})
+    vocab = good["model"]["vocab"]
+    level = {"type": "ByteLevel", "add_prefix_space": True}
+    odd = {"id": 336, "content": END, "lstrip": True}
+    split = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated"}
+    return {
+        "unigram": (good | {"model": good["model"] | {"type": "Unigram"}}, "type is 'Unigram'"),
+        "dropout": (good | {"model": good["model"] | {"dropout": 0.1}}, "dropout is 0.1"),
+        "byte fallback": (
+            good | {"model": good["model"] | {"byte_fallback": True}},
+            "byte_fallback",
+        ),
+        "a normalizer": (good | {"normalizer": {"type": "Lowercase"}}, "normalizer"),
+        "a space before": (good | {"pre_tokenizer": level}, "add_prefix_space"),
+        "no cutting": (good | {"pre_tokenizer": None}, "pre_tokenizer"),
+        "metaspace": (good | {"pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"),
+        "two splits": (
+            good | {"pre_tokenizer": sequence(split, split, use_regex=False)},
+            "expected ByteLevel alone",
+        ),
+        "a removing split": (
+            good | {"pre_tokenizer": sequence(split | {"behavior": "Removed"}, use_regex=False)},
+            "Split is",
+        ),
+        "a strange pattern": (
+            good | {"pre_tokenizer": sequence(split, use_regex=False)},
+            "two engines",
+        ),
+        "another decoder": (good | {"decoder": {"type": "WordPiece"}}, "decoder is 'WordPiece'"),
+        "a greedy special": (good | {"added_tokens": [odd]}, "lstrip"),
+        "no end": (tokenizer_json(merges, {"<pad>": 340}), "no special token ends a text"),
+        "pairs in another order": (
+            good
+            | {
+                "model": good["model"]
+                | {"merges": [f"{bpe.spell(a)} {bpe.spell(b)}" for a, b in swapped]}
+            },
+            "stands elsewhere",
+        ),
+        "a pair is missing": (
+            good | {"model": good["model"] | {"merges": good["model"]["merges"][:-1]}},
+            "joined from other halves",
+        ),
+        "a pair without an id": (
+            good | {"model": good["model"] | {"merges": [*good["model"]["merges"], "z z"]}},
+            "has no id",
+        ),
+        "a byte is missing": (
+            good | {"model": good["model"] | {"vocab": without(vocab, "!")}},
+            "byte",
+        ),
+        "an id twice": (
+            good | {"model": good["model"] | {"vocab": vocab | {"!": 5}}},
+            "an id twice",
+        ),
+        "too many ids": (tokenizer_json(merges, {END: 400}), "the id 400"),
+        "no bytes": (
+            good | {"model": good["model"] | {"vocab": vocab | {"今": 337}}},
+            "spelled in bytes",
+        ),
+        "no pairs": (good | {"model": good["model"] | {"merges": ["a b c"]}}, "no pairs"),
+        "an end that is a word": (
+            good | {"added_tokens": [{"id": 300, "content": END}]},
+            "the id of another token",
+        ),
+        "an unreachable word": (
+            good | {"model": good["model"] | {"vocab": vocab | {"QXZ": 337}}},
+            "made by no pair",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", refusals([(b"a", b"b"), (b"ab", b"c")]))
+def test_what_has_no_counterpart_is_refused_with_the_reason(case, merges, tmp_path):
+    values, reason = refusals(merges)[case]
+    with pytest.raises(UserError, match=regex.escape(reason)) as caught:
+        read(write_tokenizer(tmp_path, values), eos=336)
+    assert str(caught.value).endswith(tokenizers_in.IDS_ONLY)
+
+
+def test_a_list_of_pairs_that_differs_on_some_text_is_seen():
+    """bc joins before ab, so the list never makes abc of abc; ranks would."""
+    merges = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")]
+    ranks = {bytes([b]): b for b in range(256)} | {
+        a + b: 256 + i for i, (a, b) in enumerate(merges)
+    }
+    with pytest.raises(UserError, match="other halves"):
+        bpe.require_same(merges, ranks, False)
+    assert bpe.list_merges(ranks)[0][-1] == (b"a", b"bc")
+
+
+@given(st.integers(0, 10**9))
+def test_any_ranks_have_their_list(seed):
+    """Random vocabularies: the list that we write is what tiktoken does with the ranks."""
+    rng = random.Random(seed)
+    tokens = [bytes([b]) for b in range(256)]
+    letters = [b"a", b"b", b"c"]
+    for _ in range(9):
+        new = rng.choice(letters) + rng.choice(letters)
+        if new not in tokens:
+            tokens.append(new)
+            letters.append(new)
+    ranks = {token: i for i, token in enumerate(tokens)}
+    try:
+        merges, whole = bpe.list_merges(ranks)
+    except UserError:
+        return
+    bpe.require_same(merges, ranks, whole)
+    kept = tokenizers.build("t", tokenizers_in.pieces.GPT2, tokens, {END: len(tokens)})
+    if not whole:
+        text = "".join(rng.choice("abc") for _ in range(30))
+        assert kept.encode_ordinary(text) == plainly(text, merges, ranks)
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe", "imported"])
+def test_what_we_write_is_what_we_read(name, merges, tmp_path, text):
+    """Exported and imported again: the same ids for any text."""
+    if name == "imported":
+        values = tokenizer_json(merges, {END: 0, "<a>": 1}, 2, normalizer={"type": "NFC"})
+        ours, _ = read(write_tokenizer(tmp_path, values), eos=0)
+    else:
+        ours = tokenizers.create(name, lambda: [text.read_text()], 400)
+    tokenizers_out.write(ours, tmp_path, 64)
+    back, _ = read(tmp_path, ours.n_vocab, ours.eot_token)
+    for sample in ("the cat sat on 今天的天气很好 \n\n  x 12345 'll", "e\u0301", ""):
+        assert back.encode_ordinary(sample) == ours.encode_ordinary(sample)
+    assert back.eot_token == ours.eot_token and back.n_vocab == ours.n_vocab
+
+
+def test_the_standins_spell_bytes_as_we_do():
+    assert standins.spell_bytes()[0] == bpe.SPELLING

@@ -1,0 +1,268 @@
+"""Folders in the Hugging Face form with random weights, written with NumPy and the safetensors
+library, and the logits that they should give: GPT-2 and Llama from their papers, by the names that
+the files have, in float64. Knows nothing of the converter."""
+
+import json
+import math
+
+import numpy as np
+from numpy_transformer import ACTIVATIONS, sigmoid, softmax
+from safetensors.numpy import save_file
+
+GPT2 = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": 300,
+    "n_positions": 64,
+    "n_ctx": 64,
+    "n_embd": 24,
+    "n_layer": 2,
+    "n_head": 3,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "initializer_range": 0.02,
+    "embd_pdrop": 0.1,
+    "attn_pdrop": 0.1,
+    "resid_pdrop": 0.1,
+    "summary_type": "cls_index",
+    "bos_token_id": 299,
+    "eos_token_id": 299,
+    "task_specific_params": {"text-generation": {"do_sample": True}},
+}
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 300,
+    "max_position_embeddings": 64,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "eos_token_id": 299,
+}
+STRETCHED = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+KINDS = {
+    "gpt2": GPT2,
+    "gpt2, untied, exact gelu": GPT2
+    | {"tie_word_embeddings": False, "activation_function": "gelu"},
+    "llama": LLAMA,
+    "llama 3": LLAMA
+    | {"rope_scaling": STRETCHED, "rope_theta": 500.0, "tie_word_embeddings": True},
+    "llama, biases": LLAMA | {"attention_bias": True, "mlp_bias": True, "head_dim": 8},
+    "mistral": LLAMA | {"model_type": "mistral", "sliding_window": None},
+    "qwen2": LLAMA | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096},
+    "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 10, "tie_word_embeddings": True},
+}
+
+
+def shapes(c):
+    """Names and shapes of a model's tensors, as transformers saves them."""
+    return gpt2_shapes(c) if c["model_type"] == "gpt2" else llama_shapes(c)
+
+
+def gpt2_shapes(c):
+    D, V = c["n_embd"], c["vocab_size"]
+    found = {"transformer.wte.weight": (V, D), "transformer.wpe.weight": (c["n_positions"], D)}
+    for i in range(c["n_layer"]):
+        h = f"transformer.h.{i}"
+        for name in ("ln_1", "ln_2"):
+            found |= {f"{h}.{name}.weight": (D,), f"{h}.{name}.bias": (D,)}
+        for name, a, b in (
+            ("attn.c_attn", D, 3 * D),
+            ("attn.c_proj", D, D),
+            ("mlp.c_fc", D, 4 * D),
+            ("mlp.c_proj", 4 * D, D),
+        ):
+            found |= {f"{h}.{name}.weight": (a, b), f"{h}.{name}.bias": (b,)}
+    found |= {"transformer.ln_f.weight": (D,), "transformer.ln_f.bias": (D,)}
+    return found | ({} if c.get("tie_word_embeddings", True) else {"lm_head.weight": (V, D)})
+
+
+def llama_shapes(c):
+    D, V, F = c["hidden_size"], c["vocab_size"], c["intermediate_size"]
+    N, K = c["num_attention_heads"], c["num_key_value_heads"]
+    H, kind = c.get("head_dim") or D // N, c["model_type"]
+    biased = {n: c.get("attention_bias") or (kind == "qwen2" and n != "o") for n in "qkvo"}
+    found = {"model.embed_tokens.weight": (V, D)}
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            found[f"{layer}.{name}.weight"] = (D,)
+        for name, rows, columns in (
+            ("q", N * H, D),
+            ("k", K * H, D),
+            ("v", K * H, D),
+            ("o", D, N * H),
+        ):
+            found[f"{layer}.self_attn.{name}_proj.weight"] = (rows, columns)
+            if biased[name]:
+                found[f"{layer}.self_attn.{name}_proj.bias"] = (rows,)
+        if kind == "qwen3":
+            found |= {f"{layer}.self_attn.{n}_norm.weight": (H,) for n in "qk"}
+        for name, rows, columns in (("gate", F, D), ("up", F, D), ("down", D, F)):
+            found[f"{layer}.mlp.{name}_proj.weight"] = (rows, columns)
+            if c.get("mlp_bias"):
+                found[f"{layer}.mlp.{name}_proj.bias"] = (rows,)
+    found["model.norm.weight"] = (D,)
+    return found | ({} if c["tie_word_embeddings"] else {"lm_head.weight": (V, D)})
+
+
+def tensors(c, seed=0, dtype=np.float32):
+    """Random tensors, no scale near one and no bias near zero."""
+    rng = np.random.default_rng(seed)
+    return {n: rng.normal(0.1, 0.3, s).astype(dtype) for n, s in shapes(c).items()}
+
+
+def write(folder, c, weights=None, parts=1):
+    """A model's folder: config.json and one safetensors file, or several with an index."""
+    weights = tensors(c) if weights is None else weights
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(c))
+    if parts == 1:
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return folder
+    index = {}
+    for part in range(parts):
+        file = f"model-{part + 1:05}-of-{parts:05}.safetensors"
+        chosen = dict(list(weights.items())[part::parts])
+        save_file(chosen, folder / file, {"format": "pt"})
+        index |= dict.fromkeys(chosen, file)
+    about = {"metadata": {"total_size": 0}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(about))
+    return folder
+
+
+def logits(c, weights, ids):
+    """[T, V] of one sequence of token ids, in float64."""
+    weights = {name: np.asarray(w, np.float64) for name, w in weights.items()}
+    return (gpt2_logits if c["model_type"] == "gpt2" else llama_logits)(c, weights, ids)
+
+
+def attend(q, k, v):
+    scores = np.where(np.tri(len(q), dtype=bool), q @ k.T / math.sqrt(q.shape[1]), -np.inf)
+    return softmax(scores) @ v
+
+
+def gpt2_logits(c, w, ids):
+    D, N, act = c["n_embd"], c["n_head"], {"gelu_new": "gelu_tanh"}
+    act = ACTIVATIONS[act.get(c["activation_function"], c["activation_function"])]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + c["layer_norm_epsilon"])
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def conv(x, name):
+        return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    x = w["transformer.wte.weight"][ids] + w["transformer.wpe.weight"][: len(ids)]
+    for i in range(c["n_layer"]):
+        h = f"transformer.h.{i}"
+        qkv = conv(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn")
+        heads = [np.split(part, N, axis=1) for part in np.split(qkv, 3, axis=1)]
+        x = x + conv(np.concatenate(list(map(attend, *heads)), 1), f"{h}.attn.c_proj")
+        x = x + conv(act(conv(norm(x, f"{h}.ln_2"), f"{h}.mlp.c_fc")), f"{h}.mlp.c_proj")
+    assert x.shape == (len(ids), D)
+    return norm(x, "transformer.ln_f") @ w.get("lm_head.weight", w["transformer.wte.weight"]).T
+
+
+def speeds(c, half):
+    """Radians a token of each pair, as modeling_rope_utils of transformers has them."""
+    found = [c["rope_theta"] ** (-i / half) for i in range(half)]
+    s = c.get("rope_scaling")
+    if not s:
+        return found
+    old, low, high = (
+        s["original_max_position_embeddings"],
+        s["low_freq_factor"],
+        s["high_freq_factor"],
+    )
+    out = []
+    for f in found:
+        length = 2 * math.pi / f
+        smooth = (old / length - low) / (high - low)
+        between = (1 - smooth) * f / s["factor"] + smooth * f
+        out.append(f / s["factor"] if length > old / low else f if length < old / high else between)
+    return out
+
+
+def llama_logits(c, w, ids):
+    N, K = c["num_attention_heads"], c["num_key_value_heads"]
+    H = c.get("head_dim") or c["hidden_size"] // N
+    angle = np.outer(np.arange(len(ids)), speeds(c, H // 2))
+
+    def norm(x, name):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + c["rms_norm_eps"]) * w[f"{name}.weight"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+
+    def heads(x, name, n, turned):
+        found = np.split(linear(x, f"{name}_proj"), n, axis=1)
+        if turned and f"{name}_norm.weight" in w:
+            found = [norm(head, f"{name}_norm") for head in found]
+        return [turn(head) for head in found] if turned else found
+
+    def turn(x):
+        z = (x[:, : H // 2] + 1j * x[:, H // 2 :]) * np.exp(1j * angle)
+        return np.concatenate([z.real, z.imag], axis=1)
+
+    x = w["model.embed_tokens.weight"][ids]
+    for i in range(c["num_hidden_layers"]):
+        layer, y = f"model.layers.{i}", None
+        y = norm(x, f"{layer}.input_layernorm")
+        q = heads(y, f"{layer}.self_attn.q", N, True)
+        k, v = (heads(y, f"{layer}.self_attn.{n}", K, n == "k") for n in "kv")
+        mixed = [attend(q[n], k[n * K // N], v[n * K // N]) for n in range(N)]
+        x = x + linear(np.concatenate(mixed, 1), f"{layer}.self_attn.o_proj")
+        y = norm(x, f"{layer}.post_attention_layernorm")
+        gate = linear(y, f"{layer}.mlp.gate_proj")
+        inner = gate * sigmoid(gate) * linear(y, f"{layer}.mlp.up_proj")
+        x = x + linear(inner, f"{layer}.mlp.down_proj")
+    return norm(x, "model.norm") @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+
+
+def spell_bytes():
+    """GPT-2's spelling of bytes, written out: the printable ones, then the others from U+0100."""
+    shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
+    hidden = [b for b in range(256) if b not in shown]
+    return {b: chr(b) for b in shown} | {
+        b: chr(256 + i) for i, b in enumerate(hidden)
+    }, shown + hidden
+
+
+def tokenizer_json(merges, special, first=0, **parts):
+    """A tokenizer.json of GPT-2's kind. `merges`: pairs of bytes; `special`: ids by text; the bytes
+    have ids from `first` on, in GPT-2's order, then come the merges. `parts` replace others."""
+    spelling, order = spell_bytes()
+
+    def spell(token):
+        return "".join(spelling[b] for b in token)
+
+    tokens = [bytes([b]) for b in order] + [a + b for a, b in merges]
+    model = {"type": "BPE", "vocab": {spell(t): first + i for i, t in enumerate(tokens)}}
+    model["merges"] = [f"{spell(a)} {spell(b)}" for a, b in merges]
+    added = [{"id": i, "content": text, "special": True} for text, i in special.items()]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    whole = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": level}
+    whole |= {"post_processor": level, "decoder": level, "model": model}
+    inner = parts.pop("model", {})
+    return whole | parts | {"model": model | inner}
+
+
+def write_tokenizer(folder, values):
+    """tokenizer.json in a folder."""
+    (folder / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+    return folder
