@@ -126,7 +126,7 @@ def tell(value: float) -> str:
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:.4g}M"
-    if size >= 1e4:
+    if size >= 1e3:
         return f"{value:,.0f}"
     if size and size < 1e-3:
         return f"{value:.3g}".replace("e-0", "e-")

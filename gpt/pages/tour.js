@@ -53,6 +53,8 @@ const buttons = data.tokens.map(([text, half, whole], i) => {
   return node;
 });
 const pickToken = choose(buttons, 1, (i) => {
+  const box = $("tokens"), button = buttons[i];  // scrolled to, where there are several lines
+  box.scrollTop = button.offsetTop - (box.clientHeight - button.offsetHeight) / 2;
   picked.token = i;
   picked.key = asked ?? strongest();
   show();
@@ -185,7 +187,7 @@ map.addEventListener("keydown", (event) => {
 function strip(values, most) {
   const canvas = make("canvas", { class: "strip", width: values.length, height: 1, role: "img" });
   canvas.setAttribute("aria-label", values.map((x) => x.toFixed(2)).join(" "));
-  canvas.style.width = `${Math.max(90, Math.min(3 * values.length, 200))}px`;
+  canvas.style.width = `${innerWidth < 480 ? 48 : Math.max(90, Math.min(3 * values.length, 200))}px`;
   const image = canvas.getContext("2d").createImageData(values.length, 1);
   const cold = style("--accent-rgb").split(",").map(Number), warm = style("--warm-rgb").split(",").map(Number);
   values.forEach((x, i) => image.data.set([...(x < 0 ? cold : warm), Math.round(255 * shade(Math.min(1, Math.abs(x) / most)))], 4 * i));
@@ -209,7 +211,7 @@ function showScores() {
   for (const s of slots) {
     const raw = entry(scores, layer, head, token, s), seen = s <= token;
     const scaled = raw / Math.sqrt(H), share = entry(weights, layer, head, token, s);
-    const bar = make("span", { class: "bar", style: `width:${(6 * share).toFixed(2)}em` });
+    const bar = make("span", { class: "bar", style: `width:${((innerWidth < 480 ? 2 : 6) * share).toFixed(2)}em` });
     const cells = [chip(...data.tokens[s]), strip(keys[s], most.k), raw.toFixed(2), scaled.toFixed(2),
       seen ? scaled.toFixed(2) : "−∞", seen ? make("span", {}, bar, percent(share)) : "0", strip(values[s], most.v)];
     const kind = !seen ? "hidden" : s === token ? "self" : "";

@@ -103,8 +103,9 @@ def test_the_last_layer_of_the_lens_is_the_model(journey):
 
 
 def test_the_first_layer_of_the_lens_is_the_embedding():
-    """A tied model without layers says the token it was given: its positions are small."""
-    model = byte_models.make_model(PLAIN)
+    """A tied model without layers says the token it was given."""
+    wide = ModelConfig(257, 32, n_layers=2, n_heads=2, d_model=64, positions="rope")
+    model = byte_models.make_model(wide)
     noted = record.take_tour(model, "abc", Settings(max_new_tokens=2, temperature=0))
     assert noted.lens_layers[0] == 0
     assert noted.lens_ids[0][:, 0].tolist() == noted.read_ids
