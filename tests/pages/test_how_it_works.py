@@ -1,0 +1,98 @@
+"""docs/how-it-works.md: its pictures are drawn, its ablations take away what they say."""
+
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from programs import call
+
+from gpt.config import ModelConfig
+from gpt.model import attention, transformer
+
+ROOT = Path(__file__).parent.parent.parent
+GUIDE = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
+CONFIG = ModelConfig(64, 16, n_layers=2, n_heads=2, d_model=16, positions="none", init_std=0.3)
+
+
+def script(name):
+    """A script of docs or benchmarks as a module."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their annotations up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_command_of_the_guide_runs(trained, tmp_path, monkeypatch):
+    """Those that make pages and pictures, on a small run: the prompt's length is that run's."""
+    blocks = re.findall(r"^```\n(.*?)\n```", GUIDE, re.M | re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        _, _, module, *words = shlex.split(block)
+        words = [str(trained[1]) if word == "runs/tiny" else word for word in words]
+        words = ["def x():" if word.startswith("def read") else word for word in words]
+        done = call(module.replace(".", "/"), *words[:-1], tmp_path / words[-1])
+        assert done.code == 0, done.err
+        assert (tmp_path / words[-1]).stat().st_size > 10_000
+    argv = ["pictures.py", str(trained[1]), "--prompt", "a cat", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    script("docs/pictures.py").main()
+    shown = set(re.findall(r"\]\((\w+\.svg)\)", GUIDE))
+    assert shown == {path.name for path in tmp_path.glob("*.svg")}
+    assert all((ROOT / "docs" / name).exists() for name in shown)
+
+
+@pytest.fixture
+def ablations(monkeypatch):
+    """The script, whose patches are undone afterwards."""
+    monkeypatch.setattr(attention.Attention, "project", attention.Attention.project)
+    monkeypatch.setattr(attention, "visible", attention.visible)
+    monkeypatch.setitem(transformer.BLOCKS, "pre", transformer.BLOCKS["pre"])
+    transformer.graphdef.cache_clear()
+    yield script("benchmarks/ablations.py")
+    transformer.graphdef.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def params():
+    return transformer.init(CONFIG, jax.random.key(0))
+
+
+def logits(params, tokens=(5, 6, 7, 8)):
+    return np.asarray(transformer.forward(CONFIG, params, jnp.array([tokens]))[0])
+
+
+def test_without_the_mask_the_next_token_is_seen(ablations, params):
+    assert np.array_equal(logits(params)[0], logits(params, (5, 6, 7, 9))[0])
+    ablations.leave_out_mask()
+    assert not np.allclose(logits(params)[0], logits(params, (5, 6, 7, 9))[0])
+
+
+def test_shared_projections_leave_the_keys_unused(ablations, params):
+    other = params | {"blocks": jax.tree.map(jnp.copy, params["blocks"])}
+    other["blocks"]["attention"]["k"] *= 2
+    assert not np.allclose(logits(params), logits(other))
+    ablations.share_queries_and_keys()
+    assert np.array_equal(logits(params), logits(other))
+
+
+def test_unscaled_scores_are_those_of_longer_queries(ablations, params):
+    longer = params | {"blocks": jax.tree.map(jnp.copy, params["blocks"])}
+    longer["blocks"]["attention"]["q"] *= CONFIG.head_width**0.5
+    expected = logits(longer)
+    ablations.leave_scores_unscaled()
+    assert np.allclose(logits(params), expected, atol=1e-4)
+
+
+def test_without_residuals_silent_blocks_pass_nothing_on(ablations, params):
+    silent = params | {"blocks": jax.tree.map(jnp.zeros_like, params["blocks"])}
+    assert np.std(logits(silent)) > 0.1
+    ablations.leave_out_residuals()
+    transformer.graphdef.cache_clear()
+    assert np.all(logits(silent) == 0)
