@@ -8,6 +8,7 @@ import pytest
 from programs import TINY, arrays, call, program, read_lines, same_bits, snapshot
 
 from gpt import checkpoint
+from gpt.training import step
 from gpt.training.runlog import RunLog
 
 
@@ -63,22 +64,23 @@ def fill(disk) -> None:
 
 
 def test_who_goes_on_unsaved_has_what_could_be_saved(text, trained, mounted, monkeypatch):
-    """The disk is full from the sample at step 7 to the evaluation at step 10."""
+    """The disk is full from the sample at step 7 to the evaluation at step 10, the fourth."""
     disk = mounted(64 * 1024)
     Run = program("train").Run
-    sample, evaluate = Run.show_sample, Run.evaluate
+    sample, evaluate, calls = Run.show_sample, step.evaluate, []
 
-    def full_from_here(self, params):
+    def full_from_here(*arguments):
         fill(disk)
-        sample(self, params)
+        sample(*arguments)
 
-    def free_from_here(self, params, eval_step, done):
-        if done == 10:
+    def free_from_here(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
             (disk / "ballast").unlink()
-        return evaluate(self, params, eval_step, done)
+        return evaluate(*arguments)
 
     monkeypatch.setattr(Run, "show_sample", full_from_here)
-    monkeypatch.setattr(Run, "evaluate", free_from_here)
+    monkeypatch.setattr(step, "evaluate", free_from_here)
     argv = [*TINY, "--data", text, "--out", disk / "run", "--keep-going"]
     argv[argv.index("--sample-every") + 1] = "7"
     monkeypatch.setattr(Run, "due", due_until_ten(Run.due))

@@ -36,7 +36,7 @@ def before(monkeypatch, owner, name, action):
 
 PHASES = {  # what is interrupted, and the step that is saved
     "compiling": (lambda: (step, "compile_steps"), 1),
-    "evaluating": (lambda: (program("train").Run, "evaluate"), 4),
+    "evaluating": (lambda: (step, "evaluate"), 4),
     "sampling": (lambda: (program("train").Run, "show_sample"), 7),
     "saving": (lambda: (checkpoint.Writer, "save"), 5),
     "at its end": (lambda: (runlog, "draw_curves"), 12),
