@@ -59,11 +59,12 @@ def is_reshaped(name: str) -> bool:
 def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
     """Bytes of a training step. `tpu`: as the TPU compiler writes it, else as XLA's CPU compiler.
 
-    They differ in four things. A TPU's program gathers attention's matrices once more: they are
+    They differ in three things. A TPU's program gathers attention's matrices once more: they are
     reshaped before the gather, so that its backward pass cannot use what was gathered for the
     recomputation. It adds up what flows back from several products of one input before it reduces
     the sum over tensor; and the loss's part of that after the last chunk of the vocabulary. Where
-    there are micro-batches, it serves the loss with the table that was gathered for the lookup.
+    there are micro-batches both serve the loss with the tied table that was gathered for the lookup
+    (the CPU's after jax 0.10.2).
     """
     c, moved = config.model, Bytes(mesh.shape)
     item, kept = ITEM_BYTES[c.compute_dtype or "float32"], ITEM_BYTES[c.param_dtype]
@@ -100,7 +101,7 @@ def add_tables(
         moved.move("reduce", BATCH, batches * entries * kept)
     entries, is_split = weights["tokens" if config.model.tied else "head"]
     if is_split:
-        at_hand = tpu and config.model.tied and batches > 1
+        at_hand = config.model.tied and batches > 1 and (tpu or jax.__version_info__ > (0, 10, 2))
         times = 0 if at_hand else 2 if recomputes_logits(config) else 1
         moved.move("gather", ("fsdp",), times * batches * entries * item)
         moved.move("reduce", ("fsdp",), batches * entries * kept)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -66,14 +67,16 @@ def test_nothing_is_rematerialized_whole(eight):
 
 
 def test_the_command_line_plans_for_many(tmp_path):
-    """Micro-batches of the preset that 16 x 1 devices cannot share are changed, and it says so."""
-    flags = ["--dry-run", "--devices", "64", "--mesh.fsdp", "32", "--mesh.tensor", "2"]
-    small = ["--model.n-layers", "2", "--seq-len", "256", "--out", tmp_path / "run"]
+    """Micro-batches of the preset that 32 devices cannot share are changed, and it says so."""
+    flags = ["--dry-run", "--devices", "128", "--mesh.fsdp", "32", "--mesh.tensor", "4"]
+    small = ["--model.n-layers", "2", "--out", tmp_path / "run"]
     done = run(ROOT / "train.py", "gpt2", *flags, *small)
     assert done.returncode == 0, done.stderr
-    assert "64 (virtual, of this CPU): data 1 x fsdp 32 x tensor 2" in done.stderr
+    assert "128 (virtual, of this CPU): data 1 x fsdp 32 x tensor 4" in done.stderr
     assert "train with --grad-accum 16" in done.stderr
-    assert "gathered over fsdp" in done.stderr and "decode step" in done.stderr
+    moved = re.search(r"gathered over fsdp: (.*) MB, predicted (.*) MB", done.stderr).groups()
+    gathered, predicted = (float(n.replace(",", "")) for n in moved)
+    assert gathered == pytest.approx(predicted, rel=0.05) and "decode step" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
