@@ -62,7 +62,9 @@ def digest_array(x: jax.Array, axis: int | None = None) -> jax.Array:
         return jnp.sum(mix(bits_of(x), index), dtype=jnp.uint32)
 
     def add(i, sums):
-        bits = bits_of(jax.lax.dynamic_slice_in_dim(x, i, 1, axis))
+        # XLA would widen all of a bfloat16 x before the loop, did it not seem to change in it.
+        whole, i = jax.lax.optimization_barrier((x, i))
+        bits = bits_of(jax.lax.dynamic_slice_in_dim(whole, i, 1, axis))
         return sums + mix(bits, index + jnp.uint32(i) * strides[axis])
 
     sums = jax.lax.fori_loop(0, x.shape[axis], add, jnp.zeros(sizes, jnp.uint32))

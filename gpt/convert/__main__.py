@@ -62,12 +62,21 @@ def note(text: str) -> None:
 def main(argv: list[str]) -> None:
     """Convert one folder into another."""
     command = cli.parse(Command, argv, program="python -m gpt.convert", description=__doc__)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator may be smaller than the model
-    cli.prepare_jax(cache=False)
+    prepare_jax()
     if isinstance(command, Import):
         bring_in(command)
     else:
         give_out(command)
+
+
+def prepare_jax() -> None:
+    """Set JAX up through the environment, before it is imported.
+
+    On the CPU, since an accelerator may be smaller than the model; and not as other programs do,
+    which keep freed memory: here the largest arrays come and go once.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 def bring_in(command: Import) -> None:

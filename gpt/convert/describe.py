@@ -91,7 +91,7 @@ def describe_gpt2(c: ModelConfig) -> dict[str, Any]:
         "n_layer": c.n_layers,
         "n_head": c.n_heads,
         "n_embd": c.d_model,
-        "n_inner": c.ff_width,
+        "n_inner": c.d_ff,
         "layer_norm_epsilon": c.norm_epsilon,
         **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), c.dropout),
     }

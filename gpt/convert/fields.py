@@ -100,7 +100,8 @@ def read_gpt2(f: Fields, kind: str) -> dict[str, Any]:
     activation = f.take("activation_function", str, "gelu_new")
     require(
         activation in ACTIVATIONS,
-        f"config.json: activation_function is {activation!r}: expected {', '.join(ACTIVATIONS)}",
+        f"config.json: activation_function is {brief(activation)}: expected one of "
+        + ", ".join(ACTIVATIONS),
     )
     f.expect("scale_attn_weights", True)
     drops = {f.take(f"{place}_pdrop", float, 0.1) for place in ("embd", "attn", "resid")}

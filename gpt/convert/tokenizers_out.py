@@ -23,11 +23,11 @@ def write(tokenizer: tokenizers.Tokenizer, folder: Path, context_length: int) ->
         return
     if isinstance(tokenizer, tokenizers.CharTokenizer):
         special = {tokenizers.END_OF_TEXT: tokenizer.eot_token}
-        values, end = describe_characters(tokenizer), tokenizers.END_OF_TEXT
+        values, end = describe_characters(tokenizer, special), tokenizers.END_OF_TEXT
     else:
         named = tokenizer._special_tokens.items()
         special = {text: i for text, i in named if not UNUSED.fullmatch(text)}
-        values, end = describe_bytes(tokenizer), tokenizer.end
+        values, end = describe_bytes(tokenizer, special), tokenizer.end
     head = {"version": "1.0", "truncation": None, "padding": None}
     body = {"added_tokens": [added(*one) for one in sorted(special.items(), key=lambda s: s[1])]}
     write_json(folder / "tokenizer.json", head | body | values)
@@ -53,7 +53,7 @@ def added(text: str, i: int) -> dict[str, Any]:
 
 
 def model(vocabulary: dict[str, int], merges: list, whole: bool) -> dict[str, Any]:
-    """The BPE of a tokenizer.json."""
+    """The BPE of a tokenizer.json. A special token that its vocabulary lacks would get a new id."""
     return {
         "type": "BPE",
         "dropout": None,
@@ -68,7 +68,9 @@ def model(vocabulary: dict[str, int], merges: list, whole: bool) -> dict[str, An
     }
 
 
-def describe_bytes(tokenizer: tokenizers.ByteLevelTokenizer) -> dict[str, Any]:
+def describe_bytes(
+    tokenizer: tokenizers.ByteLevelTokenizer, special: dict[str, int]
+) -> dict[str, Any]:
     """A byte-level BPE."""
     ranks = tokenizer._mergeable_ranks
     merges, whole = bpe.list_merges(ranks)
@@ -80,12 +82,14 @@ def describe_bytes(tokenizer: tokenizers.ByteLevelTokenizer) -> dict[str, Any]:
         "pre_tokenizer": pieces.write_pattern(tokenizer._pat_str),
         "post_processor": level,
         "decoder": level,
-        "model": model(spelled, [[bpe.spell(a), bpe.spell(b)] for a, b in merges], whole),
+        "model": model(spelled | special, [[bpe.spell(a), bpe.spell(b)] for a, b in merges], whole),
     }
 
 
-def describe_characters(tokenizer: tokenizers.CharTokenizer) -> dict[str, Any]:
+def describe_characters(
+    tokenizer: tokenizers.CharTokenizer, special: dict[str, int]
+) -> dict[str, Any]:
     """A BPE that never joins: each character is a token. Others are left out by transformers."""
     ids = {character: i for i, character in enumerate(tokenizer.characters)}
     parts = {"normalizer": None, "pre_tokenizer": None, "post_processor": None}
-    return parts | {"decoder": {"type": "Fuse"}, "model": model(ids, [], False)}
+    return parts | {"decoder": {"type": "Fuse"}, "model": model(ids | special, [], False)}

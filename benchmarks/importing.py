@@ -1,0 +1,64 @@
+"""Peak memory of importing a model of gpt2-xl's shapes, weights at random, against its file.
+
+    python benchmarks/importing.py [PRESET] [float32|float16|bfloat16]
+
+Writes the model's folder and the run's into a temporary one, and removes both.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+BLOCK = 2**24  # numbers drawn once; every tensor is cut from them
+
+from gpt.convert.describe import describe  # noqa: E402
+from gpt.convert.layout import HEAD, tensor_shapes  # noqa: E402
+from gpt.convert.tensorfile import FLOATS, WHOLE, write_file  # noqa: E402
+from gpt.presets import preset  # noqa: E402
+
+TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def write_model(folder: Path, name: str, dtype: str) -> int:
+    """A folder of the preset's shapes with random weights; the bytes of its file."""
+    config = preset(name).model
+    values, family = describe(config)
+    shapes = tensor_shapes(config, family)
+    shapes = {n if n == HEAD else family.prefix + n: shape for n, shape in shapes.items()}
+    noise = np.random.default_rng(0).normal(0, 0.02, BLOCK).astype(FLOATS[TYPES[dtype]])
+
+    def tensors():
+        for i, shape in enumerate(shapes.values()):
+            yield np.resize(np.roll(noise, i * 977), shape)
+
+    (folder / "config.json").write_text(json.dumps(values | {"eos_token_id": 50256}))
+    write_file(folder / WHOLE, shapes, TYPES[dtype], tensors())
+    return (folder / WHOLE).stat().st_size
+
+
+def measure(name: str, dtype: str) -> dict[str, float]:
+    """Bytes of the file, peak bytes of the process that imports it, and its seconds."""
+    with tempfile.TemporaryDirectory() as place:
+        source = Path(place) / "model"
+        source.mkdir()
+        size = write_model(source, name, dtype)
+        command = [sys.executable, "-m", "gpt.convert", "import", source, Path(place) / "run"]
+        start = time.perf_counter()
+        subprocess.run(command, check=True, cwd=ROOT)
+        seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # KiB on Linux
+    return {"file_bytes": size, "peak_bytes": peak, "ratio": peak / size, "seconds": seconds}
+
+
+if __name__ == "__main__":
+    name = sys.argv[1] if len(sys.argv) > 1 else "gpt2-xl"
+    dtype = sys.argv[2] if len(sys.argv) > 2 else "float32"
+    print(json.dumps({"preset": name, "dtype": dtype} | measure(name, dtype)))

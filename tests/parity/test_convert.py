@@ -1,0 +1,149 @@
+"""Folders that transformers saved, imported; folders that we export, loaded by transformers."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.parity
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import their_models  # noqa: E402  (needs torch)
+from programs import call  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
+
+import gpt  # noqa: E402
+from gpt.model import transformer  # noqa: E402
+
+KINDS = their_models.KINDS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """torch's threads wait for each other longer than such small products take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def convert(*argv):
+    done = call("gpt/convert/__main__", *argv)
+    assert done.code == 0, done.err
+
+
+def token_ids(config, rows, length, seed=1):
+    return np.random.default_rng(seed).integers(config.vocab_size, size=(rows, length))
+
+
+def bits(folder):
+    """Every tensor of a folder, by name: type, shape and bits."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= {n: (str(a.dtype), a.shape, a.tobytes()) for n, a in load_file(path).items()}
+    return found
+
+
+def load(folder, **options):
+    options |= {"attn_implementation": "eager"}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def agree(ours, theirs):
+    assert theirs.std() > 0.3, "logits so flat that they would agree by themselves"
+    assert np.abs(ours - theirs).max() < 1e-5 * max(1, np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_there_and_back(kind, tmp_path):
+    """Logits, 200 greedy tokens through our cache, and the same bits in what we give back."""
+    model = their_models.make(kind.config())
+    assert all(weight.std() > 0.05 for weight in model.parameters()), "a weight left as it began"
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    convert("import", tmp_path / "theirs", tmp_path / "run")
+    convert("export", tmp_path / "run", tmp_path / "back")
+    assert bits(tmp_path / "back") == bits(tmp_path / "theirs")
+
+    lm = gpt.load(tmp_path / "run")
+    ids = token_ids(lm.config, 2, 256)
+    expected = their_models.logits_of(model, ids)
+    agree(jax.jit(transformer.forward, static_argnums=0)(lm.config, lm.params, ids), expected)
+    back = load(tmp_path / "back")
+    assert np.array_equal(their_models.logits_of(back, ids), expected)
+
+    prompt = ids[0, :40].tolist()
+    (done,) = lm.generate([prompt], max_new_tokens=200, temperature=0)
+    assert done.token_ids == their_models.greedy(model, prompt, 200)
+    assert len(set(done.token_ids)) > 8, "a text so dull that any model might agree"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3, biases"])
+def test_half_precision_comes_back_to_the_bit(kind, dtype, tmp_path):
+    model = their_models.make(KINDS[kind].config()).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "theirs")
+    convert("import", tmp_path / "theirs", tmp_path / "run")
+    lm = gpt.load(tmp_path / "run", dtype="float32")
+    ids = token_ids(lm.config, 2, 64)
+    agree(
+        jax.jit(transformer.forward, static_argnums=0)(lm.config, lm.params, ids),
+        their_models.logits_of(load(tmp_path / "theirs", dtype=torch.float32), ids),
+    )
+    convert("export", tmp_path / "run", tmp_path / "back")
+    assert bits(tmp_path / "back") == bits(tmp_path / "theirs")
+    assert load(tmp_path / "back").dtype == getattr(torch, dtype)
+
+
+def test_a_body_alone_and_old_buffers(tmp_path):
+    """distilgpt2's first files: no prefix, no head, the masks among the weights."""
+    from safetensors.numpy import save_file
+
+    model = their_models.make(KINDS["gpt2"].config())
+    model.save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs/model.safetensors"
+    tensors = {n.removeprefix("transformer."): a for n, a in load_file(file).items()}
+    for i in range(3):
+        tensors[f"h.{i}.attn.bias"] = np.tri(256, dtype=np.float32)[None, None]
+        tensors[f"h.{i}.attn.masked_bias"] = np.array(-1e4, np.float32)
+    save_file(tensors, file)
+    config, params = their_models.read(tmp_path / "theirs")
+    ids = token_ids(config, 2, 64)
+    agree(transformer.forward(config, params, ids), their_models.logits_of(model, ids))
+
+
+OURS = {
+    "gpt2 without biases": "--model.no-bias",
+    "modern": "--model.positions rope --model.norm rms --model.mlp swiglu --model.qk-norm "
+    "--model.no-bias --model.n-kv-heads 1",
+    "llama": "--model.positions rope --model.norm rms --model.mlp swiglu --model.no-bias "
+    "--model.no-tied --model.d-head 24 --model.rope-factor 2 --model.rope-context 8",
+    "relu squared": "--model.mlp relu2 --model.no-tied",
+}
+
+
+@pytest.mark.parametrize("flags", OURS.values(), ids=OURS)
+def test_what_we_trained_runs_there(flags, text, tmp_path):
+    """Trained here, exported, and the same logits and the same text by transformers."""
+    shape = "shakespeare-char --seq-len 64 --batch-size 4 --steps 30 --warmup-steps 2"
+    shape += " --model.n-layers 2 --model.d-model 32 --model.n-heads 2"
+    argv = [*shape.split(), *flags.split(), "--data", text, "--out", tmp_path / "run"]
+    done = call("train", *argv, "--learning-rate", "1e-2")
+    assert done.code == 0, done.err
+    convert("export", tmp_path / "run", tmp_path / "out")
+    lm = gpt.load(tmp_path / "run")
+    model = load(tmp_path / "out")
+    letters = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = token_ids(lm.config, 2, 64)
+    ours = np.asarray(transformer.forward(lm.config, lm.params, ids))
+    assert np.abs(ours - their_models.logits_of(model, ids)).max() < 1e-5 * np.abs(ours).max()
+    prompt = "the cat sat"
+    assert letters(prompt)["input_ids"] == lm.tokenizer.encode_ordinary(prompt)
+    said = lm.generate(prompt, max_new_tokens=40, temperature=0)
+    there = their_models.greedy(model, lm.tokenizer.encode_ordinary(prompt), 40)
+    assert there[: len(said.token_ids)] == said.token_ids
+    assert letters.decode(said.token_ids) == said.text
+    about = json.loads((tmp_path / "out/config.json").read_text())
+    assert about["eos_token_id"] == lm.tokenizer.eot_token == letters.eos_token_id
