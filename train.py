@@ -10,7 +10,7 @@ import contextlib
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,7 +40,7 @@ class Command:
     overwrite: bool = False
     """Start afresh: remove the run that --out holds."""
     init_from: Path | None = None
-    """Start from the weights and the tokenizer of another run."""
+    """Start from the weights, the tokenizer and the model's settings of another run."""
     dry_run: bool = False
     """Print what this would train, and stop."""
     verify_resume: bool = False
@@ -71,7 +71,8 @@ def main(argv: list[str]) -> int:
     """Read the flags, prepare JAX, train; the exit code."""
     preset = cli.peek(Command, argv, "preset", default=Command())
     default = Command(preset=preset, train=PRESETS.get(preset, PRESETS["tiny"]))
-    command = cli.parse(Command, argv, program="train.py", description=__doc__, default=default)
+    read = partial(cli.parse, Command, argv, program="train.py", description=__doc__)
+    command = read(default=default)
     if pod.require_asked(command):
         cli.prepare_absent()
         from gpt.pod.plan import show
@@ -83,8 +84,10 @@ def main(argv: list[str]) -> int:
     distributed.join(command.processes)  # before anything asks for a device
     from rich.console import Console
 
-    from gpt.training import memory
+    from gpt.training import memory, resume
 
+    if command.init_from:
+        command = read(default=resume.adopt(default, command, out))
     plain = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
     console = Console(stderr=True, quiet=not distributed.is_first(), **plain)
     held = contextlib.nullcontext() if trying else distributed.by_first(lock.hold(out))

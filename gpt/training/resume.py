@@ -1,6 +1,7 @@
 """A run's folder met again: what may change when it continues, what goes when it starts afresh."""
 
 import contextlib
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt import checkpoint
-from gpt.config import TrainConfig, from_json, to_json
+from gpt.config import ModelConfig, TrainConfig, from_json, to_json
 from gpt.errors import UserError, require
 
 # These change what is printed, kept or where it is computed, never what is learned.
@@ -87,6 +88,21 @@ def newest(
     for note in damaged:
         tell(f"note: {note}; an earlier checkpoint is used")
     return loaded
+
+
+def adopt(default, command, out: Path):
+    """`default`, a command, with the model of the run in --init-from, or of that which continues.
+
+    So what no flag says of the model is as it was when its weights were made. The types of weights
+    and products stay the preset's: weights kept in bfloat16 would hardly learn.
+    """
+    resuming = checkpoint.steps(out) and not (command.overwrite or command.verify_resume)
+    source = out if resuming else command.init_from
+    about = newest(source, checkpoint.read_metadata, lambda note: None)  # it is told later
+    own = default.train.model
+    types = {n: getattr(own, n) for n in ("param_dtype", "compute_dtype", "cache_dtype")}
+    model = dataclasses.replace(from_json(ModelConfig, about["model"]), **types)
+    return dataclasses.replace(default, train=dataclasses.replace(default.train, model=model))
 
 
 def load_weights(like, folder: Path, step: int, tree: str = "params") -> dict[str, Any]:

@@ -219,9 +219,9 @@ def test_fine_tuning_begins_with_the_imported_weights(tmp_path, text):
     standins.write_tokenizer(folder, standins.tokenizer_json([], {"<|endoftext|>": 256}))
     assert convert("import", folder, tmp_path / "run").code == 0
     shape = "--seq-len 64 --batch-size 4 --steps 1 --warmup-steps 0 --learning-rate 1e-9 "
-    shape += "--min-learning-rate 0 --model.n-layers 2 --model.n-heads 3 --model.d-model 24"
+    shape += "--min-learning-rate 0 --grad-accum 1"
     argv = ["gpt2", "--init-from", tmp_path / "run", "--data", text, "--out", tmp_path / "tuned"]
-    done = call("train", *argv, *shape.split(), "--grad-accum", "1")
+    done = call("train", *argv, *shape.split())
     assert done.code == 0, done.err
     lm = gpt.load(tmp_path / "tuned")
     ids = lm.tokenizer.encode_ordinary("the cat sat on the hill")

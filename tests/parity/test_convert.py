@@ -1,6 +1,7 @@
 """Folders that transformers saved, imported; folders that we export, loaded by transformers."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -10,6 +11,8 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import programs  # noqa: E402
+import standins  # noqa: E402
 import their_models  # noqa: E402  (needs torch)
 from programs import call  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
@@ -147,3 +150,19 @@ def test_what_we_trained_runs_there(flags, text, tmp_path):
     assert letters.decode(said.token_ids) == said.text
     about = json.loads((tmp_path / "out/config.json").read_text())
     assert about["eos_token_id"] == lm.tokenizer.eot_token == letters.eos_token_id
+
+
+def test_the_python_of_the_document(tmp_path, monkeypatch, capsys):
+    """docs/weights.md, its last step, on a stand-in."""
+    c = standins.GPT2 | {"vocab_size": 257, "eos_token_id": 256}
+    folder = standins.write(tmp_path / "gpt2", c)
+    standins.write_tokenizer(folder, standins.tokenizer_json([], {"<|endoftext|>": 256}))
+    monkeypatch.chdir(tmp_path)
+    convert("import", "gpt2", "run")
+    convert("export", "run", "mine")
+    text = (programs.ROOT / "docs/weights.md").read_text("utf-8")
+    exec(re.search(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[1], {})
+    printed = capsys.readouterr().out
+    assert printed.startswith("The house stood")
+    ours = gpt.load("run").generate("The house stood", max_new_tokens=20, temperature=0)
+    assert printed.rstrip("\n") == str(ours).rstrip("\n")

@@ -1,0 +1,61 @@
+"""docs/weights.md, each command run on generated stand-in weights."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import standins
+from programs import call
+
+from gpt.convert import describe, fields
+from gpt.errors import UserError
+from gpt.presets import PRESETS
+
+DOC = Path(__file__).parents[2] / "docs/weights.md"
+PROGRAMS = {
+    "train.py": ("train",),
+    "sample.py": ("sample",),
+    "-m gpt.convert": ("gpt/convert/__main__",),
+}
+
+
+def commands():
+    """The lines of its blocks that are typed, as words."""
+    blocks = re.findall(r"^```\n(.*?)^```", DOC.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+
+
+def test_each_command_runs(tmp_path, text, monkeypatch):
+    c = standins.GPT2 | {"vocab_size": 257, "n_positions": 64, "eos_token_id": 256}
+    folder = standins.write(tmp_path / "gpt2", c)
+    standins.write_tokenizer(folder, standins.tokenizer_json([], {"<|endoftext|>": 256}))
+    (tmp_path / "my.txt").write_bytes(text.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for python, *words in commands():
+        assert python == "python"
+        words = ["3" if word == "200" else "1" if word == "20" else word for word in words]
+        name, rest = (words[0], words[1:]) if words[0] != "-m" else (" ".join(words[:2]), words[2:])
+        done = call(*PROGRAMS[name], *rest)
+        assert done.code == 0, (words, done.err)
+        ran.append(name)
+    assert set(ran) == set(PROGRAMS) and len(ran) == 7
+    assert (tmp_path / "mine/model.safetensors").exists()
+
+
+def test_what_it_says_of_the_presets():
+    kinds = {"shakespeare-char": "gpt2", "modern": "qwen3", "gpt2-xl": "gpt2"}
+    for name, kind in kinds.items():
+        assert describe.describe(PRESETS[name].model)[0]["model_type"] == kind
+    with pytest.raises(UserError, match="RMSNorm with biases"):
+        describe.describe(PRESETS["tiny"].model)
+    without = dataclasses.replace(PRESETS["tiny"].model, bias=False)
+    assert describe.describe(without)[0]["model_type"] == "qwen3"
+
+
+def test_every_family_it_names_is_one():
+    rows = re.findall(r"^\| (`.*?) \|", DOC.read_text("utf-8"), re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named == set(fields.FAMILIES)
