@@ -101,19 +101,19 @@ def keep_min_p(logits_BV: jax.Array, min_p_B: jax.Array) -> jax.Array:
 def filtered(logits_BV: jax.Array, rows: Draw) -> jax.Array:
     """Logits, largest 0, divided by the temperature and cut down to what may be drawn.
 
-    Where no row asks for a filter none is computed. A temperature of 0 counts as 1.
+    A filter that no row asks for is not computed. A temperature of 0 counts as 1.
     """
     temperature_B1 = jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
     # From the largest: a tiny temperature must not turn two large logits into two infinities.
-    scaled_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature_B1
-    scaled_BV = jnp.where(logits_BV > MASKED, scaled_BV, MASKED)  # forbidden at any temperature
+    x_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature_B1
+    x_BV = jnp.where(logits_BV > MASKED, x_BV, MASKED)  # forbidden at any temperature
 
-    def cut(x_BV):
-        x_BV = keep_top_p(keep_top_k(x_BV, rows.top_k), rows.top_p)
-        return keep_min_p(x_BV, rows.min_p)
+    def where_wanted(wanted_B, keep, x_BV, setting_B):
+        return jax.lax.cond(jnp.any(wanted_B), keep, lambda x_BV, _: x_BV, x_BV, setting_B)
 
-    wanted = jnp.any((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
-    return jax.lax.cond(wanted, cut, lambda x_BV: x_BV, scaled_BV)
+    x_BV = where_wanted(rows.top_k > 0, keep_top_k, x_BV, rows.top_k)
+    x_BV = where_wanted(rows.top_p < 1, keep_top_p, x_BV, rows.top_p)
+    return where_wanted(rows.min_p > 0, keep_min_p, x_BV, rows.min_p)
 
 
 def argmax(logits_BV: jax.Array) -> jax.Array:

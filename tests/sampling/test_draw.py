@@ -244,7 +244,12 @@ def test_the_search_for_thresholds_is_skipped_where_nobody_asks(monkeypatch):
 
     monkeypatch.setattr(draw, "keep_largest", counted)
     fresh, x = jax.jit(lambda *args: draw.sample(*args)), jnp.zeros((2, V))
-    for columns, searches in [({"temperature": 0, "top_k": 3}, 0), ({}, 0), ({"top_p": 0.5}, 2)]:
+    for columns, searches in [
+        ({"temperature": 0, "top_k": 3}, 0),
+        ({}, 0),
+        ({"top_p": 0.5}, 1),
+        ({"top_p": 0.5, "top_k": 3}, 2),
+    ]:
         calls.clear()
         fresh(x, rows(2, **columns), nothing_seen(2), jnp.zeros(2, jnp.int32))
         jax.effects_barrier()
