@@ -199,8 +199,9 @@ def lines(config: TrainConfig, mesh: Mesh, chip, stated: int | None) -> Iterator
 
 def shortfall(message: str) -> str:
     """What a compiler says of the memory that is missing."""
-    used = re.search(r"Used (\S+) of (\S+) hbm", message)
-    return f"it takes {used[1]} of {used[2]}" if used else message.splitlines()[0]
+    told = re.search(r"\((\S+)\) exceeds available HBM \((\S+)\)", message)
+    told = told or re.search(r"Used (\S+) of (\S+) hbm", message)
+    return f"takes {told[1]}iB of {told[2]}iB" if told else message.splitlines()[0]
 
 
 def memory_lines(program: Program, limit: int | None) -> Iterator[str]:

@@ -9,6 +9,8 @@ import sys
 import pytest
 from programs import ROOT, call
 
+from gpt.pod import plan
+
 MESHES = ["8-1-1", "1-8-1", "1-1-4", "2-2-2", "4-1-2"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -102,3 +104,15 @@ def test_what_does_not_divide_is_refused_by_name():
 def test_flags_that_make_no_plan_are_refused(flags, said):
     done = call("train", *flags)
     assert done.code == 2 and done.err.startswith("error: ") and said in done.err
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: E1000: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (18.83G) exceeds available HBM (15.75G). HLO module: jit_train_step.",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.83G of 15.75G hbm.",
+    ],
+)
+def test_what_a_chip_lacks_is_told_in_few_words(message):
+    assert plan.shortfall(message) == "takes 18.83GiB of 15.75GiB"
