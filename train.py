@@ -290,7 +290,7 @@ class Run:
         if self.bad.row:  # it may go on like this: these weights must not push out good ones
             self.console.print(f"note: step {done} is not saved: its update was skipped")
             return
-        about = prepare.describe_run(self.command.train, self.config, self.tokenizer, self.dataset)
+        about = prepare.describe_run(self.command, self.config, self.tokenizer, self.dataset)
         saving.save(self.writer, self.config, done, state, about, loss, ending, self.console.print)
 
 

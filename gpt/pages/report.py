@@ -188,13 +188,20 @@ def settings(runs: Sequence[Run]) -> str:
 
 def commands(runs: Sequence[Run]) -> str:
     """How each run is made again."""
-    parts = []
-    for run in runs:
-        if run.config:
-            mark = escape(run.fingerprint[:12])
-            parts.append(
-                f'<h3>{escape(run.name)}</h3><pre tabindex="0">{escape(command_of(run))}</pre>'
-                f'<p class="soft">Its text has the fingerprint <code>{mark}</code>: name it with '
-                "<code>--data</code>, unless it was the default.</p>"
-            )
+    parts = [
+        f'<h3>{escape(run.name)}</h3><pre tabindex="0">{escape(command_of(run))}</pre>'
+        f'<p class="soft">{text_of(run)}</p>'
+        for run in runs
+        if run.config and run.last_step
+    ]
     return "<h2>The command to make it again</h2>" + "".join(parts) if parts else ""
+
+
+def text_of(run: Run) -> str:
+    """What the command says of its text, or leaves open."""
+    mark = f"its fingerprint was <code>{escape(run.fingerprint[:12])}</code>"
+    if run.paths is None:
+        return f"Name its text with <code>--data</code>, unless it was the default: {mark}."
+    if not run.paths:
+        return f"Its text is Python's standard library, of that Python which trained it: {mark}."
+    return f"In the folder that it was typed in, with the same text: {mark}."

@@ -54,6 +54,14 @@ class Run:
         return str(text.get("fingerprint")) if isinstance(text, dict) else "unknown"
 
     @property
+    def paths(self) -> list[str] | None:
+        """Where its text was, as typed; none for the default; None if the run does not say."""
+        text = self.about.get("data")
+        paths = text.get("paths") if isinstance(text, dict) else None
+        good = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
+        return paths if good else None
+
+    @property
     def restarts(self) -> list[int]:
         """The first step logged after each restart: there the seconds fall back."""
         return [b["step"] for a, b in pairwise(self.training) if b["seconds"] < a["seconds"]]
@@ -143,10 +151,14 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def command_of(run: Run) -> str:
-    """The command that trains this again: the preset that needs the fewest flags, and these."""
-    wanted = flags_apart(run.config)
+    """The command that trains this again beside it: the preset that needs the fewest flags, and
+    these; text and weights by the paths that were typed."""
+    wanted, start = flags_apart(run.config), run.about.get("init_from")
     name = min(wanted, key=lambda preset: len(wanted[preset]))
-    return shlex.join(["python", "train.py", name, *wanted[name]])
+    words = ["--data", *run.paths] if run.paths else []
+    words += ["--init-from", start] if isinstance(start, str) else []
+    out = ["--out", f"{run.folder}-again"]
+    return shlex.join(["python", "train.py", name, *wanted[name], *words, *out])
 
 
 def flags_apart(config: TrainConfig) -> dict[str, list[str]]:

@@ -88,15 +88,17 @@ def settle(config: TrainConfig, tokenizer, dtype: Dtype) -> TrainConfig:
     return dataclasses.replace(config, model=model.computing_in(dtype), dtype=dtype)
 
 
-def describe_run(asked: TrainConfig, config: TrainConfig, tokenizer, dataset) -> dict[str, Any]:
+def describe_run(command, config: TrainConfig, tokenizer, dataset) -> dict[str, Any]:
     """All that a checkpoint says beside its arrays: it needs nothing else to be used.
 
-    Types that were left open in what was `asked` stay open: another machine fills them its way.
+    Types that `command` left open stay open: another machine fills them its way. The paths are
+    those that were typed, for who wants to type the command again.
     """
-    model = dataclasses.replace(asked.model, vocab_size=config.model.vocab_size)
+    model = dataclasses.replace(command.train.model, vocab_size=config.model.vocab_size)
     return {
         "model": to_json(model),
         "train": to_json(config),
         "tokenizer": tokenizers.to_json(tokenizer),
-        "data": {"fingerprint": dataset.fingerprint},
+        "data": {"fingerprint": dataset.fingerprint, "paths": [str(p) for p in command.data]},
+        "init_from": str(command.init_from) if command.init_from else None,
     }

@@ -1,17 +1,21 @@
 """The report, read as text: what it shows of runs, whole, torn and long, and what it escapes."""
 
+import html
 import json
 import re
+import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from made_up import write_run
-from programs import call
+from programs import TINY, call, read_lines
 
 from gpt import cli, presets
 from gpt.config import TrainConfig, from_json, to_json
 from gpt.pages import curves, runs
+from gpt.pages.report import commands
 from gpt.training.resume import flat
 from gpt.training.runlog import smoothed
 
@@ -42,10 +46,44 @@ def test_a_trained_run_is_shown_with_its_command(trained, tmp_path):
 def test_the_command_parses_back_to_the_settings(trained):
     (run,) = runs.read_runs([trained[1]])
     words = runs.command_of(run).split()
-    default, flags = presets.PRESETS[words[2]], words[3:]
+    default, flags = presets.PRESETS[words[2]], words[3 : words.index("--data")]
     read = cli.parse(TrainConfig, flags, program="x", description="", default=default)
     left = flat(to_json(read)).items() ^ flat(to_json(run.config)).items()
     assert {name for name, _ in left} <= runs.DECIDED
+
+
+def test_the_command_on_the_page_makes_the_same_run(text, tmp_path, monkeypatch):
+    """Pasted where it was typed: the paths are those, with their spaces."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(text, "my text.txt")
+    assert call("train", *TINY, "--data", "my text.txt", "--out", "a run").code == 0
+    report("a run", "--out", "a.html")
+    shown = re.findall(r"<pre[^>]*>(python train.py.*?)</pre>", Path("a.html").read_text("utf-8"))
+    (command,) = map(html.unescape, shown)
+    done = call("train", *shlex.split(command)[2:])
+    assert done.code == 0, done.err
+    assert read_lines(Path("a run")) == read_lines(Path("a run-again"))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"fingerprint": "0"}, "Name its text with <code>--data</code>"),
+        ({"fingerprint": "0", "paths": []}, "Python's standard library"),
+        ({"fingerprint": "0", "paths": [7]}, "Name its text with <code>--data</code>"),
+        (None, "Name its text with <code>--data</code>"),
+    ],
+)
+def test_a_run_that_does_not_say_where_its_text_was(trained, data, said):
+    (run,) = runs.read_runs([trained[1]])
+    run = runs.Run(**(vars(run) | {"about": run.about | {"data": data}}))
+    assert said in commands([run]) and "--data /" not in commands([run])
+
+
+def test_the_weights_that_a_run_began_from_are_named(trained):
+    (run,) = runs.read_runs([trained[1]])
+    run = runs.Run(**(vars(run) | {"about": run.about | {"init_from": "runs/gpt2 a"}}))
+    assert "--init-from 'runs/gpt2 a' --out" in runs.command_of(run)
 
 
 def test_runs_are_overlaid_and_their_differences_listed(trained, tmp_path):
