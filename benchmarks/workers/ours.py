@@ -11,6 +11,7 @@ from gpt import cli
 cli.prepare_jax(cache=False)
 
 import jax  # noqa: E402
+import models  # noqa: E402
 import numpy as np  # noqa: E402
 
 from gpt import sharding  # noqa: E402
@@ -52,8 +53,8 @@ def train(name: str, batch: int) -> None:
 
 def complete(name: str, batch: int, prompt: int, new: int | None) -> None:
     """Prefill to the first token, or decode steps; greedy."""
-    config = preset(name).model.computing_in("float32")
-    params = jax.jit(lambda: transformer.unstack(transformer.init(config, jax.random.key(0))))()
+    config = models.model_config(name)
+    params = jax.device_put(transformer.unstack(models.random_weights(config)))
     letters = types.SimpleNamespace(eot_token=-1, decode_bytes=lambda ids: b"." * len(ids))
     model = LanguageModel(config, params, letters, 0)
     ids = np.random.default_rng(0).integers(config.vocab_size, size=(batch, prompt)).tolist()
