@@ -17,6 +17,7 @@ import re
 import sys
 import tempfile
 import traceback
+import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -55,8 +56,9 @@ def parse(
     given = {} if default is None else {"default": default}
     read = functools.partial(tyro.cli, kind, prog=program, description=description, **given)
     helping = "--help" in argv or "-h" in argv
-    if helping:
-        argv = ["--help"]  # what else stands there would be missing from the help
+    if helping:  # what else stands there would be missing from the help, but for a subcommand
+        several = typing.get_origin(kind) in (typing.Union, types.UnionType)
+        argv = [*argv[: int(several and argv[0] not in ("-h", "--help"))], "--help"]
     if helping and sys.stdout.isatty():
         return read(args=argv)  # in colours, in boxes
     width = contextlib.nullcontext() if helping else environment("COLUMNS", "10000")
@@ -122,6 +124,14 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         traceback.print_exc()
         code = 1
     _leave(code)
+
+
+def interpreter() -> str:
+    """`python` as it is typed here: by its path where its environment lies below this folder and
+    is not activated, so that what is printed can be pasted."""
+    path, here = Path(sys.executable), Path.cwd()
+    hidden = path.is_relative_to(here) and os.environ.get("VIRTUAL_ENV") != sys.prefix
+    return str(path.relative_to(here)) if hidden else "python"
 
 
 def cache_folder() -> Path:

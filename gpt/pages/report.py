@@ -16,14 +16,14 @@ from gpt.training.runlog import clock
 PANELS = (
     ("loss", "Loss", "nats a token", {"loss": "training", "val_loss": "validation"}),
     ("bits", "Validation, bits a byte", "bits", {"val_bits_per_byte": ""}),
-    ("learning_rate", "Learning rate", "peak of the optimizer", {"learning_rate": ""}),
+    ("learning_rate", "Learning rate", "by the schedule", {"learning_rate": ""}),
     ("grad_norm", "Gradient norm", "before clipping", {"grad_norm": ""}),
     ("speed", "Speed", "tokens a second", {"tokens_per_second": ""}),
     ("mfu", "Model FLOPs utilisation", "share of the measured peak", {"mfu": ""}),
     (
         "step_seconds",
         "Time of a step",
-        "seconds",
+        "seconds: the median; dashed, what 99 in 100 keep within",
         {"step_seconds_p50": "median", "step_seconds_p99": "99 in 100 keep within"},
     ),
 )
@@ -81,7 +81,7 @@ def build(runs: Sequence[Run]) -> str:
 
 def summary(runs: Sequence[Run]) -> str:
     """A column of numbers for each run."""
-    names = ["steps", "training loss", "validation loss", "its best", "bits a byte", "tokens"]
+    names = ["steps", "training loss", "validation loss", "the best of them", "bits a byte", "tokens"]
     names += ["training time", "tokens a second", "MFU", "skipped updates", "restarts"]
     columns = [[progress(run), *map(escape, numbers(run))] for run in runs]
     head = ["", *(escape(run.name) for run in runs)]
@@ -135,8 +135,8 @@ def legend(runs: Sequence[Run], pictures: Sequence[Panel]) -> str:
         f"{escape(run.name)}</label>"
         for i, run in enumerate(runs)
     )
-    said = "Solid: training, smoothed over a twentieth of the run, with each logged step faint "
-    said += "behind it. Dashed: held-out text."
+    said = "Over optimizer steps. Solid: training, smoothed over a twentieth of the run, with each "
+    said += "logged step faint behind it. Dashed losses: held-out text."
     if any(panel.restarts for panel in pictures):
         said += " A dotted upright line: the run was stopped and continued there."
     if any(panel.skips for panel in pictures):
@@ -199,7 +199,7 @@ def commands(runs: Sequence[Run]) -> str:
 
 def text_of(run: Run) -> str:
     """What the command says of its text, or leaves open."""
-    mark = f"its fingerprint was <code>{escape(run.fingerprint[:12])}</code>"
+    mark = f"its tokens have the fingerprint <code>{escape(run.fingerprint[:12])}</code>"
     if run.paths is None:
         return f"Name its text with <code>--data</code>, unless it was the default: {mark}."
     if not run.paths:
