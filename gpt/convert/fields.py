@@ -20,11 +20,12 @@ ACTIVATIONS = {  # theirs to ours
     "relu": "relu",
     "relu2": "relu2",
 }
+MOST, LARGEST = 2**31 - 1, 3e38  # what int32 and float32 have room for
 # What says nothing of the function: names, types, training, and how text is generated.
 HARMLESS = re.compile(
     "architectures|model_type|transformers_version|transformers.js_config|_name_or_path|dtype|"
-    "torch_dtype|use_cache|(bos|eos|pad|unk|sep|decoder_start)_token_id|initializer_range|"
-    "(embd|attn|resid)_pdrop|attention_dropout|summary_.*|task_specific_params|_?num_labels|"
+    "torch_dtype|use_cache|(bos|eos|pad|unk|sep|decoder_start)_token_id|attention_dropout|"
+    "(embd|attn|resid)_pdrop|summary_.*|task_specific_params|_?num_labels|"
     "id2label|label2id|problem_type|output_.*|return_dict|use_return_dict|torchscript|"
     "chunk_size_feed_forward|gradient_checkpointing|pretraining_tp|is_llama_config|is_decoder|"
     "n_ctx|n_special|predict_special_tokens|reorder_and_upcast_attn|max_window_layers|"
@@ -49,8 +50,18 @@ class Fields:
         if value is None:
             require(default is not ..., f"config.json lacks {name}: nothing is guessed")
             return default
-        require(is_of(value, kind), f"config.json: {name} is {brief(value)}: expected {kind}")
+        require(
+            is_of(value, kind) and not (kind is int and abs(value) > MOST),
+            f"config.json: {name} is {brief(value)}: expected {kind.__name__}",
+        )
         return value
+
+    def number(self, name: str, default: Any = ...) -> float:
+        """The field `name` as a number that float32 has room for."""
+        value = self.take(name, float, default)
+        good = abs(value) <= LARGEST
+        require(good, f"config.json: {name} is {brief(value)}: expected a smaller number")
+        return float(value)
 
     def expect(self, name: str, *allowed: Any) -> None:
         """UserError unless the field `name` is one of `allowed`, null or absent."""
@@ -67,11 +78,12 @@ class Fields:
         """UserError if a field is left that may change the function."""
         for name in OFF:
             self.expect(name, False)
+        self.expect("pruned_heads", {})
         for name, value in self.left.items():
             require(
                 value is None or HARMLESS.fullmatch(name) is not None,
-                f"config.json: {name[:60]} is {brief(value)}: a field that this converter does not "
-                "know may change the function of the model; nothing is guessed",
+                f"config.json: {brief(name)} is {brief(value)}: a field that this converter does "
+                "not know may change the function of the model; nothing is guessed",
             )
 
 
@@ -89,9 +101,8 @@ def read_config(values: dict[str, Any]) -> tuple[ModelConfig, Family]:
     family, read = FAMILIES[kind]
     fields = Fields(dict(values))
     settings = read(fields, kind)
+    settings["init_std"] = fields.number("initializer_range", ModelConfig.init_std)
     fields.finish()
-    std = values.get("initializer_range")
-    settings["init_std"] = float(std) if is_of(std, float) else ModelConfig.init_std
     return ModelConfig(**settings), family
 
 
@@ -104,7 +115,7 @@ def read_gpt2(f: Fields, kind: str) -> dict[str, Any]:
         + ", ".join(ACTIVATIONS),
     )
     f.expect("scale_attn_weights", True)
-    drops = {f.take(f"{place}_pdrop", float, 0.1) for place in ("embd", "attn", "resid")}
+    drops = {f.number(f"{place}_pdrop", 0.1) for place in ("embd", "attn", "resid")}
     return {
         "vocab_size": f.take("vocab_size", int),
         "context_length": f.take("n_positions", int),
@@ -113,9 +124,9 @@ def read_gpt2(f: Fields, kind: str) -> dict[str, Any]:
         "d_model": f.take("n_embd", int),
         "d_ff": f.take("n_inner", int, None),
         "mlp": ACTIVATIONS[activation],
-        "norm_epsilon": float(f.take("layer_norm_epsilon", float, 1e-5)),
+        "norm_epsilon": f.number("layer_norm_epsilon", 1e-5),
         "tied": f.take("tie_word_embeddings", bool, True),
-        "dropout": float(drops.pop()) if len(drops) == 1 else 0.0,  # training's alone
+        "dropout": drops.pop() if len(drops) == 1 else 0.0,  # training's alone
     }
 
 
@@ -136,7 +147,7 @@ def read_llama(f: Fields, kind: str) -> dict[str, Any]:
         "d_head": f.take("head_dim", int, default_width),
         "d_ff": f.take("intermediate_size", int),
         "norm": "rms",
-        "norm_epsilon": float(f.take("rms_norm_eps", float, 1e-6)),
+        "norm_epsilon": f.number("rms_norm_eps", 1e-6),
         "mlp": "swiglu",
         "qk_norm": kind == "qwen3",
         "tied": f.take("tie_word_embeddings", bool, False),
@@ -155,7 +166,10 @@ def read_window(f: Fields, kind: str, context: int) -> None:
         f"config.json: layer_types has {brief(layers)}: only full_attention is known",
     )
     on = f.take("use_sliding_window", bool, kind == "mistral")  # which has no such switch
+    named = "sliding_window" in f.left
     window = f.take("sliding_window", int, None)
+    if kind == "mistral" and not named:
+        window = 4096  # transformers' own
     require(
         window is None or window >= context or (not on and kind in ("qwen2", "qwen3")),
         f"config.json: sliding_window is {window}, less than max_position_embeddings {context}: "
@@ -175,19 +189,19 @@ def read_rope(f: Fields) -> dict[str, Any]:
     kind = rope.take("rope_type", str, None) or rope.take("type", str, "default")
     rope.expect("type", kind)
     rope.expect("partial_rotary_factor", 1.0, 1)
-    bases = {float(g.take("rope_theta", float)) for g in (f, rope) if g.left.get("rope_theta")}
+    bases = {g.number("rope_theta") for g in (f, rope) if g.left.get("rope_theta") is not None}
     require(len(bases) <= 1, f"config.json gives several rope_theta: {brief(sorted(bases))}")
     found: dict[str, Any] = {"positions": "rope", "rope_theta": bases.pop() if bases else 1e4}
     if kind == "llama3":
-        found["rope_factor"] = float(rope.take("factor", float))
-        found["rope_low"] = float(rope.take("low_freq_factor", float))
-        found["rope_high"] = float(rope.take("high_freq_factor", float))
+        found["rope_factor"] = rope.number("factor")
+        found["rope_low"] = rope.number("low_freq_factor")
+        found["rope_high"] = rope.number("high_freq_factor")
         found["rope_context"] = rope.take("original_max_position_embeddings", int)
     else:
         known = kind == "default"
         require(known, f"config.json: rope_type is {brief(kind)}: expected default or llama3")
     for name, value in rope.left.items():
-        require(value is None, f"config.json: RoPE's {name[:60]} is {brief(value)}: not known")
+        require(value is None, f"config.json: RoPE's {brief(name)} is {brief(value)}: not known")
     return found
 
 

@@ -11,6 +11,7 @@ from gpt import tokenizer as tokenizers
 from gpt.config import ModelConfig, TrainConfig, to_json
 from gpt.convert import strict_json, tensorfile, tokenizers_in, weights
 from gpt.convert.fields import read_config
+from gpt.convert.place import making, require_new
 from gpt.errors import require
 
 
@@ -57,13 +58,8 @@ def bring_in(source: Path, dest: Path, ids_only: bool, tell: Callable[[str], Non
         "source": {"model_type": values["model_type"], "dtypes": dtypes},
         "step": 0,
     }
-    with checkpoint.sparing(), checkpoint.Writer(dest, keep=1) as writer:
-        writer.save(0, {"params": params}, about, wait=True)
-    tokenizers.save(tokenizer, dest / "tokenizer.json")
+    with making(dest) as folder:
+        with checkpoint.sparing(), checkpoint.Writer(folder, keep=1) as writer:
+            writer.save(0, {"params": params}, about, wait=True)
+        tokenizers.save(tokenizer, folder / "tokenizer.json")
     return found.config
-
-
-def require_new(dest: Path) -> None:
-    """UserError if there is something at `dest` already."""
-    there = dest.exists() and not (dest.is_dir() and not any(dest.iterdir()))
-    require(not there, f"{dest} is there already: name a new folder, or remove it first")

@@ -1,7 +1,5 @@
 """A run's folder of ours becomes a model's folder in the Hugging Face form. Prints nothing."""
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,8 @@ from gpt import tokenizer as tokenizers
 from gpt.config import ModelConfig, TrainConfig, Weights, from_json
 from gpt.convert import tokenizers_out, weights
 from gpt.convert.describe import describe, with_biases
-from gpt.convert.incoming import require_new
 from gpt.convert.layout import HEAD, Family, tensor_shapes
+from gpt.convert.place import making, require_new
 from gpt.convert.tensorfile import FLOATS, WHOLE, write_file
 from gpt.errors import require
 from gpt.model import transformer
@@ -39,15 +37,11 @@ def give_out(
     values, family = describe(config)
     dtype = dtype_of(about, config)
     values |= {"dtype": NAMES[dtype]} | ends(tokenizer)
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{dest.name}.", dir=dest.parent) as scratch:
-        folder = Path(scratch) / dest.name
-        folder.mkdir()
+    with making(dest) as folder:
         tokenizers_out.write(tokenizer, folder, config.context_length)
         tokenizers_out.write_json(folder / "config.json", values)
         tokenizers_out.write_json(folder / "generation_config.json", ends(tokenizer))
         write_weights(folder / WHOLE, with_biases(config, family), family, params, dtype)
-        os.replace(folder, dest)
     return values
 
 

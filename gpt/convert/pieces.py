@@ -7,8 +7,10 @@ ways; the rest is refused. Knows no vocabulary.
 import re
 from typing import Any
 
+import tiktoken
+
 from gpt.convert.fields import brief
-from gpt.errors import require
+from gpt.errors import UserError, require
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # A digit, or a run of them, stands alone: no space before it, and blanks before it are whole.
@@ -19,12 +21,12 @@ QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>")
 CLASS = r"\[\^?(?:\\[sSrntpP](?:\{\w+\})?|\\[^\w\s]|[^\]\[\\&])+\]"
 ALIKE = re.compile(
     rf"(?:{CLASS}|\\[pP]\{{\w+\}}|\\[sSrntz]|\\[^\w\s]|\(\?(?:i?:|[=!])|[()|]"
     r"|(?<=[^(|])(?:[?*+](?:\+|\?)?|\{\d+(?:,\d*)?\}(?!\+))|[^\\\[\]{}()|?*+.^$])*"
 )
+PROBE = "a 1.\n今'S  \t\r\n"
 COUNTED = re.compile(r"(\{\d+,\d+\})\+(?=\||$)")
 
 
@@ -89,7 +91,21 @@ def read_split(step: dict[str, Any]) -> str:
     pattern = step.get("pattern")
     regex = pattern.get("Regex") if isinstance(pattern, dict) else None
     require(isinstance(regex, str), f"tokenizer.json: Split has the pattern {brief(pattern)}")
-    return require_alike(regex)
+    require(
+        not fits_nothing(require_alike(regex)),
+        f"the tokenizer's pattern {brief(regex)} also fits where there is no character",
+    )
+    return regex
+
+
+def fits_nothing(pattern: str) -> bool:
+    """Whether `pattern` finds empty pieces, at which tiktoken breaks; UserError if it is none."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"": 256}
+    try:
+        probe = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    except ValueError as error:
+        raise UserError(f"the tokenizer's pattern {brief(pattern)} is none: {error}") from None
+    return 256 in probe.encode_ordinary(PROBE)
 
 
 def write_pattern(pattern: str) -> dict[str, Any]:

@@ -7,19 +7,26 @@ from typing import Any
 from gpt.errors import UserError, require
 
 MEGABYTE = 2**20
+LONGEST = 32 * MEGABYTE  # of a vocabulary
 
 
 def read(path: Path, most: int = MEGABYTE) -> dict[str, Any]:
     """The JSON object in a file of at most `most` bytes; UserError if it is anything else."""
+    return parse(read_bytes(path, most), str(path))
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """A file of at most `most` bytes; UserError if it is larger, or a pipe or device that never
+    ends."""
+    require(path.is_file(), f"{path} cannot be read: it is no file")
     try:
         size = path.stat().st_size
         require(
             size <= most, f"{path} has {size:,} bytes: expected at most {most:,}; is it damaged?"
         )
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return parse(content, str(path))
 
 
 def parse(content: bytes, what: str) -> dict[str, Any]:

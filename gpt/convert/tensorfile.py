@@ -79,9 +79,9 @@ def open_shards(folder: Path) -> dict[str, Stored]:
     require(isinstance(index, dict) and index != {}, f"{folder / INDEX} has no weight_map")
     files = set()
     for name, file in index.items():
-        plain = isinstance(file, str) and NAME.fullmatch(file) and file.endswith(".safetensors")
+        plain = isinstance(file, str) and file.endswith(".safetensors") and is_plain(file)
         require(
-            plain and ".." not in file,
+            plain and is_plain(name),
             f"{folder / INDEX}: {name[:60]!r} lies in {str(file)[:60]!r}: expected the name of a "
             "safetensors file beside it",
         )
@@ -98,6 +98,11 @@ def open_shards(folder: Path) -> dict[str, Stored]:
     return found
 
 
+def is_plain(name: str) -> bool:
+    """Whether a tensor or a file may be called so: nothing that climbs, or breaks a line."""
+    return NAME.fullmatch(name) is not None and ".." not in name
+
+
 def some(names: Iterable[str]) -> str:
     """The first few of many names."""
     names = list(names)
@@ -107,6 +112,7 @@ def some(names: Iterable[str]) -> str:
 
 def open_file(path: Path) -> dict[str, Stored]:
     """Every tensor of one file; UserError unless its header describes exactly what it holds."""
+    require(path.is_file(), f"{path} cannot be read: it is no file")
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -143,7 +149,7 @@ def read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any], 
 def read_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """Type, shape, first byte and end of one tensor, in itself without contradiction."""
     require(
-        bool(NAME.fullmatch(name)) and ".." not in name,
+        is_plain(name),
         f"{path} is damaged: a tensor is called {name[:60]!r}",
     )
     whole = isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt import tokenizer as tokenizers
-from gpt.convert import bpe, pieces, strict_json
+from gpt.convert import added, bpe, pieces, strict_json
 from gpt.convert.fields import brief
-from gpt.errors import UserError, is_of, require
+from gpt.errors import UserError, require
 
-MOST_BYTES = 64 * strict_json.MEGABYTE
 FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 OTHERS = (
     "tokenizer.model",
@@ -49,7 +48,7 @@ def read(
     """
     there = [name for name in (*FILES, *OTHERS) if (folder / name).exists()]
     if ids_only or not there:
-        ends = ends_of(config)
+        ends = added.ends_of(config)
         tell("without a tokenizer: prompts are ids, as in --prompt-ids '1 2 3'")
         end = ends[0] if ends and ends[0] < n_vocab else -1
         return tokenizers.IdTokenizer(n_vocab, end)
@@ -66,13 +65,15 @@ def read_vocabulary(
     """What the files of a folder say, in whichever form they are."""
     about = {}
     if (folder / "tokenizer_config.json").exists():
-        about = strict_json.read(folder / "tokenizer_config.json", MOST_BYTES)
+        about = strict_json.read(folder / "tokenizer_config.json", strict_json.LONGEST)
     require(
         not about.get("add_prefix_space"),
         "tokenizer_config.json: add_prefix_space is true: here no space is put before a text",
     )
     if "tokenizer.json" in there:
-        found = from_tokenizer_json(strict_json.read(folder / "tokenizer.json", MOST_BYTES), tell)
+        found = from_tokenizer_json(
+            strict_json.read(folder / "tokenizer.json", strict_json.LONGEST), tell
+        )
     else:
         both = "vocab.json" in there and "merges.txt" in there
         require(
@@ -81,19 +82,8 @@ def read_vocabulary(
             "tokenizer.json, or vocab.json and merges.txt",
         )
         found = from_pair(folder, str(about.get("tokenizer_class") or config["model_type"]))
-    for text, i in later_tokens(folder, about).items():
-        require(
-            found.added.setdefault(text, i) == i,
-            f"the files give the token {text!r} the ids {found.added[text]} and {i}",
-        )
+    found.added = added.gather([*found.added.items(), *added.read_others(folder, about)])
     return found
-
-
-def ends_of(config: dict[str, Any]) -> list[int]:
-    """The ids that end a text, as config.json has them: one, several or none."""
-    value = config.get("eos_token_id")
-    ends = value if isinstance(value, list) else [value]
-    return [i for i in ends if is_of(i, int) and i >= 0]
 
 
 def from_tokenizer_json(values: dict[str, Any], tell: Callable[[str], None]) -> Vocabulary:
@@ -115,13 +105,11 @@ def from_tokenizer_json(values: dict[str, Any], tell: Callable[[str], None]) -> 
     )
     whole = model.get("ignore_merges") or False
     require(isinstance(whole, bool), "tokenizer.json: ignore_merges is neither true nor false")
-    after = values.get("post_processor")
-    if isinstance(after, dict) and after.get("type") != "ByteLevel":
+    if adds_tokens(values.get("post_processor")):
         tell("the tokenizer of transformers adds special tokens to a text; here none is added")
     pattern, form = pieces.read_pattern(values.get("pre_tokenizer")), read_form(values)
-    ids, merges = read_ids(model.get("vocab"), "vocab"), read_merges(model.get("merges"))
-    added = [read_added(token) for token in values.get("added_tokens") or []]
-    return Vocabulary(ids, merges, pattern, form, whole, dict(added))
+    ids, merges = added.read_ids(model.get("vocab"), "vocab"), read_merges(model.get("merges"))
+    return Vocabulary(ids, merges, pattern, form, whole, added.read_list(values, form))
 
 
 def part(values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -129,6 +117,15 @@ def part(values: dict[str, Any], name: str) -> dict[str, Any]:
     found = values.get(name)
     require(isinstance(found, dict), f"tokenizer.json: {name} is {brief(found)}")
     return found
+
+
+def adds_tokens(after: Any) -> bool:
+    """Whether a post_processor may put tokens around a text."""
+    inner = after.get("processors") if isinstance(after, dict) else None
+    steps = inner if isinstance(inner, list) else [after]
+    return any(
+        step and not (isinstance(step, dict) and step.get("type") == "ByteLevel") for step in steps
+    )
 
 
 def read_form(values: dict[str, Any]) -> str | None:
@@ -144,14 +141,6 @@ def read_form(values: dict[str, Any]) -> str | None:
     return found and "NFC"
 
 
-def read_ids(values: Any, what: str) -> dict[str, int]:
-    """Tokens and their ids, each id once."""
-    good = isinstance(values, dict) and all(is_of(i, int) and i >= 0 for i in values.values())
-    require(good and values != {}, f"the tokenizer's {what} is no object of tokens and ids")
-    require(len(set(values.values())) == len(values), f"the tokenizer's {what} has an id twice")
-    return values
-
-
 def read_merges(values: Any) -> list[tuple[str, str]]:
     """The pairs, written "a b" or [a, b]."""
     require(isinstance(values, list), "the tokenizer has no list of merges")
@@ -161,30 +150,8 @@ def read_merges(values: Any) -> list[tuple[str, str]]:
         good and all(isinstance(half, str) for p in pairs for half in p),
         "the tokenizer's merges are no pairs of tokens",
     )
+    require(len({*map(tuple, pairs)}) == len(pairs), "the tokenizer's merges have a pair twice")
     return [(first, second) for first, second in pairs]
-
-
-def read_added(token: Any, i: Any = None) -> tuple[str, int]:
-    """One added token; UserError if it also takes the white space around it, or is half a word."""
-    require(isinstance(token, dict), f"the added token {brief(token)} is no object")
-    text, i = token.get("content"), token.get("id") if i is None else i
-    good = isinstance(text, str) and text != "" and is_of(i, int) and i >= 0
-    require(good, f"the added token {brief(token)} has no text or no id")
-    odd = [name for name in ("lstrip", "rstrip", "single_word") if token.get(name)]
-    require(not odd, f"the added token {text!r} is {' and '.join(odd)}, which is not known here")
-    return text, i
-
-
-def later_tokens(folder: Path, about: dict[str, Any]) -> dict[str, int]:
-    """Tokens that other files add: the ids in tokenizer_config.json, added_tokens.json."""
-    table = about.get("added_tokens_decoder") or {}
-    good = isinstance(table, dict) and all(i.isdecimal() for i in table)
-    require(good, "tokenizer_config.json: added_tokens_decoder is no object of ids")
-    found = dict(read_added(token, int(i)) for i, token in table.items())
-    if (folder / "added_tokens.json").exists():
-        added = strict_json.read(folder / "added_tokens.json", MOST_BYTES)
-        found |= read_ids(added, "added_tokens.json") if added else {}
-    return found
 
 
 def from_pair(folder: Path, kind: str) -> Vocabulary:
@@ -194,13 +161,13 @@ def from_pair(folder: Path, kind: str) -> Vocabulary:
         known is not None,
         f"there is no tokenizer.json, and how a {brief(kind)} cuts text is not known",
     )
-    ids = read_ids(strict_json.read(folder / "vocab.json", MOST_BYTES), "vocab.json")
-    size = (folder / "merges.txt").stat().st_size
-    require(size <= MOST_BYTES, f"{folder / 'merges.txt'} has {size:,} bytes")
-    lines = (folder / "merges.txt").read_text("utf-8", errors="replace").split("\n")
-    lines = [line for line in lines if line and not line.startswith("#version")]
-    added = {text: i for text, i in ids.items() if text in pieces.ENDS}
-    return Vocabulary(ids, read_merges(lines), *known, added=added)
+    ids = added.read_ids(strict_json.read(folder / "vocab.json", strict_json.LONGEST), "vocab.json")
+    text = strict_json.read_bytes(folder / "merges.txt", strict_json.LONGEST).decode(
+        errors="replace"
+    )
+    lines = [line for line in text.splitlines() if line and not line.startswith("#version")]
+    special = {text: i for text, i in ids.items() if text in added.ENDS}
+    return Vocabulary(ids, read_merges(lines), *known, added=special)
 
 
 def encoding(
@@ -223,13 +190,14 @@ def encoding(
         max(everything) < n_vocab,
         f"the tokenizer has the id {max(everything)}, the model's vocabulary only {n_vocab:,}",
     )
+    added.require_clear(found.added)
     lacking = [byte for byte in range(256) if bytes([byte]) not in ranks]
     require(not lacking, f"the tokenizer has no token for the byte {lacking[:1]}")
     pairs = [(unspelled(a), unspelled(b)) for a, b in found.merges]
     bpe.require_same(pairs, ranks, found.whole)
     special = tokenizers.with_unused(found.added, len(ranks), n_vocab)
     tokens = sorted(ranks, key=ranks.__getitem__)
-    end = choose_end(folder, config, found.added, tell)
+    end = added.choose_end(folder, config, found.added, tell)
     return tokenizers.build("imported", found.pattern, tokens, special, end=end, form=found.form)
 
 
@@ -241,21 +209,3 @@ def unspelled(text: str) -> bytes:
         raise UserError(
             f"the token {text[:60]!r} is not spelled in bytes: no byte-level BPE"
         ) from None
-
-
-def choose_end(
-    folder: Path, config: dict[str, Any], added: dict[str, int], tell: Callable[[str], None]
-) -> str:
-    """The special token that ends a text: config.json's, or else one of a usual name."""
-    names = {i: text for text, i in added.items()}
-    ends = [i for i in ends_of(config) if i in names]
-    if len(ends) > 1:
-        others = ", ".join(names[i] for i in ends[1:])
-        tell(f"{names[ends[0]]} ends a text; config.json also names {others}, at which none stops")
-    found = [names[i] for i in ends] or [text for text in pieces.ENDS if text in added]
-    require(
-        bool(found),
-        f"no special token ends a text: config.json's eos_token_id is "
-        f"{brief(config.get('eos_token_id'))}, expected one of {brief(sorted(names)[:9])}",
-    )
-    return found[0]

@@ -1,5 +1,7 @@
 """Folders of other people's weights: the same logits as an independent form, or a refusal."""
 
+import errno
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -10,7 +12,8 @@ from safetensors.numpy import load_file
 from samples import objects, sample
 
 import gpt
-from gpt.convert import incoming
+from gpt import checkpoint
+from gpt.convert import incoming, outgoing
 from gpt.errors import UserError
 from gpt.model import transformer
 
@@ -86,7 +89,16 @@ def test_a_tied_head_may_be_stored_beside_the_table(tmp_path):
         ("gpt2", {"n_layer": True}, "n_layer is True"),
         ("gpt2", {"n_layer": 10**9}, "layers"),
         ("gpt2", {"n_layer": 0}, "n_layers is 0"),
-        ("gpt2", {"vocab_size": 2**60}, "weights"),
+        ("gpt2", {"n_head": 0}, "n_heads is 0"),
+        ("gpt2", {"n_embd": 3 * 2**29}, "weights"),
+        ("gpt2", {"n_positions": 10**400}, "n_positions is 1000"),
+        ("gpt2", {"initializer_range": 10**400}, "initializer_range is 1000"),
+        ("llama", {"vocab_size": 2**60}, "vocab_size is 1152"),
+        ("llama", {"vocab_size": 300.0}, "vocab_size is 300.0"),
+        ("llama", {"num_key_value_heads": 3}, "n_kv_heads 3"),
+        ("llama", {"rope_theta": 10**400}, "rope_theta is 1000"),
+        ("llama", {"a\nerror: b": 1}, r"'a\nerror: b' is 1"),
+        ("llama", {"rope_scaling": {"rope_type": "default", "a\nb": 1}}, r"'a\nb' is 1"),
         ("gpt2", {"n_embd": 25}, "not divisible"),
         ("gpt2", {"activation_function": "gelu_fast"}, "activation_function"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
@@ -104,7 +116,7 @@ def test_a_tied_head_may_be_stored_beside_the_table(tmp_path):
         ("llama", {"rope_parameters": {"rope_theta": 5.0}}, "several rope_theta"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama", {"sliding_window": 16}, "sliding_window is 16"),
-        ("llama", {"new_trick": 0.5}, "new_trick is 0.5"),
+        ("llama", {"new_trick": 0.5}, "'new_trick' is 0.5"),
         ("mistral", {"sliding_window": 32}, "sliding_window is 32"),
         ("mistral", {"num_key_value_heads": None}, "num_key_value_heads"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window is 8"),
@@ -209,6 +221,34 @@ def test_what_is_there_is_not_touched(imported):
     done = convert("import", run.parent / "in", run)
     assert done.code == 2 and "is there already" in done.err
     assert snapshot(run) == before
+
+
+@pytest.mark.parametrize("program", ["import", "export"])
+def test_a_full_disk_leaves_nothing_behind(program, imported, tmp_path, monkeypatch):
+    run, *_ = imported
+    source = {"import": run.parent / "in", "export": run}[program]
+
+    def fail(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.Writer, "save", fail)
+    monkeypatch.setattr(outgoing, "write_file", fail)
+    done = convert(program, source, tmp_path / "out")
+    assert done.code == 2
+    assert done.err.endswith(
+        f"error: {tmp_path / 'out'} cannot be written: No space left on device\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_way_is_an_error(imported, tmp_path):
+    run, *_ = imported
+    (tmp_path / "file").write_text("kept")
+    for program, source in (("import", run.parent / "in"), ("export", run)):
+        for dest in (tmp_path / "file", tmp_path / "file/out"):
+            done = convert(program, source, dest)
+            assert done.code == 2 and "error: " in done.err.splitlines()[-1]
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
 
 
 def test_fine_tuning_begins_with_the_imported_weights(tmp_path, text):

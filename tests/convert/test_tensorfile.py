@@ -1,6 +1,7 @@
 """safetensors files: what the library writes is read, and the reverse; damage is refused."""
 
 import json
+import os
 import struct
 
 import ml_dtypes
@@ -123,6 +124,14 @@ def test_a_json_file_may_not_be_large(tmp_path):
         strict_json.read(tmp_path / "a.json", 50)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("read", [tensorfile.open_file, strict_json.read])
+def test_a_pipe_is_not_waited_for(make, read, tmp_path):
+    make(tmp_path / "a")
+    with pytest.raises(UserError, match="it is no file"):
+        read(tmp_path / "a")
+
+
 def make_shards(folder, index):
     for i, name in enumerate("ab"):
         write(folder / f"{name}.safetensors", {f"t{i}": entry(0, 4)}, bytes(4))
@@ -133,6 +142,7 @@ def make_shards(folder, index):
     ("index", "reason"),
     {
         "a file elsewhere": ({"t0": "../a.safetensors"}, "beside it"),
+        "a name of two lines": ({"t0": "a.safetensors", "x\ny": "a.safetensors"}, "beside it"),
         "an absolute one": ({"t0": "/a.safetensors"}, "beside it"),
         "a pickle": ({"t0": "a.bin"}, "beside it"),
         "a number": ({"t0": 1}, "beside it"),

@@ -234,6 +234,20 @@ def refusals(merges):
             good | {"model": good["model"] | {"vocab": vocab | {"!": 5}}},
             "an id twice",
         ),
+        "a pair twice": (
+            good | {"model": good["model"] | {"merges": good["model"]["merges"] * 2}},
+            "a pair twice",
+        ),
+        "a pattern that fits nothing": (
+            good
+            | {"pre_tokenizer": sequence(split | {"pattern": {"Regex": "a|"}}, use_regex=False)},
+            "where there is no character",
+        ),
+        "a pattern that is none": (
+            good
+            | {"pre_tokenizer": sequence(split | {"pattern": {"Regex": "(a"}}, use_regex=False)},
+            "is none",
+        ),
         "too many ids": (tokenizer_json(merges, {END: 400}), "the id 400"),
         "no bytes": (
             good | {"model": good["model"] | {"vocab": vocab | {"今": 337}}},
