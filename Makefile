@@ -57,8 +57,9 @@ test-all: setup
 test-parity: $(PARITY_VENV)/ready
 	@$(PARITY_VENV)/bin/python -m pytest -q -m parity
 
-# torch and transformers are those of the comparison; NANOGPT=FOLDER adds nanoGPT from its folder.
-bench-peers: setup $(PARITY_VENV)/ready
+# torch and transformers are those of the comparison, llama.cpp is built beside them;
+# NANOGPT=FOLDER adds nanoGPT from its folder.
+bench-peers: setup $(PARITY_VENV)/llama-cpp
 	@$(BIN)/python benchmarks/peers.py --python $(PARITY_VENV)/bin/python \
 	$(if $(NANOGPT),--nanogpt "$(NANOGPT)")
 
@@ -70,6 +71,13 @@ $(PARITY_VENV)/ready: pyproject.toml constraints.txt | $(PARITY_VENV)/bin/python
 	echo "Setting up $(PARITY_VENV) with $$torch and transformers, once."; \
 	$(PARITY_VENV)/bin/python $(INSTALL) "$$torch" -e '.[dev,parity]'
 	@touch $@
+
+# From its source, with its own settings, for this very processor. Without it its rows are left out.
+$(PARITY_VENV)/llama-cpp: $(PARITY_VENV)/ready
+	@echo "Building llama.cpp for $(PARITY_VENV): some ten minutes of every core, once."
+	@if $(PARITY_VENV)/bin/python $(INSTALL) --no-binary llama-cpp-python -e '.[peers]' >$@.log 2>&1; \
+	then touch $@; else echo "llama.cpp could not be built; $@.log says why. It needs a C++ compiler" \
+	>&2; fi
 
 $(PARITY_VENV)/bin/python:
 	@if [ -z "$(PARITY_PYTHON)" ]; then \
