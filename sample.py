@@ -8,6 +8,7 @@ standard output as it is drawn; everything else goes to standard error.
 
 import collections
 import dataclasses
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Annotated
 import tyro
 
 from gpt import cli, console
-from gpt.config import ONE_DEVICE, Dtype, MeshConfig, Weights
+from gpt.config import ONE_DEVICE, Dtype, MeshConfig, Quantize, Weights
 from gpt.errors import UserError, positive, require
 from gpt.sampling.settings import Settings
 from gpt.sampling.turns import Rows
@@ -71,6 +72,8 @@ class Command:
     """Type of the computation (default: float32 on CPU, bfloat16 on accelerators)."""
     weights: Weights | None = None
     """The average over the run or the last weights (default: the average where one is kept)."""
+    quantize: Quantize | None = None
+    """Keep matrices as int8: a quarter of the memory; --score tells what it does to the loss."""
     mesh: MeshConfig = ONE_DEVICE
     compile_cache: bool = True
     """Keep compiled programs in your cache folder for the next run."""
@@ -158,7 +161,8 @@ def obey(command: Command) -> int:
     from gpt.sampling.language_model import load
 
     c = command
-    model = load(c.checkpoint, c.step, c.dtype, c.weights, c.mesh)
+    whole = functools.partial(load, c.checkpoint, c.step, c.dtype, c.weights, c.mesh)
+    model = whole(quantize=c.quantize)
     averaged = "these are the averaged weights; --weights raw for the last ones"
     for said in [averaged] * (model.weights == "ema") + model.notes:
         print(f"note: {said}", file=sys.stderr)
@@ -166,7 +170,7 @@ def obey(command: Command) -> int:
     if command.check:
         code = print_checks(model)
     elif scored is not None:
-        print_score(model, command, scored)
+        print_score(model, command, scored, whole)
     elif command.interactive:
         converse(model, command)
     else:
@@ -264,23 +268,20 @@ def report(model, done: list) -> None:
     print(console.describe_end(done, model.config.context_length), file=sys.stderr)
 
 
-def print_score(model, command: Command, scored: str | list[int]) -> None:
-    """Log-probabilities of the tokens, and their mean in the usual units."""
-    from gpt.sampling.score import score
-
-    s = score(model, scored, command.stride)
-    totals = {name: getattr(s, name) for name in ("mean_nll", "bits_per_byte", "perplexity")}
+def print_score(model, command: Command, scored: str | list[int], load) -> None:
+    """Log-probabilities of the tokens, their mean in the usual units, and what quantizing adds to
+    it; `load()` gives the model as it was trained."""
+    s = model.score(scored, command.stride)
+    lost = s.mean_nll - load().score(scored, command.stride).mean_nll if command.quantize else None
     if command.json:
-        lists = {"token_ids": s.token_ids, "logprobs": s.logprobs}
-        sizes = {"context": s.context, "stride": s.stride}
-        print(console.to_json({"tokens": len(s.token_ids)} | totals | lists | sizes))
+        extra = {"quantization_nll": lost} if command.quantize else {}
+        print(console.to_json(s.to_json() | extra))
         return
     for token, logprob in zip(s.token_ids, s.logprobs, strict=True):
         print(f"{logprob:9.4f}  {console.spell(model.tokenizer.decode_bytes([token]))}")
-    print(
-        f"{len(s.token_ids)} tokens: {s.mean_nll:.4f} nats a token, {s.bits_per_byte:.4f} bits a "
-        f"byte, perplexity {s.perplexity:.2f} (context {s.context}, stride {s.stride})"
-    )
+    print(s)
+    if command.quantize:
+        print(f"{command.quantize} changes the loss by {lost:+.4f} nats a token")
 
 
 def print_checks(model) -> int:

@@ -17,6 +17,7 @@ NormPlace = Literal["pre", "post"]
 Mlp = Literal["relu", "gelu", "gelu_tanh", "relu2", "swiglu"]
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "linear", "wsd"]
+Quantize = Literal["int8"]
 Weights = Literal["ema", "raw"]  # the average over the run, or the weights as they are
 VOCAB_MULTIPLE = 128  # accelerators tile by 128, and sharded tables need a divisor
 
@@ -146,9 +147,8 @@ class ModelConfig:
     def computing_in(self, dtype: Dtype) -> "ModelConfig":
         """The same model with its open types filled: products in `dtype`, the cache likewise."""
         compute = self.compute_dtype or dtype
-        return dataclasses.replace(
-            self, compute_dtype=compute, cache_dtype=self.cache_dtype or compute
-        )
+        cached = self.cache_dtype or compute
+        return dataclasses.replace(self, compute_dtype=compute, cache_dtype=cached)
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class TrainConfig:
     z_loss: float = 0.0
     """Weight of log(sum of exp(logits)) squared in the loss (PaLM, section 5)."""
     ema_decay: float = 0.0
-    """Decay a step of an average of the weights, kept beside them; 0: none is kept."""
+    """Decay a step of an average of the weights, kept beside them; 0: none."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     max_bad_steps: int = 10

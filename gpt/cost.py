@@ -18,6 +18,12 @@ def block_matrices(c: ModelConfig) -> int:
     return attention + (3 if c.mlp == "swiglu" else 2) * c.d_model * c.ff_width
 
 
+def block_outputs(c: ModelConfig) -> int:
+    """Outputs of one block's weight matrices."""
+    inner = (2 if c.mlp == "swiglu" else 1) * c.ff_width
+    return c.head_width * (c.n_heads + 2 * c.kv_heads) + inner + 2 * c.d_model
+
+
 def norm_vectors(c: ModelConfig, width: int) -> int:
     """Entries of one norm over `width`."""
     return width * (2 if c.biased("norm") else 1)
@@ -64,10 +70,17 @@ def train_flops_per_token(c: ModelConfig) -> float:
     return 3 * forward_flops(c, T, n_heads_out=T) / T
 
 
-def weight_bytes(c: ModelConfig, dtype: str | None = None) -> int:
-    """Bytes of all weights as stored, vocabulary padding included."""
-    padding = (c.padded_vocab - c.vocab_size) * c.d_model * (1 if c.tied else 2)
-    return (parameters(c) + padding) * ITEM_BYTES[dtype or c.param_dtype]
+def weight_bytes(c: ModelConfig, dtype: str | None = None, int8: bool = False) -> int:
+    """Bytes of all weights as stored, vocabulary padding included; `int8`: matrices and vocabulary
+    tables in one byte an entry and four for the scale of each output."""
+    item, tables = ITEM_BYTES[dtype or c.param_dtype], 1 if c.tied else 2
+    padding = (c.padded_vocab - c.vocab_size) * c.d_model * tables
+    saved = 0
+    if int8:
+        entries = c.n_layers * block_matrices(c) + tables * c.padded_vocab * c.d_model
+        outputs = c.n_layers * block_outputs(c) + tables * c.padded_vocab
+        saved = entries * (item - 1) - 4 * outputs
+    return (parameters(c) + padding) * item - saved
 
 
 def cache_bytes(c: ModelConfig, batch: int, slots: int) -> int:
@@ -76,24 +89,27 @@ def cache_bytes(c: ModelConfig, batch: int, slots: int) -> int:
     return 2 * c.n_layers * batch * c.kv_heads * slots * c.head_width * item
 
 
-def decode_bytes(c: ModelConfig, batch: int, slots: int) -> int:
+def unread_bytes(c: ModelConfig, n_places: int, n_tokens: int, int8: bool) -> int:
+    """Bytes of the rows of tables that are only looked up in, and not for these many."""
+    item = ITEM_BYTES[c.param_dtype]
+    row = c.d_model + 4 if int8 else c.d_model * item
+    words = 0 if c.tied else (c.padded_vocab - min(n_tokens, c.padded_vocab)) * row
+    places = c.context_length - min(n_places, c.context_length)
+    return words + (places * c.d_model * item if c.positions == "learned" else 0)
+
+
+def decode_bytes(c: ModelConfig, batch: int, slots: int, int8: bool = False) -> int:
     """Bytes one decode step must move: every weight once, the cache of `slots` positions once, one
     new position written. Of tables that are only looked up in, `batch` rows are read."""
-    looked_up = [c.context_length] if c.positions == "learned" else []
-    looked_up += [] if c.tied else [c.padded_vocab]
-    unread = sum(rows - min(batch, rows) for rows in looked_up) * c.d_model
-    weights = weight_bytes(c) - unread * ITEM_BYTES[c.param_dtype]
+    weights = weight_bytes(c, int8=int8) - unread_bytes(c, batch, batch, int8)
     return weights + cache_bytes(c, batch, slots) + cache_bytes(c, batch, 1)
 
 
-def prefill_bytes(c: ModelConfig, batch: int, n_tokens: int) -> int:
+def prefill_bytes(c: ModelConfig, batch: int, n_tokens: int, int8: bool = False) -> int:
     """Bytes that reading prompts must move: weights once, of tables that are looked up in the rows
     of the tokens, and the keys and values written. Activations may stay in caches: left out."""
-    looked_up = [] if c.tied else [c.padded_vocab]
-    unread = sum(rows - min(batch * n_tokens, rows) for rows in looked_up) * c.d_model
-    if c.positions == "learned":
-        unread += (c.context_length - min(n_tokens, c.context_length)) * c.d_model
-    return weight_bytes(c) - unread * ITEM_BYTES[c.param_dtype] + cache_bytes(c, batch, n_tokens)
+    weights = weight_bytes(c, int8=int8) - unread_bytes(c, n_tokens, batch * n_tokens, int8)
+    return weights + cache_bytes(c, batch, n_tokens)
 
 
 def describe() -> str:

@@ -12,12 +12,13 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tyro
 
 from gpt import cli
-from gpt.config import ONE_DEVICE, Dtype, MeshConfig
+from gpt.config import ONE_DEVICE, Dtype, MeshConfig, Quantize
 from gpt.errors import require
 from gpt.presets import preset
 
@@ -46,6 +47,8 @@ class Command:
     """Times that each cell is measured, after one that compiles."""
     dtype: Dtype | None = None
     """Type of the computation (default: float32 on CPU, bfloat16 on accelerators)."""
+    quantize: Quantize | None = None
+    """Keep matrices and tables as int8."""
     mesh: MeshConfig = ONE_DEVICE
     json: Path | None = None
     """Write the result to this file too."""
@@ -112,6 +115,7 @@ def check(command: Command) -> None:
         require(good, f"--plot {command.plot}: expected a name that ends in .png or .svg")
     others = {"--plot": command.plot, "--new-tokens": command.new_tokens}
     others |= {"--prompt-lengths": command.prompt_lengths, "a checkpoint": command.checkpoint}
+    others |= {"--quantize": command.quantize}
     idle = [flag for flag, value in others.items() if value and command.train]
     require(not idle, f"--train measures a preset's training step: drop {' and '.join(idle)}")
     require(
@@ -126,23 +130,21 @@ def model(command: Command):
 
     from gpt import sharding
     from gpt.model import transformer
-    from gpt.sampling.language_model import load, platform_dtype
+    from gpt.sampling.language_model import for_decoding, load, platform_dtype
 
     if command.checkpoint:
-        loaded = load(command.checkpoint, dtype=command.dtype, mesh=command.mesh)
+        loaded = load(
+            command.checkpoint, dtype=command.dtype, mesh=command.mesh, quantize=command.quantize
+        )
         name = f"{command.checkpoint}, step {loaded.step}"
         return name, loaded.config, loaded.mesh, lambda: loaded.params
     name, mesh = command.preset or "tiny", sharding.make_decoding_mesh(command.mesh)
     config = preset(name).model.computing_in(command.dtype or platform_dtype())
     transformer.require_fit(config, mesh, fsdp=False)
 
-    def make(key):
-        return transformer.unstack(transformer.init(config, key))
-
-    axes, shapes = transformer.unstacked_axes(config), jax.eval_shape(make, jax.random.key(0))
-    shardings = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING)
-    weights = jax.jit(make, out_shardings=shardings)
-    return f"{name}, random weights", config, mesh, lambda: weights(jax.random.key(0))
+    weights, key = partial(transformer.init, config), jax.random.key(0)
+    make = partial(for_decoding, config, mesh, command.quantize, weights, key)
+    return f"{name}, random weights", config, mesh, make
 
 
 def measure_sampling(command: Command) -> dict:
@@ -160,10 +162,11 @@ def measure_sampling(command: Command) -> dict:
         fitted = f"prompts of {prompt_lengths[-1]} tokens and {new} new ones"
         print(f"note: {fitted} fit the context of {config.context_length}", file=sys.stderr)
     batches = numbers("--batch-sizes", command.batch_sizes or "1,8")
-    cells = [measure.Cell(batch, n, new) for batch in batches for n in prompt_lengths]
+    int8 = command.quantize is not None
+    cells = [measure.Cell(batch, n, new, int8) for batch in batches for n in prompt_lengths]
     measure.require_room(config, cells[-1])
     ceilings = probe.ceilings(measure.step_cost(config, cells[-1])[0], config.compute_dtype)
-    result = card.about(name, config, ceilings, os.cpu_count()) | {"repeats": command.repeats}
+    result = card.about(name, config, ceilings, os.cpu_count(), int8) | {"repeats": command.repeats}
     params = weights()
     watched = track(cells, "measuring", console=Console(stderr=True), transient=True)
     with on_mesh(mesh):

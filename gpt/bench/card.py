@@ -22,7 +22,9 @@ COLUMNS += ("p50 / p90 / p99\nms", "peak\nGB")
 TRAIN_COLUMNS = ("\nbatch", "\ntokens", "compile\ns", "step\nms", "\ntokens/s", "\nMFU", "peak\nGB")
 
 
-def about(name: str, config: ModelConfig, ceilings: dict, n_cores: int | None) -> dict:
+def about(
+    name: str, config: ModelConfig, ceilings: dict, n_cores: int | None, int8: bool = False
+) -> dict:
     """The result without its cells, as JSON values."""
     device = jax.local_devices()[0]
     cores = f", {n_cores} cores" if device.platform == "cpu" else ""
@@ -31,7 +33,8 @@ def about(name: str, config: ModelConfig, ceilings: dict, n_cores: int | None) -
         "precision": config.compute_dtype,
         "model": name,
         "parameters": cost.parameters(config),
-        "weight_bytes": cost.weight_bytes(config),
+        "weights": "int8" if int8 else config.param_dtype,
+        "weight_bytes": cost.weight_bytes(config, int8=int8),
         "jax": jax.__version__,
         "ceilings": ceilings,
     }
@@ -89,7 +92,8 @@ def heading(result: dict) -> list[str]:
     c = result["ceilings"]
     return [
         f"{result['model']}: {result['parameters'] / 1e6:.1f} M parameters, "
-        f"{result['weight_bytes'] / 1e6:.1f} MB of weights, computing in {result['precision']}",
+        f"{result['weight_bytes'] / 1e6:.1f} MB of {result['weights']} weights, "
+        f"computing in {result['precision']}",
         f"{result['device']}, jax {result['jax']}; measured at best: "
         f"{c['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s, reading "
         f"{c['read_bytes_per_second'] / 1e9:,.1f} GB/s, copying "

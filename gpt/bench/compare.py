@@ -24,7 +24,7 @@ REPEATS = {
     "decode step": ("decode", "seconds_per_step_of_repeats"),
     "training step": ("train", "seconds_of_repeats"),
 }
-SETTING = ("device", "precision", "model", "jax")
+SETTING = ("device", "precision", "weights", "model", "jax")
 
 
 @dataclass(frozen=True)

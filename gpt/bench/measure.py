@@ -26,11 +26,13 @@ NO_EOT = -1  # no token ends a row: every repeat does the same work
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured: rows, tokens a prompt, tokens drawn a row (the first is prefill's)."""
+    """What is measured: rows, tokens a prompt, tokens drawn a row (the first is prefill's), and
+    whether the weights are int8."""
 
     batch: int
     prompt_length: int
     new_tokens: int
+    int8: bool = False
 
     @property
     def steps(self) -> int:
@@ -52,7 +54,7 @@ class Times:
 def require_room(config: ModelConfig, cell: Cell) -> None:
     """UserError if weights and cache of the largest cell exceed the memory that is there."""
     slots = engine.bucket(cell.prompt_length + cell.new_tokens, config.context_length)
-    need = cost.weight_bytes(config) + cost.cache_bytes(config, cell.batch, slots)
+    need = cost.weight_bytes(config, int8=cell.int8) + cost.cache_bytes(config, cell.batch, slots)
     have, whose = memory.detect()
     require(
         need <= have,
@@ -141,7 +143,7 @@ def prefill_figures(config: ModelConfig, cell: Cell, times: Times, ceilings: dic
         "seconds": seconds,
         "tokens_per_second": cell.batch * cell.prompt_length / seconds,
         "flops": flops,
-        "bytes": cost.prefill_bytes(config, cell.batch, cell.prompt_length),
+        "bytes": cost.prefill_bytes(config, cell.batch, cell.prompt_length, cell.int8),
         "mfu": flops / seconds / ceilings["matmul_flops_per_second"],
         "seconds_of_repeats": times.prefill,
     }
@@ -170,7 +172,7 @@ def decode_figures(config: ModelConfig, cell: Cell, times: Times, ceilings: dict
 def step_cost(config: ModelConfig, cell: Cell) -> tuple[int, int]:
     """Bytes and FLOPs of the mean decode step of a cell: only filled slots of the cache count."""
     filled = cell.prompt_length + (cell.steps - 1) // 2
-    n_bytes = cost.decode_bytes(config, cell.batch, filled)
+    n_bytes = cost.decode_bytes(config, cell.batch, filled, cell.int8)
     return n_bytes, cell.batch * cost.forward_flops(config, 1, filled, 1)
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from gpt.config import ModelConfig
 from gpt.model import cache as kv
-from gpt.model.layers import NORMS, biases, linear, normal, plus
+from gpt.model.layers import NORMS, biases, linear, normal, plus, product
 from gpt.model.positions import Place
 from gpt.sharding import constrain
 
@@ -65,7 +65,7 @@ class Attention(nnx.Module):
 
     def __init__(self, c: ModelConfig, key: jax.Array):
         D, N, K, H = c.d_model, c.n_heads, c.kv_heads, c.head_width
-        keys = jax.random.split(key, 4)
+        self.head_width, keys = H, jax.random.split(key, 4)
         self.q = normal(keys[0], (D, N, H), ("embed", "heads", None), c.init_std, c.param_dtype)
         self.k = normal(keys[1], (D, K, H), ("embed", "kv_heads", None), c.init_std, c.param_dtype)
         self.v = normal(keys[2], (D, K, H), ("embed", "kv_heads", None), c.init_std, c.param_dtype)
@@ -84,19 +84,15 @@ class Attention(nnx.Module):
         B, T, D = x_BTD.shape
         x_MD = x_BTD.reshape(B * T, D)
         pairs = (self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias)
-        q, k, v = (linear(x_MD, *pair).reshape(B, T, *pair[0].shape[1:]) for pair in pairs)
+        q, k, v = (linear(x_MD, *pair).reshape(B, T, -1, self.head_width) for pair in pairs)
         if self.q_norm is None:
             return q, k, v
         return self.q_norm(q), self.k_norm(k), v
 
     def merge(self, mix_BTNH: jax.Array) -> jax.Array:
-        """The heads' results back in the residual stream, [B, T, D].
-
-        One axis contracted: contracting two would transpose the weight at each call.
-        """
+        """The heads' results back in the residual stream, [B, T, D]."""
         B, T, N, H = mix_BTNH.shape
-        matrix = self.o[...].astype(mix_BTNH.dtype).reshape(N * H, -1)
-        y_MD = mix_BTNH.reshape(B * T, N * H) @ matrix
+        y_MD = product(mix_BTNH.reshape(B * T, N * H), self.o)
         return plus(y_MD, self.o_bias).reshape(B, T, -1)
 
     def __call__(self, x_BTD, past, place: Place, attend: Attend, drop: Drop):

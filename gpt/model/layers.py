@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gpt.config import ModelConfig
+from gpt.model.int8 import Int8
 
 
 def drop(key_B: jax.Array | None, rate: float, place: int, x: jax.Array) -> jax.Array:
@@ -48,13 +49,31 @@ def plus(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
     return y if bias is None else y + bias[...].astype(y.dtype)
 
 
-def linear(x_MD: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-    """x W + b for tokens as rows; W [D, ...] gives [M, ...].
+def product(x_MI: jax.Array, weight: nnx.Param) -> jax.Array:
+    """x W for tokens as rows; W's first axes, as many entries as x is wide, are contracted.
 
-    On rows, since a three-axis product's backward pass is many times slower on CPU.
+    On rows and over one axis: the backward pass of a three-axis product is many times slower on
+    CPU, and contracting two axes would transpose the weight at each call.
     """
-    matrix = weight[...].astype(x_MD.dtype).reshape(x_MD.shape[1], -1)
-    return plus((x_MD @ matrix).reshape(len(x_MD), *weight.shape[1:]), bias)
+    matrix = weight[...]
+    if isinstance(matrix, Int8):
+        return matrix.product(x_MI).astype(x_MI.dtype)
+    return x_MI @ matrix.astype(x_MI.dtype).reshape(x_MI.shape[1], -1)
+
+
+def linear(x_MD: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+    """x W + b for tokens as rows; W [D, ...] gives [M, ...]."""
+    matrix = weight[...]
+    outputs = matrix.scale.shape if isinstance(matrix, Int8) else matrix.shape[1:]
+    return plus(product(x_MD, weight).reshape(len(x_MD), *outputs), bias)
+
+
+def transposed_product(x_MI: jax.Array, matrix_OI: jax.Array | Int8, dtype) -> jax.Array:
+    """x W in `dtype` for a matrix kept as [out, in]: its backward pass is faster on CPU."""
+    if isinstance(matrix_OI, Int8):
+        return matrix_OI.product(x_MI).astype(dtype)
+    matrix_OI = matrix_OI.astype(x_MI.dtype)
+    return jnp.einsum("MI,OI->MO", x_MI, matrix_OI, preferred_element_type=dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -113,8 +132,7 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         B, T, D = x_BTD.shape
         h_MF = self.widen(x_BTD.reshape(B * T, D))
-        # Kept as [out, in]: its backward pass is faster on CPU that way.
-        y_MD = jnp.einsum("MF,DF->MD", h_MF, self.down[...].astype(h_MF.dtype))
+        y_MD = transposed_product(h_MF, self.down[...], h_MF.dtype)
         return plus(y_MD, self.down_bias).reshape(B, T, D)
 
 

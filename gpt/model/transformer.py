@@ -22,7 +22,8 @@ from gpt.config import ModelConfig
 from gpt.errors import require
 from gpt.model import cache as kv
 from gpt.model.attention import MASKED, Attend, Attention, attend
-from gpt.model.layers import NORMS, drop, make_mlp, normal
+from gpt.model.int8 import Int8
+from gpt.model.layers import NORMS, drop, make_mlp, normal, transposed_product
 from gpt.model.positions import ADD, Place, find_place
 from gpt.sharding import constrain
 
@@ -207,17 +208,20 @@ def split_rows(key_B: jax.Array, n: int) -> jax.Array:
 def embed(config: ModelConfig, model: GPT, tokens_BT: jax.Array, pos_BT) -> jax.Array:
     """Token embeddings, and positions where they are added; x_BTD in the compute type."""
     # Gathered over fsdp first: else the partitioner rebuilds the whole table on every device.
-    table_VD = constrain(model.tokens[...], "vocab", None)
+    table_VD = model.tokens[...]
+    if isinstance(table_VD, Int8):
+        x_BTD = table_VD.rows(tokens_BT)
+    else:
+        x_BTD = constrain(table_VD, "vocab", None)[tokens_BT]
     pos = jnp.arange(tokens_BT.shape[1]) if pos_BT is None else pos_BT
     learned = None if model.positions is None else model.positions[...]
-    x_BTD = ADD[config.positions](config, table_VD[tokens_BT], pos, learned)
+    x_BTD = ADD[config.positions](config, x_BTD, pos, learned)
     return constrain(x_BTD.astype(config.compute_dtype or "float32"), "batch", None, None)
 
 
-def unembed_rows(config: ModelConfig, x_MD: jax.Array, rows_CD: jax.Array, ids_C) -> jax.Array:
+def unembed_rows(config: ModelConfig, x_MD: jax.Array, rows_CD, ids_C) -> jax.Array:
     """float32 logits of the vocabulary rows `ids_C`; padding rows get a logit no softmax sees."""
-    rows_CD = rows_CD.astype(x_MD.dtype)
-    logits_MC = jnp.einsum("MD,CD->MC", x_MD, rows_CD, preferred_element_type=jnp.float32)
+    logits_MC = transposed_product(x_MD, rows_CD, jnp.float32)
     if config.logit_softcap:
         logits_MC = config.logit_softcap * jnp.tanh(logits_MC / config.logit_softcap)
     return jnp.where(ids_C < config.vocab_size, logits_MC, MASKED)

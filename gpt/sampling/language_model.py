@@ -10,9 +10,18 @@ from jax.sharding import Mesh
 
 from gpt import checkpoint, sharding
 from gpt import tokenizer as tokenizers
-from gpt.config import ONE_DEVICE, Dtype, MeshConfig, ModelConfig, TrainConfig, Weights, from_json
+from gpt.config import (
+    ONE_DEVICE,
+    Dtype,
+    MeshConfig,
+    ModelConfig,
+    Quantize,
+    TrainConfig,
+    Weights,
+    from_json,
+)
 from gpt.errors import require
-from gpt.model import transformer
+from gpt.model import int8, transformer
 from gpt.sampling import beam, generate, score
 from gpt.sampling.completion import Completion, Piece
 from gpt.sampling.settings import Settings
@@ -87,14 +96,16 @@ def load(
     dtype: Dtype | None = None,
     weights: Weights | None = None,
     mesh: MeshConfig = ONE_DEVICE,
+    quantize: Quantize | None = None,
 ) -> LanguageModel:
     """The model of a run's folder: its newest whole checkpoint, or the one of `step`.
 
     `dtype`: type of the computation (default: float32 on CPU, bfloat16 on accelerators).
     `weights`: "ema", their average over the run, or "raw" (default: the average where one is
     kept). `mesh`: devices among which rows (data) and heads, MLP and vocabulary (tensor) are split.
-    UserError if there is no checkpoint, it is damaged, it has no such average, or the mesh does
-    not divide the model.
+    `quantize`: "int8" keeps matrices and tables as such, with a scale an output (default: as they
+    are). UserError if there is no checkpoint, it is damaged, it has no such average, or the mesh
+    does not divide the model.
     """
     require(Path(run).is_dir(), f"no folder {run}: expected a run's folder made by train.py")
     dtype, devices = dtype or platform_dtype(), sharding.make_decoding_mesh(mesh)
@@ -106,7 +117,7 @@ def load(
         require(kept or weights != "ema", f"{run} keeps no average of its weights: drop --weights")
         tree = "average" if kept and weights != "raw" else "params"
         notes = transformer.require_fit(config, devices, fsdp=False)
-        params = read_weights(run, step, tree, config, devices)
+        params = read_weights(run, step, tree, config, devices, quantize)
         letters = tokenizers.from_json(about["tokenizer"])
         which = "ema" if tree == "average" else "raw"
         several = devices if devices.size > 1 else None
@@ -119,7 +130,7 @@ def load(
     return model
 
 
-def read_weights(run, step: int, tree: str, config: ModelConfig, mesh: Mesh) -> dict:
+def read_weights(run, step: int, tree: str, config: ModelConfig, mesh: Mesh, quantize) -> dict:
     """Unstacked weights of a checkpoint, each part read by the device that keeps it."""
     like, axes = transformer.abstract(config), transformer.logical_axes(config)
     shardings = sharding.state_shardings(mesh, axes, like, sharding.DECODING)
@@ -127,9 +138,21 @@ def read_weights(run, step: int, tree: str, config: ModelConfig, mesh: Mesh) -> 
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), like, shardings
     )
     stacked = checkpoint.restore(run, step, tree, like)
-    shapes, axes = jax.eval_shape(transformer.unstack, like), transformer.unstacked_axes(config)
+    return for_decoding(config, mesh, quantize, lambda stacked: stacked, stacked)
+
+
+def for_decoding(config: ModelConfig, mesh: Mesh, quantize: Quantize | None, stacked, *args):
+    """The stacked weights `stacked(*args)` as sampling keeps them on `mesh`: a subtree a layer."""
+
+    def make(*args):
+        params = transformer.unstack(stacked(*args))
+        return int8.quantize(params) if quantize else params
+
+    axes = transformer.unstacked_axes(config)
+    axes = int8.quantize_axes(axes) if quantize else axes
+    shapes = jax.eval_shape(make, *args)
     out = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING)
-    return jax.jit(transformer.unstack, out_shardings=out)(stacked)
+    return jax.jit(make, out_shardings=out)(*args)
 
 
 def platform_dtype() -> Dtype:

@@ -52,6 +52,20 @@ class Score:
         """Bits that the model needs per byte of the text."""
         return -math.fsum(self.logprobs) / math.log(2) / max(self.n_bytes, 1)
 
+    def __str__(self) -> str:
+        return (
+            f"{len(self.token_ids)} tokens: {self.mean_nll:.4f} nats a token, "
+            f"{self.bits_per_byte:.4f} bits a byte, perplexity {self.perplexity:.2f} "
+            f"(context {self.context}, stride {self.stride})"
+        )
+
+    def to_json(self) -> dict:
+        """All of it as JSON values."""
+        totals = {name: getattr(self, name) for name in ("mean_nll", "bits_per_byte", "perplexity")}
+        sizes = {"context": self.context, "stride": self.stride}
+        lists = {"token_ids": self.token_ids, "logprobs": self.logprobs}
+        return {"tokens": len(self.token_ids)} | totals | lists | sizes
+
 
 @partial(jax.jit, static_argnames="config")
 def target_logprobs(config: ModelConfig, params: dict, tokens_BT, targets_BT) -> jax.Array:

@@ -157,6 +157,16 @@ def test_output(small_preset, tmp_path, capsys):
     assert "note" not in err
 
 
+def test_int8_weights_are_counted_as_such(small_preset, capsys):
+    table, result, _ = output(capsys, "--prompt-lengths", "20", "--quantize", "int8")
+    n_bytes = cost.weight_bytes(CONFIG, int8=True)
+    assert (result["weights"], result["weight_bytes"]) == ("int8", n_bytes)
+    assert f"{n_bytes / 1e6:.1f} MB of int8 weights" in table
+    (cell,) = result["cells"]
+    moved = cost.decode_bytes(CONFIG, 2, 20 + (cell["new_tokens"] - 2) // 2, int8=True)
+    assert cell["decode"]["bytes_per_step"] == moved
+
+
 def test_shrunk_defaults_are_told(small_preset, capsys):
     _, result, err = output(capsys)
     (cell,) = result["cells"]

@@ -1,0 +1,144 @@
+"""Weights as int8: what they cost in accuracy, where they lie, and what a run says of them."""
+
+import json
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
+from programs import call
+
+from gpt import cost, load
+from gpt.config import MeshConfig, ModelConfig
+from gpt.model import cache as kv
+from gpt.model import int8, transformer
+from gpt.sampling import check, engine
+from gpt.sharding import DECODING, make_decoding_mesh, state_shardings
+
+MODERN = {
+    "positions": "rope",
+    "norm": "rms",
+    "mlp": "swiglu",
+    "n_kv_heads": 2,
+    "tied": False,
+    "bias": False,
+    "qk_norm": True,
+}
+CONFIGS = {
+    "gpt2": ModelConfig(300, 64).computing_in("float32"),
+    "modern": ModelConfig(300, 64, **MODERN).computing_in("float32"),
+}
+NUMBERS = st.floats(-1e4, 1e4, width=32)
+
+
+def weights(config):
+    return transformer.unstack(transformer.init(config, jax.random.key(0)))
+
+
+@given(hnp.arrays(np.float32, (6, 5), elements=NUMBERS))
+def test_no_weight_is_further_away_than_half_a_level(w):
+    """Rows of zeros and of one sign included."""
+    held = int8.quantize_matrix(jnp.asarray(w), (1,))
+    back = np.asarray(held.rows(jnp.arange(6)))
+    room = np.abs(w).max(1, keepdims=True) / 127 / 2 * 1.001 + 1e-30
+    assert np.all(np.abs(back - w) <= room)
+
+
+@pytest.mark.parametrize("product", [int8.split_product, int8.plain_product])
+@given(st.integers(1, 9), st.integers(0, 2**31 - 1))
+def test_the_product_is_that_of_the_weights_it_stands_for(product, n_rows, seed):
+    """Integers times activations of 15 bits against NumPy in float64; rows of zeros too."""
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(n_rows, 48)) * 10.0 ** random.integers(-6, 6, (n_rows, 1))
+    x[0] *= random.integers(2)
+    ints = random.integers(-127, 128, (32, 48)).astype(np.int8)
+    found = np.asarray(jax.jit(product)(x.astype(np.float32), ints))
+    size = np.abs(x).max(1, keepdims=True) * np.sqrt(48) * 127
+    assert np.all(np.abs(found - x @ ints.T.astype(float)) <= 2e-4 * size)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_model_computes_with_the_rounded_weights(name):
+    """Every matrix is used the right way round: as a float model of the same rounded weights."""
+    config, params = CONFIGS[name], weights(CONFIGS[name])
+    tokens_BT = np.random.default_rng(0).integers(300, size=(2, 20))
+
+    def rounded(leaf, inputs):
+        held = int8.quantize_matrix(leaf, inputs)
+        kept = [leaf.shape[axis] for axis in range(leaf.ndim) if axis not in inputs]
+        back = (held.ints * held.scale[..., None]).reshape(*kept, *(leaf.shape[i] for i in inputs))
+        outputs = [axis for axis in range(leaf.ndim) if axis not in inputs]
+        return back.transpose(np.argsort([*outputs, *inputs]))
+
+    def one(path, leaf):
+        return int8.by_name(rounded, path, leaf)
+
+    like = jax.tree_util.tree_map_with_path(one, params)
+    forward = jax.jit(transformer.forward, static_argnums=0)
+    expected = forward(config, like, tokens_BT)
+    found = forward(config, int8.quantize(params), tokens_BT)
+    assert jnp.abs(found - expected).max() < 2e-4 * jnp.abs(expected).max()
+    assert jnp.abs(found - forward(config, params, tokens_BT)).max() > 1e-3  # it is no other model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_cache_contract_holds(name):
+    checks = list(check.run_checks(CONFIGS[name], int8.quantize(weights(CONFIGS[name]))))
+    assert [str(one) for one in checks if not one.passed] == [] and len(checks) > 5
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bytes_are_those_of_the_arrays(name):
+    config = CONFIGS[name]
+    params = int8.quantize(weights(config))
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert cost.weight_bytes(config, int8=True) == total
+    held = kv.grow(kv.empty(config, 3), 21)
+    unread = params["positions"][3:].nbytes if "positions" in params else 0
+    unread += sum(leaf[3:].nbytes for leaf in jax.tree.leaves(params["tokens"]) if "head" in params)
+    moved = total - unread + sum(leaf.nbytes for leaf in (*held.k, *held.v))
+    assert cost.decode_bytes(config, 3, 20, int8=True) == moved
+
+
+def test_each_part_has_the_axes_of_its_weight():
+    """Outputs keep theirs, inputs come last; the table splits them like the float weight."""
+    config, mesh = CONFIGS["modern"], make_decoding_mesh(MeshConfig(data=1))
+    axes = int8.quantize_axes(transformer.unstacked_axes(config))
+    attention = axes["blocks"][0]["attention"]
+    assert attention["q"] == int8.Int8(("heads", None, "embed"), ("heads", None))
+    assert attention["o"] == int8.Int8(("embed", "heads"), ("embed",))
+    assert axes["blocks"][0]["mlp"]["down"] == int8.Int8(("embed", "mlp"), ("embed",))
+    assert axes["blocks"][0]["mlp"]["up"] == int8.Int8(("mlp", "embed"), ("mlp",))
+    params = int8.quantize(weights(config))
+    split = state_shardings(mesh, axes, params, DECODING)
+    assert split["blocks"][0]["attention"]["q"].ints.spec == PartitionSpec("tensor", None, None)
+
+
+def test_nothing_in_a_decode_step_is_a_float_copy_of_a_matrix():
+    """Where memory is what limits it, a converted matrix would cost more than int8 saves."""
+    config, params = CONFIGS["gpt2"], int8.quantize(weights(CONFIGS["gpt2"]))
+    cache = kv.grow(kv.empty(config, 1), 32)
+    step = engine.decode_step.lower(config, params, cache, np.zeros(1, np.int32), np.ones(1, bool))
+    text = step.compile().as_text()
+    V, D, F = config.padded_vocab, config.d_model, config.ff_width
+    for shape in (f"[{V},{D}]", f"[{D},{F}]", f"[{F},{D}]"):
+        assert f"s8{shape}" in text and f"f32{shape}" not in text and f"s32{shape}" not in text
+
+
+def test_a_run_is_sampled_scored_and_checked(trained):
+    """The flag of sample.py; the score tells what it costs."""
+    _, run = trained
+    assert call("sample", run, "--quantize", "int8", "--check").code == 0
+    told = json.loads(call("sample", run, "--quantize", "int8", "--score", "the cat", "--json").out)
+    plain = load(run).score("the cat").mean_nll
+    assert told["mean_nll"] - told["quantization_nll"] == pytest.approx(plain, abs=1e-6)
+    assert 0 < abs(told["quantization_nll"]) < 0.02
+    assert "int8 changes the loss by" in call("sample", run, "--quantize=int8", "--score", "a").out
+    text = load(run, quantize="int8").generate("a", temperature=0, max_new_tokens=5)
+    assert len(text.token_ids) == 5
+    done = call("sample", run, "--quantize", "int4")
+    assert done.code == 2 and "int4" in done.err
