@@ -9,7 +9,7 @@ import pytest
 import standins
 from programs import call, snapshot
 from safetensors.numpy import load_file
-from samples import objects, sample
+from samples import objects
 
 import gpt
 from gpt import checkpoint
@@ -199,7 +199,6 @@ def test_ids_are_sampled_and_scored_without_a_tokenizer(imported):
     exact = standins.logits(c, weights, [299, 5, 17])
     exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
     assert np.allclose(scored["logprobs"], exact[range(3), [5, 17, 250]], atol=1e-4)
-    assert sample(run, "--check").endswith("holds\n")
     done = call("sample", run, "--prompt", "text")
     assert done.code == 2 and "without a tokenizer" in done.err
     assert call("sample", run, "--max-new-tokens", "3").code == 0  # from the end of a text
@@ -251,6 +250,7 @@ def test_a_file_in_the_way_is_an_error(imported, tmp_path):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
 
 
+@pytest.mark.slow  # test_weights_doc.py tunes by the commands of the document
 def test_fine_tuning_begins_with_the_imported_weights(tmp_path, text):
     """Step 0 of a run from an imported GPT-2 with a byte tokenizer: its loss, not a fresh one's."""
     c = standins.GPT2 | {"vocab_size": 257, "eos_token_id": 256}
