@@ -117,7 +117,16 @@ def program(name: str):
 def flags(name: str, *before: str) -> set[str]:
     """All flags in a program's help, of the subcommand `before` it if it has some."""
     out, argv = StringIO(), [*before, "--help"]
-    with redirect_stdout(out), mock.patch.object(sys, "argv", [name, *argv]):
-        with pytest.raises(SystemExit):
-            enter(name, argv)
+    with (
+        redirect_stdout(out),
+        mock.patch.object(sys, "argv", [name, *argv]),
+        pytest.raises(SystemExit),
+    ):
+        enter(name, argv)
     return set(re.findall(r"--[a-z][a-z0-9.-]+", out.getvalue()))
+
+
+def run(words: list[str], shrink: dict[str, list[str]]) -> programs.Done:
+    """Run a command, with the flags after it that `shrink` has for its program."""
+    name, argv = split(words)
+    return programs.call(name, *argv, *shrink.get(name, ()))

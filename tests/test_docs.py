@@ -1,14 +1,27 @@
 """README.md and docs/: each command is one that the programs take, each link leads somewhere."""
 
+import io
 import re
+import sys
 from pathlib import Path
 
 import documents
+import programs
 import pytest
 
 # They read their arguments by place; that the file is there is all that is checked.
 WITHOUT_FLAGS = {"benchmarks/pods", "benchmarks/importing"}
 OTHERS = {"--logdir"}  # of tensorboard
+TRAIN = "--steps 2 --batch-size 2 --grad-accum 1 --seq-len 64 --warmup-steps 1 --eval-tokens 99"
+TRAIN += " --model.n-layers 1 --model.d-model 16 --model.n-heads 2 --tokenizer byte"
+BENCH = "--batch-sizes 1 --repeats 2"
+SHRINK = {
+    "train": TRAIN.split(),
+    "sample": ["--max-new-tokens", "4"],
+    "gpt/tour": ["--max-new-tokens", "2"],
+    "gpt/bench/__main__": BENCH.split(),
+}
+NOT_SHRUNK = {"--check", "--compare", "--score"}  # they take none of these
 COMMANDS = [
     pytest.param(words, id=f"{path.stem} {' '.join(words)[:60]}")
     for path in documents.DOCUMENTS
@@ -59,7 +72,7 @@ def test_the_file_map_is_true():
     for line in block.splitlines():
         indent, first, rest = re.match(r"( *)(\S+)(.*)", line).groups()
         folder = Path("gpt") if indent else Path()
-        names = [first.rstrip(",")] + re.findall(r"[a-z_]+\.py", rest)
+        names = [first.rstrip(","), *re.findall(r"[a-z_]+\.py", rest)]
         for name in names:
             places = [documents.ROOT / folder / name, documents.ROOT / folder / first / name]
             assert any(place.exists() for place in places), line
@@ -68,3 +81,41 @@ def test_the_file_map_is_true():
     rooms = {room for room in rooms if (documents.ROOT / room).is_dir() or room.endswith(".py")}
     left = {room for room in rooms if room not in named and room != "gpt/py.typed"}
     assert not left, left
+
+
+@pytest.fixture(scope="module")
+def desk(text, tmp_path_factory):
+    """A folder in which a reader of the guides could stand: a text, a run."""
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "my.txt").write_bytes(text.read_bytes())
+    done = programs.call("train", *SHRINK["train"], "--data", text, "--out", folder / "runs/tiny")
+    assert done.code == 0, done.err
+    return folder
+
+
+def follow(path, desk, monkeypatch, skipped=lambda words: False):
+    """Give the commands of a guide's blocks in order, made small; how many there were."""
+    monkeypatch.chdir(desk)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the\n"))
+    commands = [words for words in documents.in_blocks(path) if words[0] != "make"]
+    for words in commands:
+        if not skipped(words):
+            if words[1] == "gpt.bench":
+                words = [{"gpt2": "tiny", "128,512": "8"}.get(word, word) for word in words]
+            small = {} if NOT_SHRUNK & {*words} else SHRINK
+            done = documents.run(words, small)
+            assert done.code == 0, (words, done.err)
+    return len(commands)
+
+
+def test_the_readme_can_be_followed(desk, monkeypatch):
+    bench = lambda words: words[1:2] == ["gpt.bench"]  # noqa: E731 - a minute; below
+    assert follow(documents.ROOT / "README.md", desk, monkeypatch, skipped=bench) == 5
+    assert (desk / "runs/mine/loss.png").exists()
+    assert (desk / "report.html").exists() and (desk / "tour.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["README", "docs/training", "docs/sampling", "docs/measuring"])
+def test_a_guide_can_be_followed(name, desk, monkeypatch):
+    assert follow(documents.ROOT / f"{name}.md", desk, monkeypatch)

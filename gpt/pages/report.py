@@ -81,8 +81,8 @@ def build(runs: Sequence[Run]) -> str:
 
 def summary(runs: Sequence[Run]) -> str:
     """A column of numbers for each run."""
-    names = ["steps", "training loss", "validation loss", "the best of them", "bits a byte", "tokens"]
-    names += ["training time", "tokens a second", "MFU", "skipped updates", "restarts"]
+    names = ["steps", "training loss", "validation loss", "the best of them", "bits a byte"]
+    names += ["tokens", "training time", "tokens a second", "MFU", "skipped updates", "restarts"]
     columns = [[progress(run), *map(escape, numbers(run))] for run in runs]
     head = ["", *(escape(run.name) for run in runs)]
     notes = "".join(
