@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +27,9 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 WORKERS = Path(__file__).parent / "workers"
-PLACE = {**os.environ, "PYTHONPATH": str(ROOT)}  # the environment, else as a user has it
-PAUSE = 0.1  # seconds before a turn: threads of the one before may spin for some milliseconds more
+# OpenMP's threads (torch, llama.cpp) sleep when they wait. To spin may save a little on idle cores,
+# but with other processes about it makes llama.cpp many times slower. OMP_WAIT_POLICY overrides.
+PLACE = {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Row:
 STEP = "ms a step"
 TORCH = ("transformers",)
 NANO = ("nanogpt-eager", "nanogpt-compiled")
-LLAMA_CPP = ("llama.cpp f32",)  # and how its weights are written
+LLAMA_CPP, LLAMA_CPP_8 = ("llama.cpp f32",), ("llama.cpp q8_0",)  # and how its weights are written
 ROWS = [
     Row("train nano", ("train", "shakespeare-char", "12"), NANO, STEP),
     Row("train gpt2", ("train", "gpt2", "2"), NANO, STEP),
@@ -57,6 +57,7 @@ ROWS = [
     Row("prefill llama 128", ("prefill", "llama", "1", "128"), LLAMA_CPP, "ms"),
     Row("prefill llama 512", ("prefill", "llama", "1", "512"), LLAMA_CPP, "ms"),
     Row("decode llama 1", ("decode", "llama", "1", "128", "32"), LLAMA_CPP, STEP),
+    Row("decode llama int8 1", ("decode", "llama", "1", "128", "32", "int8"), LLAMA_CPP_8, STEP),
 ]
 
 
@@ -94,7 +95,6 @@ class Contestant:
 
     def turn(self) -> float:
         """Seconds of one more turn."""
-        time.sleep(PAUSE)
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         return self.expect("seconds")

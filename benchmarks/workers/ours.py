@@ -1,4 +1,8 @@
-"""This project, as its users run it: python ours.py decode|prefill|train PRESET BATCH [...]."""
+"""This project, as its users run it:
+
+python ours.py train NAME BATCH
+python ours.py prefill|decode NAME BATCH PROMPT [NEW] [int8]
+"""
 
 import dataclasses
 import sys
@@ -17,7 +21,7 @@ import numpy as np  # noqa: E402
 from gpt import sharding  # noqa: E402
 from gpt.bench.train import random_batch  # noqa: E402
 from gpt.config import ONE_DEVICE  # noqa: E402
-from gpt.model import transformer  # noqa: E402
+from gpt.model import int8, transformer  # noqa: E402
 from gpt.presets import preset  # noqa: E402
 from gpt.sampling.language_model import LanguageModel  # noqa: E402
 from gpt.training import step  # noqa: E402
@@ -51,10 +55,11 @@ def train(name: str, batch: int) -> None:
     serve(work)
 
 
-def complete(name: str, batch: int, prompt: int, new: int | None) -> None:
+def complete(name: str, batch: int, prompt: int, new: int | None, quantized: bool) -> None:
     """Prefill to the first token, or decode steps; greedy."""
     config = models.model_config(name)
     params = jax.device_put(transformer.unstack(models.random_weights(config)))
+    params = jax.jit(int8.quantize)(params) if quantized else params
     letters = types.SimpleNamespace(eot_token=-1, decode_bytes=lambda ids: b"." * len(ids))
     model = LanguageModel(config, params, letters, 0)
     ids = np.random.default_rng(0).integers(config.vocab_size, size=(batch, prompt)).tolist()
@@ -66,8 +71,9 @@ def complete(name: str, batch: int, prompt: int, new: int | None) -> None:
 
 
 if __name__ == "__main__":
-    kind, name, batch, *sizes = sys.argv[1:]
+    kind, name, batch, *words = sys.argv[1:]
     if kind == "train":
         train(name, int(batch))
     else:
-        complete(name, int(batch), int(sizes[0]), int(sizes[1]) if kind == "decode" else None)
+        prompt, *new = [int(word) for word in words if word != "int8"]
+        complete(name, int(batch), prompt, new[0] if new else None, "int8" in words)
