@@ -21,6 +21,8 @@ SHRINK = {
     "gpt/tour": ["--max-new-tokens", "2"],
     "gpt/bench/__main__": BENCH.split(),
 }
+GUIDES = ["README", *(f"docs/{name}" for name in ("training", "sampling", "measuring"))]
+GUIDES += ["docs/how-it-works", "docs/pretrain-gpt2"]
 NOT_SHRUNK = {"--check", "--compare", "--score"}  # they take none of these
 COMMANDS = [
     pytest.param(words, id=f"{path.stem} {' '.join(words)[:60]}")
@@ -87,7 +89,9 @@ def test_the_file_map_is_true():
 def desk(text, tmp_path_factory):
     """A folder in which a reader of the guides could stand: a text, a run."""
     folder = tmp_path_factory.mktemp("desk")
-    (folder / "my.txt").write_bytes(text.read_bytes())
+    (folder / "fineweb").mkdir()
+    for name in ("my.txt", "fineweb/a.txt"):
+        (folder / name).write_bytes(text.read_bytes())
     done = programs.call("train", *SHRINK["train"], "--data", text, "--out", folder / "runs/tiny")
     assert done.code == 0, done.err
     return folder
@@ -116,6 +120,6 @@ def test_the_readme_can_be_followed(desk, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["README", "docs/training", "docs/sampling", "docs/measuring"])
+@pytest.mark.parametrize("name", GUIDES)
 def test_a_guide_can_be_followed(name, desk, monkeypatch):
     assert follow(documents.ROOT / f"{name}.md", desk, monkeypatch)

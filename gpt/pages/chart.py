@@ -64,7 +64,10 @@ def marks(panel: Panel) -> str:
             steps = [step for r, step in events if r == run]
             at = whole(panel.across(steps[:: 1 + len(steps) // MOST_MARKS]))
             d = "".join(f"M{x} {SIZE}V{height}" for x in at)
-            drawn += f'<path class="{kind}" data-run="{run}" d="{d}"/>\n'
+            about = f'data-run="{run}"'
+            if kind == "restart":  # a skip is red, whoever's it is
+                about += f' style="stroke:{colour(run)}"'
+            drawn += f'<path class="{kind}" {about} d="{d}"/>\n'
     return drawn
 
 
