@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import call
 
 from gpt.config import ModelConfig
 from gpt.model import attention, transformer
@@ -29,17 +27,9 @@ def script(name):
     return module
 
 
-def test_each_command_of_the_guide_runs(trained, tmp_path, monkeypatch):
-    """Those that make pages and pictures, on a small run: the prompt's length is that run's."""
-    blocks = re.findall(r"^```\n(.*?)\n```", GUIDE, re.M | re.S)
-    assert len(blocks) == 2
-    for block in blocks:
-        _, _, module, *words = shlex.split(block)
-        words = [str(trained[1]) if word == "runs/tiny" else word for word in words]
-        words = ["def x():" if word.startswith("def read") else word for word in words]
-        done = call(module.replace(".", "/"), *words[:-1], tmp_path / words[-1])
-        assert done.code == 0, done.err
-        assert (tmp_path / words[-1]).stat().st_size > 10_000
+@pytest.mark.slow
+def test_the_pictures_of_the_guide_are_drawn(trained, tmp_path, monkeypatch):
+    """By the script that it names. Its commands, and whether the pictures are there: test_docs."""
     argv = ["pictures.py", str(trained[1]), "--prompt", "a cat", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", argv)
     script("docs/pictures.py").main()

@@ -15,9 +15,9 @@ from gpt.pages import record
 from gpt.sampling import generate
 from gpt.sampling.settings import Settings
 
-PLAIN = ModelConfig(257, 64, n_layers=2, n_heads=2, d_model=16)
+PLAIN = ModelConfig(257, 64, n_layers=1, n_heads=2, d_model=16)
 MODERN = ModelConfig(
-    257, 64, n_layers=3, n_heads=4, n_kv_heads=2, d_model=24, positions="rope", norm="rms",
+    257, 64, n_layers=2, n_heads=4, n_kv_heads=2, d_model=24, positions="rope", norm="rms",
     mlp="swiglu", qk_norm=True, tied=False,
 )  # fmt: skip
 POST = ModelConfig(257, 64, n_layers=2, n_heads=1, d_model=16, norm_place="post", d_head=6)
@@ -104,9 +104,9 @@ def test_the_last_layer_of_the_lens_is_the_model(journey):
 
 def test_the_first_layer_of_the_lens_is_the_embedding():
     """A tied model without layers says the token it was given."""
-    wide = ModelConfig(257, 32, n_layers=2, n_heads=2, d_model=64, positions="rope")
+    wide = ModelConfig(257, 32, n_layers=1, n_heads=2, d_model=64, positions="rope")
     model = byte_models.make_model(wide)
-    noted = record.take_tour(model, "abc", Settings(max_new_tokens=2, temperature=0))
+    noted = record.take_tour(model, "abc", Settings(max_new_tokens=1, temperature=0))
     assert noted.lens_layers[0] == 0
     assert noted.lens_ids[0][:, 0].tolist() == noted.read_ids
     assert noted.drawings[0].uniform is None and list(noted.drawings[0].stages) == ["the model"]
