@@ -185,7 +185,7 @@ def test_programs_are_listed_with_their_shapes_where_asked_for(folder):
 def test_a_model_that_knows_no_numbers_is_refused(folder, monkeypatch):
     broken = gpt.load(folder)
     broken = dataclasses.replace(broken, params=jax.tree.map(lambda a: a * np.nan, broken.params))
-    monkeypatch.setattr(language_model, "load", lambda *_: broken)
+    monkeypatch.setattr(language_model, "load", lambda *_, **__: broken)
     done = call("sample", folder, "--prompt", "the ", "--json")
     assert (done.code, done.out) == (2, "") and "is not a number" in done.err
     (score,) = objects(folder, "--score", "the ")

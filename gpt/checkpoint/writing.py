@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,8 @@ class Writer:
         except (OSError, ValueError) as error:  # tensorstore's failures are ValueErrors
             with contextlib.suppress(OSError, ValueError):
                 self.orbax.wait()  # the same error once more, or the next save would raise it
-            for half in half_written(self.folder) if distributed.is_first() else ():
-                shutil.rmtree(half, ignore_errors=True)  # it takes the room that is wanted
+            if distributed.is_first():
+                clear(self.folder)  # it takes the room that is wanted
             self.orbax.reload()
             step, self.latest = self.latest, max(steps(self.folder), default=None)
             kept = (
@@ -143,6 +144,20 @@ class Writer:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def clear(folder: str | Path) -> None:
+    """Remove what a failed save has left, until nothing new comes: orbax gives up at the first
+    error, while others of its threads go on writing."""
+    quiet = 0
+    for _ in range(50):
+        found = half_written(folder)
+        for half in found:
+            shutil.rmtree(half, ignore_errors=True)
+        quiet = 0 if found else quiet + 1
+        if quiet == 3:
+            return
+        time.sleep(0.05)
 
 
 def losses_of(folder: str | Path, found: list[int]) -> dict[int, float]:

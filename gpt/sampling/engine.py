@@ -22,8 +22,14 @@ PIECE = 1024  # tokens a row read at once: the scores of a piece are PIECE x cap
 
 
 def bucket(n_tokens: int, context_length: int) -> int:
-    """The power of two, at least 32 and at most the context, into which `n_tokens` fit."""
-    return min(max(SMALLEST_BUCKET, 1 << (n_tokens - 1).bit_length()), context_length)
+    """The power of two, or from 192 on three quarters of one, into which `n_tokens` fit; at least
+    32 and at most the context.
+
+    Few sizes are few programs; but what a size has too much is read again at each decode step.
+    """
+    size = max(SMALLEST_BUCKET, 1 << (n_tokens - 1).bit_length())
+    size = size * 3 // 4 if size >= 256 and n_tokens <= size * 3 // 4 else size
+    return min(size, context_length)
 
 
 def last_logits(config: ModelConfig, params: dict, x_BTD: jax.Array, n_B: jax.Array) -> jax.Array:
@@ -86,7 +92,7 @@ def decode_step(config: ModelConfig, params: dict, cache: kv.KVCache, token_B, a
 
 @partial(jax.jit, static_argnames="capacity")
 def grow(cache: kv.KVCache, capacity: int) -> kv.KVCache:
-    """The cache with room for `capacity` tokens a row: one copy, each time the room doubles."""
+    """The cache with room for `capacity` tokens a row: one copy, each time it is full."""
     return kv.grow(cache, capacity)
 
 

@@ -143,7 +143,7 @@ def start(model, done: Sequence[Completion], each: Sequence[Settings], rows: Dra
 
 
 def with_room(config: ModelConfig, loop: Loop) -> Loop:
-    """The loop, its cache doubled (up to the context) if a running row has filled it."""
+    """The loop, its cache of the next size (up to the context) if a running row has filled it."""
     if not filled(loop).any() or loop.cache.capacity == config.context_length:
         return loop
     capacity = engine.bucket(loop.cache.capacity + 1, config.context_length)

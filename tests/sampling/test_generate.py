@@ -204,3 +204,5 @@ def test_samples_share_a_prefill(model, monkeypatch):
 
 def test_buckets():
     assert [engine.bucket(n, 100) for n in (1, 32, 33, 64, 65, 100)] == [32, 32, 64, 64, 100, 100]
+    sizes = [(129, 192), (192, 192), (193, 256), (257, 384), (385, 512), (700, 768), (769, 1000)]
+    assert [engine.bucket(n, 1000) for n, _ in sizes] == [size for _, size in sizes]

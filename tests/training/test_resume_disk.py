@@ -132,7 +132,7 @@ def test_a_line_that_finds_no_room_leaves_no_half(tmp_path, monkeypatch):
             log.file = Full()
             told = contextlib.nullcontext() if going_on else pytest.raises(OSError, match="metrics")
             with told:
-                log.log_train(1, {"loss": 1.0})
+                log.log_train(1, {"loss": 1.0, "skipped": 0})
             assert log.file.written == b""
 
 
