@@ -19,7 +19,7 @@ from gpt.model.positions import Place
 from gpt.sharding import constrain
 
 Drop = Callable[[jax.Array], jax.Array]
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, Drop], jax.Array]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, Drop | None], jax.Array]
 MASKED = -1e30  # finite, so that no difference of scores is ever NaN
 
 
@@ -37,12 +37,12 @@ def attend(
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
     pos_BT: jax.Array | None,
-    drop: Drop,
+    drop: Drop | None,
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v over the visible slots (Vaswani et al. 2017, section 3.2.1).
 
     Query head n reads key/value head n // (N/K). Softmax in float32. `drop` is applied to the
-    attention weights. Returns mix_BTNH in the type of `v_BKSH`.
+    attention weights, where there is one. Returns mix_BTNH in the type of `v_BKSH`.
     """
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
@@ -52,8 +52,9 @@ def attend(
     )
     mask = visible(pos_BT, T, S)[:, None, None]
     scores_BKGTS = jnp.where(mask, scores_BKGTS / math.sqrt(H), MASKED)
-    weights_BKGTS = drop(jax.nn.softmax(scores_BKGTS, axis=-1)).astype(v_BKSH.dtype)
-    mix_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+    weights_BKGTS = weights_BKGTS if drop is None else drop(weights_BKGTS)
+    mix_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v_BKSH.dtype), v_BKSH)
     return mix_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
@@ -95,7 +96,7 @@ class Attention(nnx.Module):
         y_MD = product(mix_BTNH.reshape(B * T, N * H), self.o)
         return plus(y_MD, self.o_bias).reshape(B, T, -1)
 
-    def __call__(self, x_BTD, past, place: Place, attend: Attend, drop: Drop):
+    def __call__(self, x_BTD, past, place: Place, attend: Attend, drop: Drop | None):
         """Mixed values, and the layer's keys and values up to here (None where none are kept)."""
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
         q_BTNH = constrain(place.rotate(q_BTNH), "batch", None, "heads", None)

@@ -21,7 +21,8 @@ from jax.sharding import Mesh
 from gpt.config import ModelConfig
 from gpt.errors import require
 from gpt.model import cache as kv
-from gpt.model.attention import MASKED, Attend, Attention, attend
+from gpt.model.attention import MASKED, Attend, Attention, Drop
+from gpt.model.fused import attend
 from gpt.model.int8 import Int8
 from gpt.model.layers import NORMS, drop, make_mlp, normal, transposed_product
 from gpt.model.positions import ADD, Place, find_place
@@ -37,11 +38,18 @@ class Block(nnx.Module):
         self.attention_norm, self.attention = norm(c, c.d_model), Attention(c, keys[0])
         self.mlp_norm, self.mlp = norm(c, c.d_model), make_mlp(c, keys[1])
 
+    def weights_drop(self, key_B) -> Drop | None:
+        """What drops attention weights; None where nothing does, which a fused kernel needs."""
+        if key_B is None or not self.dropout:
+            return None
+        return functools.partial(drop, key_B, self.dropout, 0)
+
     def __call__(self, x_BTD, past, key_B, place: Place, attend: Attend):
-        drops = [functools.partial(drop, key_B, self.dropout, i) for i in range(3)]
-        y_BTD, past = self.attention(self.attention_norm(x_BTD), past, place, attend, drops[0])
-        x_BTD = constrain(x_BTD + drops[1](y_BTD), "batch", None, None)
-        x_BTD = x_BTD + drops[2](self.mlp(self.mlp_norm(x_BTD)))
+        normed_BTD, weights_drop = self.attention_norm(x_BTD), self.weights_drop(key_B)
+        y_BTD, past = self.attention(normed_BTD, past, place, attend, weights_drop)
+        x_BTD = constrain(x_BTD + drop(key_B, self.dropout, 1, y_BTD), "batch", None, None)
+        y_BTD = self.mlp(self.mlp_norm(x_BTD))
+        x_BTD = x_BTD + drop(key_B, self.dropout, 2, y_BTD)
         return constrain(x_BTD, "batch", None, None), past
 
 
@@ -49,10 +57,10 @@ class PostNormBlock(Block):
     """The norm after each sum (Vaswani et al. 2017, section 3.1)."""
 
     def __call__(self, x_BTD, past, key_B, place: Place, attend: Attend):
-        drops = [functools.partial(drop, key_B, self.dropout, i) for i in range(3)]
-        y_BTD, past = self.attention(x_BTD, past, place, attend, drops[0])
-        x_BTD = constrain(self.attention_norm(x_BTD + drops[1](y_BTD)), "batch", None, None)
-        x_BTD = self.mlp_norm(x_BTD + drops[2](self.mlp(x_BTD)))
+        y_BTD, past = self.attention(x_BTD, past, place, attend, self.weights_drop(key_B))
+        x_BTD = x_BTD + drop(key_B, self.dropout, 1, y_BTD)
+        x_BTD = constrain(self.attention_norm(x_BTD), "batch", None, None)
+        x_BTD = self.mlp_norm(x_BTD + drop(key_B, self.dropout, 2, self.mlp(x_BTD)))
         return constrain(x_BTD, "batch", None, None), past
 
 
