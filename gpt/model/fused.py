@@ -1,0 +1,95 @@
+"""Fused attention: a kernel of the platform in place of the plain einsums, where it does the same.
+
+The scores of all pairs of tokens, which the plain form writes to memory and reads back, never leave
+the chip (Dao et al. 2022, FlashAttention). That is so where query t stands at slot t, in training
+and where a prompt is read into an empty cache, in bfloat16 and without dropout of weights. It is
+settled while a program is traced, by the devices that it is traced for; a CPU has no such kernel.
+Shape letters: see transformer.py.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from gpt.model import attention
+from gpt.model.attention import Drop
+from gpt.sharding import AXES, fitting
+
+Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+TILES = (512, 256, 128)  # tokens of a tile on a TPU, as many as divide the sequence
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    pos_BT: jax.Array | None,
+    drop: Drop | None,
+) -> jax.Array:
+    """As attention.attend, by the platform's kernel where there is one for it."""
+    kernel, fits = KERNELS.get(platform(), (None, None))
+    same = pos_BT is None and drop is None and q_BTNH.dtype == jnp.bfloat16
+    if kernel is None or not same or not fits(q_BTNH.shape[1], q_BTNH.shape[3]):
+        return attention.attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
+    return spread(kernel, q_BTNH, k_BKSH, v_BKSH)
+
+
+def platform() -> str:
+    """Of the devices that the program being traced is for: cpu, gpu, tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def spread(kernel: Kernel, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
+    """`kernel` on each device's rows and heads: the compiler cannot split a kernel by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+        return kernel(q_BTNH, k_BKSH, v_BKSH)
+    q_spec = fitting(mesh, q_BTNH.shape, ("batch", None, "heads", None))
+    kv_spec = fitting(mesh, k_BKSH.shape, ("batch", "kv_heads", None, None))
+    if kv_spec[1] != q_spec[2]:  # too few key/value heads for the devices: one for each query head
+        groups = q_BTNH.shape[2] // k_BKSH.shape[1]
+        k_BKSH, v_BKSH = (jnp.repeat(a, groups, axis=1) for a in (k_BKSH, v_BKSH))
+        kv_spec = fitting(mesh, k_BKSH.shape, ("batch", "heads", None, None))
+    specs = {"in_specs": (q_spec, kv_spec, kv_spec), "out_specs": q_spec}
+    # A kernel does not say over which axes of the mesh its result varies: hence no check.
+    return jax.shard_map(kernel, check_vma=False, **specs)(q_BTNH, k_BKSH, v_BKSH)
+
+
+def by_cudnn(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
+    """cuDNN's, for NVIDIA's GPUs."""
+    k_BSKH, v_BSKH = k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2)
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn"
+    )
+
+
+def fits_cudnn(n_tokens: int, width: int) -> bool:
+    """Heads as it takes them, on a GPU of compute capability 8 or more; others name no number."""
+    capability = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", "")
+    return width % 8 == 0 and width <= 128 and capability[:1].isdigit() and float(capability) >= 8
+
+
+def by_splash(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
+    """JAX's own, for TPUs: masked tiles are skipped."""
+    # Imported where it is used: half a second that no other platform should pay.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    T, N, H = q_BTNH.shape[1:]
+    tile = next(n for n in TILES if T % n == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes = splash.BlockSizes(**{f"block_{name}": tile for name in names})
+    mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * N)
+    kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    q_BNTH = (q_BTNH / math.sqrt(H)).astype(q_BTNH.dtype).swapaxes(1, 2)  # it does not scale
+    return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH).swapaxes(1, 2)
+
+
+def fits_splash(n_tokens: int, width: int) -> bool:
+    """Whole tiles."""
+    return n_tokens % TILES[-1] == 0
+
+
+KERNELS = {"gpu": (by_cudnn, fits_cudnn), "tpu": (by_splash, fits_splash)}
