@@ -21,7 +21,7 @@ NOT_A_CPU = "muon, as on any device but a CPU"
 CHOICES = {
     "adamw": {},
     "muon": {"optimizer": "muon"},
-    "no clipping, no average": {"clip_norm": 0.0, "ema_decay": 0.0},
+    "no clipping": {"clip_norm": 0.0, "ema_decay": 0.0},
     NOT_A_CPU: {"optimizer": "muon", "seed": 3},
 }
 
@@ -52,7 +52,13 @@ def fresh(config):
     return jax.jit(step.fresh_state, static_argnums=0)(config)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(
+    "choice",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("muon", "no clipping") else ())
+        for name in CHOICES
+    ],
+)
 def test_a_bad_step_changes_only_the_number_of_steps(choice, monkeypatch):
     """Weights, moments, momentum and average stay to the bit; the next good step is as if it had
     not been, but for its data and its noise."""

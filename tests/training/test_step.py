@@ -92,6 +92,7 @@ def test_accumulation_equals_the_large_batch(dropout):
         assert abs(whole - other_step) > 1e-4
 
 
+@pytest.mark.slow
 def test_loss_curves_agree_whatever_the_accumulation():
     """Fifty steps with dropout, and a learning rate at which rounding is not amplified."""
     model = dataclasses.replace(MODEL, dropout=0.1)
