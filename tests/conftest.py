@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-caches = tempfile.TemporaryDirectory(prefix="gpt-jax-tests-")
-os.environ["XDG_CACHE_HOME"] = caches.name  # inherited by the processes that tests start
+# One cache of compiled programs for all workers, and for the processes that tests start: the first
+# process makes it, and those that it starts find it in their environment.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    caches = tempfile.TemporaryDirectory(prefix="gpt-jax-tests-")
+    os.environ["XDG_CACHE_HOME"] = caches.name
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 os.environ["MPLBACKEND"] = "agg"
