@@ -3,7 +3,8 @@
 #
 #     benchmarks/gpu.sh [OUT]            OUT: folder of the results (default benchmarks/results)
 #
-# 1. Numbers: a small run in bfloat16, and the cache contract on it in bfloat16 and in float32.
+# 1. Numbers: fused attention against the plain form in bfloat16; a small run in bfloat16, and the
+#    cache contract on it in bfloat16 and in float32.
 # 2. Training: tokens/s and MFU of gpt2 and gpt2-medium.
 # 3. Prefill and decode of gpt2 at batch 1, 8, 32 and 128, prompts of 128 and 960 tokens.
 set -euo pipefail
@@ -17,6 +18,7 @@ trap 'rm -rf "$run"' EXIT
 "$python" -c 'import jax; print(jax.__version__, jax.devices())'
 
 echo "== numbers"
+"$python" benchmarks/parity.py
 "$python" train.py tiny --steps 200 --dtype bfloat16 --out "$run/tiny" --sample-every 0
 for dtype in bfloat16 float32; do
   "$python" sample.py "$run/tiny" --check --dtype "$dtype"

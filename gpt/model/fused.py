@@ -88,8 +88,9 @@ def by_splash(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Ar
 
 
 def fits_splash(n_tokens: int, width: int) -> bool:
-    """Whole tiles."""
-    return n_tokens % TILES[-1] == 0
+    """Whole tiles, and products in the type of their factors: it compiles for nothing else."""
+    precision = jax.config.jax_default_matmul_precision
+    return n_tokens % TILES[-1] == 0 and precision in (None, "default", "bfloat16")
 
 
 KERNELS = {"gpu": (by_cudnn, fits_cudnn), "tpu": (by_splash, fits_splash)}

@@ -12,6 +12,7 @@ from programs import ROOT
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
 LAYERS = 4
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+del ENVIRONMENT["JAX_DEFAULT_MATMUL_PRECISION"]  # as a user compiles
 
 
 def needs_compiler(test):
@@ -109,6 +110,18 @@ def test_decoding_moves_neither_weights_nor_cache(mixed):
 def test_the_compiler_is_handed_what_was_predicted(mixed):
     """Tiles of 8 x 128 are filled up: parts of 192 columns cost a little, those of 48 a quarter."""
     assert mixed["train"]["given"] == pytest.approx(sum(mixed["state"].values()), rel=0.1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_fused_attention_compiles_and_takes_less_memory(sizes):
+    """Forward, forward again, and two kernels back; they never meet the scores of all pairs."""
+    done = run(ROOT / "tests" / "pod" / "fused_on_tpu.py", *map(str, sizes))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["fused"]["kernels"] == [4, 2] and found["plain"]["kernels"] == [0, 0]
+    train, prefill = zip(found["fused"]["temporary"], found["plain"]["temporary"], strict=True)
+    assert train[0] < 0.8 * train[1] and prefill[0] < 0.5 * prefill[1]
 
 
 @needs_compiler
