@@ -27,9 +27,10 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 WORKERS = Path(__file__).parent / "workers"
-# OpenMP's threads (torch, llama.cpp) sleep when they wait. To spin may save a little on idle cores,
-# but with other processes about it makes llama.cpp many times slower. OMP_WAIT_POLICY overrides.
-PLACE = {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": str(ROOT)}
+# OpenMP's threads (torch, llama.cpp) spin for a moment when they wait, as their users have it. If
+# they sleep (OMP_WAIT_POLICY=passive), llama.cpp takes twice as long to decode on idle cores. When
+# they spin beside other work it takes many times as long: measure on a machine without any.
+PLACE = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @dataclass(frozen=True)
