@@ -1,6 +1,7 @@
 """The conditions under which every test runs, set before anything can import JAX."""
 
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -43,3 +44,9 @@ def trained(text, tmp_path_factory):
     done = programs.call("train", *programs.TINY, "--data", text, "--out", folder)
     assert done.code == 0, done.err
     return done, folder
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """A finished run of one's own."""
+    return shutil.copytree(trained[1], tmp_path / "run")

@@ -123,3 +123,11 @@ def same_losses(a: Path, b: Path) -> bool:
     return len(both) > 3 and np.allclose(
         [mine[n] for n in both], [other[n] for n in both], rtol=1e-5, atol=0
     )
+
+
+def damage(folder, *steps):
+    """Cut the largest file of each checkpoint in half."""
+    for saved in steps:
+        files = [p for p in checkpoint.place_of(folder, saved).rglob("*") if p.is_file()]
+        largest = max(files, key=lambda path: path.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])

@@ -1,0 +1,181 @@
+"""The part every entry point shares, in a process of its own: pipes, caches, memory, Ctrl-C."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+SCRIPT = """
+import sys
+from gpt import cli
+
+def main(argv):
+    print("\\n".join(map(str, range(int(argv[0])))))
+
+cli.run(main)
+"""
+
+
+def shell(command: str, tmp_path: Path) -> subprocess.CompletedProcess:
+    """A shell command in which $PROGRAM prints as many lines as it is told."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    program = f"{sys.executable} {tmp_path / 'script.py'}"
+    buffered = {"PYTHONUNBUFFERED": ""}  # so that there is something left to write at the end
+    environment = {**os.environ, "PROGRAM": program, "PYTHONPATH": str(ROOT), **buffered}
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("lines", [1, 200_000])
+def test_a_closed_pipe_is_no_error(lines, tmp_path):
+    done = shell(f"$PROGRAM {lines} | (exec <&-; sleep 0.5)", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_under_standard_output(tmp_path):
+    done = shell("$PROGRAM 3 > /dev/full", tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+
+
+def python(code: str, **environment: str | None) -> str:
+    """Standard output of `code` in a process of its own, which must succeed."""
+    wanted = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        env={name: value for name, value in wanted.items() if value is not None},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
+
+
+def test_the_parser_needs_neither_jax_nor_numpy():
+    heavy = "{'jax', 'numpy', 'flax', 'optax', 'matplotlib'}"
+    assert python(f"import sys, gpt.cli; print({heavy} & set(sys.modules))") == "set()"
+
+
+WHERE = "from gpt.cli import cache_folder; print(cache_folder(), cache_folder().is_dir())"
+
+
+def test_the_cache_folder(tmp_path):
+    folder = tmp_path / "own"
+    assert python(WHERE, XDG_CACHE_HOME=str(folder)) == f"{folder / 'gpt-jax'} True"
+    home = str(tmp_path)
+    at_home = python(WHERE, HOME=home, XDG_CACHE_HOME=None)
+    assert at_home == f"{tmp_path / '.cache' / 'gpt-jax'} True"
+    assert python(WHERE, HOME=home, XDG_CACHE_HOME="") == at_home
+
+
+def test_without_a_home_the_cache_lives_as_long_as_the_process(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    said = python(WHERE, HOME=str(tmp_path / "file"), XDG_CACHE_HOME=None, TMPDIR=str(tmp_path))
+    folder, existed = said.split()
+    assert Path(folder).parent == tmp_path and existed == "True"
+    assert not Path(folder).exists()
+
+
+COMPILE = """
+from gpt.cli import prepare_jax
+prepare_jax()
+import jax
+print(jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((64, 64))).item())
+"""
+
+
+def test_compiled_programs_are_kept(tmp_path):
+    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    assert python(COMPILE, **environment) == "262144.0"
+    assert list((tmp_path / "gpt-jax" / "xla").iterdir())
+
+
+def test_programs_are_not_kept_where_that_is_turned_off(tmp_path):
+    mine = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine")}
+    mine |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    python(COMPILE.replace("prepare_jax()", "prepare_jax(cache=False)"), **mine)
+    assert not (tmp_path / "mine").exists()
+    python(COMPILE, **mine)
+    assert list((tmp_path / "mine").iterdir())
+
+
+def test_what_the_user_has_set_stays(monkeypatch):
+    monkeypatch.setattr(cli, "_keep_memory", lambda: None)
+    monkeypatch.setattr(cli.os, "environ", {"JAX_COMPILATION_CACHE_DIR": "mine"})
+    cli.prepare_jax()
+    assert cli.os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("told", "plugin", "expected"),
+    [
+        ("cpu", "libtpu", True),
+        ("cuda,cpu", None, False),
+        (None, None, True),
+        (None, "jax_plugins", False),
+        (None, "libtpu", False),
+    ],
+)
+def test_whether_jax_will_run_on_the_cpu(told, plugin, expected, monkeypatch):
+    monkeypatch.setattr(cli.os, "environ", {"JAX_PLATFORMS": told} if told else {})
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name == plugin or None)
+    assert cli._only_cpu() is expected
+
+
+FAULTS = """
+import ctypes, resource
+from gpt.cli import prepare_jax
+if {prepared}:
+    prepare_jax(cache=False)
+c = ctypes.CDLL(None)
+c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    block = c.malloc(64 << 20)
+    ctypes.memset(block, 1, 64 << 20)
+    c.free(block)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(cli.platform.libc_ver()[0] != "glibc", reason="glibc's allocator only")
+def test_freed_memory_is_kept():
+    """Twenty blocks of 64 MiB: each is mapped anew, unless the allocator keeps the first."""
+    mapped, kept = (int(python(FAULTS.format(prepared=p))) for p in (False, True))
+    assert kept < mapped / 5
+
+
+def test_ctrl_c_leaves_at_once_with_130():
+    """A real process, which skips the end of the interpreter: a broken compilation crashes it."""
+    script = (
+        "import atexit, gpt.cli\natexit.register(print, 'torn down')\n"
+        "def main(argv): raise KeyboardInterrupt\ngpt.cli.run(main)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
+def test_what_is_printed_to_be_pasted_names_an_environment_that_is_not_activated(
+    tmp_path, monkeypatch
+):
+    assert cli.interpreter() == "python"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    assert cli.interpreter() == ".venv/bin/python"
+    monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)
+    assert cli.interpreter() == "python"
