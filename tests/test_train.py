@@ -275,36 +275,3 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_note(text, trained, finished
     assert "checkpoints/12" in done.err and "an earlier checkpoint is used" in done.err
     assert same_bits(arrays(finished, 12), arrays(trained[1], 12))
     assert read_lines(finished) == read_lines(trained[1])
-
-
-# Starting from another run.
-
-
-def test_init_from_takes_weights_and_tokenizer(trained, tmp_path):
-    still = [
-        "--learning-rate",
-        "1e-30",
-        "--muon-learning-rate",
-        "1e-30",
-        "--min-learning-rate",
-        "0",
-        "--steps",
-        "1",
-    ]
-    argv = [*TINY, *still, "--tokenizer", "char", "--data", write_text(tmp_path / "t", seed=2)]
-    done = call("train", *argv, "--init-from", trained[1], "--out", tmp_path / "run")
-    assert done.code == 0, done.err
-    mine, source = arrays(tmp_path / "run", 1), arrays(trained[1], 12)
-    weights = [name for name in source if name.startswith("params/")]
-    assert weights and all(np.allclose(mine[k], source[k], atol=1e-20, rtol=0) for k in weights)
-    assert int(mine["rest/step"]) == 1
-    assert tokenizers.load(tmp_path / "run" / "tokenizer.json").name == "byte"
-
-
-def test_init_from_another_shape_lists_the_shapes(text, trained, tmp_path):
-    argv = [*TINY, "--model.d-model", "32", "--data", text, "--init-from", trained[1]]
-    done = call("train", *argv, "--out", tmp_path / "run")
-    assert done.code == 2
-    assert "\n  tokens: stored (384, 16), expected (384, 32)\n" in done.err
-    assert "\n  blocks/" in done.err
-    assert snapshot(tmp_path) == {}
