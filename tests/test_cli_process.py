@@ -172,10 +172,10 @@ def test_ctrl_c_leaves_at_once_with_130():
 def test_what_is_printed_to_be_pasted_names_an_environment_that_is_not_activated(
     tmp_path, monkeypatch
 ):
-    assert cli.interpreter() == "python"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
     monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    assert cli.interpreter() == "python"  # its environment lies elsewhere
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
     assert cli.interpreter() == ".venv/bin/python"
     monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)
     assert cli.interpreter() == "python"
