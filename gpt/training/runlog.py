@@ -148,7 +148,7 @@ class RunLog:
 
         Where there is no room for it, OSError, or with `keep_going` it is left out.
         """
-        line, end = to_line(record).encode(), self.file.tell()
+        line, end = to_line(record).encode(), self.file.seek(0, os.SEEK_END)
         try:
             if self.file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -8,7 +8,6 @@ import pytest
 from programs import TINY, arrays, call, program, read_lines, same_bits, snapshot
 
 from gpt import checkpoint
-from gpt.training import step
 from gpt.training.runlog import RunLog
 
 
@@ -64,23 +63,26 @@ def fill(disk) -> None:
 
 
 def test_who_goes_on_unsaved_has_what_could_be_saved(text, trained, mounted, monkeypatch):
-    """The disk is full from the sample at step 7 to the evaluation at step 10, the fourth."""
+    """The disk is full from the sample at step 7 until the save of step 8 is seen to have failed,
+    which is at the next."""
     disk = mounted(64 * 1024)
-    Run = program("train").Run
-    sample, evaluate, calls = Run.show_sample, step.evaluate, []
+    Run, Writer = program("train").Run, checkpoint.Writer
+    sample, wait = Run.show_sample, Writer.wait
 
     def full_from_here(*arguments):
         fill(disk)
         sample(*arguments)
 
-    def free_from_here(*arguments):
-        calls.append(arguments)
-        if len(calls) == 4:
-            (disk / "ballast").unlink()
-        return evaluate(*arguments)
+    def free_from_here(writer):
+        failing = writer.latest == 8 and writer.pending is not None
+        try:
+            wait(writer)
+        finally:
+            if failing:
+                (disk / "ballast").unlink()
 
     monkeypatch.setattr(Run, "show_sample", full_from_here)
-    monkeypatch.setattr(step, "evaluate", free_from_here)
+    monkeypatch.setattr(Writer, "wait", free_from_here)
     argv = [*TINY, "--data", text, "--out", disk / "run", "--keep-going"]
     argv[argv.index("--sample-every") + 1] = "7"
     monkeypatch.setattr(Run, "due", due_until_ten(Run.due))
@@ -112,7 +114,7 @@ def test_a_line_that_finds_no_room_leaves_no_half(tmp_path, monkeypatch):
         name = "metrics.jsonl"
         written = b""
 
-        def tell(self):
+        def seek(self, *_):
             return len(self.written)
 
         def write(self, line):
