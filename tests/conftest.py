@@ -27,6 +27,13 @@ settings.load_profile("suite")
 sys.path.append(str(Path(__file__).parent))  # for programs.py, numpy_transformer.py
 
 
+def pytest_configure(config):
+    """What XLA writes is left as it is by the compiler behind it, which halves the suite's time;
+    the long suite runs what users run."""
+    if "not slow" in config.option.markexpr:
+        os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     """A file of text."""

@@ -60,7 +60,7 @@ def test_splash_attention_is_attention(parity, monkeypatch):
 
 def test_the_kernel_of_this_machine_is_attention():
     """In a process that may see an accelerator: the tests themselves run on the CPU."""
-    ours = "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION"
+    ours = "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION", "XLA_FLAGS"
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     command = [sys.executable, ROOT / "benchmarks/parity.py"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
