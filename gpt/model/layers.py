@@ -13,6 +13,7 @@ from flax import nnx
 
 from gpt.config import ModelConfig
 from gpt.model.int8 import Int8
+from gpt.sharding import constrain
 
 
 def drop(key_B: jax.Array | None, rate: float, place: int, x: jax.Array) -> jax.Array:
@@ -49,16 +50,40 @@ def plus(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
     return y if bias is None else y + bias[...].astype(y.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gather(axes: tuple, matrix: jax.Array) -> jax.Array:
+    """A matrix of these logical axes, whole over fsdp; its gradient is split as the matrix was.
+
+    Left to itself the compiler may gather it once more for the backward pass, or move what it
+    multiplies instead.
+    """
+    return constrain(matrix, *(None if name == "embed" else name for name in axes))
+
+
+gather.defvjp(
+    lambda axes, matrix: (gather(axes, matrix), None),
+    lambda axes, _, gradient: (constrain(gradient, *axes),),
+)
+
+
+def ready(weight: nnx.Param, dtype) -> jax.Array | Int8:
+    """A matrix as a product takes it: int8 as it is, another in `dtype` and whole over fsdp."""
+    matrix = weight[...]
+    if isinstance(matrix, Int8):
+        return matrix
+    return gather(weight.get_metadata()["axes"], matrix.astype(dtype))
+
+
 def product(x_MI: jax.Array, weight: nnx.Param) -> jax.Array:
     """x W for tokens as rows; W's first axes, as many entries as x is wide, are contracted.
 
     On rows and over one axis: the backward pass of a three-axis product is many times slower on
     CPU, and contracting two axes would transpose the weight at each call.
     """
-    matrix = weight[...]
+    matrix = ready(weight, x_MI.dtype)
     if isinstance(matrix, Int8):
         return matrix.product(x_MI).astype(x_MI.dtype)
-    return x_MI @ matrix.astype(x_MI.dtype).reshape(x_MI.shape[1], -1)
+    return x_MI @ matrix.reshape(x_MI.shape[1], -1)
 
 
 def linear(x_MD: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
@@ -161,7 +186,7 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         B, T, D = x_BTD.shape
         h_MF = self.widen(x_BTD.reshape(B * T, D))
-        y_MD = transposed_product(h_MF, self.down[...], h_MF.dtype)
+        y_MD = transposed_product(h_MF, ready(self.down, h_MF.dtype), h_MF.dtype)
         return plus(y_MD, self.down_bias).reshape(B, T, D)
 
 

@@ -51,17 +51,10 @@ def split(config: ModelConfig, mesh) -> dict[str, tuple[int, bool]]:
     return found
 
 
-def is_reshaped(name: str) -> bool:
-    """Whether a matrix takes another shape for its product: those of attention do."""
-    return name.split("/")[-1] in ("q", "k", "v", "o")
-
-
 def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
     """Bytes of a training step. `tpu`: as the TPU compiler writes it, else as XLA's CPU compiler.
 
-    They differ in three things. A TPU's program gathers attention's matrices once more: they are
-    reshaped before the gather, so that its backward pass cannot use what was gathered for the
-    recomputation. It adds up what flows back from several products of one input before it reduces
+    A TPU's program adds up what flows back from several products of one input before it reduces
     the sum over tensor; and the loss's part of that after the last chunk of the vocabulary. Where
     there are micro-batches both serve the loss with the tied table that was gathered for the lookup
     (the CPU's after jax 0.10.2).
@@ -75,8 +68,7 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
 
     for name, (entries, is_split) in weights.items():
         if name.startswith("blocks/") and is_split:
-            times = 3 if tpu and is_reshaped(name) and config.remat else 2
-            moved.move("gather", ("fsdp",), times * batches * entries * item)
+            moved.move("gather", ("fsdp",), count_gathers(config, tpu) * entries * item)
             moved.move("reduce", ("fsdp",), batches * entries * item)
             moved.move("reduce", ("data",), batches * entries / fsdp * item)
         elif name.startswith("blocks/") or name.startswith("final_norm"):
@@ -85,6 +77,14 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
     if mesh.shape["tensor"] > 1:
         add_tensor(moved, config, stream, rows * config.window, item, kept, tpu)
     return moved
+
+
+def count_gathers(config: TrainConfig, tpu: bool) -> int:
+    """Gathers of a block's matrix a step: forward and again for the way back; where nothing is
+    computed again it is kept, and on a CPU gathered before all micro-batches."""
+    if config.remat:
+        return 2 * config.grad_accum
+    return config.grad_accum if tpu else 1
 
 
 def add_tables(
@@ -110,8 +110,8 @@ def add_tables(
 
 def recomputes_logits(config: TrainConfig) -> bool:
     """Whether the logits of a micro-batch are too many to be kept."""
-    rows, vocabulary = config.batch_size // config.grad_accum, config.model.padded_vocab
-    return count_chunks(vocabulary) > 1 or rows * config.window * vocabulary > KEPT_LOGITS
+    rows = config.batch_size // config.grad_accum
+    return rows * config.window * config.model.padded_vocab > KEPT_LOGITS
 
 
 def add_tensor(

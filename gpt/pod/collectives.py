@@ -8,6 +8,7 @@ wrongly. It cuts one collective into pieces that are fused with the products aro
 bear the channel of the one. And it turns a product with a gathered operand, or one whose sum is
 scattered, into a loop over the parts (a windowed product, Wang et al. 2023), which passes them
 round by collective-permutes: read here as the all-gather or the reduce-scatter that it stands for.
+Parts that do not fill its tiles it may gather by a sum: each device's part in an array of zeros.
 """
 
 import re
@@ -34,6 +35,8 @@ PARTS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
 PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
 WINDOWED = re.compile(r"windowed_dot_general_body_(ag|rs)")
 STANDS_FOR = {"ag": "all-gather", "rs": "reduce-scatter"}
+PIECE = re.compile(r" dynamic-update-slice\(%broadcast")  # a part in an array of zeros
+SUMMED_GATHER = "all-gather by all-reduce"
 FUSED_SCATTER = "all-reduce-scatter"  # how a TPU's program names the computation that it fuses
 
 
@@ -52,7 +55,7 @@ class Collective:
     @property
     def sent_bytes(self) -> float:
         """Bytes that leave a device in a step, by ring algorithms (Chan et al. 2007, section 4)."""
-        rounds = 2 if self.kind == "all-reduce" else 1
+        rounds = 2 if self.kind.endswith("all-reduce") else 1
         share = 1.0 if self.kind == "collective-permute" else (self.group - 1) / self.group
         return self.turns * rounds * share * self.n_bytes
 
@@ -140,13 +143,15 @@ class Reader:
     computations: dict[str, list[str]]
     mesh: Mapping[str, int]
     sizes: dict[str, int] = field(default_factory=dict)
+    pieces: set[str] = field(default_factory=set)
     found: list[Collective] = field(default_factory=list)
     channels: set[str] = field(default_factory=set)
 
     def __post_init__(self):
         lines = (line for lines in self.computations.values() for line in lines)
-        matches = (match for line in lines if (match := INSTRUCTION.match(line)))
+        matches = [match for line in lines if (match := INSTRUCTION.match(line))]
         self.sizes = {match.group(1): size_of(match.group(2)) for match in matches}
+        self.pieces = {match.group(1) for match in matches if PIECE.search(match.group(0))}
 
     def walk(self, name: str, turns: int, fused: bool = False) -> None:
         """Note the collectives of a computation that runs `turns` times, and of what it calls."""
@@ -187,8 +192,10 @@ class Reader:
         """Keep one collective."""
         _, shape, opcode, rest = match.groups()
         kind, n_bytes = kind or opcode.removesuffix("-start"), size_of(shape)
-        if kind == "reduce-scatter" or opcode.endswith("-start"):  # their operands
-            operands = re.findall(r"%([\w.-]+)", rest.split(")")[0])
+        operands = re.findall(r"%([\w.-]+)", rest.split(")")[0])
+        if kind == "all-reduce" and operands and self.pieces.issuperset(operands):
+            kind = SUMMED_GATHER
+        elif kind == "reduce-scatter" or opcode.endswith("-start"):  # their operands
             before = sum(self.sizes.get(operand, 0) for operand in operands)
             n_bytes = n_bytes - before if kind == "all-gather" else before or n_bytes
         self.keep(kind, n_bytes, line, turns)

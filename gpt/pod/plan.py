@@ -19,6 +19,7 @@ from gpt.training import memory, step
 MB = 10**6
 PUBLIC_SIZES = {"gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
 WHAT = {"all-gather": "gather", "all-reduce": "reduce", "reduce-scatter": "reduce"}
+WHAT |= {collectives.SUMMED_GATHER: "gather"}
 DONE = {"gather": "gathered", "reduce": "reduced"}
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpt.pod.collectives import Collective, find, first_group
+from gpt.pod.collectives import SUMMED_GATHER, Collective, find, first_group
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 2}
 
@@ -108,6 +108,24 @@ ENTRY %main (a: f32[16]) -> f32[4] {
 """
     (one,) = find(text, {"data": 4, "fsdp": 4})
     assert one == Collective("reduce-scatter", 64, ("fsdp",), 4, 1)
+
+
+def test_a_sum_of_parts_in_zeros_is_a_gather_that_is_sent_twice():
+    text = """HloModule step
+
+ENTRY %main (a: f32[2,4], b: f32[8,4]) -> f32[8,4] {
+  %a = f32[2,4]{1,0} parameter(0)
+  %b = f32[8,4]{1,0} parameter(1)
+  %broadcast.1 = f32[8,4]{1,0} broadcast(%zero), dimensions={}
+  %part = f32[8,4]{1,0} dynamic-update-slice(%broadcast.1, %a, %i, %j)
+  %kept = f32[8,4]{1,0} dynamic-update-slice(%b, %a, %i, %j)
+  %whole = f32[8,4]{1,0} all-reduce(%part), channel_id=1, replica_groups=[4,4]<=[16], to_apply=%add
+  %sum = f32[8,4]{1,0} all-reduce(%kept), channel_id=2, replica_groups=[4,4]<=[16], to_apply=%add
+}
+"""
+    gather, reduce = find(text, MESH)
+    assert gather.kind == SUMMED_GATHER and reduce.kind == "all-reduce"
+    assert gather.sent_bytes == reduce.sent_bytes == 2 * 128 * 3 / 4
 
 
 def test_the_start_of_an_asynchronous_gather_counts_and_its_end_does_not():

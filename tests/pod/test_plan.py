@@ -39,7 +39,7 @@ def test_predicted_bytes_are_those_of_the_arrays(name, eight):
     assert found["decode"]["given"] == pytest.approx(found["sampling"], rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["1-8-1", "2-2-2"])
+@pytest.mark.parametrize("name", ["1-8-1", "2-2-2", "kept"])
 def test_fsdp_gathers_what_arithmetic_says(name, eight):
     train = eight[0][name]["train"]
     assert train["moved"]["gather/fsdp"] == pytest.approx(
