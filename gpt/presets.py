@@ -101,6 +101,7 @@ PRESETS = {
         ),
         tokenizer="char",
         batch_size=12,
+        remat=False,
         eval_tokens=0,
     ),
     "gpt2": gpt2(12, 12, 768),

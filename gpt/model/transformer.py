@@ -159,8 +159,10 @@ def fold(layer, x, blocks, pasts, keys_LB, remat: bool):
             block, key_B = block_and_key
             return layer(x, block, None, key_B)[0], None
 
+        # Unrolled where nothing is computed again: what the backward pass needs of each block
+        # would be copied into stacked arrays and out again, which takes longer than computing it.
         body = jax.checkpoint(body, prevent_cse=False) if remat else body
-        return jax.lax.scan(body, x, (blocks, keys_LB))
+        return jax.lax.scan(body, x, (blocks, keys_LB), unroll=not remat)
     kept = []
     for i, block in enumerate(blocks):
         key_B = None if keys_LB is None else keys_LB[i]

@@ -1,6 +1,7 @@
 """Cross-entropy over the vocabulary, a chunk of its rows at a time.
 
-Whole float32 logits never exist: for GPT-2 they would take as much memory as all else together.
+Many float32 logits never exist at once, a chunk's are computed again in the backward pass: for
+GPT-2 they would take as much memory as all else together.
 Chunks are of vocabulary rows and not of tokens, so that the gradient of a sharded embedding table
 is reduced across devices once and not once a chunk.
 """
@@ -12,7 +13,7 @@ from gpt.config import ModelConfig, TrainConfig
 from gpt.model import transformer
 
 CHUNK_ROWS = 16_384  # most vocabulary rows at once
-KEPT_LOGITS = 2**24  # most logits of a single chunk kept for the backward pass, not computed again
+KEPT_LOGITS = 2**25  # most logits kept for the backward pass (128 MiB), not computed again
 
 
 def count_chunks(rows: int) -> int:
@@ -46,7 +47,7 @@ def token_losses(config: ModelConfig, params: dict, x_MD: jax.Array, target_M: j
         sum_M += jnp.where(ids_C < config.vocab_size, logits_MC, 0).sum(-1)
         return (new_M, total_M, hit_M + jnp.where(mine_M, logit_M, 0), sum_M), None
 
-    if n > 1 or len(x_MD) * len(table_VD) > KEPT_LOGITS:
+    if len(x_MD) * len(table_VD) > KEPT_LOGITS:
         add_chunk = jax.checkpoint(add_chunk)
     zero_M = jnp.zeros(len(x_MD), jnp.float32)
     start = (zero_M + transformer.MASKED, zero_M, zero_M, zero_M)

@@ -169,7 +169,7 @@ def by_choice(update: Callable, good: jax.Array, state: TrainState) -> TrainStat
 
 def eval_step(config: TrainConfig, params: dict, tokens_BU: jax.Array, weight_BT: jax.Array):
     """Summed loss in nats and summed weight of the targets of a batch [B, T+1]."""
-    losses_BT, *_ = sequence_losses(config.model, params, tokens_BU, remat=False)
+    losses_BT, *_ = sequence_losses(config.model, params, tokens_BU)
     return jnp.sum(losses_BT * weight_BT), jnp.sum(weight_BT)
 
 

@@ -36,9 +36,10 @@ def full_losses(config, params, tokens):
     return -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
 
 
-@pytest.mark.parametrize("rows", [64, 128, 1000])
-def test_chunked_loss_equals_full_loss_and_gradient(monkeypatch, rows):
+@pytest.mark.parametrize(("rows", "kept"), [(64, 0), (128, 0), (128, 2**25), (1000, 0)])
+def test_chunked_loss_equals_full_loss_and_gradient(monkeypatch, rows, kept):
     monkeypatch.setattr(loss, "CHUNK_ROWS", rows)  # 384 padded rows: 8, 4 and 1 chunks
+    monkeypatch.setattr(loss, "KEPT_LOGITS", kept)
     params = transformer.init(MODEL, jax.random.key(0))
     tokens = jnp.asarray(batch(CONFIG)[0])
     mine = lambda p: loss.sequence_losses(MODEL, p, tokens)[0].mean()  # noqa: E731
@@ -49,14 +50,18 @@ def test_chunked_loss_equals_full_loss_and_gradient(monkeypatch, rows):
         assert np.abs(x - y).max() < 1e-6
 
 
-def test_full_logits_never_exist():
-    """No float32 array of [tokens, vocabulary] stands in the traced step of a GPT-2 vocabulary."""
+@pytest.mark.parametrize("kept", [0, 2**25])
+def test_full_logits_never_exist_where_they_are_many(monkeypatch, kept):
+    """No float32 array of [tokens, vocabulary] stands in the traced step of a GPT-2 vocabulary;
+    where they are few, all chunks are kept side by side."""
+    monkeypatch.setattr(loss, "KEPT_LOGITS", kept)
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, vocab_size=50257))
     state = jax.eval_shape(lambda: step.fresh_state(config))
     jaxpr = str(jax.make_jaxpr(lambda s, t: step.train_step(config, s, t))(state, batch(config)))
     n_tokens = 8 * 16
     assert f"f32[{n_tokens},{50304 // 4}]" in jaxpr
     assert f"[{n_tokens},50304]" not in jaxpr and f"[{n_tokens},50257]" not in jaxpr
+    assert (f"f32[4,{n_tokens},{50304 // 4}]" in jaxpr) == bool(kept)
 
 
 def test_loss_at_initialisation_is_that_of_a_uniform_guess():
