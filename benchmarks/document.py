@@ -57,11 +57,10 @@ def peers_section() -> str:
     path = Path(__file__).parent / "results" / "peers.json"
     if not path.exists():
         return ""
-    found = json.loads(path.read_text())
-    when = f"{found['machine']}, {found['date']}, Python {found['python']}"
-    return f"## Beside what people use\n\n`make bench-peers NANOGPT=FOLDER` ({when})\n\n" + (
-        peers.table(found["results"]) + "\n"
-    )
+    results = json.loads(path.read_text())["results"]
+    known = {f"{r['machine']}, {r['date']}, Python {r['python']}" for r in results}
+    command = f"`make bench-peers NANOGPT=FOLDER` ({'; '.join(sorted(known))})"
+    return f"## Beside what people use\n\n{command}\n\n{peers.table(results)}\n"
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ class Command:
     """nanoGPT's folder (its model.py is used); without it its rows are left out."""
     rows: tuple[str, ...] = ()
     """Lines of the table by name (default: all)."""
-    repeats: int = 15
+    repeats: int = 7
     """Turns of each contestant."""
     out: Path = Path(__file__).parent / "results" / "peers.json"
     """Where the result goes; lines measured before stay."""
@@ -166,7 +166,8 @@ def middle(values: list[float]) -> list[float]:
 
 
 def measure(row: Row, command: Command, scratch: Path) -> list[dict]:
-    """One result for each peer: medians of both, quartiles of the ratio, peak memory of both."""
+    """One result for each peer: when and where, medians of both, quartiles of the ratio, peak
+    memory of both."""
     results = []
     for peer in row.peers:
         with contextlib.ExitStack() as stack:
@@ -179,6 +180,8 @@ def measure(row: Row, command: Command, scratch: Path) -> list[dict]:
         ratios = [b / a for a, b in turns]
         results.append(
             {"row": row.name, "peer": peer, "unit": row.unit, "repeats": command.repeats}
+            | {"date": datetime.date.today().isoformat(), "python": platform.python_version()}
+            | {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
             | {"ours": statistics.median(ours), "theirs": statistics.median(theirs)}
             | {"ratio": middle(ratios), "our_peak_bytes": peaks[0], "their_peak_bytes": peaks[1]}
         )
@@ -200,14 +203,6 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def write(results: list[dict], out: Path) -> None:
-    """The results, and where and when the last of them was measured."""
-    about = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
-    about |= {"date": datetime.date.today().isoformat(), "python": platform.python_version()}
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
-
-
 def main() -> None:
     """Measure the lines asked for and keep the others."""
     command = tyro.cli(Command, description=__doc__)
@@ -216,7 +211,8 @@ def main() -> None:
         for row in choose(command):
             new = measure(row, command, Path(scratch))
             kept = [old for old in kept if old["row"] != row.name] + new
-            write(kept, command.out)
+            command.out.parent.mkdir(exist_ok=True)
+            command.out.write_text(json.dumps({"results": kept}, indent=1) + "\n")
     print(table(kept))
 
 
