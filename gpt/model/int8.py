@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 LEVELS = 127  # of each sign: the range is symmetric, -128 is not used
 INPUTS = {  # the axes of a weight that its product contracts; what is not here stays as it is
-    **dict.fromkeys(("q", "k", "v", "up", "gate"), (0,)),
+    **dict.fromkeys(("q", "k", "v", "up", "gate", "down"), (0,)),
     "o": (0, 1),
-    **dict.fromkeys(("down", "tokens", "head"), (1,)),
+    **dict.fromkeys(("tokens", "head"), (1,)),
 }
 
 

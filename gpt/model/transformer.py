@@ -6,7 +6,8 @@ Shape letters, used as suffixes of arrays and in einsum strings everywhere:
 
 Flax NNX declares the weights; what leaves this file is a nested dict of arrays (`params`) and
 functions over it. A `stacked` dict holds each block weight as [L, ...], scanned over in training;
-an unstacked one holds a subtree per layer, which decoding reads faster.
+an unstacked one holds a subtree per layer, which decoding reads faster, and the MLP's second matrix
+the other way round.
 """
 
 import functools
@@ -32,11 +33,11 @@ from gpt.sharding import constrain
 class Block(nnx.Module):
     """Attention, then the MLP, each added to the residual stream after its own norm (GPT-2)."""
 
-    def __init__(self, c: ModelConfig, key: jax.Array):
+    def __init__(self, c: ModelConfig, key: jax.Array, stacked: bool = True):
         keys, norm = jax.random.split(key), NORMS[c.norm]
         self.dropout = c.dropout
         self.attention_norm, self.attention = norm(c, c.d_model), Attention(c, keys[0])
-        self.mlp_norm, self.mlp = norm(c, c.d_model), make_mlp(c, keys[1])
+        self.mlp_norm, self.mlp = norm(c, c.d_model), make_mlp(c, keys[1], stacked)
 
     def weights_drop(self, key_B) -> Drop | None:
         """What drops attention weights; None where nothing does, which a fused kernel needs."""
@@ -78,7 +79,7 @@ class GPT(nnx.Module):
         learned = c.positions == "learned"
         self.positions = table(keys[1], (S, D), (None, "embed")) if learned else None
         blocks = jax.random.split(keys[2], c.n_layers)
-        block = functools.partial(BLOCKS[c.norm_place], c)
+        block = functools.partial(BLOCKS[c.norm_place], c, stacked=stacked)
         self.blocks = jax.vmap(block)(blocks) if stacked else nnx.List(map(block, blocks))
         self.final_norm = NORMS[c.norm](c, D) if c.norm_place == "pre" else None
         self.head = None if c.tied else table(keys[3], (V, D), ("vocab", "embed"))
@@ -110,6 +111,7 @@ def unstacked_axes(config: ModelConfig) -> dict:
     """As `logical_axes`, for unstacked weights."""
     axes = logical_axes(config)
     layer = jax.tree.map(lambda a: a[1:], axes["blocks"], is_leaf=lambda a: isinstance(a, tuple))
+    layer["mlp"]["down"] = layer["mlp"]["down"][::-1]
     return axes | {"blocks": dict.fromkeys(range(config.n_layers), layer)}
 
 
@@ -137,12 +139,19 @@ def unstack(params: dict) -> dict:
     """One subtree per layer, for decoding."""
     n_layers = jax.tree.leaves(params["blocks"])[0].shape[0]
     layers = {i: jax.tree.map(lambda a: a[i], params["blocks"]) for i in range(n_layers)}  # noqa: B023
-    return params | {"blocks": layers}
+    return params | {"blocks": {i: with_down_turned(layer) for i, layer in layers.items()}}
+
+
+def with_down_turned(layer: dict) -> dict:
+    """A block's weights with the MLP's second matrix, [out, in], as [in, out], or back."""
+    mlp = layer["mlp"]
+    return layer | {"mlp": mlp | {"down": mlp["down"].T}}
 
 
 def stack(params: dict) -> dict:
     """The inverse of `unstack`."""
-    return params | {"blocks": jax.tree.map(lambda *a: jnp.stack(a), *params["blocks"].values())}
+    layers = map(with_down_turned, params["blocks"].values())
+    return params | {"blocks": jax.tree.map(lambda *a: jnp.stack(a), *layers)}
 
 
 @functools.cache
