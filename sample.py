@@ -73,7 +73,7 @@ class Command:
     weights: Weights | None = None
     """The average over the run or the last weights (default: the average where one is kept)."""
     quantize: Quantize | None = None
-    """Keep matrices as int8: a quarter of the memory; --score tells what it does to the loss."""
+    """Keep matrices as int8: a quarter of their memory; --score tells what it does to the loss."""
     mesh: MeshConfig = ONE_DEVICE
     compile_cache: bool = True
     """Keep compiled programs in your cache folder for the next run."""
