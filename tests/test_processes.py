@@ -79,9 +79,11 @@ def run(n: int, *argv) -> list[Trainer]:
 
 
 def wait_for_steps(trainers: list[Trainer], folder, n: int = 5) -> None:
-    """Until a run has made a few steps."""
+    """Until a run has made a few steps; none of its processes may end before, or hang."""
+    until = time.monotonic() + 300
     while len(read_metrics(folder / "metrics.jsonl")) < n:
         assert [t.process.poll() for t in trainers] == [None] * len(trainers)
+        assert time.monotonic() < until
         time.sleep(0.1)
 
 

@@ -155,6 +155,7 @@ def test_a_crashed_run_continues_to_the_bit(text, trained, tmp_path, interrupt):
 
 def test_a_real_process_saves_before_it_leaves(text, tmp_path):
     argv = [*SHAPE, "--steps", "1000000", "--log-every", "1", "--data", text, "--out", tmp_path]
+    argv += ["--save-every", "1000000", "--eval-every", "1000000", "--sample-every", "0"]
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *map(str, argv)], stderr=subprocess.PIPE, text=True
     )

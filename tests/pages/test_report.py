@@ -156,7 +156,8 @@ def test_pictures_alone(tmp_path):
         (["{run}", "--out", "{empty}"], "is a folder; name a file in it"),
     ],
 )
-def test_mistakes_are_one_line(argv, message, tmp_path):
+def test_mistakes_are_one_line(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a relative --out would be
     (tmp_path / "empty").mkdir()
     write_run(tmp_path / "run")
     words = [word.format(empty=tmp_path / "empty", run=tmp_path / "run") for word in argv]

@@ -95,7 +95,8 @@ def test_spelling_of_whole_half_and_mixed_tokens():
         (["--temperature", "-1", "--out", "a.html"], "temperature is -1"),
     ],
 )
-def test_mistakes_are_one_line(argv, message, trained, tmp_path):
+def test_mistakes_are_one_line(argv, message, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a relative --out would be
     done = call("gpt/tour", trained[1], *(word.format(folder=tmp_path) for word in argv))
     assert done.code == 2 and done.err.startswith("error: ") and message in done.err
     assert done.err.count("\n") == 1 and not list(tmp_path.iterdir())

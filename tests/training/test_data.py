@@ -127,10 +127,18 @@ def test_a_bounded_evaluation_reads_whole_windows_spread_evenly(n, max_tokens, b
 
 
 def test_prefetch_yields_in_order_and_stays_a_little_ahead():
-    made = []
-    steps = data.prefetch(lambda step: made.append(step) or step * step, 3, 10)
+    made, ahead = [], threading.Event()
+
+    def make(step):
+        made.append(step)
+        if step == 5:
+            ahead.set()
+        return step * step
+
+    steps = data.prefetch(make, 3, 10)
     assert next(steps) == 9
-    time.sleep(0.1)
+    assert ahead.wait(60)
+    time.sleep(0.1)  # for a thread that goes on too far; however long, a right one never does
     assert made == [3, 4, 5]
     assert list(steps) == [step * step for step in range(4, 10)]
     assert list(data.prefetch(str, 5, 5)) == []
