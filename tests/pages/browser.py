@@ -7,23 +7,39 @@ import base64
 import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 PATH = next((found for name in NAMES if (found := shutil.which(name))), None)
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 FLAGS += ["--hide-scrollbars", "--no-first-run", "--remote-debugging-pipe"]
 KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Tab": 9, "Enter": 13}
+PATIENCE = 120  # seconds for an answer, on a slow machine
+
+
+class Silent(Exception):
+    """The browser has gone, or answers no more."""
+
+
+class Refused(Exception):
+    """The browser does not do what it was asked for."""
 
 
 class Tab:
-    """One page. `errors`: exceptions, console errors and refused requests since it was opened."""
+    """One page. `errors`: exceptions, console errors and refused requests since it was opened.
 
-    def __init__(self, to, out):
-        self.to, self.out, self.numbers = to, out, itertools.count(1)
+    `out`: the descriptor that answers come from.
+    """
+
+    def __init__(self, to, out: int):
+        self.to, self.out, self.read, self.numbers = to, out, b"", itertools.count(1)
         self.errors, self.seen, self.session = [], [], None
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
@@ -32,24 +48,26 @@ class Tab:
             self.send(f"{domain}.enable")
 
     def send(self, method, **params):
-        """Call a method of the protocol; its result."""
-        number = next(self.numbers)
+        """Call a method of the protocol; its result. Raises Refused, and Silent."""
+        number, until = next(self.numbers), time.monotonic() + PATIENCE
         message = {"id": number, "method": method, "params": params}
         if self.session:
             message["sessionId"] = self.session
         self.to.write(json.dumps(message).encode() + b"\0")
-        self.to.flush()
-        while (answer := self.receive()).get("id") != number:
+        while (answer := self.receive(until)).get("id") != number:
             pass
-        assert "error" not in answer, (method, answer["error"])
+        if "error" in answer:
+            raise Refused(method, answer["error"])
         return answer["result"]
 
-    def receive(self):
-        """The next message; what tells of an error is kept."""
-        data = bytearray()
-        while (byte := self.out.read(1)) != b"\0":
-            assert byte, "the browser has gone"
-            data += byte
+    def receive(self, until):
+        """The next message, by the time `until`; what tells of an error is kept."""
+        while b"\0" not in self.read:
+            ready, _, _ = select.select([self.out], [], [], max(0, until - time.monotonic()))
+            if not ready or not (more := os.read(self.out, 2**20)):
+                raise Silent("the browser has gone" if ready else "the browser does not answer")
+            self.read += more
+        data, _, self.read = self.read.partition(b"\0")
         message = json.loads(data)
         params, name = message.get("params", {}), message.get("method")
         if name == "Runtime.exceptionThrown":
@@ -60,8 +78,6 @@ class Tab:
             self.errors.append(params["entry"])
         if name == "Network.requestWillBeSent":
             self.seen.append(params["request"]["url"])
-        if name:
-            self.last = name
         return message
 
     def open(self, page: Path, width=1280, height=900, dark=False):
@@ -70,10 +86,21 @@ class Tab:
         self.send("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
-        self.send("Page.navigate", url=page.absolute().as_uri())
-        while self.receive().get("method") != "Page.loadEventFired":
-            pass
+        self.ask("document.left = true")  # the same page may be opened again
+        url = page.absolute().as_uri()
+        self.send("Page.navigate", url=url)
+        self.wait(f"!document.left && location.href === {json.dumps(url)}")
         return self
+
+    def wait(self, expression):
+        """Until a page is loaded whole of which `expression` holds."""
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            with suppress(Refused):  # between two pages there is nobody to ask
+                if self.ask(f"{expression} && document.readyState === 'complete'"):
+                    return
+            time.sleep(0.01)
+        raise Silent(f"no page of which {expression}")
 
     def ask(self, expression):
         """The value of a script expression in the page."""
@@ -117,7 +144,8 @@ class Tab:
 
 @contextmanager
 def start(folder: Path):
-    """A browser with its profile in `folder`: a Tab."""
+    """A browser with its profile in `folder`: a Tab. The tests of who asks for one that does not
+    start are skipped."""
     theirs_in, to = os.pipe()
     out, theirs_out = os.pipe()
 
@@ -131,14 +159,23 @@ def start(folder: Path):
     process = subprocess.Popen(command, preexec_fn=rename, close_fds=False, **quiet)
     os.close(theirs_in)
     os.close(theirs_out)
-    with os.fdopen(to, "wb") as pipe, os.fdopen(out, "rb") as answers:
-        try:
-            tab = Tab(pipe, answers)
+    try:
+        with os.fdopen(to, "wb", 0) as pipe, os.fdopen(out, "rb") as answers:
+            tab = open_tab(pipe, answers.fileno())
             yield tab
             tab.session = None
             tab.send("Browser.close")
-        finally:
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    finally:
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def open_tab(pipe, out: int):
+    """A Tab of the browser at these pipes, or a skip where it is not able to make one."""
+    try:
+        return Tab(pipe, out)
+    except (Silent, OSError) as error:
+        pytest.skip(f"{PATH} does not start here: {error}")
