@@ -149,7 +149,7 @@ def train(command: Command, out: Path, console, signals, tell: Callable[[str], N
         if command.overwrite and distributed.is_first():
             resume.remove_run(out)
     code = run.execute(state, first) if first < config.steps else run.complete()
-    sample = f"{cli.interpreter()} sample.py {shlex.quote(str(out))} --prompt TEXT"
+    sample = shlex.join([cli.interpreter(), "sample.py", str(out), "--prompt", "TEXT"])
     console.print(f"sample it      {sample}")
     return code
 

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
         page.require_place("--out", command.out)
     runs = read_runs(command.runs)
     if command.out:
-        page.write(command.out, report.build(runs))
+        page.write(command.out, report.build(runs, cli.interpreter()))
         print(f"report         {command.out} ({command.out.stat().st_size / 1e6:.2f} MB)")
     if command.png:
         command.png.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ would predict, the cache in prefill and decode, and how the settings shaped each
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -61,6 +61,12 @@ class Command:
             seed=self.seed,
         )
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What was said of the model to load."""
+        said = {"step": self.step, "dtype": self.dtype, "weights": self.weights}
+        return {name: value for name, value in said.items() if value is not None}
+
 
 def main(argv: list[str]) -> None:
     """Load the model, take the tour, write the page."""
@@ -71,10 +77,10 @@ def main(argv: list[str]) -> None:
     from gpt.sampling.language_model import load
 
     page.require_place("--out", command.out)
-    run = command.checkpoint
-    model = load(run, command.step, command.dtype, command.weights)
+    model = load(command.checkpoint, **command.loading)
     journey = record.take_tour(model, command.prompt, settings)
-    page.write(command.out, tour.build(journey, model, run, settings))
+    source = tour.Source(command.checkpoint, command.loading, cli.interpreter())
+    page.write(command.out, tour.build(journey, model, source, settings))
     print(f"tour           {command.out} ({command.out.stat().st_size / 1e6:.2f} MB)")
 
 

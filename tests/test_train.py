@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from programs import (
     write_text,
 )
 
-from gpt import checkpoint
+from gpt import checkpoint, cli
 from gpt import tokenizer as tokenizers
 from gpt.config import TrainConfig, from_json
 from gpt.training import memory, resume, step
@@ -56,6 +57,11 @@ def interrupt(monkeypatch):
 # What a run leaves.
 
 
+def sample_command(folder):
+    """The command that a run ends with, wherever the environment lies."""
+    return f"{shlex.quote(cli.interpreter())} sample.py {shlex.quote(str(folder))} --prompt TEXT\n"
+
+
 def test_a_run_leaves_what_the_next_command_needs(trained):
     done, folder = trained
     assert {p.name for p in folder.iterdir()} == {
@@ -64,7 +70,7 @@ def test_a_run_leaves_what_the_next_command_needs(trained):
     assert checkpoint.steps(folder) == [8, 12]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert tokenizers.load(folder / "tokenizer.json").name == "byte"
-    assert f"python sample.py {folder} --prompt TEXT" in done.err
+    assert sample_command(folder) in done.err
     assert done.out == ""
 
 
@@ -176,7 +182,7 @@ def test_a_real_process_saves_before_it_leaves(text, tmp_path):
 def test_the_same_command_on_a_finished_run(text, finished):
     before = snapshot(finished)
     done = call("train", *TINY, "--data", text, "--out", finished)
-    assert done.code == 0 and "complete" in done.err and "python sample.py" in done.err
+    assert done.code == 0 and "complete" in done.err and sample_command(finished) in done.err
     assert snapshot(finished) == before
 
 

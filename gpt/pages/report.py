@@ -59,8 +59,8 @@ def curves_of(run: Run, i: int, metric: str, label: str) -> list[Curve]:
     return [raw, Curve(i, label, *evenly(steps, smooth(values)))]
 
 
-def build(runs: Sequence[Run]) -> str:
-    """The whole page."""
+def build(runs: Sequence[Run], python: str = "python") -> str:
+    """The whole page. `python`: as one types it."""
     names, pictures = [run.name for run in runs], panels(runs)
     title = "Run report: " + ", ".join(names)
     drawn = "\n".join(chart.draw(panel, i == 0) for i, panel in enumerate(pictures))
@@ -73,7 +73,7 @@ def build(runs: Sequence[Run]) -> str:
 </section>
 {samples(runs)}
 {settings(runs)}
-{commands(runs)}
+{commands(runs, python)}
 </main>"""
     data = {panel.name: chart.readable(panel, names) for panel in pictures}
     return assemble(title, body, data, "report.js")
@@ -186,10 +186,10 @@ def settings(runs: Sequence[Run]) -> str:
     return shown if any(run.config for run in runs) else ""
 
 
-def commands(runs: Sequence[Run]) -> str:
+def commands(runs: Sequence[Run], python: str = "python") -> str:
     """How each run is made again."""
     parts = [
-        f'<h3>{escape(run.name)}</h3><pre tabindex="0">{escape(command_of(run))}</pre>'
+        f'<h3>{escape(run.name)}</h3><pre tabindex="0">{escape(command_of(run, python))}</pre>'
         f'<p class="soft">{text_of(run)}</p>'
         for run in runs
         if run.config and run.last_step

@@ -150,26 +150,29 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     return found
 
 
-def command_of(run: Run) -> str:
+def command_of(run: Run, python: str = "python") -> str:
     """The command that trains this again beside it: the preset that needs the fewest flags, and
-    these; text and weights by the paths that were typed."""
-    wanted, start = flags_apart(run.config), run.about.get("init_from")
+    these; text and weights by the paths that were typed. `python`: as one types it."""
+    start = run.about.get("init_from")
+    wanted = flags_apart(run.config, all_of_model=isinstance(start, str))
     name = min(wanted, key=lambda preset: len(wanted[preset]))
     words = ["--data", *run.paths] if run.paths else []
     words += ["--init-from", start] if isinstance(start, str) else []
     out = ["--out", f"{run.folder}-again"]
-    return shlex.join(["python", "train.py", name, *wanted[name], *words, *out])
+    return shlex.join([python, "train.py", name, *wanted[name], *words, *out])
 
 
-def flags_apart(config: TrainConfig) -> dict[str, list[str]]:
-    """For each preset the flags that lead from it to `config`."""
+def flags_apart(config: TrainConfig, all_of_model: bool = False) -> dict[str, list[str]]:
+    """For each preset the flags that lead from it to `config`; with `all_of_model` every setting of
+    the model is one: --init-from takes what no flag says from another run, not from the preset."""
     settings = flat(to_json(config))
     ignored = DECIDED | ({"model.context_length"} if config.seq_len else set())
     return {
         name: [
             word
             for key, before in flat(to_json(preset)).items()
-            if key not in ignored and settings[key] != before
+            if key not in ignored
+            and (settings[key] != before or (all_of_model and key.startswith("model.")))
             for word in flag(key, settings[key])
         ]
         for name, preset in PRESETS.items()

@@ -5,7 +5,10 @@ logit lens are drawn by tour.js from the packed numbers.
 """
 
 import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,13 +42,22 @@ def chip(spelled: Spelled, number: int | None = None, kind: str = "") -> str:
     return f'<span class="chip{half}{kind}"{title}>{escape(spelled.text)}{small}</span>'
 
 
-def build(journey: Journey, model, run: Path, settings: Settings) -> str:
+@dataclass(frozen=True)
+class Source:
+    """What `run` was loaded with: flags that were given, by name; and `python` as one types it."""
+
+    run: Path
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    python: str = "python"
+
+
+def build(journey: Journey, model, source: Source, settings: Settings) -> str:
     """The whole page."""
     ids = [*journey.prompt_ids, *(drawing.token for drawing in journey.drawings)]
     spelled = spell_all(ids, model.tokenizer.decode_bytes)
     body = f"""<header>
 <h1>How “{escape(journey.prompt or "<|endoftext|>")}” goes through the model</h1>
-{introduce(journey, model, run, settings)}
+{introduce(journey, model, source, settings)}
 </header>
 <main>
 <noscript><p><b>The maps and scores below need JavaScript, which is switched off.</b></p></noscript>
@@ -64,22 +76,24 @@ def build(journey: Journey, model, run: Path, settings: Settings) -> str:
     return assemble(title, body, numbers(journey, spelled, model.tokenizer), "tour.js")
 
 
-def introduce(journey: Journey, model, run: Path, settings: Settings) -> str:
+def introduce(journey: Journey, model, source: Source, settings: Settings) -> str:
     """Which model it is, what it wrote, and the command that writes the same."""
-    c, P = journey.config, len(journey.read_ids)
+    c, P, name = journey.config, len(journey.read_ids), source.run.name
     written = [drawing.token for drawing in journey.drawings]
     text = model.tokenizer.decode_bytes(written).decode("utf-8", "replace")
-    return f"""<p>{escape(run.name)}, step {model.step:,}: {c.n_layers} layers of {c.n_heads} heads,
+    return f"""<p>{escape(name)}, step {model.step:,}: {c.n_layers} layers of {c.n_heads} heads,
 {cost.parameters(c):,} weights. It read the prompt, then wrote:</p>
 <pre>{escape(journey.prompt)}<b>{escape(text)}</b></pre>
 <p class="soft">Every number below is the model’s own, noted while it computed: a recorder stood
 where its attention is called, {len(journey.readings)} times over {P} positions.
-<code>{escape(command_of(run, journey.prompt, settings))}</code> writes the same text.</p>"""
+<code>{escape(command_of(source, journey.prompt, settings))}</code> writes the same text.</p>"""
 
 
-def command_of(run: Path, prompt: str, settings: Settings) -> str:
+def command_of(source: Source, prompt: str, settings: Settings) -> str:
     """The command of sample.py that draws what the tour drew."""
-    words = ["python", "sample.py", str(run), f"--prompt={prompt}", "--max-new-tokens"]
+    words = [source.python, "sample.py", str(source.run)]
+    words += [word for name, value in source.loading.items() for word in (f"--{name}", str(value))]
+    words += [f"--prompt={prompt}", "--max-new-tokens"]
     words += [str(settings.max_new_tokens), "--temperature", f"{settings.temperature:g}"]
     if settings.repetition_penalty != 1:
         words += ["--repetition-penalty", f"{settings.repetition_penalty:g}"]

@@ -1,6 +1,7 @@
 """Both pages in a headless Chromium: no errors, no requests, hovering and picking, two widths."""
 
 import time
+from pathlib import Path
 
 import browser
 import pytest
@@ -11,6 +12,7 @@ from gpt.pages.runs import read_runs
 from gpt.sampling.settings import Settings
 
 pytestmark = pytest.mark.skipif(browser.PATH is None, reason="no Chromium is installed")
+SOURCE = tour.Source(Path("x"))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def nothing_wrong(tab):
 def small_tour(tmp_path_factory):
     path = tmp_path_factory.mktemp("pages") / "tour.html"
     journey, model = made_up_journey(3, 4, 8, T=0, n_new=3, prompt="今天 <script>alert(1)</script>")
-    page.write(path, tour.build(journey, model, tour.Path("x"), Settings()))
+    page.write(path, tour.build(journey, model, SOURCE, Settings()))
     return path
 
 
@@ -111,7 +113,7 @@ def test_large_pages_open_quickly(tab, tmp_path):
     write_run(tmp_path / "long", n_steps=100_000)
     page.write(tmp_path / "r.html", report.build(read_runs([tmp_path / "long"])))
     journey, model = made_up_journey(12, 12, 64, T=57, n_new=8)
-    page.write(tmp_path / "t.html", tour.build(journey, model, tour.Path("x"), Settings()))
+    page.write(tmp_path / "t.html", tour.build(journey, model, SOURCE, Settings()))
     for name, seconds in (("r.html", 2), ("t.html", 10)):
         spent = []
         for _ in range(3):

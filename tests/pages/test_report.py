@@ -1,5 +1,6 @@
 """The report, read as text: what it shows of runs, whole, torn and long, and what it escapes."""
 
+import dataclasses
 import html
 import json
 import re
@@ -46,10 +47,14 @@ def test_a_trained_run_is_shown_with_its_command(trained, tmp_path):
 def test_the_command_parses_back_to_the_settings(trained):
     (run,) = runs.read_runs([trained[1]])
     words = runs.command_of(run).split()
-    default, flags = presets.PRESETS[words[2]], words[3 : words.index("--data")]
+    assert left_open(run, words, presets.PRESETS[words[2]]) <= runs.DECIDED
+
+
+def left_open(run, words, default):
+    """The settings that a command's flags do not bring from `default` to the run's."""
+    flags = words[3 : words.index("--data")]
     read = cli.parse(TrainConfig, flags, program="x", description="", default=default)
-    left = flat(to_json(read)).items() ^ flat(to_json(run.config)).items()
-    assert {name for name, _ in left} <= runs.DECIDED
+    return {name for name, _ in flat(to_json(read)).items() ^ flat(to_json(run.config)).items()}
 
 
 def test_the_command_on_the_page_makes_the_same_run(text, tmp_path, monkeypatch):
@@ -84,6 +89,11 @@ def test_the_weights_that_a_run_began_from_are_named(trained):
     (run,) = runs.read_runs([trained[1]])
     run = runs.Run(**(vars(run) | {"about": run.about | {"init_from": "runs/gpt2 a"}}))
     assert "--init-from 'runs/gpt2 a' --out" in runs.command_of(run)
+    words = shlex.split(runs.command_of(run, "my python/bin"))
+    assert words[0] == "my python/bin"
+    preset = presets.PRESETS[words[2]]
+    adopted = dataclasses.replace(preset, model=presets.PRESETS["gpt2"].model)  # as train.py does
+    assert left_open(run, words, adopted) <= runs.DECIDED
 
 
 def test_runs_are_overlaid_and_their_differences_listed(trained, tmp_path):

@@ -1,7 +1,10 @@
 """The tour's page, read as text: what it says of a prompt in any script, and how large it is."""
 
+import html
 import json
 import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +52,20 @@ def test_the_page_holds_the_numbers_that_were_recorded(trained, toured):
     )
 
 
+def test_the_command_on_the_page_writes_its_text(trained, tmp_path):
+    """Of an older checkpoint, too, in a type and with weights that were asked for."""
+    chosen = ["--step", "8", "--dtype", "bfloat16", "--weights", "raw"]
+    argv = ["--prompt", "the ", "--max-new-tokens", "9", "--out", tmp_path / "a.html"]
+    assert call("gpt/tour", trained[1], *chosen, *argv).code == 0
+    text = (tmp_path / "a.html").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"<code>([^<]* sample\.py .*?)</code>", text)
+    words = shlex.split(html.unescape(shown))
+    assert " ".join(chosen) in " ".join(words)
+    done = call("sample", *words[words.index("sample.py") + 1 :], "--json")
+    written = page.escape(json.loads(done.out)["text"])
+    assert f"<pre>the <b>{written}</b></pre>" in text
+
+
 def test_prefill_and_each_step_say_what_they_read_and_wrote(toured):
     assert toured.count('<article class="step"') == 4
     assert "Wrote slots 0 to 8" in toured and "Read back nothing: it was empty" in toured
@@ -66,7 +83,7 @@ def test_the_largest_promised_page_stays_small():
     """64 tokens over 12 layers of 12 heads of width 64."""
     journey, model = made_up_journey(12, 12, 64, T=57, n_new=8)
     assert len(journey.read_ids) == 64
-    text = tour.build(journey, model, tour.Path("runs/x"), Settings())
+    text = tour.build(journey, model, tour.Source(Path("runs/x")), Settings())
     assert len(text.encode()) < 15e6
 
 
