@@ -20,6 +20,7 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 MARK = "<!-- made by benchmarks/ablations.py -->"
+DIVERGED = 77  # the exit code after too many steps that are no number
 EVERY = ["--log-every", "50", "--sample-every", "0", "--keep-best", "0"]
 EVERY += ["--eval-every", "1000000", "--save-every", "1000000"]
 
@@ -52,13 +53,11 @@ def leave_scores_unscaled() -> None:
 
 def leave_out_residuals() -> None:
     """Each sublayer's output instead of the sum with its input."""
-    import functools
-
-    from gpt.model import layers, transformer
+    from gpt.model import transformer
 
     class Bare(transformer.Block):
         def __call__(self, x_BTD, past, key_B, place, attend):
-            drop = functools.partial(layers.drop, key_B, self.dropout, 0)
+            drop = self.weights_drop(key_B)
             x_BTD, past = self.attention(self.attention_norm(x_BTD), past, place, attend, drop)
             return self.mlp(self.mlp_norm(x_BTD)), past
 
@@ -117,16 +116,24 @@ class Command:
 
 
 def work(variant: Variant, argv: list[str], log: Path) -> None:
-    """A process of its own: patch the model, train, leave with train.py's exit code."""
+    """A process of its own: patch the model, train, leave with train.py's exit code, or DIVERGED.
+
+    Not with 1 for that: any bug would be counted as a loss.
+    """
     with log.open("w") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
         sys.path.insert(0, str(ROOT))
         import train
+        from gpt.errors import Failed
 
         if variant.patch:
             variant.patch()
-        sys.exit(train.main(argv))
+        try:
+            code = train.main(argv)
+        except Failed:
+            code = DIVERGED
+        sys.exit(code)
 
 
 def train_once(variant: Variant, folder: Path, flags: list[str]) -> float:
@@ -137,8 +144,8 @@ def train_once(variant: Variant, folder: Path, flags: list[str]) -> float:
     child = context.Process(target=work, args=(variant, argv, log))
     child.start()
     child.join()
-    if child.exitcode == 1:
-        return float("inf")  # gpt.errors.Failed: too many steps that are no number
+    if child.exitcode == DIVERGED:
+        return float("inf")
     if child.exitcode:
         raise SystemExit(f"{variant.name}: train.py left with {child.exitcode}\n{log.read_text()}")
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -70,9 +70,9 @@ def ours(command: Command, folder: str) -> float:
     raise SystemExit(f"error: our run ended above {command.target}")
 
 
-def theirs(command: Command) -> tuple[float, float]:
+def theirs(command: Command, folder: str) -> tuple[float, float]:
     """Seconds of nanoGPT's run up to its last evaluation, and the loss that it found."""
-    words = [str(command.python), "train.py", *THEIRS, "--out_dir=" + tempfile.mkdtemp()]
+    words = [str(command.python), "train.py", *THEIRS, f"--out_dir={folder}"]
     begun, seconds, loss = time.perf_counter(), 0.0, 0.0
     with subprocess.Popen(
         words, cwd=command.nanogpt, stdout=subprocess.PIPE, text=True, env=os.environ
@@ -80,6 +80,8 @@ def theirs(command: Command) -> tuple[float, float]:
         for line in process.stdout:
             if found := re.match(r"step \d+: train loss .* val loss ([\d.]+)", line):
                 seconds, loss = time.perf_counter() - begun, float(found[1])
+    if process.returncode or not seconds:
+        raise SystemExit(f"error: nanoGPT left with {process.returncode}, its last loss {loss}")
     return seconds, loss
 
 
@@ -92,7 +94,8 @@ def main() -> None:
             mine.append(ours(command, folder))
         print(f"ours     {mine[-1]:.1f} s to {command.target}", flush=True)
         if command.nanogpt:
-            others.append(theirs(command))
+            with tempfile.TemporaryDirectory() as folder:
+                others.append(theirs(command, folder))
             print(f"nanoGPT  {others[-1][0]:.1f} s to {others[-1][1]}", flush=True)
     print(f"ours, median {statistics.median(mine):.1f} s")
     if others:
