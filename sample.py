@@ -161,8 +161,8 @@ def obey(command: Command) -> int:
     from gpt.sampling.language_model import load
 
     c = command
-    whole = functools.partial(load, c.checkpoint, c.step, c.dtype, c.weights, c.mesh)
-    model = whole(quantize=c.quantize)
+    whole = functools.partial(load, c.checkpoint, dtype=c.dtype, weights=c.weights, mesh=c.mesh)
+    model = whole(step=c.step, quantize=c.quantize)
     averaged = "these are the averaged weights; --weights raw for the last ones"
     for said in [averaged] * (model.weights == "ema") + model.notes:
         print(f"note: {said}", file=sys.stderr)
@@ -170,7 +170,7 @@ def obey(command: Command) -> int:
     if command.check:
         code = print_checks(model)
     elif scored is not None:
-        print_score(model, command, scored, whole)
+        print_score(model, command, scored, functools.partial(whole, step=model.step))
     elif command.interactive:
         converse(model, command)
     else:
@@ -270,7 +270,7 @@ def report(model, done: list) -> None:
 
 def print_score(model, command: Command, scored: str | list[int], load) -> None:
     """Log-probabilities of the tokens, their mean in the usual units, and what quantizing adds to
-    it; `load()` gives the model as it was trained."""
+    it; `load()` gives this checkpoint, not one saved since, as it was trained."""
     s = model.score(scored, command.stride)
     lost = s.mean_nll - load().score(scored, command.stride).mean_nll if command.quantize else None
     if command.json:

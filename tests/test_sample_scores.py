@@ -11,7 +11,7 @@ from samples import objects, sample
 
 import gpt
 from gpt.model import cache
-from gpt.sampling import check, engine
+from gpt.sampling import check, engine, language_model
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +49,23 @@ def test_a_score_as_text_shows_each_token(folder):
     lines = sample(folder, "--score", "a 天").splitlines()
     assert len(lines) == 6 and lines[-1].startswith("5 tokens: ")
     assert [line.split(maxsplit=1)[1] for line in lines[:2]] == ["'a'", "' '"]
+
+
+def test_the_loss_of_quantizing_is_that_of_one_checkpoint(finished, tmp_path, monkeypatch):
+    """A run that is still training saves another while the first is scored."""
+    place, kept, honest = finished / "checkpoints" / "12", tmp_path / "12", language_model.load
+    place.rename(kept)
+
+    def load(*args, **options):
+        model = honest(*args, **options)
+        if kept.exists():
+            kept.rename(place)
+        return model
+
+    monkeypatch.setattr(language_model, "load", load)
+    (score,) = objects(finished, "--score", "the cat sat", "--quantize", "int8")
+    whole = honest(finished, step=8).score("the cat sat").mean_nll
+    assert score["quantization_nll"] == pytest.approx(score["mean_nll"] - whole, abs=1e-6)
 
 
 def test_the_check_passes_and_a_planted_bug_turns_it_red(folder, monkeypatch):

@@ -52,10 +52,18 @@ class Times:
 
 
 def require_room(config: ModelConfig, cell: Cell) -> None:
-    """UserError if weights and cache of the largest cell exceed the memory that is there."""
+    """UserError if weights and cache of the largest cell exceed the memory that is there, or the
+    weights while they are quantized: floats and int8 lie there together."""
     slots = engine.bucket(cell.prompt_length + cell.new_tokens, config.context_length)
-    need = cost.weight_bytes(config, int8=cell.int8) + cost.cache_bytes(config, cell.batch, slots)
+    weights = cost.weight_bytes(config, int8=cell.int8)
+    need = weights + cost.cache_bytes(config, cell.batch, slots)
+    both = weights + cost.weight_bytes(config) if cell.int8 else 0
     have, whose = memory.detect()
+    require(
+        both <= have,
+        f"quantizing the weights takes {both / 1e9:.1f} GB, and {whose} is {have / 1e9:.1f} GB: "
+        "choose a smaller model",
+    )
     require(
         need <= have,
         f"{cell.batch} rows of {slots} tokens take {need / 1e9:.1f} GB with the weights, and "
