@@ -13,7 +13,7 @@ import numpy as np
 
 from gpt.config import ModelConfig
 from gpt.convert.describe import describe
-from gpt.convert.layout import HEAD, tensor_shapes
+from gpt.convert.layout import tensor_shapes
 from gpt.convert.weights import tensors_of
 from gpt.errors import require
 
@@ -35,8 +35,8 @@ def write(config: ModelConfig, params: dict, kind: str, path: Path) -> None:
     shapes = tensor_shapes(config, family)
     tensors = tensors_of(config, family, params, np.dtype(np.float32))
     for name, tensor in zip(shapes, tensors, strict=True):
-        whole = name if name == HEAD else family.prefix + name
-        add(writer, names.get_name(whole, (".weight",)), in_turn(config, name, tensor), kind)
+        theirs = names.get_name(family.whole_name(name), (".weight",))
+        add(writer, theirs, in_turn(config, name, tensor), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 BLOCK = 2**24  # numbers drawn once; every tensor is cut from them
 
 from gpt.convert.describe import describe  # noqa: E402
-from gpt.convert.layout import HEAD, tensor_shapes  # noqa: E402
+from gpt.convert.layout import tensor_shapes  # noqa: E402
 from gpt.convert.tensorfile import FLOATS, WHOLE, write_file  # noqa: E402
 from gpt.presets import preset  # noqa: E402
 
@@ -32,7 +32,7 @@ def write_model(folder: Path, name: str, dtype: str) -> int:
     config = preset(name).model
     values, family = describe(config)
     shapes = tensor_shapes(config, family)
-    shapes = {n if n == HEAD else family.prefix + n: shape for n, shape in shapes.items()}
+    shapes = {family.whole_name(n): shape for n, shape in shapes.items()}
     noise = np.random.default_rng(0).normal(0, 0.02, BLOCK).astype(FLOATS[TYPES[dtype]])
 
     def tensors():

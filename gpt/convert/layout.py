@@ -62,6 +62,10 @@ class Family:
     parts: dict[str, Part]
     buffers: re.Pattern
 
+    def whole_name(self, name: str) -> str:
+        """A tensor's name in a file, from that without the prefix; the head's has none."""
+        return name if name == HEAD else self.prefix + name
+
 
 def norm(path: str, name: str) -> dict[str, Part]:
     """A norm's scale and bias."""

@@ -6,14 +6,15 @@ from typing import Any
 
 from gpt import checkpoint
 from gpt import tokenizer as tokenizers
-from gpt.config import ModelConfig, TrainConfig, Weights, from_json
+from gpt.config import ModelConfig, Weights, from_json
 from gpt.convert import tokenizers_out, weights
 from gpt.convert.describe import describe, with_biases
-from gpt.convert.layout import HEAD, Family, tensor_shapes
+from gpt.convert.layout import Family, tensor_shapes
 from gpt.convert.place import making, require_new
 from gpt.convert.tensorfile import FLOATS, WHOLE, write_file
 from gpt.errors import require
 from gpt.model import transformer
+from gpt.sampling.language_model import choose_tree
 
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 KEPT = {"float32": "F32", "bfloat16": "BF16"}
@@ -57,9 +58,7 @@ def open_run(
         about = checkpoint.read_metadata(run, step)
         config, _ = read_about(about)
         describe(config)
-        kept = bool(from_json(TrainConfig, about["train"]).ema_decay)
-        require(kept or which != "ema", f"{run} keeps no average of its weights: drop --weights")
-        tree = "average" if kept and which != "raw" else "params"
+        tree = choose_tree(run, about, which)
         return about, checkpoint.restore(run, step, tree, transformer.abstract(config))
 
     if step is not None:
@@ -90,9 +89,7 @@ def write_weights(
     path: Path, config: ModelConfig, family: Family, params: dict[str, Any], dtype: str
 ) -> None:
     """Write model.safetensors, tensor by tensor, under the names that transformers has."""
-    shapes = {
-        name if name == HEAD else family.prefix + name: shape
-        for name, shape in tensor_shapes(config, family).items()
-    }
+    shapes = tensor_shapes(config, family)
+    shapes = {family.whole_name(name): shape for name, shape in shapes.items()}
     tensors = weights.tensors_of(config, family, params, FLOATS[dtype])
     write_file(path, shapes, dtype, tensors)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -113,9 +114,7 @@ def load(
     def read(step: int) -> LanguageModel:
         about = checkpoint.read_metadata(run, step)
         config = from_json(ModelConfig, about["model"]).computing_in(dtype)
-        kept = bool(from_json(TrainConfig, about["train"]).ema_decay)
-        require(kept or weights != "ema", f"{run} keeps no average of its weights: drop --weights")
-        tree = "average" if kept and weights != "raw" else "params"
+        tree = choose_tree(run, about, weights)
         notes = transformer.require_fit(config, devices, fsdp=False)
         params = read_weights(run, step, tree, config, devices, quantize)
         letters = tokenizers.from_json(about["tokenizer"])
@@ -128,6 +127,16 @@ def load(
     _, model, notes = checkpoint.latest_good(run, read)
     model.notes.extend(f"{note}; using step {model.step}" for note in notes)
     return model
+
+
+def choose_tree(run: str | Path, about: dict[str, Any], weights: Weights | None) -> str:
+    """Which tree of a checkpoint holds the weights that are wanted, of what it says of itself.
+
+    By default the average where one is kept; UserError if it is asked for and there is none.
+    """
+    kept = bool(from_json(TrainConfig, about["train"]).ema_decay)
+    require(kept or weights != "ema", f"{run} keeps no average of its weights: drop --weights")
+    return "average" if kept and weights != "raw" else "params"
 
 
 def read_weights(run, step: int, tree: str, config: ModelConfig, mesh: Mesh, quantize) -> dict:
