@@ -62,7 +62,7 @@ class Writer:
         self.latest = resumed if resumed is not None else max(found, default=None)
         self.stale = [s for s in found if self.latest is not None and s > self.latest]
         self.losses = losses_of(folder, found) if best else {}
-        self.pending = None
+        self.pending, self.failed = None, False
         latest, lowest = policies.LatestN(keep), BestLoss(self.losses, best)
         self.orbax = ocp.training.Checkpointer(
             Path(folder).absolute() / PLACE,
@@ -87,6 +87,7 @@ class Writer:
         """
         if step != self.latest:
             self.wait()
+            self.clear_again()
             for stale in self.stale:
                 self.orbax.delete(stale)
             named = {name: named_leaves(tree) for name, tree in trees.items()}
@@ -112,12 +113,19 @@ class Writer:
             with self.telling():
                 pending.result()
 
+    def clear_again(self) -> None:
+        """After a save that failed: remove what a slow thread of orbax's has left of it since."""
+        if self.failed and distributed.is_first():
+            clear(self.folder)
+        self.failed = False
+
     @contextlib.contextmanager
     def telling(self):
         """Raise what fails inside as Unsaved, when all that was half written is gone again."""
         try:
             yield
         except (OSError, ValueError) as error:  # tensorstore's failures are ValueErrors
+            self.failed = True
             with contextlib.suppress(OSError, ValueError):
                 self.orbax.wait()  # the same error once more, or the next save would raise it
             if distributed.is_first():
