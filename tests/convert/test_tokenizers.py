@@ -141,98 +141,90 @@ def without(values, name):
     return {k: v for k, v in values.items() if k != name}
 
 
-def refusals(merges):
-    """Tokenizers that have no counterpart, and why."""
-    swapped = [merges[1], merges[0], *merges[2:]]
-    good = tokenizer_json(merges, {END: 336})
-    vocab = good["model"]["vocab"]
-    level = {"type": "ByteLevel", "add_prefix_space": True}
-    odd = {"id": 336, "content": END, "lstrip": True}
-    split = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated"}
-    return {
-        "unigram": (good | {"model": good["model"] | {"type": "Unigram"}}, "type is 'Unigram'"),
-        "dropout": (good | {"model": good["model"] | {"dropout": 0.1}}, "dropout is 0.1"),
-        "byte fallback": (
-            good | {"model": good["model"] | {"byte_fallback": True}},
-            "byte_fallback",
-        ),
-        "a normalizer": (good | {"normalizer": {"type": "Lowercase"}}, "normalizer"),
-        "a space before": (good | {"pre_tokenizer": level}, "add_prefix_space"),
-        "no cutting": (good | {"pre_tokenizer": None}, "pre_tokenizer"),
-        "metaspace": (good | {"pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"),
-        "two splits": (
-            good | {"pre_tokenizer": sequence(split, split, use_regex=False)},
-            "expected ByteLevel alone",
-        ),
-        "a removing split": (
-            good | {"pre_tokenizer": sequence(split | {"behavior": "Removed"}, use_regex=False)},
-            "Split is",
-        ),
-        "a strange pattern": (
-            good | {"pre_tokenizer": sequence(split, use_regex=False)},
-            "two engines",
-        ),
-        "another decoder": (good | {"decoder": {"type": "WordPiece"}}, "decoder is 'WordPiece'"),
-        "a greedy special": (good | {"added_tokens": [odd]}, "lstrip"),
-        "no end": (tokenizer_json(merges, {"<pad>": 340}), "no special token ends a text"),
-        "pairs in another order": (
-            good
-            | {
-                "model": good["model"]
-                | {"merges": [f"{bpe.spell(a)} {bpe.spell(b)}" for a, b in swapped]}
-            },
-            "stands elsewhere",
-        ),
-        "a pair is missing": (
-            good | {"model": good["model"] | {"merges": good["model"]["merges"][:-1]}},
-            "joined from other halves",
-        ),
-        "a pair without an id": (
-            good | {"model": good["model"] | {"merges": [*good["model"]["merges"], "z z"]}},
-            "has no id",
-        ),
-        "a byte is missing": (
-            good | {"model": good["model"] | {"vocab": without(vocab, "!")}},
-            "byte",
-        ),
-        "an id twice": (
-            good | {"model": good["model"] | {"vocab": vocab | {"!": 5}}},
-            "an id twice",
-        ),
-        "a pair twice": (
-            good | {"model": good["model"] | {"merges": good["model"]["merges"] * 2}},
-            "a pair twice",
-        ),
-        "a pattern that fits nothing": (
-            good
-            | {"pre_tokenizer": sequence(split | {"pattern": {"Regex": "a|"}}, use_regex=False)},
-            "where there is no character",
-        ),
-        "a pattern that is none": (
-            good
-            | {"pre_tokenizer": sequence(split | {"pattern": {"Regex": "(a"}}, use_regex=False)},
-            "is none",
-        ),
-        "too many ids": (tokenizer_json(merges, {END: 400}), "the id 400"),
-        "no bytes": (
-            good | {"model": good["model"] | {"vocab": vocab | {"今": 337}}},
-            "spelled in bytes",
-        ),
-        "no pairs": (good | {"model": good["model"] | {"merges": ["a b c"]}}, "no pairs"),
-        "an end that is a word": (
-            good | {"added_tokens": [{"id": 300, "content": END}]},
-            "the id of another token",
-        ),
-        "an unreachable word": (
-            good | {"model": good["model"] | {"vocab": vocab | {"QXZ": 337}}},
-            "made by no pair",
-        ),
-    }
+def model(good, **changes):
+    """A tokenizer.json with changes of its model."""
+    return good | {"model": good["model"] | changes}
 
 
-@pytest.mark.parametrize("case", refusals([(b"a", b"b"), (b"ab", b"c")]))
+def words(good, **ids):
+    """With ids of tokens that it has, or has not."""
+    return model(good, vocab=good["model"]["vocab"] | ids)
+
+
+def pairs(good, change):
+    """With another list of pairs, which `change` makes of its own."""
+    return model(good, merges=change(good["model"]["merges"]))
+
+
+def added(good, **token):
+    """With another special token alone."""
+    return good | {"added_tokens": [{"id": 336, "content": END} | token]}
+
+
+def cut(good, step):
+    """With another way to cut text."""
+    return good | {"pre_tokenizer": step}
+
+
+def split(good, *, times=1, regex=r"\w+", behavior="Isolated"):
+    """With text split by an expression first."""
+    step = {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior}
+    return cut(good, sequence(*[step] * times, use_regex=False))
+
+
+SPACED = {"type": "ByteLevel", "add_prefix_space": True}
+REFUSED = {  # what is done to a good tokenizer, and why it has no counterpart then
+    "unigram": (lambda good: model(good, type="Unigram"), "type is 'Unigram'"),
+    "dropout": (lambda good: model(good, dropout=0.1), "dropout is 0.1"),
+    "byte fallback": (lambda good: model(good, byte_fallback=True), "byte_fallback"),
+    "a normalizer": (lambda good: good | {"normalizer": {"type": "Lowercase"}}, "normalizer"),
+    "a space before": (lambda good: cut(good, SPACED), "add_prefix_space"),
+    "no cutting": (lambda good: cut(good, None), "pre_tokenizer"),
+    "metaspace": (lambda good: cut(good, {"type": "Metaspace"}), "Metaspace"),
+    "two splits": (lambda good: split(good, times=2), "expected ByteLevel alone"),
+    "a removing split": (lambda good: split(good, behavior="Removed"), "Split is"),
+    "a strange pattern": (split, "two engines"),
+    "a pattern that fits nothing": (
+        lambda good: split(good, regex="a|"),
+        "where there is no character",
+    ),
+    "a pattern that is none": (lambda good: split(good, regex="(a"), "is none"),
+    "another decoder": (
+        lambda good: good | {"decoder": {"type": "WordPiece"}},
+        "decoder is 'WordPiece'",
+    ),
+    "a greedy special": (lambda good: added(good, lstrip=True), "lstrip"),
+    "no end": (
+        lambda good: added(good, id=340, content="<pad>", special=True),
+        "no special token ends a text",
+    ),
+    "too many ids": (lambda good: added(good, id=400, special=True), "the id 400"),
+    "an end that is a word": (lambda good: added(good, id=300), "the id of another token"),
+    "pairs in another order": (
+        lambda good: pairs(good, lambda old: [old[1], old[0], *old[2:]]),
+        "stands elsewhere",
+    ),
+    "a pair is missing": (
+        lambda good: pairs(good, lambda old: old[:-1]),
+        "joined from other halves",
+    ),
+    "a pair without an id": (lambda good: pairs(good, lambda old: [*old, "z z"]), "has no id"),
+    "a pair twice": (lambda good: pairs(good, lambda old: old * 2), "a pair twice"),
+    "no pairs": (lambda good: pairs(good, lambda old: ["a b c"]), "no pairs"),
+    "a byte is missing": (
+        lambda good: model(good, vocab=without(good["model"]["vocab"], "!")),
+        "byte",
+    ),
+    "an id twice": (lambda good: words(good, **{"!": 5}), "an id twice"),
+    "no bytes": (lambda good: words(good, 今=337), "spelled in bytes"),
+    "an unreachable word": (lambda good: words(good, QXZ=337), "made by no pair"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
 def test_what_has_no_counterpart_is_refused_with_the_reason(case, merges, tmp_path):
-    values, reason = refusals(merges)[case]
+    spoil, reason = REFUSED[case]
+    values = spoil(tokenizer_json(merges, {END: 336}))
     with pytest.raises(UserError, match=regex.escape(reason)) as caught:
         read(write_tokenizer(tmp_path, values), eos=336)
     assert str(caught.value).endswith(tokenizers_in.IDS_ONLY)
