@@ -1,7 +1,8 @@
 """What every entry point shares: reading flags, leaving well, preparing JAX.
 
-An entry point's room: train.py, sample.py and the gpt/*/__main__.py use it, nothing else does. It
-knows no model and imports neither JAX nor NumPy, so that `--help` is quick.
+An entry point's room: train.py, sample.py, gpt/report.py, gpt/tour.py and the gpt/*/__main__.py use
+it, nothing else does. It knows no model and imports neither JAX nor NumPy, so that `--help` is
+quick.
 """
 
 import contextlib

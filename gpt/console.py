@@ -1,4 +1,5 @@
-"""What entry points show on a terminal and read from it. Knows no model, no flags and no JAX.
+"""What entry points show on a terminal and read from it. Knows no model and no JAX, and of flags no
+more than the names that it tells people.
 
 An entry point's room, like cli.py: text that is safe to show, files and lines that people type,
 standard streams that may be closed, Ctrl-C that waits.

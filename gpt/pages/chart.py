@@ -22,9 +22,7 @@ def colour(run: int) -> str:
 
 def draw(panel: Panel, first: bool = False) -> str:
     """The panel as a figure; the `first` one is wide."""
-    axes = axis_x(panel), axis_y(panel)
-    lines = "".join(axes[i][0] for i in (0, 1))
-    labels = "".join(axes[i][1] for i in (0, 1))
+    lines, labels = axis_y(panel)
     curves = "".join(path(panel, curve) for curve in panel.curves)
     scale = ", logarithmic scale" if panel.log else ""
     told = f"{panel.title}, {panel.unit}{scale}"
@@ -34,7 +32,7 @@ def draw(panel: Panel, first: bool = False) -> str:
  aria-label="{escape(told)}; arrow keys read values off">
 <svg viewBox="0 0 {SIZE} {SIZE}" preserveAspectRatio="none" aria-hidden="true">
 {lines}{marks(panel)}{curves}<path class="cross" d=""/></svg>
-{labels}</div>
+{labels_x(panel)}{labels}</div>
 <p class="tip" aria-live="polite"></p>
 </figure>"""
 
@@ -71,14 +69,12 @@ def marks(panel: Panel) -> str:
     return drawn
 
 
-def axis_x(panel: Panel) -> tuple[str, str]:
-    """Grid lines over the steps, and their labels."""
-    at = ticks(0, panel.last, log=False)
-    labels = [
+def labels_x(panel: Panel) -> str:
+    """The steps below; they have no lines of grid."""
+    return "".join(
         f'<span class="x" style="left:{100 * tick / panel.last:.2f}%">{tick:,.0f}</span>'
-        for tick in at
-    ]
-    return "", "".join(labels)
+        for tick in ticks(0, panel.last, log=False)
+    )
 
 
 def axis_y(panel: Panel) -> tuple[str, str]:
