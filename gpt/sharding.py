@@ -73,6 +73,12 @@ def fitting(mesh, shape: tuple[int, ...], axes: tuple, rules: dict = RULES) -> P
     return PartitionSpec(*(n if n and size % parts(n) == 0 else None for size, n in pairs))
 
 
+def count_parts(axis: str) -> int:
+    """Parts into which the mesh in force splits an axis of that name."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return int(np.prod([mesh.shape.get(name, 1) for name in np.atleast_1d(RULES[axis])]))
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x`, partitioned as its logical axes say; unchanged where there is one device, or a mesh that
     is not ours: pmap's."""

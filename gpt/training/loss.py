@@ -6,9 +6,12 @@ Chunks are of vocabulary rows and not of tokens, so that the gradient of a shard
 is reduced across devices once and not once a chunk.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
+from gpt import sharding
 from gpt.config import ModelConfig, TrainConfig
 from gpt.model import transformer
 
@@ -28,30 +31,35 @@ def token_losses(config: ModelConfig, params: dict, x_MD: jax.Array, target_M: j
     """Of each token, float32 in nats: -log p(target), the log of the softmax's denominator, and
     the mean of -log p over the vocabulary."""
     table_VD = transformer.head_table(params)
-    n = count_chunks(len(table_VD))
-    # Strided chunks (c, c+n, c+2n, ...): a table sharded by rows then needs no communication.
-    chunks = table_VD.reshape(-1, n, table_VD.shape[1]).swapaxes(0, 1)
+    V, n = len(table_VD), count_chunks(len(table_VD))
+    # A chunk has its share of each device's rows, so that none are sent; of one device, a slice.
+    rows = V // n // math.gcd(V // n, sharding.count_parts("vocab"))
+
+    def cut(x: jax.Array) -> jax.Array:
+        """[V, ...] in n chunks."""
+        parts = x.reshape(-1, n, rows, *x.shape[1:]).swapaxes(0, 1)
+        return parts.reshape(n, V // n, *x.shape[1:])
 
     def add_chunk(sums, chunk):
         """Running max, sum of exp, target's logit and sum of logits (online softmax, Milakov &
         Gimelshein 2018)."""
         top_M, total_M, hit_M, sum_M = sums
-        rows_CD, c = chunk
-        ids_C = c + n * jnp.arange(len(rows_CD))
+        rows_CD, ids_C, c = chunk
         logits_MC = transformer.unembed_rows(config, x_MD, rows_CD, ids_C)
         new_M = jax.lax.stop_gradient(jnp.maximum(top_M, logits_MC.max(-1)))
         total_M = total_M * jnp.exp(top_M - new_M) + jnp.exp(logits_MC - new_M[:, None]).sum(-1)
-        mine_M = target_M % n == c
-        place_M = jnp.where(mine_M, target_M // n, 0)
+        mine_M = target_M // rows % n == c
+        place_M = target_M // (n * rows) * rows + target_M % rows
         logit_M = jnp.take_along_axis(logits_MC, place_M[:, None], axis=-1)[:, 0]
         sum_M += jnp.where(ids_C < config.vocab_size, logits_MC, 0).sum(-1)
         return (new_M, total_M, hit_M + jnp.where(mine_M, logit_M, 0), sum_M), None
 
-    if len(x_MD) * len(table_VD) > KEPT_LOGITS:
+    if len(x_MD) * V > KEPT_LOGITS:
         add_chunk = jax.checkpoint(add_chunk)
     zero_M = jnp.zeros(len(x_MD), jnp.float32)
     start = (zero_M + transformer.MASKED, zero_M, zero_M, zero_M)
-    (top_M, total_M, hit_M, sum_M), _ = jax.lax.scan(add_chunk, start, (chunks, jnp.arange(n)))
+    chunks = cut(table_VD), cut(jnp.arange(V)), jnp.arange(n)
+    (top_M, total_M, hit_M, sum_M), _ = jax.lax.scan(add_chunk, start, chunks)
     log_total_M = top_M + jnp.log(total_M)
     return log_total_M - hit_M, log_total_M, log_total_M - sum_M / config.vocab_size
 

@@ -36,8 +36,12 @@ def full_losses(config, params, tokens):
     return -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
 
 
-@pytest.mark.parametrize(("rows", "kept"), [(64, 0), (128, 0), (128, 2**25), (1000, 0)])
-def test_chunked_loss_equals_full_loss_and_gradient(monkeypatch, rows, kept):
+@pytest.mark.parametrize(
+    ("rows", "kept", "parts"), [(64, 0, 1), (128, 0, 1), (128, 2**25, 1), (1000, 0, 1), (64, 0, 2)]
+)
+def test_chunked_loss_equals_full_loss_and_gradient(monkeypatch, rows, kept, parts):
+    """Also where a chunk is put together of `parts` devices' rows."""
+    monkeypatch.setattr(loss.sharding, "count_parts", lambda axis: parts)
     monkeypatch.setattr(loss, "CHUNK_ROWS", rows)  # 384 padded rows: 8, 4 and 1 chunks
     monkeypatch.setattr(loss, "KEPT_LOGITS", kept)
     params = transformer.init(MODEL, jax.random.key(0))
