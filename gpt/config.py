@@ -224,8 +224,7 @@ class TrainConfig:
     max_bad_steps: int = 10
     """Steps in a row whose loss or gradient is not finite, and is skipped, that end the run."""
     remat: bool = True
-    """Recompute each block in the backward pass: a quarter of the memory for activations, and a
-    compile time that does not grow with the layers."""
+    """Recompute each block in the backward pass: a quarter of the memory, compiles sooner."""
     dtype: Dtype | None = None
     """Type of the computation (default: float32 on CPU, bfloat16 on accelerators)."""
     seed: int = 0
