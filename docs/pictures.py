@@ -39,8 +39,8 @@ def figure(width: float, height: float):
 
 
 def save(drawn, path: Path) -> None:
-    """As SVG without a date, so that the same run draws the same file."""
-    drawn.savefig(path, metadata={"Date": None})
+    """As SVG without a date, so that the same run draws the same file; no label is cut off."""
+    drawn.savefig(path, metadata={"Date": None}, bbox_inches="tight")
     print(path)
 
 
