@@ -17,7 +17,7 @@ from gpt import sharding
 from gpt.config import ModelConfig, TrainConfig
 from gpt.cost import ITEM_BYTES
 from gpt.model import transformer
-from gpt.training.loss import KEPT_LOGITS, count_chunks
+from gpt.training.loss import count_chunks, recomputes_logits
 
 Row = tuple[str, tuple[str, ...]]
 BATCH = ("data", "fsdp")
@@ -94,6 +94,7 @@ def add_tables(
     table for the loss, in the type of the products, and once more where its backward pass computes
     the logits again."""
     batches, fsdp = config.grad_accum, moved.mesh["fsdp"]
+    tokens = config.batch_size // batches * config.window  # of a micro-batch, on all devices
     for name in ("tokens", "positions"):
         entries, is_split = weights.get(name, (0, False))
         if is_split:
@@ -102,16 +103,10 @@ def add_tables(
     entries, is_split = weights["tokens" if config.model.tied else "head"]
     if is_split:
         at_hand = config.model.tied and batches > 1 and (tpu or jax.__version_info__ > (0, 10, 2))
-        times = 0 if at_hand else 2 if recomputes_logits(config) else 1
+        times = 0 if at_hand else 2 if recomputes_logits(tokens, config.model.padded_vocab) else 1
         moved.move("gather", ("fsdp",), times * batches * entries * item)
         moved.move("reduce", ("fsdp",), batches * entries * kept)
         moved.move("reduce", ("data",), batches * entries / fsdp * item)
-
-
-def recomputes_logits(config: TrainConfig) -> bool:
-    """Whether the logits of a micro-batch are too many to be kept."""
-    rows = config.batch_size // config.grad_accum
-    return rows * config.window * config.model.padded_vocab > KEPT_LOGITS
 
 
 def add_tensor(

@@ -27,6 +27,11 @@ def count_chunks(rows: int) -> int:
     return n
 
 
+def recomputes_logits(n_tokens: int, vocabulary: int) -> bool:
+    """Whether the logits of so many tokens are too many to be kept for the backward pass."""
+    return n_tokens * vocabulary > KEPT_LOGITS
+
+
 def token_losses(config: ModelConfig, params: dict, x_MD: jax.Array, target_M: jax.Array):
     """Of each token, float32 in nats: -log p(target), the log of the softmax's denominator, and
     the mean of -log p over the vocabulary."""
@@ -54,7 +59,7 @@ def token_losses(config: ModelConfig, params: dict, x_MD: jax.Array, target_M: j
         sum_M += jnp.where(ids_C < config.vocab_size, logits_MC, 0).sum(-1)
         return (new_M, total_M, hit_M + jnp.where(mine_M, logit_M, 0), sum_M), None
 
-    if len(x_MD) * V > KEPT_LOGITS:
+    if recomputes_logits(len(x_MD), V):
         add_chunk = jax.checkpoint(add_chunk)
     zero_M = jnp.zeros(len(x_MD), jnp.float32)
     start = (zero_M + transformer.MASKED, zero_M, zero_M, zero_M)
