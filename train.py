@@ -9,7 +9,7 @@ The same command again continues the run where it stopped.
 import contextlib
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -118,11 +118,12 @@ def look(command: Command, out: Path, console, tell: Callable[[str], None]) -> t
     if resuming:
         resume.require_same_text(about, dataset.fingerprint)
         resume.require_same_run(out, about, config)
+        command = replace(command, init_from=about.get("init_from"))  # as when it began
     data.require_length(dataset.train, config.window)
     mesh = sharding.make_mesh(config.mesh)
     lines = step.require_fit(config, mesh) + plan.describe(config, mesh.size, len(dataset.train))
     console.print(*lines, sep="\n")
-    return config, mesh, tokenizer, dataset, source, resuming
+    return command, config, mesh, tokenizer, dataset, source, resuming
 
 
 def train(command: Command, out: Path, console, signals, tell: Callable[[str], None]) -> int:
@@ -130,7 +131,7 @@ def train(command: Command, out: Path, console, signals, tell: Callable[[str], N
     from gpt import checkpoint
     from gpt.training import plan, profile, resume, saving, verify
 
-    config, mesh, tokenizer, dataset, source, resuming = look(command, out, console, tell)
+    command, config, mesh, tokenizer, dataset, source, resuming = look(command, out, console, tell)
     about = {"the settings": (config, command.overwrite), "the text": dataset.fingerprint}
     found = {"what they find in --out": (resuming, checkpoint.steps(source) if source else [])}
     distributed.require_same(about | found)

@@ -1,5 +1,7 @@
 """train.py --init-from: starting from another run."""
 
+import shutil
+
 import numpy as np
 from programs import (
     TINY,
@@ -9,6 +11,7 @@ from programs import (
     write_text,
 )
 
+from gpt import checkpoint
 from gpt import tokenizer as tokenizers
 
 
@@ -31,6 +34,15 @@ def test_init_from_takes_weights_and_tokenizer(trained, tmp_path):
     assert weights and all(np.allclose(mine[k], source[k], atol=1e-20, rtol=0) for k in weights)
     assert int(mine["rest/step"]) == 1
     assert tokenizers.load(tmp_path / "run" / "tokenizer.json").name == "byte"
+
+
+def test_a_run_continued_without_the_flag_remembers_what_it_began_from(text, trained, tmp_path):
+    argv = [*TINY, "--data", text, "--out", tmp_path / "run"]
+    assert call("train", *argv, "--init-from", trained[1]).code == 0
+    shutil.rmtree(checkpoint.place_of(tmp_path / "run", 12))
+    done = call("train", *argv)
+    assert done.code == 0 and "continues" in done.err, done.err
+    assert checkpoint.read_metadata(tmp_path / "run", 12)["init_from"] == str(trained[1])
 
 
 def test_init_from_another_shape_lists_the_shapes(text, trained, tmp_path):
