@@ -24,8 +24,6 @@ from gpt.errors import above_zero, not_negative, require
 from gpt.presets import PRESETS
 from gpt.training import board, data, lock, shards, stop
 
-SAMPLE_TOKENS = 120
-
 
 @dataclass(frozen=True)
 class Command:
@@ -127,9 +125,9 @@ def look(command: Command, out: Path, console, tell: Callable[[str], None]) -> t
 
 
 def train(command: Command, out: Path, console, signals, tell: Callable[[str], None]) -> int:
-    """Look at all that can be refused; then change what is on disk, and run."""
+    """Look at all that can be refused, then run."""
     from gpt import checkpoint
-    from gpt.training import plan, profile, resume, saving, verify
+    from gpt.training import plan, profile, saving, verify
 
     command, config, mesh, tokenizer, dataset, source, resuming = look(command, out, console, tell)
     about = {"the settings": (config, command.overwrite), "the text": dataset.fingerprint}
@@ -146,9 +144,6 @@ def train(command: Command, out: Path, console, signals, tell: Callable[[str], N
     state = saving.begin(config, mesh, source, resuming, tell)
     first = int(state.step)
     profile.require_steps(command.profile, first, config.steps)
-    with distributed.together():
-        if command.overwrite and distributed.is_first():
-            resume.remove_run(out)
     code = run.execute(state, first) if first < config.steps else run.complete()
     sample = shlex.join([cli.interpreter(), "sample.py", str(out), "--prompt", "TEXT"])
     console.print(f"sample it      {sample}")
@@ -180,17 +175,17 @@ class Run:
         """Train from step `first` to the last, or to a signal; the exit code."""
         from gpt import checkpoint, probe
         from gpt.stopwatch import Stopwatch
-        from gpt.training import guard, profile, runlog, step
+        from gpt.training import feed, guard, profile, runlog, step
 
         out, c, writes, n = self.out, self.config, distributed.is_first(), self.command.profile
-        if writes:
-            tokenizers.save(self.tokenizer, out / "tokenizer.json")
         if first:
             self.console.print(f"continues      from step {first:,}")
+        self.batch = partial(feed.batch, c, self.dataset.train, self.mesh)  # of a step's number
         self.signals.defer(first)  # from here on: compiling must not be broken off
         with Stopwatch() as watch:
             steps = step.compile_steps(c, self.mesh)
         self.console.print(f"compiled       in {watch.compile_seconds:.1f} s")
+        self.settle_in(first)  # only now: what does not fit was refused
         peak = probe.matmul_rate(c.model.compute_dtype) * self.mesh.size
         events = self.command.tensorboard and writes and board.Board(out / "tensorboard", first)
         tracing = profile.Profile(out / "profile", n if writes else 0, first, self.console.print)
@@ -206,6 +201,16 @@ class Run:
         if code := distributed.agree_on_code(self.signals.code):
             self.console.print("stopped        the same command continues the run")
         return code
+
+    @distributed.together()
+    def settle_in(self, first: int) -> None:
+        """Remove the run that --overwrite gives up; write the tokenizer."""
+        from gpt.training import resume
+
+        if distributed.is_first():
+            if self.command.overwrite and not first:
+                resume.remove_run(self.out)
+            tokenizers.save(self.tokenizer, self.out / "tokenizer.json")
 
     def draw(self) -> None:
         """The picture of the losses."""
@@ -265,12 +270,6 @@ class Run:
         last = done == self.until
         return any(length and (last or done % length == 0) for length in intervals)
 
-    def batch(self, index: int):
-        """The batch of step `index` on its devices, [grad_accum, rows, T+1] int32."""
-        from gpt.training import feed
-
-        return feed.batch(self.config, self.dataset.train, self.mesh, index)
-
     def show_sample(self, params, done: int) -> None:
         """Print what the model writes now, from nothing: the first process does it alone."""
         import jax
@@ -281,7 +280,7 @@ class Run:
         if not (params := distributed.copy_for_first(params)):
             return
         model = LanguageModel(self.config.model, jax.jit(unstack)(params), self.tokenizer, step=0)
-        text = str(model.generate(max_new_tokens=SAMPLE_TOKENS))
+        text = str(model.generate(max_new_tokens=120))
         self.console.print(f"--- sample ---\n{text}\n---")
         self.log.log_sample(done, text)
 

@@ -275,6 +275,18 @@ def test_overwrite_removes_nothing_when_it_is_refused(finished, tmp_path):
     assert snapshot(finished) == before
 
 
+@pytest.mark.parametrize("holds", ["a run", "nothing"])
+def test_a_step_that_turns_out_not_to_fit_leaves_the_folder_as_it_was(
+    holds, text, finished, tmp_path, monkeypatch
+):
+    out = finished if holds == "a run" else tmp_path / "new"
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(memory, "detect", lambda: (10**6, "a small machine"))
+    done = call("train", *TINY, "--seed", "1", "--data", text, "--out", out, "--overwrite")
+    assert done.code == 2 and "parameters" in done.err and "out of memory" in done.err, done.err
+    assert snapshot(tmp_path) == before
+
+
 def test_a_damaged_checkpoint_is_passed_over_with_a_note(text, trained, finished):
     damage(finished, 12)
     done = call("train", *TINY, "--data", text, "--out", finished)
