@@ -33,7 +33,7 @@ from tyro.constructors import (
 )
 
 from gpt import distributed
-from gpt.errors import Failed, UserError
+from gpt.errors import Failed, UserError, is_out_of_memory
 
 Kind = TypeVar("Kind")
 USER_OS_ERRORS = (FileNotFoundError, FileExistsError, PermissionError)
@@ -94,9 +94,10 @@ def peek(kind: type, argv: list[str], name: str, *, default: Any) -> Any:
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main` with the command line and leave with its exit code, 0 for None.
 
-    A user's mistake is one `error: ` line on standard error and exit code 2, what Failed the same
-    with 1; Ctrl-C is 130, or what the KeyboardInterrupt holds; a reader that closes the pipe
-    (`| head`) ends the program quietly. Anything else is our bug and keeps its traceback.
+    A user's mistake, or too little memory, is one `error: ` line on standard error and exit code 2,
+    what Failed the same with 1; Ctrl-C is 130, or what the KeyboardInterrupt holds; a reader that
+    closes the pipe (`| head`) ends the program quietly. Anything else is our bug and keeps its
+    traceback.
     """
     try:
         try:
@@ -119,11 +120,14 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         sys.stderr.flush()
         # At once: the end of the interpreter crashes on a compilation broken off.
         os._exit(*stopped.args or (130,))
-    except Exception:
-        if not distributed.joined():
+    except Exception as error:
+        if is_out_of_memory(error):
+            code = _refuse("out of memory: ask for less at once, or for a smaller model")
+        elif not distributed.joined():
             raise
-        traceback.print_exc()
-        code = 1
+        else:
+            traceback.print_exc()
+            code = 1
     _leave(code)
 
 

@@ -19,6 +19,12 @@ class Failed(Exception):
     """
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, NumPy or XLA says by `error` that there is not memory enough."""
+    from_xla = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")  # as older JAX says
+    return isinstance(error, MemoryError) or (from_xla and "RESOURCE_EXHAUSTED" in str(error))
+
+
 def require(condition: bool, message: str) -> None:
     """Raise UserError with `message` unless `condition` holds."""
     if not condition:

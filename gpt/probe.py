@@ -1,9 +1,12 @@
-"""What this machine can do at best: the ceilings that every figure is a fraction of."""
+"""What this machine can hold, and do at best: the ceilings that every figure is a fraction of."""
 
+import contextlib
 import functools
+import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,25 @@ clock = time.perf_counter
 RUNS = 5  # the best one counts: a ceiling is what nothing disturbed
 PASSES_BYTES = 2**30  # read in one run, so that starting it weighs nothing
 LARGEST_READ = 2**30
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def memory() -> tuple[int, str]:
+    """Bytes that one device here can hold, and where that is known from."""
+    devices = jax.local_devices()
+    stats = devices[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"], f"what JAX may take of a {devices[0].device_kind}"
+    return host_bytes() // len(devices), "this machine's memory"
+
+
+def host_bytes() -> int:
+    """Bytes of memory of this machine, or of the part of it that this process may use."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in LIMITS:
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(path.read_text()))
+    return min(sizes)
 
 
 def timed(function: Callable, *args) -> tuple[float, object]:

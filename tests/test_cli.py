@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tyro
 from hypothesis import given
@@ -225,6 +227,13 @@ def test_a_full_disk_has_no_path(capsys, monkeypatch):
     monkeypatch.setattr(cli, "_drop_stdout", lambda: None)
     code, stderr = leave(raising(OSError(errno.ENOSPC, "No space left on device")), capsys)
     assert (code, stderr) == (2, "error: No space left on device\n")
+
+
+@pytest.mark.parametrize("take", [lambda: np.empty(2**60, np.int8), lambda: jnp.zeros(10**14)])
+def test_too_little_memory_is_one_line(take, capsys):
+    """NumPy's error, and XLA's."""
+    code, stderr = leave(lambda argv: take(), capsys)
+    assert code == 2 and stderr.startswith("error: out of memory: ") and stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("error", [ValueError("bug"), OSError(errno.EIO, "bug"), TypeError("bug")])

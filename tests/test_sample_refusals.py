@@ -56,6 +56,8 @@ BAD = {
     ),
     "a beam that shows": (["RUN", "--beam-width", "2", "--show-probs", "2"], "drop --show-probs"),
     "no beam": (["RUN", "--beam-width", "0"], "--beam-width is 0"),
+    "a beam beyond numbers": (["RUN", "--beam-width", "9" * 30], "expected at most 8,355,967"),
+    "samples beyond memory": (["RUN", "--num-samples", "3000000000"], "ask for fewer samples"),
     "a narrow beam": (["RUN", "--beam-width", "2", "--num-samples", "3"], "has no more texts"),
     "a penalty for nothing": (["RUN", "--length-penalty", "2"], "add --beam-width"),
     "a penalty that is NaN": (

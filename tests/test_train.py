@@ -26,7 +26,7 @@ from programs import (
     write_text,
 )
 
-from gpt import checkpoint, cli
+from gpt import checkpoint, cli, probe
 from gpt import tokenizer as tokenizers
 from gpt.config import TrainConfig, from_json
 from gpt.training import memory, resume, step
@@ -281,7 +281,7 @@ def test_a_step_that_turns_out_not_to_fit_leaves_the_folder_as_it_was(
 ):
     out = finished if holds == "a run" else tmp_path / "new"
     before = snapshot(tmp_path)
-    monkeypatch.setattr(memory, "detect", lambda: (10**6, "a small machine"))
+    monkeypatch.setattr(probe, "memory", lambda: (10**6, "a small machine"))
     done = call("train", *TINY, "--seed", "1", "--data", text, "--out", out, "--overwrite")
     assert done.code == 2 and "parameters" in done.err and "out of memory" in done.err, done.err
     assert snapshot(tmp_path) == before

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from gpt import cost
+from gpt import cost, probe
 from gpt.config import ModelConfig
 from gpt.errors import require
 from gpt.probe import timed
@@ -19,7 +19,6 @@ from gpt.sampling import engine, generate
 from gpt.sampling.loop import begin, decode_chunk
 from gpt.sampling.settings import Settings
 from gpt.stopwatch import Stopwatch
-from gpt.training import memory
 
 NO_EOT = -1  # no token ends a row: every repeat does the same work
 
@@ -58,7 +57,7 @@ def require_room(config: ModelConfig, cell: Cell) -> None:
     weights = cost.weight_bytes(config, int8=cell.int8)
     need = weights + cost.cache_bytes(config, cell.batch, slots)
     both = weights + cost.weight_bytes(config) if cell.int8 else 0
-    have, whose = memory.detect()
+    have, whose = probe.memory()
     require(
         both <= have,
         f"quantizing the weights takes {both / 1e9:.1f} GB, and {whose} is {have / 1e9:.1f} GB: "

@@ -13,6 +13,7 @@ from rich.console import Console
 from gpt import cost, sharding
 from gpt import tokenizer as tokenizers
 from gpt.config import TrainConfig
+from gpt.errors import is_out_of_memory
 from gpt.pod import arithmetic, chips, collectives, programs
 from gpt.training import memory, step
 
@@ -187,8 +188,8 @@ def lines(config: TrainConfig, mesh: Mesh, chip, stated: int | None) -> Iterator
     ):
         try:
             program = make()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+        except Exception as error:
+            if not is_out_of_memory(error):
                 raise
             yield f"does not fit: {shortfall(str(error))}"
             continue

@@ -282,7 +282,7 @@ def search(model, prompts: Sequence[Prompt], settings: BeamSettings) -> list[lis
     if a prompt exceeds the context, if every token is forbidden, or if the model gives no numbers.
     """
     config, each = model.config, generate.settings_of(prompts, settings.as_settings())
-    blanks = generate.blank_rows(model, prompts, each)
+    blanks = generate.blank_rows(model, prompts, each, settings.width)
     prefilling, decoding = Stopwatch(), Stopwatch()
     sizes = {"prompts": len(blanks), "width": settings.width}
     with prefilling, on_mesh(model.mesh), compilations.of(**sizes):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt import cost, probe
 from gpt.config import ModelConfig
 from gpt.errors import require
 from gpt.model.attention import MASKED
@@ -106,8 +107,30 @@ def bias(settings: Settings, vocab_size: int, eot: int) -> np.ndarray:
     return bias_V
 
 
-def blank_rows(model, prompts: Sequence[Prompt], each: Sequence[Settings]) -> list[Completion]:
-    """A completion with nothing drawn yet for each sample of each prompt."""
+def require_room(model, each: Sequence[Settings], width: int) -> None:
+    """UserError if what rows of `each`, or beams of `width` texts, may come to need is more than
+    there is: keys and values, and of each token in the vocabulary bias, logit and mark."""
+    c, V = model.config, model.config.vocab_size
+    require(width * V <= MOST, f"a beam of {width:,} texts: expected at most {MOST // V:,}")
+    rows = sum(one.num_samples for one in each) * width
+    slots = engine.bucket(min(max(one.max_new_tokens for one in each), MOST), c.context_length)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    need = weights + cost.cache_bytes(c, rows, slots) + 9 * rows * V
+    have, whose = probe.memory()
+    devices = model.mesh.size if model.mesh else 1
+    require(
+        need <= have * devices,
+        f"{rows:,} rows of {slots:,} tokens take {need / 1e9:,.1f} GB with the weights, and "
+        f"{whose} is {have * devices / 1e9:,.1f} GB: ask for fewer samples, beams or prompts",
+    )
+
+
+def blank_rows(
+    model, prompts: Sequence[Prompt], each: Sequence[Settings], width: int = 1
+) -> list[Completion]:
+    """A completion with nothing drawn yet for each sample of each prompt; `width` as for beams.
+    UserError if they do not fit in memory."""
+    require_room(model, each, width)
     read = [read_prompt(model, prompt) for prompt in prompts]
     return [
         Completion.blank(model, text, ids, sample, one, rest)

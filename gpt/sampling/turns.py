@@ -10,19 +10,19 @@ class Rows:
     """
 
     def __init__(self, n: int):
-        self.waiting = [""] * n
-        self.ended = [False] * n
-        self.current = 0
+        self.n, self.current = n, 0
+        self.waiting: dict[int, str] = {}
+        self.ended: set[int] = set()
         self.line_open = False
 
     def push(self, row: int, text: str, ended: bool = False) -> str:
         """`row` has gained `text`: what may be shown now."""
-        self.waiting[row] += text
-        self.ended[row] = ended
+        self.waiting[row] = self.waiting.get(row, "") + text
+        self.ended |= {row} if ended else set()
         ready = ""
-        while self.current < len(self.waiting):
-            ready, self.waiting[self.current] = ready + self.waiting[self.current], ""
-            if not self.ended[self.current]:
+        while self.current < self.n:
+            ready += self.waiting.pop(self.current, "")
+            if self.current not in self.ended:
                 break
             self.current += 1
         self.line_open = not ready.endswith("\n") if ready else self.line_open
@@ -31,7 +31,7 @@ class Rows:
     def leave(self, end_line: bool) -> str:
         """What to show when all is broken off: the rows that have ended and still wait, on a line
         of their own; `end_line`: so is what others show after it, as on a terminal."""
-        kept = [text for text, ended in zip(self.waiting, self.ended, strict=True) if ended]
+        kept = [text for row, text in sorted(self.waiting.items()) if row in self.ended]
         ready = "\n" * (self.line_open and (end_line or any(kept))) + "".join(kept)
-        self.waiting, self.line_open = [""] * len(self.waiting), False
+        self.waiting, self.line_open = {}, False
         return ready

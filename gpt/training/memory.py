@@ -7,17 +7,15 @@ compiles; nothing is allocated for it.
 import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 
+from gpt import probe
 from gpt.config import TrainConfig
-from gpt.errors import UserError, require
+from gpt.errors import UserError, is_out_of_memory, require
 
 MIB, GIB = 2**20, 2**30
-GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 ADVICE = "raise --grad-accum, or lower --batch-size, --seq-len, --model.d-model, --model.n-layers"
 HALVING = 2  # the guess that is no line's
 TRIES = 5  # guesses of the largest micro-batch, each compiled to be sure
@@ -45,24 +43,6 @@ def need_of(compiled: jax.stages.Compiled) -> Need:
     return Need(given, told.temp_size_in_bytes)
 
 
-def detect() -> tuple[int, str]:
-    """Bytes that one device here can hold, and where that is known from."""
-    devices = jax.local_devices()
-    stats = devices[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"], f"what JAX may take of a {devices[0].device_kind}"
-    return host_bytes() // len(devices), "this machine's memory"
-
-
-def host_bytes() -> int:
-    """Bytes of memory of this machine, or of the part of it that this process may use."""
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in GROUPS:
-        with contextlib.suppress(OSError, ValueError):
-            sizes.append(int(path.read_text()))
-    return min(sizes)
-
-
 def largest_rows(limit: int, least: int, rows: int, total: Callable[[int], float]) -> int:
     """The largest micro-batch, a multiple of `least` sequences, of which `total` is within `limit`
     bytes; 0 if none is. The search begins at `rows`.
@@ -88,7 +68,7 @@ def largest_rows(limit: int, least: int, rows: int, total: Callable[[int], float
 
 def require_room(need: Need) -> None:
     """UserError if a step takes more than a device has: on a CPU it would be killed for that."""
-    limit, where = detect()
+    limit, where = probe.memory()
     require(
         need.total <= limit,
         f"out of memory: a step takes {size(need.total)}, of which weights and optimizer are "
@@ -101,8 +81,8 @@ def explained(config: TrainConfig) -> Iterator[None]:
     """Running out of memory inside is a UserError that names the flags to turn."""
     try:
         yield
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         rows = config.batch_size // config.grad_accum
         raise UserError(

@@ -3,12 +3,11 @@
 import dataclasses
 import math
 
-import jax
 from jax.sharding import Mesh
 
-from gpt import cost
+from gpt import cost, probe
 from gpt.config import TrainConfig
-from gpt.errors import require
+from gpt.errors import is_out_of_memory, require
 from gpt.training import memory, step
 from gpt.training.memory import size
 
@@ -63,7 +62,7 @@ def describe_memory(config: TrainConfig, mesh: Mesh, memory_gb: float | None) ->
     require(least < ABSURD, f"no device holds {size(least)}, which a step takes: {memory.ADVICE}")
     need, rows = need_of(config, mesh), config.batch_size // config.grad_accum
     stated = None if memory_gb is None else (int(memory_gb * 1e9), "--memory-gb")
-    limit, where = stated or memory.detect()
+    limit, where = stated or probe.memory()
     gradients = cost.weight_bytes(config.model) // (mesh.size // mesh.shape["data"])
 
     def total(rows: int) -> float:
@@ -102,7 +101,7 @@ def need_of(config: TrainConfig, mesh: Mesh) -> memory.Need:
     """What the compiled step takes of one device; without end where its compiler says so."""
     try:
         return memory.need_of(step.compile_train_step(config, mesh))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         return memory.Need(math.inf, math.inf)

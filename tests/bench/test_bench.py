@@ -261,7 +261,7 @@ def test_a_wide_spread_is_marked():
 
 
 def test_a_batch_that_cannot_fit_is_refused_before_it_is_tried(small_preset, monkeypatch):
-    monkeypatch.setattr(measure.memory, "detect", lambda: (10**6, "this machine's memory"))
+    monkeypatch.setattr(measure.probe, "memory", lambda: (10**6, "this machine's memory"))
     with pytest.raises(UserError, match=r"5000 rows of 64 tokens.*0\.0 GB.*--batch-sizes"):
         bench.main(["--preset", "small", "--batch-sizes", "5000"])
 
@@ -270,9 +270,9 @@ def test_quantizing_needs_room_for_floats_and_int8(monkeypatch):
     """They are quantized where they are made; a cell of one row takes far less."""
     both = cost.weight_bytes(CONFIG) + cost.weight_bytes(CONFIG, int8=True)
     cell = measure.Cell(1, 4, 4, int8=True)
-    monkeypatch.setattr(measure.memory, "detect", lambda: (both, "this machine's memory"))
+    monkeypatch.setattr(measure.probe, "memory", lambda: (both, "this machine's memory"))
     measure.require_room(CONFIG, cell)
-    monkeypatch.setattr(measure.memory, "detect", lambda: (both - 1, "this machine's memory"))
+    monkeypatch.setattr(measure.probe, "memory", lambda: (both - 1, "this machine's memory"))
     with pytest.raises(UserError, match="quantizing the weights takes"):
         measure.require_room(CONFIG, cell)
 

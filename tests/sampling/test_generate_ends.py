@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from byte_models import make_model
 
+from gpt import cost, probe
 from gpt.config import ModelConfig
 from gpt.errors import UserError
 from gpt.model import transformer
-from gpt.sampling import generate
+from gpt.sampling import beam, engine, generate
 from gpt.sampling.settings import Settings
 
 CONFIG = ModelConfig(257, context_length=128, n_layers=2, n_heads=2, d_model=32)
@@ -142,6 +143,27 @@ def test_numbers_that_no_device_can_hold(model):
     settings = Settings(2**31 - 1, on_context_full="slide", logit_bias={5: 1e39}, seed=3)
     pieces = generate.stream(model, ["a"], settings)
     assert next(pieces) and next(pieces)
+
+
+@pytest.mark.parametrize("search", [False, True], ids=["samples", "beams"])
+def test_more_rows_than_memory_holds_are_refused_before_they_are_made(model, search, monkeypatch):
+    """Told to the last byte: weights, the cache, and nine bytes a token of the vocabulary."""
+    c, rows = model.config, 10
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    need = weights + cost.cache_bytes(c, rows, 32) + 9 * rows * c.vocab_size
+
+    def ask():
+        if search:
+            beam.search(model, [""] * 2, beam.BeamSettings(rows // 2, max_new_tokens=4))
+        else:
+            generate.complete(model, [""] * 2, Settings(num_samples=rows // 2, max_new_tokens=4))
+
+    monkeypatch.setattr(probe, "memory", lambda: (need, "a small machine"))
+    ask()
+    monkeypatch.setattr(probe, "memory", lambda: (need - 1, "a small machine"))
+    monkeypatch.setattr(engine, "prefill", lambda *_: pytest.fail("too late"))
+    with pytest.raises(UserError, match=r"10 rows of 32 tokens take .* a small machine"):
+        ask()
 
 
 def test_end_of_text_has_its_likeliest_tokens_too(model):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt import cost, sharding
+from gpt import cost, probe, sharding
 from gpt.config import MeshConfig, ModelConfig, TrainConfig
 from gpt.errors import UserError
 from gpt.training import memory, plan, step
@@ -83,13 +83,13 @@ def test_an_absurd_plan_is_refused_before_it_is_compiled(mesh):
 
 
 def test_memory_is_found():
-    limit, where = memory.detect()
+    limit, where = probe.memory()
     assert 2**28 < limit < 2**50 and where == "this machine's memory"
 
 
 def test_what_cannot_fit_is_refused_before_it_is_made(mesh, monkeypatch):
     plan.require_room(CONFIG, mesh)
-    monkeypatch.setattr(memory, "detect", lambda: (10**5, "a small machine"))
+    monkeypatch.setattr(probe, "memory", lambda: (10**5, "a small machine"))
     monkeypatch.setattr(step, "compile_train_step", lambda *_: pytest.fail("too late"))
     with pytest.raises(
         UserError, match=r"out of memory: .* \(a small machine\): raise --grad-accum"
@@ -98,7 +98,7 @@ def test_what_cannot_fit_is_refused_before_it_is_made(mesh, monkeypatch):
 
 
 def test_a_step_that_cannot_fit_is_refused_when_it_is_compiled(mesh, monkeypatch):
-    monkeypatch.setattr(memory, "detect", lambda: (10**6, "a small machine"))
+    monkeypatch.setattr(probe, "memory", lambda: (10**6, "a small machine"))
     plan.require_room(CONFIG, mesh)
     with pytest.raises(UserError, match="--batch-size"):
         step.compile_steps(CONFIG, mesh)
