@@ -232,7 +232,8 @@ class Run:
                 if late:
                     self.take_note(done - 1, jax.block_until_ready(late), state)
                 late, ending = metrics, self.signals.ends(done)
-                if ending or self.due(done, c.eval_every, c.sample_every, c.save_every):
+                due = self.due(done, c.eval_every, c.sample_every, c.save_every)
+                if ending or due or self.bad.is_last_chance:
                     self.take_note(done, jax.block_until_ready(late), state)
                     late = None
                     with self.log.speed.pause():

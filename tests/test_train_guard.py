@@ -14,14 +14,16 @@ AT, LAYER = 7, 1
 
 @pytest.fixture
 def plant(monkeypatch):
-    """Have the weights of a layer be bad in some steps, and good again after them."""
-    honest = step.compile_steps
+    """Have the weights of a layer be bad in some steps, and good again after them; a list of the
+    steps that were made."""
+    honest, made = step.compile_steps, []
 
     def in_steps(bad):
         def compile_steps(config, mesh):
             train_step, eval_step = honest(config, mesh)
 
             def watched(state, tokens):
+                made.append(int(state.step) + 1)
                 up = state.params["blocks"]["mlp"]["up"]
                 good = [jnp.copy(up[LAYER]) for _ in range(int(state.step) + 1 in bad)]
                 for _ in good:
@@ -35,16 +37,18 @@ def plant(monkeypatch):
             return watched, eval_step
 
         monkeypatch.setattr(step, "compile_steps", compile_steps)
+        return made
 
     return in_steps
 
 
 def test_a_planted_nan_is_reported_with_its_step_and_layer(text, tmp_path, plant):
     """Three in a row are one too many: exit code 1, one line, the checkpoint before them whole."""
-    plant({AT, AT + 1, AT + 2})
+    made = plant({AT, AT + 1, AT + 2})
     run = tmp_path / "run"
     done = call("train", *RUN, "--max-bad-steps", "3", "--data", text, "--out", run)
     assert done.code == 1
+    assert made == list(range(1, AT + 3))  # no step more: the weights are those of the last
     (error,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert f"error: step {AT}: " in error and "3 step(s) in a row; " in error
     assert f"in the weights of block {LAYER} of 0 to 1 (blocks/mlp/up)" in error

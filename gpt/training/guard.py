@@ -30,6 +30,11 @@ class BadSteps:
         self.config = config
         self.skipped, self.row, self.first = skipped, 0, 0
 
+    @property
+    def is_last_chance(self) -> bool:
+        """Whether one more ends the run: the next must wait, or it changes what is looked at."""
+        return self.row + 1 >= self.config.max_bad_steps
+
     def note(self, step: int, skipped: int) -> bool:
         """Step `step` is done, and by then `skipped` were skipped: whether the run must end.
 
