@@ -224,7 +224,7 @@ class TrainConfig:
     max_bad_steps: int = 10
     """Steps in a row whose loss or gradient is not finite, and is skipped, that end the run."""
     remat: bool = True
-    """Recompute each block going back: a quarter of the memory for activations."""
+    """Recompute each block going back: a quarter of the memory, and one program for all."""
     dtype: Dtype | None = None
     """Type of the computation (default: float32 on CPU, bfloat16 on accelerators)."""
     seed: int = 0

@@ -27,6 +27,7 @@ from gpt.errors import UserError, require
 # Algorithm, 2.2-2.5).
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 MOST_LINES = 1000  # of history
+MOST_TEXT = 2**30  # bytes of a prompt's file: a device may never end
 TIMING = "compilation is left out; the first completion of a process includes its start-up"
 ADVICE = {
     "length": "--max-new-tokens for more",
@@ -221,9 +222,13 @@ def read_text(flag: str, path: Path) -> str:
     if str(path) == "-":
         require_input(f"{flag} -")
     try:
-        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        typed = contextlib.nullcontext(sys.stdin.buffer)
+        with typed if str(path) == "-" else path.open("rb") as file:
+            content = file.read(MOST_TEXT + 1)
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}; expected a file of text") from None
+    short = len(content) <= MOST_TEXT
+    require(short, f"{flag} {path}: expected a text of at most {MOST_TEXT:,} bytes")
     return decode(f"{flag} {path}", content)
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from gpt import cli
+from gpt import cli, console
 from gpt.config import Dtype, Weights
 from gpt.sampling.settings import Settings
 
@@ -71,7 +71,8 @@ class Command:
 def main(argv: list[str]) -> None:
     """Load the model, take the tour, write the page."""
     command = cli.parse(Command, argv, program="python -m gpt.tour", description=__doc__)
-    settings = command.settings
+    with console.as_typed(Settings):
+        settings = command.settings
     cli.prepare_jax()
     from gpt.pages import page, record, tour
     from gpt.sampling.language_model import load

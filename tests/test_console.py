@@ -238,6 +238,12 @@ def test_a_file_that_cannot_be_read_is_named(name, reason, tmp_path):
         console.read_text("--score-file", tmp_path / name)
 
 
+def test_a_file_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr(console, "MOST_TEXT", 10**6)
+    with pytest.raises(UserError, match="--prompt-file /dev/zero: expected a text of at most 1,00"):
+        console.read_text("--prompt-file", console.Path("/dev/zero"))
+
+
 def test_lines_of_a_pipe(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdin", pipe(b"one\n two \r\n\nlast"))
     assert list(console.read_lines(tmp_path / "history")) == ["one", " two ", "", "last"]

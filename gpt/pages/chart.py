@@ -113,7 +113,9 @@ def save_picture(panel: Panel, names: list[str], folder: Path) -> Path:
     looks = {"raw": {"alpha": 0.3, "linewidth": 0.8}, "held": {"linestyle": "--"}, "curve": {}}
     for curve in panel.curves:
         look = {"linewidth": 1.7, "color": COLOURS[curve.run % len(COLOURS)]} | looks[curve.kind]
-        label = f"{names[curve.run]} {curve.label}" if curve.kind != "raw" else None
+        # As it is: no formula, and shown though it may begin with an underscore.
+        label = f" {names[curve.run]} {curve.label}".replace("$", r"\$")
+        label = None if curve.kind == "raw" else label
         dots = {"marker": "o", "markersize": 4} if len(curve.steps) <= 100 else {}
         dots = dots if curve.kind == "held" or len(curve.steps) == 1 else {}
         axes.plot(curve.steps, curve.values, label=label, **look, **dots)

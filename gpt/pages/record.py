@@ -225,7 +225,7 @@ def take_tour(model, prompt: str, settings: Settings) -> Journey:
     """Read `prompt`, draw up to `settings.max_new_tokens` after it, and write all of it down.
 
     `model`: as `gpt.load` returns it, on one device. UserError if it does not fit the context or
-    a page.
+    a page, or gives no numbers.
     """
     config, params, eot = model.config, model.params, model.tokenizer.eot_token
     text = without_lone_surrogates(prompt)
@@ -242,6 +242,11 @@ def take_tour(model, prompt: str, settings: Settings) -> Journey:
     readings, drawings = [reading], []
     cache = engine.grow(cache, engine.bucket(T + n_new - 1, room))
     while True:
+        require(
+            bool(np.isfinite(reading.logits_TV).all()),
+            "the model's output is not a number: its training diverged or its weights are damaged; "
+            "take another checkpoint",
+        )
         place = T + len(drawings)
         drawing = draw_one(reading.logits_TV[-1], rows, stages_of(settings), seen_V, place)
         drawings.append(drawing)

@@ -18,6 +18,7 @@ from gpt.presets import PRESETS
 from gpt.training.resume import flat
 from gpt.training.runlog import read_metrics
 
+LARGEST = 1e300
 MOST_SAMPLES = 12
 MOST_CHARACTERS = 2000  # of a sample
 DECIDED = {"model.vocab_size", "model.compute_dtype", "model.cache_dtype"}  # by the run itself
@@ -62,22 +63,26 @@ class Run:
         return paths if good else None
 
     @property
+    def seams(self) -> list[tuple[dict, dict]]:
+        """The last line of each process but the last, and the first line of the next."""
+        return [(a, b) for a, b in pairwise(self.training) if is_seam(a, b)]
+
+    @property
     def restarts(self) -> list[int]:
-        """The first step logged after each restart: there the seconds fall back."""
-        return [b["step"] for a, b in pairwise(self.training) if b["seconds"] < a["seconds"]]
+        """The first step logged after each restart."""
+        return [after["step"] for _, after in self.seams]
 
     @property
     def skipped(self) -> list[int]:
         """The steps by whose line more updates were skipped than by the line before."""
-        counts = [(0, 0), *((r["step"], r.get("skipped") or 0) for r in self.training)]
+        counts = [(0, 0), *zip(*self.series("skipped"), strict=True)]
         return [step for (_, before), (step, now) in pairwise(counts) if now > before]
 
     @property
     def seconds(self) -> float:
         """Seconds of training, those of each process added."""
-        lines = self.training
-        ends = [a["seconds"] for a, b in pairwise(lines) if b["seconds"] < a["seconds"]]
-        return sum(ends) + (lines[-1]["seconds"] if lines else 0.0)
+        ends = [before for before, _ in self.seams] + self.training[-1:]
+        return sum(line["seconds"] for line in ends)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric, where it was a number."""
@@ -85,16 +90,24 @@ class Run:
         return [step for step, _ in found], [value for _, value in found]
 
 
+def is_seam(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether two lines come from two processes: the later one began at another step, or its
+    seconds fall back."""
+    began = [line.get("since_step") for line in (before, after)]
+    return began[0] != began[1] or after["seconds"] < before["seconds"]
+
+
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a value of JSON is a number that can be drawn; true and false are none."""
+    return type(value) in (int, float) and abs(value) <= LARGEST
 
 
 def read_run(folder: Path, name: str) -> Run:
     """What there is of a run; UserError if the folder holds none."""
     require(folder.is_dir(), f"no folder {folder}: expected a run's folder made by train.py")
     path = folder / "metrics.jsonl"
-    records = [r for r in read_metrics(path) if is_number(r.get("seconds", 0))]
+    numbered = [(r, r["step"], r.get("seconds", 0)) for r in read_metrics(path)]
+    records = [r for r, *numbers in numbered if all(map(is_number, numbers))]
     require(
         bool(records or checkpoint.steps(folder)),
         f"{folder} holds neither metrics.jsonl nor a checkpoint: expected a run's folder",

@@ -94,12 +94,12 @@ def command_of(source: Source, prompt: str, settings: Settings) -> str:
     words = [source.python, "sample.py", str(source.run)]
     words += [word for name, value in source.loading.items() for word in (f"--{name}", str(value))]
     words += [f"--prompt={prompt}", "--max-new-tokens"]
-    words += [str(settings.max_new_tokens), "--temperature", f"{settings.temperature:g}"]
+    words += [str(settings.max_new_tokens), "--temperature", repr(settings.temperature)]
     if settings.repetition_penalty != 1:
-        words += ["--repetition-penalty", f"{settings.repetition_penalty:g}"]
+        words += ["--repetition-penalty", repr(settings.repetition_penalty)]
     for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
         if getattr(settings, name) != off:
-            words += [f"--{name.replace('_', '-')}", f"{getattr(settings, name):g}"]
+            words += [f"--{name.replace('_', '-')}", repr(getattr(settings, name))]
     return shlex.join([*words, "--seed", str(settings.seed)])
 
 

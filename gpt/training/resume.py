@@ -23,6 +23,7 @@ MAY_CHANGE = {
 }  # fmt: skip
 Loaded = TypeVar("Loaded")
 FILES = ("metrics.jsonl", "samples.jsonl", "tokenizer.json", "loss.png")
+FILES += ("metrics.jsonl.new", "samples.jsonl.new", "loss.new")  # of a process that was killed
 EVENTS, TRACES = "tensorboard/events.out.tfevents.*", "profile/plugins/profile/[0-9]*"
 FOLDERS = ("tensorboard", "profile", "profile/plugins", "profile/plugins/profile")
 

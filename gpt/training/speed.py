@@ -10,7 +10,7 @@ from gpt import cost
 from gpt.config import TrainConfig
 
 PERCENTILES = (50, 90, 99)
-FIELDS = ("tokens_per_second", "mfu", *(f"step_seconds_p{p}" for p in PERCENTILES))
+FIELDS = ("since_step", "tokens_per_second", "mfu", *(f"step_seconds_p{p}" for p in PERCENTILES))
 
 
 class Speed:
@@ -22,7 +22,7 @@ class Speed:
     def __init__(self, config: TrainConfig, first: int, peak: float | None):
         self.tokens = config.batch_size * config.window
         self.flops_per_token, self.peak = cost.train_flops_per_token(config.model), peak
-        self.step = self.window_step = first
+        self.first = self.step = self.window_step = first
         self.window_times: list[float] = []
         self.times: list[float] = []
         self.start()
@@ -47,10 +47,11 @@ class Speed:
         self.step, self.last = step, now
 
     def measure(self) -> dict[str, float]:
-        """The speed since the last call, and seconds since the first step."""
+        """The speed since the last call, and seconds since the first step of this process."""
         done, taken = (self.step - self.window_step) * self.tokens, self.last - self.window_started
         rate = done / max(taken, 1e-9)
         line = {"tokens_per_second": rate, "seconds": self.last - self.started}
+        line |= {"since_step": self.first}
         line |= self.shares(rate) | percentiles(self.window_times)
         self.times += self.window_times
         self.window_step, self.window_started, self.window_times = self.step, self.last, []

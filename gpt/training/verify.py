@@ -22,7 +22,7 @@ from gpt.training import saving, speed
 from gpt.training.runlog import read_metrics
 from gpt.training.step import TrainState, abstract_state, stored
 
-# What the clock says of a line; all else is computed.
+# What a line says of the clock and the process; all else is computed.
 OF_TIME = {"seconds", *speed.FIELDS}
 NAMES = {"params": "weights", "rest": "optimizer and step", "average": "average"}
 HALF = 3  # steps before the stop, and after it

@@ -122,6 +122,13 @@ def test_what_does_not_fit_is_refused():
         record.require_size(large, 200)
 
 
+def test_a_diverged_model_is_told():
+    model = byte_models.make_model(PLAIN)
+    model.params = jax.tree.map(lambda a: a * np.nan, model.params)
+    with pytest.raises(UserError, match="not a number"):
+        record.take_tour(model, "ab", Settings())
+
+
 def test_it_stops_where_the_context_does():
     model = byte_models.make_model(PLAIN)
     noted = record.take_tour(model, "a" * 62, Settings(max_new_tokens=9, ignore_eos=True))

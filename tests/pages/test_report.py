@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_up import write_run
+from matplotlib.axes import Axes
 from programs import TINY, call, read_lines
 
 from gpt import cli, presets
@@ -124,6 +125,32 @@ def test_a_run_that_is_still_going(tmp_path):
     assert text.count("<figcaption>step ") == runs.MOST_SAMPLES and "step 200<" in text
 
 
+def test_a_process_killed_after_one_line_is_a_restart(tmp_path):
+    """Its seconds do not fall back: the step from which the next one went on tells."""
+    lines = [
+        {"step": 1, "loss": 5.0, "seconds": 1.0, "since_step": 0},
+        {"step": 2, "loss": 4.0, "seconds": 1.1, "since_step": 1},
+        {"step": 3, "loss": 3.0, "seconds": 2.0, "since_step": 1},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    (run,) = runs.read_runs([tmp_path])
+    assert run.restarts == [2] and run.seconds == 3.0
+
+
+def test_numbers_that_no_run_writes_are_passed_over(tmp_path):
+    """A file from elsewhere: NaN, infinities, what no float holds, text."""
+    folder, large = write_run(tmp_path / "a"), "1" + 400 * "0"
+    with (folder / "metrics.jsonl").open("a") as file:
+        for value in ("NaN", "-Infinity", large, '"x"', "[]", "true"):
+            file.write(f'\n{{"step": 7, "loss": {value}, "skipped": {value}, "seconds": 1}}')
+            file.write(f'\n{{"step": 7, "loss": 1, "seconds": {value}}}')
+        file.write(f'\n{{"step": {large}, "loss": 1, "seconds": 1}}')
+    report(folder, "--out", tmp_path / "a.html", "--png", tmp_path)
+    (run,) = runs.read_runs([folder])
+    assert run.last_step == 200 and max(run.series("loss")[1]) < 10
+
+
 def test_what_runs_and_samples_say_is_escaped(tmp_path):
     """Neither a sample nor a folder's name can become a part of the page."""
     evil = "<script>alert(1)</script>&\u202e\x1b[2J 今天 \ud800"
@@ -145,9 +172,13 @@ def test_a_long_run_stays_small(tmp_path):
     assert list(steps) == sorted(set(steps)) and (steps[0], steps[-1]) == (1, 100_000)
 
 
-def test_pictures_alone(tmp_path):
-    write_run(tmp_path / "a", restart=50)
-    said = report(tmp_path / "a", "--png", tmp_path / "pictures")
+def test_pictures_alone(tmp_path, monkeypatch):
+    """Of a run whose name would be a formula, and hidden."""
+    legends, honest = [], Axes.legend
+    monkeypatch.setattr(Axes, "legend", lambda *a, **k: legends.append(honest(*a, **k)))
+    write_run(tmp_path / "_cost$^$1", restart=50)
+    said = report(tmp_path / "_cost$^$1", "--png", tmp_path / "pictures")
+    assert legends[0].get_texts()[0].get_text() == r" _cost\$^\$1 training"
     names = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert names == {f"{name}.png" for name in (
         "loss", "bits", "learning_rate", "grad_norm", "speed", "mfu", "step_seconds")}  # fmt: skip

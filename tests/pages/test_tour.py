@@ -55,11 +55,13 @@ def test_the_page_holds_the_numbers_that_were_recorded(trained, toured):
 def test_the_command_on_the_page_writes_its_text(trained, tmp_path):
     """Of an older checkpoint, too, in a type and with weights that were asked for."""
     chosen = ["--step", "8", "--dtype", "bfloat16", "--weights", "raw"]
-    argv = ["--prompt", "the ", "--max-new-tokens", "9", "--out", tmp_path / "a.html"]
+    argv = ["--prompt", "the ", "--max-new-tokens", "9", "--temperature", "0.12345678"]
+    argv += ["--out", tmp_path / "a.html"]
     assert call("gpt/tour", trained[1], *chosen, *argv).code == 0
     text = (tmp_path / "a.html").read_text(encoding="utf-8")
     (shown,) = re.findall(r"<code>([^<]* sample\.py .*?)</code>", text)
     words = shlex.split(html.unescape(shown))
+    assert words[words.index("--temperature") + 1] == "0.12345678"
     assert " ".join(chosen) in " ".join(words)
     done = call("sample", *words[words.index("sample.py") + 1 :], "--json")
     written = page.escape(json.loads(done.out)["text"])
@@ -109,7 +111,7 @@ def test_spelling_of_whole_half_and_mixed_tokens():
         (["--prompt", "a"], "--out"),
         (["--out", "no/such/a.html"], "there is no folder"),
         (["--prompt", "a" * 40, "--out", "{folder}/a.html"], "at most the model's context of 16"),
-        (["--temperature", "-1", "--out", "a.html"], "temperature is -1"),
+        (["--temperature", "-1", "--out", "a.html"], "--temperature is -1"),
     ],
 )
 def test_mistakes_are_one_line(argv, message, trained, tmp_path, monkeypatch):

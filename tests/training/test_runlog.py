@@ -47,7 +47,7 @@ def test_each_line_says_all_there_is_to_know(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     first, *_, last = [json.loads(line) for line in lines]
     assert steps_in(tmp_path / "metrics.jsonl") == [10, 20, 20, 30, 40, 40]
-    names = "step loss learning_rate grad_norm skipped tokens tokens_per_second seconds "
+    names = "step loss learning_rate grad_norm skipped tokens tokens_per_second seconds since_step "
     names += "step_seconds_p50 step_seconds_p90 step_seconds_p99"
     assert set(first) == set(names.split())
     assert (first["loss"], first["grad_norm"], first["tokens"]) == (3.5, 0.25, 10 * 4 * 32)
