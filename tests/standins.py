@@ -67,6 +67,12 @@ KINDS = {
 }
 
 
+def with_context(c, T):
+    """The config of a folder for texts of up to `T` tokens."""
+    fields = ("n_positions", "n_ctx") if c["model_type"] == "gpt2" else ("max_position_embeddings",)
+    return c | dict.fromkeys(fields, T)
+
+
 def shapes(c):
     """Names and shapes of a model's tensors, as transformers saves them."""
     return gpt2_shapes(c) if c["model_type"] == "gpt2" else llama_shapes(c)

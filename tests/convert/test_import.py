@@ -16,6 +16,7 @@ from gpt import checkpoint
 from gpt.convert import incoming, outgoing
 from gpt.errors import UserError
 from gpt.model import transformer
+from gpt.sampling import engine
 
 IDS = np.random.default_rng(0).integers(300, size=64)
 
@@ -41,6 +42,23 @@ def test_logits_equal_an_independent_form(kind, tmp_path):
     config, params = read(standins.write(tmp_path, c, weights))
     ours = np.asarray(transformer.forward(config, params, IDS[None]))[0]
     assert close(ours, standins.logits(c, weights, IDS))
+
+
+@pytest.mark.parametrize("kind", standins.KINDS)
+def test_greedy_text_through_the_cache_is_that_of_an_independent_form(kind, tmp_path):
+    """200 tokens, each the likeliest after those before it."""
+    c, T = standins.with_context(standins.KINDS[kind], len(IDS) + 200), len(IDS) + 200
+    weights = standins.tensors(c)
+    config, params = read(standins.write(tmp_path, c, weights))
+    params, ids_BT = transformer.unstack(params), np.zeros((1, T), np.int32)
+    ids_BT[0, : len(IDS)] = IDS
+    cache, logits_BV = engine.prefill(config, params, ids_BT, np.array([len(IDS)], np.int32))
+    for place in range(len(IDS), T):
+        ids_BT[0, place] = logits_BV[0].argmax()
+        token_B, active_B = ids_BT[:, place], np.array([True])
+        cache, logits_BV = engine.decode_step(config, params, cache, token_B, active_B)
+    exact = standins.logits(c, weights, ids_BT[0])[len(IDS) - 1 : -1]
+    assert exact.argmax(-1).tolist() == ids_BT[0, len(IDS) :].tolist()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama, biases"])

@@ -108,6 +108,11 @@ class Tab:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
+    def settle(self):
+        """Until the page has drawn what it was told to: what it has logged by then is kept."""
+        drawn = "new Promise((done) => requestAnimationFrame(() => setTimeout(done)))"
+        self.send("Runtime.evaluate", expression=drawn, awaitPromise=True)
+
     def place(self, selector, across=0.5, down=0.5):
         """Where a point of an element is on the screen, once scrolled there."""
         name = json.dumps(selector)

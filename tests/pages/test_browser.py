@@ -26,6 +26,7 @@ def tab(tmp_path_factory):
 def nothing_wrong(tab):
     """No test leaves an error on the console or has fetched anything but its file."""
     yield
+    tab.settle()
     assert not tab.errors
     assert all(url.startswith(("file://", "data:")) for url in tab.seen)
 
