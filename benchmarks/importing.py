@@ -19,9 +19,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 BLOCK = 2**24  # numbers drawn once; every tensor is cut from them
 
+from gpt import cli  # noqa: E402
 from gpt.convert.describe import describe  # noqa: E402
 from gpt.convert.layout import tensor_shapes  # noqa: E402
 from gpt.convert.tensorfile import FLOATS, WHOLE, write_file  # noqa: E402
+from gpt.errors import require  # noqa: E402
 from gpt.presets import preset  # noqa: E402
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -62,7 +64,13 @@ def measure(name: str, dtype: str) -> dict[str, float]:
     return {"file_bytes": size, "peak_bytes": peak, "ratio": peak / size, "seconds": seconds}
 
 
-if __name__ == "__main__":
-    name = sys.argv[1] if len(sys.argv) > 1 else "gpt2-xl"
-    dtype = sys.argv[2] if len(sys.argv) > 2 else "float32"
+def main(argv: list[str]) -> None:
+    """Measure one model in one type."""
+    name, dtype, *more = [*argv, *("gpt2-xl", "float32")[len(argv) :]]
+    require(not more, f"{' '.join(more)}: expected a preset and a type alone")
+    require(dtype in TYPES, f"{dtype}: expected {', '.join(TYPES)}")
     print(json.dumps({"preset": name, "dtype": dtype} | measure(name, dtype)))
+
+
+if __name__ == "__main__":
+    cli.run(main)

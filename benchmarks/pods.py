@@ -20,6 +20,7 @@ import jax  # noqa: E402
 
 from gpt import cost, sharding  # noqa: E402
 from gpt.config import MeshConfig, ModelConfig, TrainConfig  # noqa: E402
+from gpt.errors import is_out_of_memory, require  # noqa: E402
 from gpt.pod import chips, plan  # noqa: E402
 from gpt.presets import PRESETS  # noqa: E402
 
@@ -81,8 +82,8 @@ def attempt(make, chip: chips.Chip) -> dict:
     """The figures of a program, or what it lacks to fit."""
     try:
         return figures(make(), chip)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         return {"does_not_fit": plan.shortfall(str(error))}
 
@@ -131,7 +132,10 @@ def line(row: str, found: dict) -> str:
 
 
 def main(rows: list[str]) -> None:
-    """Measure, keep, print."""
+    """Measure these rows, or all; keep, print."""
+    rows = rows or list(MESHES)
+    unknown = ", ".join(row for row in rows if row not in MESHES)
+    require(not unknown, f"{unknown}: expected rows of {', '.join(MESHES)}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for row in rows:
         results[row] = measure(row)
@@ -145,4 +149,4 @@ def main(rows: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(MESHES))
+    cli.run(main)

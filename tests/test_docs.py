@@ -1,7 +1,9 @@
 """README.md and docs/: each command is one that the programs take, each link leads somewhere."""
 
 import io
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -123,3 +125,25 @@ def test_the_readme_can_be_followed(desk, monkeypatch):
 @pytest.mark.parametrize("name", GUIDES)
 def test_a_guide_can_be_followed(name, desk, monkeypatch):
     assert follow(documents.ROOT / f"{name}.md", desk, monkeypatch)
+
+
+@pytest.mark.slow
+def test_the_guide_to_many_devices_can_be_followed_on_virtual_ones(text, tmp_path):
+    """In processes of eight. What needs other machines is tried in test_processes.py, what needs
+    a TPU's compiler in pod/test_topology.py."""
+    small = [*SHRINK["train"], "--batch-size", "64", "--model.d-model", "64", "--model.n-heads"]
+    read = ["--data", text, "--overwrite"]
+    eight = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    commands = documents.typed(documents.ROOT / "docs/parallelism.md")
+    elsewhere = {"--coordinator", "--topology", "benchmarks/pods.py"}
+    tried = [words for words in commands if not elsewhere & {*words}]
+    for program, *words in tried:
+        argv = [{"RUN": "runs/gpt2"}.get(word, word) for word in words]
+        if program == "train.py":
+            argv += [*small, "4", *([] if "--dry-run" in words else read)]
+        done = subprocess.run(
+            [sys.executable, documents.ROOT / program, *map(str, argv)],
+            cwd=tmp_path, env=os.environ | {"XLA_FLAGS": eight}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, (words, done.stderr)
+    assert len(tried) == 5 and (tmp_path / "runs/gpt2-xl/loss.png").exists()
