@@ -49,7 +49,8 @@ demo: setup
 	@$(BIN)/python -m gpt.bench runs/tiny
 
 test: setup
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not parity and not exact"
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "exact and not slow"
 
 test-all: setup
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not parity"

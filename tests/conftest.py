@@ -28,9 +28,9 @@ sys.path.append(str(Path(__file__).parent))  # for programs.py, numpy_transforme
 
 
 def pytest_configure(config):
-    """What XLA writes is left as it is by the compiler behind it, which halves the suite's time;
-    the long suite runs what users run."""
-    if "not slow" in config.option.markexpr:
+    """What XLA writes is left as it is by the compiler behind it, which halves the suite's time,
+    where nothing that is asked for is about bits; the rest runs what users run."""
+    if "not exact" in config.option.markexpr:
         os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
 

@@ -31,6 +31,8 @@ from gpt import tokenizer as tokenizers
 from gpt.config import TrainConfig, from_json
 from gpt.training import memory, resume, step
 
+pytestmark = pytest.mark.exact
+
 
 @pytest.fixture
 def interrupt(monkeypatch):

@@ -9,6 +9,8 @@ from programs import TINY, call, snapshot
 
 from gpt.training import resume, step
 
+pytestmark = pytest.mark.exact
+
 
 @pytest.fixture
 def argv(text, tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ from gpt.config import ModelConfig
 from gpt.sampling import check, generate
 from gpt.sampling.settings import Settings
 
+pytestmark = pytest.mark.exact
+
 # The context is the smallest bucket: every batch of B rows has one shape, slid or not.
 CONFIG = ModelConfig(257, context_length=32, n_layers=2, n_heads=2, n_kv_heads=1, d_model=16)
 B = 4
