@@ -27,6 +27,7 @@ def memory() -> tuple[int, str]:
     return host_bytes() // len(devices), "this machine's memory"
 
 
+@functools.cache
 def host_bytes() -> int:
     """Bytes of memory of this machine, or of the part of it that this process may use."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
