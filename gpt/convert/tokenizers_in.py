@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt import tokenizer as tokenizers
-from gpt.convert import added, bpe, pieces, strict_json
+from gpt.convert import added, bpe, pieces, strict_json, tokenizers_out
 from gpt.convert.fields import brief
 from gpt.errors import UserError, require
 
@@ -53,10 +53,29 @@ def read(
         end = ends[0] if ends and ends[0] < n_vocab else -1
         return tokenizers.IdTokenizer(n_vocab, end)
     try:
+        if ours := single_characters(folder, n_vocab):
+            return ours
         vocabulary = read_vocabulary(folder, config, there, tell)
         return encoding(folder, vocabulary, config, n_vocab, tell)
     except UserError as error:
         raise UserError(f"{error}{IDS_ONLY}") from None
+
+
+def single_characters(folder: Path, n_vocab: int) -> tokenizers.CharTokenizer | None:
+    """The tokenizer of `n_vocab` - 1 characters whose export the folder's tokenizer.json is, to the
+    last field; None for any other."""
+    if not (folder / "tokenizer.json").exists():
+        return None
+    values = strict_json.read(folder / "tokenizer.json", strict_json.LONGEST)
+    model = values.get("model")
+    ids = model.get("vocab") if isinstance(model, dict) else None
+    found = {i: text for text, i in ids.items() if type(i) is int} if isinstance(ids, dict) else {}
+    characters = [found.get(i, "") for i in range(n_vocab - 1)]
+    good = all(len(one) == 1 and not "\ud800" <= one <= "\udfff" for one in characters)
+    if not good or characters != sorted(characters):
+        return None
+    made = tokenizers.CharTokenizer("".join(characters))
+    return made if values == tokenizers_out.describe(made)[0] else None
 
 
 def read_vocabulary(

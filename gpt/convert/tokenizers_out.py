@@ -21,6 +21,20 @@ def write(tokenizer: tokenizers.Tokenizer, folder: Path, context_length: int) ->
     """
     if isinstance(tokenizer, tokenizers.IdTokenizer):
         return
+    values, end = describe(tokenizer)
+    write_json(folder / "tokenizer.json", values)
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "model_max_length": context_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", about)
+
+
+def describe(tokenizer: tokenizers.Tokenizer) -> tuple[dict[str, Any], str]:
+    """The tokenizer.json of a tokenizer that has text, and its end-of-text."""
     if isinstance(tokenizer, tokenizers.CharTokenizer):
         special = {tokenizers.END_OF_TEXT: tokenizer.eot_token}
         values, end = describe_characters(tokenizer, special), tokenizers.END_OF_TEXT
@@ -30,15 +44,7 @@ def write(tokenizer: tokenizers.Tokenizer, folder: Path, context_length: int) ->
         values, end = describe_bytes(tokenizer, special), tokenizer.end
     head = {"version": "1.0", "truncation": None, "padding": None}
     body = {"added_tokens": [added(*one) for one in sorted(special.items(), key=lambda s: s[1])]}
-    write_json(folder / "tokenizer.json", head | body | values)
-    about = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end,
-        "eos_token": end,
-        "model_max_length": context_length,
-        "clean_up_tokenization_spaces": False,
-    }
-    write_json(folder / "tokenizer_config.json", about)
+    return head | body | values, end
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

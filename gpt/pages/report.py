@@ -199,7 +199,8 @@ def commands(runs: Sequence[Run], python: str = "python") -> str:
 
 def text_of(run: Run) -> str:
     """What the command says of its text, or leaves open."""
-    mark = f"its tokens have the fingerprint <code>{escape(run.fingerprint[:12])}</code>"
+    code = f"<code>{escape(run.fingerprint[:12])}</code>"
+    mark = f"text and tokenizer together have the fingerprint {code}"
     if run.paths is None:
         return f"Name its text with <code>--data</code>, unless it was the default: {mark}."
     if not run.paths:

@@ -69,8 +69,8 @@ class Run:
 
     @property
     def restarts(self) -> list[int]:
-        """The first step logged after each restart."""
-        return [after["step"] for _, after in self.seams]
+        """The step from which each later process went on; of old logs, the first that it logged."""
+        return [after.get("since_step", after["step"]) for _, after in self.seams]
 
     @property
     def skipped(self) -> list[int]:

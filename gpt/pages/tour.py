@@ -22,7 +22,7 @@ from gpt.sampling.settings import Settings
 LETTERS = {
     "B": "rows of the batch, here one",
     "T": "tokens read in one go",
-    "S": "slots of the cache",
+    "S": "keys attended to: in prefill the prompt's, then all slots of the cache, filled or not",
     "D": "width of the residual stream",
     "N": "query heads",
     "K": "key/value heads",

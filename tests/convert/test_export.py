@@ -35,11 +35,12 @@ def weights_of(config, seed=0):
     return jax.tree.map(lambda a: jax.numpy.asarray(rng.normal(0.1, 0.3, a.shape), a.dtype), shapes)
 
 
-def save(folder, config, trees=None, train=None):
-    """A run's folder with a byte tokenizer."""
+def save(folder, config, trees=None, train=None, letters=None):
+    """A run's folder, with a byte tokenizer if there is none."""
     train = train or TrainConfig(model=config)
     about = {"model": to_json(config), "train": to_json(train), "step": 3}
-    about["tokenizer"] = tokenizers.to_json(tokenizers.create("byte", lambda: (), 0))
+    letters = letters or tokenizers.create("byte", lambda: (), 0)
+    about["tokenizer"] = tokenizers.to_json(letters)
     trees = {"params": weights_of(config)} if trees is None else trees
     with checkpoint.Writer(folder, keep=1) as writer:
         writer.save(3, trees, about, wait=True)
@@ -64,6 +65,25 @@ def test_what_came_in_goes_out_to_the_bit(kind, dtype, tmp_path):
     back = fields.read_config(json.loads((tmp_path / "out/config.json").read_text()))
     there = fields.read_config(c)
     assert back == there
+
+
+def test_a_tokenizer_of_characters_comes_back(tmp_path):
+    """Where the file is to the last field what we write: with another decoder it is another's."""
+    letters = tokenizers.CharTokenizer("".join(sorted("\n abc今天'\"\\\u2028\U0001f600")))
+    config = dataclasses.replace(SMALL, vocab_size=letters.n_vocab)
+    save(tmp_path / "run", config, letters=letters)
+    assert convert("export", tmp_path / "run", tmp_path / "out").code == 0
+    done = convert("import", tmp_path / "out", tmp_path / "back")
+    assert done.code == 0, done.err
+    about = [checkpoint.read_metadata(tmp_path / name, i) for name, i in (("run", 3), ("back", 0))]
+    assert about[0]["tokenizer"] == about[1]["tokenizer"]
+    path = tmp_path / "out/tokenizer.json"
+    path.write_text(path.read_text().replace('"Fuse"', '"WordPiece"'))
+    done = convert("import", tmp_path / "out", tmp_path / "other")
+    assert done.code == 2 and "the decoder is 'WordPiece'" in done.err
+    path.write_text(path.read_text().replace('"WordPiece"', '"Fuse"').replace('"a"', '"\\ud800"'))
+    done = convert("import", tmp_path / "out", tmp_path / "other")
+    assert done.code == 2 and "error: " in done.err and "Traceback" not in done.err
 
 
 OURS = {
