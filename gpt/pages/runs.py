@@ -70,7 +70,8 @@ class Run:
     @property
     def restarts(self) -> list[int]:
         """The step from which each later process went on; of old logs, the first that it logged."""
-        return [after.get("since_step", after["step"]) for _, after in self.seams]
+        began = [(after.get("since_step"), after["step"]) for _, after in self.seams]
+        return [told if is_number(told) else first for told, first in began]
 
     @property
     def skipped(self) -> list[int]:

@@ -145,6 +145,7 @@ def test_numbers_that_no_run_writes_are_passed_over(tmp_path):
         for value in ("NaN", "-Infinity", large, '"x"', "[]", "true"):
             file.write(f'\n{{"step": 7, "loss": {value}, "skipped": {value}, "seconds": 1}}')
             file.write(f'\n{{"step": 7, "loss": 1, "seconds": {value}}}')
+            file.write(f'\n{{"step": 7, "loss": 1, "seconds": 2, "since_step": {value}}}')
         file.write(f'\n{{"step": {large}, "loss": 1, "seconds": 1}}')
     report(folder, "--out", tmp_path / "a.html", "--png", tmp_path)
     (run,) = runs.read_runs([folder])
