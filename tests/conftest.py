@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from importlib import metadata
@@ -20,6 +21,9 @@ os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 os.environ["MPLBACKEND"] = "agg"
 for name in ("JAX_COMPILATION_CACHE_DIR", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR", "XLA_FLAGS"):
     os.environ.pop(name, None)
+
+# What a shell starts in the background ignores Ctrl-C, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every machine, however slow it is: a red suite means a changed program.
 settings.register_profile("suite", deadline=None, derandomize=True)
