@@ -78,9 +78,10 @@ def test_who_goes_on_unsaved_has_what_could_be_saved(text, trained, mounted, mon
     Run, Writer = program("train").Run, checkpoint.Writer
     sample, wait = Run.show_sample, Writer.wait
 
-    def full_from_here(*arguments):
+    def full_from_here(run, *arguments):
+        run.writer.wait()  # on a busy machine step 4 may still be on its way to the disk
         fill(disk)
-        sample(*arguments)
+        sample(run, *arguments)
 
     def free_from_here(writer):
         failing = writer.latest == 8 and writer.pending is not None
