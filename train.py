@@ -31,7 +31,7 @@ class Command:
 
     preset: tyro.conf.Positional[Literal[tuple(PRESETS)]] = "tiny"
     """Where all settings come from that no flag gives."""
-    data: tuple[Path, ...] = ()
+    data: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="PATH [PATH ...]")] = None
     """Text files, folders of text, or prepared tokens (default: Python's standard library)."""
     out: Path | None = None
     """Folder of the run (default: runs/PRESET). If it holds a run, that run continues."""
@@ -59,6 +59,7 @@ class Command:
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = PRESETS["tiny"]
 
     def __post_init__(self):
+        require(self.data != (), "--data names nothing: expected one path or several behind it")
         not_negative("profile", self.profile)
         above_zero("memory_gb", 1.0 if self.memory_gb is None else self.memory_gb)
         if self.tensorboard:
@@ -111,7 +112,7 @@ def look(command: Command, out: Path, console, tell: Callable[[str], None]) -> t
     if about and not resuming:
         about = {"tokenizer": about["tokenizer"]}  # all that a new run takes beside the weights
     kept = None if trying else cli.cache_folder() / "tokens"  # it leaves nothing behind
-    tokenizer, dataset = prepare.prepare(command.train, command.data, about, kept, console)
+    tokenizer, dataset = prepare.prepare(command.train, command.data or (), about, kept, console)
     config = prepare.settle(command.train, tokenizer, platform_dtype())
     if resuming:
         resume.require_same_text(about, dataset.fingerprint)
@@ -268,8 +269,7 @@ class Run:
 
     def due(self, done: int, *intervals: int) -> bool:
         """Whether an interval, in steps, ends with step `done` or with the run; 0 never does."""
-        last = done == self.until
-        return any(length and (last or done % length == 0) for length in intervals)
+        return any(n and (done == self.until or done % n == 0) for n in intervals)
 
     def show_sample(self, params, done: int) -> None:
         """Print what the model writes now, from nothing: the first process does it alone."""

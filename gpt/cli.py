@@ -38,6 +38,10 @@ from gpt.errors import Failed, UserError, is_out_of_memory
 Kind = TypeVar("Kind")
 USER_OS_ERRORS = (FileNotFoundError, FileExistsError, PermissionError)
 USER_OS_ERRORS += (IsADirectoryError, NotADirectoryError)
+NO_NUMBER = (  # Python's words for what is none, and a user's
+    (r"invalid literal for int\(\) with base 10: (.*)", r"\1 is no whole number"),
+    (r"could not convert string to float: (.*)", r"\1 is no number"),
+)
 USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
 
 
@@ -204,6 +208,8 @@ def _sentence(complaint: str, program: str) -> str:
     """One line that says what tyro says in sections under a title: the mistake, then a hint."""
     parts = re.split(r"^ *-{3,} *$", complaint, flags=re.MULTILINE)
     said = " ".join(parts[min(1, len(parts) - 1)].split()).removeprefix("Error parsing ")
+    for words, ours in NO_NUMBER:
+        said = re.sub(words, ours, said)
     flags = re.findall(r"^ *(--\S.*?) *$", parts[2], re.MULTILINE) if len(parts) > 3 else []
     lead = "perhaps you meant" if "Perhaps" in complaint else "expected"
     hint = f"; {lead} {' or '.join(flags)}" if flags else ""

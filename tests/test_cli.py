@@ -112,7 +112,8 @@ def test_repeated_and_listed_values():
     ("argv", "words"),
     [
         (("--stepz", "5"), ("--stepz", "perhaps you meant --steps INT")),
-        (("--steps", "many"), ("--steps", "'many'", "expected --steps INT")),
+        (("--steps", "many"), ("--steps", "'many' is no whole number; expected --steps INT")),
+        (("--learning-rate", "1e"), ("--learning-rate: '1e' is no number", "FLOAT")),
         (("--steps",), ("--steps", "Missing value")),
         (("--dtype", "float8"), ("--dtype", "float8", "bfloat16")),
         (("--mesh.data", "x"), ("--mesh.data", "'x'")),

@@ -35,6 +35,7 @@ BAD = {
     "binary": (["--data", "binary"], "binary cannot be read as text"),
     "one token": (["--data", "one.txt"], "too small"),
     "a folder without text": (["--data", "pictures"], "pictures holds no text"),
+    "no path at all": (["--data"], "--data names nothing"),
     "a missing path": (["--data", "gone.txt"], "gone.txt does not exist"),
     "too short": (["--data", "short.txt"], "too few for --seq-len 16"),
     "a missing checkpoint": (["--init-from", "gone"], "no checkpoint in gone"),

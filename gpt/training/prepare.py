@@ -99,6 +99,6 @@ def describe_run(command, config: TrainConfig, tokenizer, dataset) -> dict[str, 
         "model": to_json(model),
         "train": to_json(config),
         "tokenizer": tokenizers.to_json(tokenizer),
-        "data": {"fingerprint": dataset.fingerprint, "paths": [str(p) for p in command.data]},
+        "data": {"fingerprint": dataset.fingerprint, "paths": [str(p) for p in command.data or ()]},
         "init_from": str(command.init_from) if command.init_from else None,
     }
