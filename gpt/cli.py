@@ -64,8 +64,6 @@ def parse(
     if helping:  # what else stands there would be missing from the help, but for a subcommand
         several = typing.get_origin(kind) in (typing.Union, types.UnionType)
         argv = [*argv[: int(several and argv[0] not in ("-h", "--help"))], "--help"]
-    if helping and sys.stdout.isatty():
-        return read(args=argv)  # in colours, in boxes
     width = contextlib.nullcontext() if helping else environment("COLUMNS", "10000")
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -74,7 +72,7 @@ def parse(
     except SystemExit as leaving:
         if leaving.code:
             raise UserError(_sentence(err.getvalue(), program)) from None
-        print("\n".join(line.rstrip() for line in out.getvalue().splitlines()))
+        print("\n".join(line.rstrip() for line in _without_none(out.getvalue()).splitlines()))
         raise
 
 
@@ -202,6 +200,12 @@ def environment(name: str, value: str):
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def _without_none(text: str) -> str:
+    """tyro's help without the None that a flag is when it is not given, its columns kept."""
+    text = re.sub(r"\{None\}\|(\S+)(  )", lambda m: m[1] + " " * len("{None}|") + m[2], text)
+    return re.sub(r"\s*\(default:\s+(None)?\)", "", text.replace("{None}|", ""))
 
 
 def _sentence(complaint: str, program: str) -> str:

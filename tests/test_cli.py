@@ -12,6 +12,7 @@ import pytest
 import tyro
 from hypothesis import given
 from hypothesis import strategies as st
+from programs import call
 
 from gpt import cli
 from gpt.config import TrainConfig
@@ -170,6 +171,14 @@ def test_help_shows_the_presets_defaults_in_plain_columns(argv, capsys):
     assert "PRESET Settings to start from. (default: gpt2)" in words
     assert not set("│╭╮╰╯\x1b") & set(text)
     assert text == "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+def test_help_says_nothing_of_none_and_keeps_its_columns():
+    text = call("train", "--help").out
+    lines = {line.split()[0]: line for line in text.splitlines() if line.startswith("  --")}
+    assert "{None}" not in text and "(default: None)" not in " ".join(text.split())
+    assert lines["--out"].index("Folder") == lines["--steps"].index("Optimizer")
+    assert lines["--data"].index("Text files") == lines["--steps"].index("Optimizer")
 
 
 def test_a_command_without_defaults():
