@@ -26,6 +26,16 @@ CEILINGS = {"read_bytes_per_second": 1e6, "matmul_flops_per_second": 1e7, "read_
 CEILINGS |= {"copy_bytes_per_second": 1e6, "bare_matvec_mbu": 1.0, "bare_matmul_mfu": 1.0}
 
 
+@pytest.fixture(autouse=True)
+def nothing_on_disk():
+    """No cache of programs, which other tests may have set up: each measuring would forget all
+    that is compiled, and read it again."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
 @pytest.fixture
 def figures(monkeypatch):
     """The figures of CELL where each phase takes the given seconds and nothing else any."""

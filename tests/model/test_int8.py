@@ -29,8 +29,8 @@ MODERN = {
     "qk_norm": True,
 }
 CONFIGS = {
-    "gpt2": ModelConfig(300, 64).computing_in("float32"),
-    "modern": ModelConfig(300, 64, **MODERN).computing_in("float32"),
+    "gpt2": ModelConfig(300, 64, n_layers=2).computing_in("float32"),
+    "modern": ModelConfig(300, 64, n_layers=2, **MODERN).computing_in("float32"),
 }
 NUMBERS = st.floats(-1e4, 1e4, width=32)
 

@@ -36,7 +36,7 @@ def passes(one_check):
 
 
 @pytest.mark.exact
-@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("n_kv_heads", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_contract_holds(n_kv_heads):
     assert failed(dataclasses.replace(CONFIG, n_kv_heads=n_kv_heads)) == set()
 
