@@ -40,3 +40,12 @@ def plainly(text, merges, ids, pattern=pieces.GPT2):
             word = join(word, pair)
         found += [ids[token] for token in word]
     return found
+
+
+def by_list(piece, merges, ids):
+    """Ids of one piece by the first pair of the list that occurs, each time anew."""
+    word, found = [bytes([b]) for b in piece.encode()], True
+    while found:
+        found = next((pair for pair in merges if pair in pairwise(word)), None)
+        word = join(word, found) if found else word
+    return [ids[token] for token in word]

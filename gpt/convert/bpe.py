@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from gpt.errors import require
 
+MOST_IDS = 2**31
 MOST_WORK = 10**8  # the sum of the squares of the tokens' lengths: a minute
 Pair = tuple[bytes, bytes]
 
@@ -37,10 +38,11 @@ def unspell(text: str) -> bytes:
     return bytes([BYTES[character] for character in text])
 
 
-def fall_apart(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """What `token` becomes by joining neighbours whose union ranks below it."""
-    parts, below = [token[i : i + 1] for i in range(len(token))], ranks[token]
-    while len(parts) > 2:
+def join(text: bytes, ranks: dict[bytes, int], below: int = MOST_IDS, left: int = 1) -> list[bytes]:
+    """The parts of `text` after joining neighbours whose union ranks below `below`, lowest first,
+    until `left` parts are left or nothing joins."""
+    parts = [text[i : i + 1] for i in range(len(text))]
+    while len(parts) > left:
         unions = [ranks.get(a + b, below) for a, b in pairwise(parts)]
         lowest = min(unions)
         if lowest == below:
@@ -55,7 +57,7 @@ def halves(ranks: dict[bytes, int]) -> dict[bytes, list[bytes]]:
     longer = [token for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
     work = sum(len(token) ** 2 for token in longer)
     require(work <= MOST_WORK, "the tokenizer has tokens too long to be looked through")
-    return {token: fall_apart(token, ranks) for token in longer}
+    return {token: join(token, ranks, ranks[token]) for token in longer}
 
 
 def splits(token: bytes, ranks: dict[bytes, int]) -> list[Pair]:
@@ -64,30 +66,35 @@ def splits(token: bytes, ranks: dict[bytes, int]) -> list[Pair]:
     return [(a, b) for a, b in cuts if a in ranks and b in ranks]
 
 
-def overlaps_itself(token: bytes) -> bool:
-    """Whether `token` begins as it ends, so that two of it may share bytes."""
-    return any(token.endswith(token[:i]) for i in range(1, len(token)))
+def clash(pairs: Sequence[Pair], ranks: dict[bytes, int]) -> bool:
+    """Whether some text comes to have two unions of `pairs` at once, the earlier in the text by the
+    later pair: ranks join that one, the list the other.
+
+    Both are there only when the part has just been made that they share: of `pairs`, that all make
+    up one token, every other union is joined as soon as it can be.
+    """
+    for i, (middle, last) in enumerate(pairs):
+        for first, second in pairs[i + 1 :]:
+            parts = [first, middle, last]
+            # What surrounds them joins nothing inside: alone they go through the same states.
+            if second == middle and join(b"".join(parts), ranks, left=3) == parts:
+                return True
+    return False
 
 
 def list_merges(ranks: dict[bytes, int]) -> tuple[list[Pair], bool]:
     """The list of pairs that gives the same ids as `ranks`; and whether a whole piece of text that
-    is a token must be taken as it is (for the tokens that no joining reaches).
+    is a token must be taken as it is (for the tokens that no joining of lower ones reaches).
 
     UserError if there is no such list.
     """
     merges: list[Pair] = []
     whole = False
     for token, parts in halves(ranks).items():
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-            continue
-        whole = True
-        require(
-            not overlaps_itself(token),
-            f"the token {spell(token)!r} is reached by no joining of others and overlaps itself: "
-            "no list of pairs says the same",
-        )
-        merges += splits(token, ranks)
+        whole |= len(parts) > 2
+        merges += [(parts[0], parts[1])] if len(parts) == 2 else splits(token, ranks)
+    if whole:
+        require_same(merges, ranks, whole)
     return merges, whole
 
 
@@ -101,19 +108,17 @@ def require_same(merges: Sequence[Pair], ranks: dict[bytes, int], whole: bool) -
     last = -1
     for token, parts in halves(ranks).items():
         pairs = [(parts[0], parts[1])] if len(parts) == 2 else splits(token, ranks)
-        if len(parts) > 2:
-            reached = whole and not overlaps_itself(token)
-            require(reached, f"the token {spell(token)!r} is made by no pair of the list that fits")
         missing = [pair for pair in pairs if pair not in place]
-        require(
-            not missing,
-            f"the token {spell(token)!r} is joined from other halves than its rank asks for",
-        )
+        name = f"the token {spell(token)!r}"
+        require(len(parts) == 2 or whole, f"{name} is made by no pair of the list that fits")
+        require(not missing, f"{name} is joined from other halves than its rank asks for")
+        pairs.sort(key=place.__getitem__)
         places = [place[pair] for pair in pairs]
         require(
             all(i > last for i in places),
-            f"the token {spell(token)!r} stands elsewhere among the pairs than among the ids",
+            f"{name} stands elsewhere among the pairs than among the ids",
         )
         last = max([last, *places])
+        require(not clash(pairs, ranks), f"{name} is made by pairs of which the wrong one is first")
     strange = made - ranks.keys()
     require(not strange, f"a pair makes {spell(min(strange or [b'']))!r}, which has no id")

@@ -1,5 +1,6 @@
 """Other people's tokenizers: the ids of a plain reading of their files, or the reason why not."""
 
+import itertools
 import json
 import random
 
@@ -8,7 +9,7 @@ import regex
 import standins
 from hypothesis import given
 from hypothesis import strategies as st
-from plain_bpe import learn, plainly
+from plain_bpe import by_list, learn, plainly
 from standins import tokenizer_json, write_tokenizer
 
 from gpt import tokenizer as tokenizers
@@ -259,9 +260,25 @@ def test_any_ranks_have_their_list(seed):
         return
     bpe.require_same(merges, ranks, whole)
     kept = tokenizers.build("t", tokenizers_in.pieces.GPT2, tokens, {END: len(tokens)})
-    if not whole:
-        text = "".join(rng.choice("abc") for _ in range(30))
-        assert kept.encode_ordinary(text) == plainly(text, merges, ranks)
+    for length in (5, 8, 30):
+        text = "".join(rng.choice("abc") for _ in range(length))
+        taken = whole and text.encode() in ranks
+        wanted = [ranks[text.encode()]] if taken else by_list(text, merges, ranks)
+        assert kept.encode_ordinary(text) == wanted
+
+
+def test_a_token_that_overlaps_itself_and_that_no_lower_ones_make():
+    """As 21 of Llama 3's: the list has every pair that makes it up, and the ids are the same."""
+    tokens = [b"ab", b"ba", b"baab", b"aba", b"abba", b"abbab"]
+    ranks = {bytes([b]): b for b in range(256)} | {t: 256 + i for i, t in enumerate(tokens)}
+    merges, whole = bpe.list_merges(ranks)
+    assert whole and (b"abba", b"b") in merges
+    with pytest.raises(UserError, match="is made by no pair"):
+        bpe.require_same(merges, ranks, False)
+    kept = tokenizers.build("t", pieces.GPT2, [*ranks], {END: len(ranks)})
+    for letters in itertools.product("ab", repeat=9):
+        text = "".join(letters)
+        assert kept.encode_ordinary(text) == by_list(text, merges, ranks)
 
 
 @pytest.mark.parametrize("name", ["byte", "bpe", "imported"])
