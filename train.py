@@ -68,6 +68,7 @@ class Command:
 
 def main(argv: list[str]) -> int:
     """Read the flags, prepare JAX, train; the exit code."""
+    cli.require_full_words(argv)
     preset = cli.peek(Command, argv, "preset", default=Command())
     default = Command(preset=preset, train=PRESETS.get(preset, PRESETS["tiny"]))
     read = partial(cli.parse, Command, argv, program="train.py", description=__doc__)
@@ -81,14 +82,11 @@ def main(argv: list[str]) -> int:
     trying = command.dry_run or command.verify_resume  # which leaves nothing behind
     cli.prepare_jax(cache=command.compile_cache and not trying)
     distributed.join(command.processes)  # before anything asks for a device
-    from rich.console import Console
-
-    from gpt.training import memory, resume
+    from gpt.training import memory, resume, runlog
 
     if command.init_from:
         command = read(default=resume.adopt(default, command, out))
-    plain = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
-    console = Console(stderr=True, quiet=not distributed.is_first(), **plain)
+    console = runlog.make_console(quiet=not distributed.is_first())
     held = contextlib.nullcontext() if trying else distributed.by_first(lock.hold(out))
     signals, enough = stop.StopSignal(console.print, console.show_cursor), memory.explained
     with signals, distributed.parting(), held, enough(command.train):
@@ -112,6 +110,7 @@ def look(command: Command, out: Path, console, tell: Callable[[str], None]) -> t
     if about and not resuming:
         about = {"tokenizer": about["tokenizer"]}  # all that a new run takes beside the weights
     kept = None if trying else cli.cache_folder() / "tokens"  # it leaves nothing behind
+    mesh = sharding.make_mesh(command.train.mesh)  # before there is work to wait for
     tokenizer, dataset = prepare.prepare(command.train, command.data or (), about, kept, console)
     config = prepare.settle(command.train, tokenizer, platform_dtype())
     if resuming:
@@ -119,7 +118,6 @@ def look(command: Command, out: Path, console, tell: Callable[[str], None]) -> t
         resume.require_same_run(out, about, config)
         command = replace(command, init_from=about.get("init_from"))  # as when it began
     data.require_length(dataset.train, config.window)
-    mesh = sharding.make_mesh(config.mesh)
     lines = step.require_fit(config, mesh) + plan.describe(config, mesh.size, len(dataset.train))
     console.print(*lines, sep="\n")
     return command, config, mesh, tokenizer, dataset, source, resuming
@@ -144,7 +142,8 @@ def train(command: Command, out: Path, console, signals, tell: Callable[[str], N
     plan.require_room(config, mesh)
     state = saving.begin(config, mesh, source, resuming, tell)
     first = int(state.step)
-    profile.require_steps(command.profile, first, config.steps)
+    if not first:  # or the command that stopped could not continue
+        profile.require_steps(command.profile, config.steps)
     code = run.execute(state, first) if first < config.steps else run.complete()
     sample = shlex.join([cli.interpreter(), "sample.py", str(out), "--prompt", "TEXT"])
     console.print(f"sample it      {sample}")
@@ -200,7 +199,8 @@ class Run:
             self.loop(state, first, *steps)
         self.draw()
         if code := distributed.agree_on_code(self.signals.code):
-            self.console.print("stopped        the same command continues the run")
+            same = "the same command" + " without --overwrite" * self.command.overwrite
+            self.console.print(f"stopped        {same} continues the run")
         return code
 
     @distributed.together()
@@ -252,7 +252,7 @@ class Run:
             raise guard.diverged(self.config, self.bad, self.out, state.params, self.batch)
 
     def look_up(self, state, eval_step, done: int) -> bool:
-        """What is due between two steps: evaluate, show a sample, save. Whether it was the last."""
+        """Evaluate, show a sample, save, as due. Whether it was the last: a skipped one is not."""
         from gpt.training import step
 
         c, loss, kept = self.config, None, state.average or state.params
@@ -262,7 +262,7 @@ class Run:
             self.log.log_eval(done, loss, bits)
         if self.due(done, c.sample_every):
             self.show_sample(kept, done)
-        ending = done == self.until or self.signals.ends(done)  # it may have come meanwhile
+        ending = done == self.until or (self.signals.ends(done) and not self.bad.row)
         if ending or saving:
             self.save(state, done, loss, ending)
         return ending

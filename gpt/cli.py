@@ -33,7 +33,7 @@ from tyro.constructors import (
 )
 
 from gpt import distributed
-from gpt.errors import Failed, UserError, is_out_of_memory
+from gpt.errors import Failed, UserError, is_out_of_memory, require
 
 Kind = TypeVar("Kind")
 USER_OS_ERRORS = (FileNotFoundError, FileExistsError, PermissionError)
@@ -74,6 +74,12 @@ def parse(
             raise UserError(_sentence(err.getvalue(), program)) from None
         print("\n".join(line.rstrip() for line in _without_none(out.getvalue()).splitlines()))
         raise
+
+
+def require_full_words(argv: list[str]) -> None:
+    """UserError for an empty value: as a path it is this folder, where "$OUT" is not set."""
+    bare = [word for word in argv if not word or (word.startswith("--") and word.endswith("="))]
+    require(not bare, f"{(bare or [''])[0] or 'a flag'} has an empty value: fill it in, or drop it")
 
 
 def peek(kind: type, argv: list[str], name: str, *, default: Any) -> Any:

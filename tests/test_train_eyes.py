@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_a_profile_is_a_trace_of_the_steps_asked_for(text, tmp_path):
 
 def test_a_profile_that_the_run_is_too_short_for(text, tmp_path):
     argv = [*TINY, "--data", text, "--out", tmp_path / "run", "--profile"]
-    for n, words in (("10", "there are 12 left"), ("-1", "profile is -1")):
+    for n, words in (("10", "there are 12 to make"), ("-1", "profile is -1")):
         done = call("train", *argv, n)
         assert done.code == 2 and words in done.err, done.err
     assert snapshot(tmp_path) == {}
@@ -92,3 +93,10 @@ def test_tensorboard_that_is_not_installed(text, tmp_path, monkeypatch):
     done = call("train", *TINY, "--data", text, "--out", tmp_path / "run", "--tensorboard")
     assert done.code == 2 and "gpt-jax[tensorboard]" in done.err
     assert done.err.count("error: ") == 1 and snapshot(tmp_path) == {}
+
+
+def test_a_run_that_was_stopped_continues_with_its_profile(finished, text):
+    """Of the steps to trace those that are left, though fewer than asked for."""
+    shutil.rmtree(finished / "checkpoints" / "12")
+    done = call("train", *TINY, "--data", text, "--out", finished, "--profile", "6")
+    assert done.code == 0, done.err

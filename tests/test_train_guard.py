@@ -1,5 +1,8 @@
 """train.py with a NaN planted at a known step and layer: skipped, counted, told, stopped."""
 
+import os
+import signal
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +10,7 @@ from programs import TINY, arrays, call, read_lines, same_bits
 
 from gpt import checkpoint
 from gpt.training import step
+from gpt.training.guard import BadSteps
 
 RUN = [*TINY, "--eval-every", "100", "--sample-every", "0", "--ema-decay", "0.9"]
 AT, LAYER = 7, 1
@@ -79,3 +83,22 @@ def test_a_few_bad_steps_are_skipped_and_shown(text, tmp_path, plant):
     assert done.code == 0 and "continues" in done.err
     assert [x["skipped"] for x in read_lines(tmp_path / "run") if "loss" in x][8:] == [1] * 4
     assert same_bits(arrays(tmp_path / "run", 12), weights)
+
+
+def test_a_signal_at_a_skipped_step_waits_for_one_that_can_be_saved(
+    text, tmp_path, plant, monkeypatch
+):
+    """A whole interval of steps would be lost otherwise."""
+    plant({AT, 99})  # and made good again
+    honest = BadSteps.note
+
+    def note(bad, done, skipped):
+        if done == AT:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(bad, done, skipped)
+
+    monkeypatch.setattr(BadSteps, "note", note)
+    run = tmp_path / "run"
+    done = call("train", *RUN, "--save-every", "10", "--data", text, "--out", run)
+    assert done.code == 143 and "not saved" not in done.err
+    assert checkpoint.steps(run) == [AT + 1]

@@ -36,6 +36,8 @@ BAD = {
     "one token": (["--data", "one.txt"], "too small"),
     "a folder without text": (["--data", "pictures"], "pictures holds no text"),
     "no path at all": (["--data"], "--data names nothing"),
+    "an empty path": (["--data", ""], "a flag has an empty value"),
+    "an empty folder": (["--out="], "--out= has an empty value"),
     "a missing path": (["--data", "gone.txt"], "gone.txt does not exist"),
     "too short": (["--data", "short.txt"], "too few for --seq-len 16"),
     "a missing checkpoint": (["--init-from", "gone"], "no checkpoint in gone"),

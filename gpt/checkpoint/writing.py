@@ -145,7 +145,8 @@ class Writer:
         try:
             self.wait()
         finally:
-            self.orbax.close()
+            with contextlib.suppress(OSError, ValueError):  # told by `wait`, in more words
+                self.orbax.close()
 
     def __enter__(self) -> "Writer":
         return self

@@ -111,7 +111,8 @@ def standard_library() -> Corpus:
 
 
 def find(origin: Path) -> list[Source]:
-    """The file `origin`, or the visible files below the folder `origin`, sorted by name."""
+    """The file `origin`, or the visible files below the folder `origin`, sorted by name; what runs
+    have written there is no text."""
     require(
         os.path.exists(origin), f"{origin} does not exist: {EXPECTED}, or a folder of such files"
     )
@@ -119,6 +120,8 @@ def find(origin: Path) -> list[Source]:
         return [Source(origin, origin.name, origin)]
     found = []
     for folder, inside, files in os.walk(origin):
+        if {"checkpoints", "tokenizer.json"} <= {*inside, *files}:
+            inside[:], files = [], []  # a run, which changes as it goes
         inside[:] = [name for name in inside if not name.startswith(".")]
         found += [Path(folder, name) for name in files if not name.startswith(".")]
     found = [path for path in found if path.is_file()]  # a pipe would never end

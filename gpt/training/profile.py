@@ -12,17 +12,18 @@ from gpt.errors import require
 WARM_UP = 3  # steps before the trace: the first ones still wait for data and memory
 
 
-def require_steps(n: int, first: int, last: int) -> None:
-    """UserError unless steps `first` + 1 to `last` hold a warm-up and `n` steps to trace."""
+def require_steps(n: int, steps: int) -> None:
+    """UserError unless a run of `steps` holds a warm-up and `n` steps to trace."""
     require(
-        n <= max(last - first - WARM_UP, 0),
-        f"--profile {n} traces steps after {WARM_UP} of warm-up, but there are {last - first} left "
-        "to make: ask for fewer, or for more --steps",
+        n <= max(steps - WARM_UP, 0),
+        f"--profile {n} traces steps after {WARM_UP} of warm-up, but there are {steps} to make: "
+        "ask for fewer, or for more --steps",
     )
 
 
 class Profile:
-    """Traces `n` steps of a run, soon after step `first`; none if `n` is 0. Close it."""
+    """Traces `n` steps of a run, soon after step `first`, or those that are left; none if `n` is 0.
+    Close it."""
 
     def __init__(self, folder: Path, n: int, first: int, tell: Callable[[str], None]):
         self.folder, self.tell, self.n = folder, tell, n

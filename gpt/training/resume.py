@@ -144,7 +144,8 @@ def forgiving(forgive: bool, tell: Callable[[str], None]) -> Iterator[None]:
 def remove_run(out: Path) -> None:
     """Remove what a run wrote in its folder, and nothing else."""
     for step in checkpoint.steps(out):
-        shutil.rmtree(checkpoint.place_of(out, step))
+        place = checkpoint.place_of(out, step)
+        place.unlink() if place.is_symlink() else shutil.rmtree(place)
     for path in [*(out / name for name in FILES), *out.glob(EVENTS)]:
         path.unlink(missing_ok=True)
     for path in out.glob(TRACES):

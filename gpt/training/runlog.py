@@ -9,10 +9,11 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 from rich.console import Console
@@ -23,6 +24,37 @@ from gpt.training.board import Board
 from gpt.training.speed import Speed
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal to draw a bar on
+
+
+class Steadfast:
+    """A stream on which no writing fails, where the terminal is gone or the disk of a log full."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        """Write `text`; what cannot be written is lost, and so is all that follows."""
+        self.attempt(self.stream.write, text)
+
+    def flush(self) -> None:
+        """Bring all to where it goes."""
+        self.attempt(self.stream.flush)
+
+    def attempt(self, act: Callable, *words: str) -> None:
+        """`act`, or from now on write to nowhere: what it keeps would fail again at the end."""
+        try:
+            act(*words)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def make_console(quiet: bool) -> Console:
+    """Where a run speaks: standard error, without colours in the text or lines broken."""
+    plain = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
+    return Console(file=Steadfast(sys.stderr), quiet=quiet, **plain)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -47,8 +47,8 @@ def save(
     `about`: what else the checkpoint says. `loss`: on held-out text, nats a token. UserError where
     it cannot be written; with config.keep_going `tell` hears of it instead.
     """
-    going_on, about = config.keep_going, about | {"step": done}
-    with resume.forgiving(going_on or ending, tell):  # an earlier one, that failed
+    about = about | {"step": done}
+    with resume.forgiving(True, tell):  # an earlier one, that failed: this one may find room
         writer.wait()
-    with resume.forgiving(going_on and not ending, tell):
-        writer.save(done, step.stored(state), about, loss=loss, wait=ending)
+    with resume.forgiving(config.keep_going and not ending, tell):
+        writer.save(done, step.stored(state), about, loss=loss, wait=ending or writer.failed)

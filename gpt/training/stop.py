@@ -25,7 +25,7 @@ class StopSignal:
 
     def __init__(self, tell: Callable[[str], None], let_go: Callable[[], None]):
         self.tell, self.let_go = tell, let_go
-        self.code, self.deferred, self.first = 0, False, 0
+        self.code, self.deferred, self.first, self.reached = 0, False, 0, False
 
     def __enter__(self) -> "StopSignal":
         self.ours, self.theirs = socket.socketpair()
@@ -42,15 +42,15 @@ class StopSignal:
         self.deferred, self.first = True, first
 
     def ends(self, step: int) -> bool:
-        """Whether the run ends after `step`: the same in all processes, each of which asks."""
+        """Whether the run ends after `step`, or should have before: the same in all processes, each
+        of which asks."""
         if not distributed.several():
             return bool(self.code)
-        if not distributed.preempted(step - self.first):
-            return False
-        if not self.code:
+        self.reached |= distributed.preempted(step - self.first)
+        if self.reached and not self.code:
             self.code = 128 + signal.SIGTERM
             self.tell(NOTICE)
-        return True
+        return self.reached
 
     def note(self, number: int, _) -> None:
         """The handler of both signals. Python runs it when the main thread is back in Python."""

@@ -138,3 +138,12 @@ def test_the_standard_library_is_there_without_its_tests():
     assert corpus.size_bytes > 5e6 and not corpus.skipped
     assert standard_library().fingerprint == corpus.fingerprint
     assert "standard library" in corpus.description
+
+
+def test_a_run_below_the_text_is_no_text(tmp_path):
+    """It changes as it goes: the same command would find another text."""
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "run" / "checkpoints" / "8").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "8" / "_METADATA").write_text("{}")
+    (tmp_path / "run" / "tokenizer.json").write_text("{}")
+    assert joined(read_corpus([tmp_path])) == ["text"]

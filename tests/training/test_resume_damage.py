@@ -66,3 +66,12 @@ def test_the_same_command_ends_where_it_would_have(tree, text, trained, tmp_path
     assert done.err.count("note: ") == 1 and "an earlier checkpoint is used" in done.err
     assert same_bits(arrays(run, 12), arrays(trained[1], 12))
     assert read_lines(run) == read_lines(trained[1])
+
+
+def test_overwriting_a_checkpoint_that_is_a_link_leaves_what_it_points_to(finished, tmp_path):
+    place = finished / "checkpoints" / "8"
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    resume.remove_run(finished)
+    assert not place.exists() and (tmp_path / "elsewhere").is_dir()
+    assert checkpoint.steps(finished) == []

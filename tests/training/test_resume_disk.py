@@ -9,6 +9,8 @@ import pytest
 from programs import TINY, arrays, call, program, read_lines, same_bits, snapshot
 
 from gpt import checkpoint
+from gpt.presets import PRESETS
+from gpt.training import saving, step
 from gpt.training.runlog import RunLog
 
 
@@ -160,3 +162,22 @@ def test_a_folder_that_cannot_be_written_is_refused_in_a_sentence(text, trained,
         assert f"error: --out {out} cannot be used" in done.err
         assert "not a folder that you may write to" in done.err
     assert snapshot(disk) == before
+
+
+def test_after_a_save_that_failed_the_next_one_is_tried_and_waited_for(monkeypatch):
+    """The disk may have room again: the work since then is not thrown away."""
+    told, saved = [], []
+
+    class Full:
+        failed = False
+
+        def wait(self):
+            self.failed = True
+            raise checkpoint.Unsaved("the checkpoint of step 10 could not be saved")
+
+        def save(self, step, trees, about, *, loss, wait):
+            saved.append((step, wait))
+
+    monkeypatch.setattr(step, "stored", lambda state: {})
+    saving.save(Full(), PRESETS["tiny"], 20, None, {}, None, False, told.append)
+    assert saved == [(20, True)] and "step 10 could not be saved" in told[0]

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import os
+import sys
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -175,6 +177,30 @@ def test_a_terminal_has_a_bar_and_evaluations_above_it(tmp_path):
     run(tmp_path / "m", console=console)
     assert "40/40" in said(console) and "\x1b" in said(console)
     assert "tokens/s" in said(console) and "validation loss 3.2500" in said(console)
+
+
+def gone():
+    """The writing end of a pipe whose reader has left."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    return os.fdopen(theirs, "w", buffering=1)
+
+
+def full():
+    """A file on a disk without room."""
+    return open("/dev/full", "w", buffering=1)  # noqa: SIM115 - until the end of the process
+
+
+@pytest.mark.parametrize("stream", [gone, full])
+def test_a_run_goes_on_when_nobody_can_hear_it(stream, tmp_path, monkeypatch):
+    """A terminal that is gone, a full disk under the log: metrics are kept all the same."""
+    monkeypatch.setattr(sys, "stderr", stream())
+    console = runlog.make_console(quiet=False)
+    with RunLog(tmp_path / "metrics.jsonl", 0, CONFIG, console) as log:
+        log.log_eval(1, 1.0, 2.0)
+        log.log_eval(2, 1.0, 2.0)
+    sys.stderr.close()  # as at the end of the process
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 @pytest.mark.parametrize(
