@@ -214,7 +214,7 @@ def encoding(
     require(not lacking, f"the tokenizer has no token for the byte {lacking[:1]}")
     pairs = [(unspelled(a), unspelled(b)) for a, b in found.merges]
     bpe.require_same(pairs, ranks, found.whole)
-    special = tokenizers.with_unused(found.added, len(ranks), n_vocab)
+    special = tokenizers.with_unused(found.added, ranks.values(), n_vocab)
     tokens = sorted(ranks, key=ranks.__getitem__)
     end = added.choose_end(folder, config, found.added, tell)
     return tokenizers.build("imported", found.pattern, tokens, special, end=end, form=found.form)

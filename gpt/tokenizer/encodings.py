@@ -175,12 +175,10 @@ def byte_level(
     )
 
 
-def with_unused(special: dict[str, int], n_ordinary: int, n_vocab: int) -> dict[str, int]:
+def with_unused(special: dict[str, int], ordinary: Iterable[int], n_vocab: int) -> dict[str, int]:
     """Special tokens with names for the ids that nothing has, below `n_vocab`."""
-    unused = n_vocab - n_ordinary - len(special)
-    require(unused >= 0, f"there are more tokens than the {n_vocab:,} ids of the vocabulary")
-    taken = set(special.values())
-    free = [i for i in range(n_vocab - 1, -1, -1) if i not in taken][:unused]
+    taken = {*special.values(), *ordinary}
+    free = (i for i in range(n_vocab) if i not in taken)
     return special | {f"<|unused_{i}|>": i for i in free}
 
 
@@ -226,7 +224,7 @@ def openai_encoding(name: str) -> ByteLevelTokenizer:
         tiktoken.load.read_file = tiktokens_own
     ranks = sorted(parts["mergeable_ranks"], key=parts["mergeable_ranks"].__getitem__)
     special = parts["special_tokens"]
-    special = with_unused(special, len(ranks), max(special.values()) + 1)
+    special = with_unused(special, parts["mergeable_ranks"].values(), max(special.values()) + 1)
     return byte_level(name, parts["pat_str"], ranks, special)
 
 

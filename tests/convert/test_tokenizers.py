@@ -70,6 +70,18 @@ def test_ids_are_those_of_the_list_of_pairs(first, merges, tmp_path):
     assert all(found.decode_bytes([i]) for i in range(400)), "an id that decodes to nothing"
 
 
+def test_an_id_that_nothing_has_moves_no_other(merges, tmp_path):
+    """A hole in the middle, as where a token was taken out of a vocabulary."""
+    values = tokenizer_json(merges, {END: 340})
+    vocab = {t: i + (i >= 40) for t, i in values["model"]["vocab"].items() if t != END}
+    values["model"]["vocab"] = vocab
+    found, _ = read(write_tokenizer(tmp_path, values))
+    ids = {bpe.unspell(t): i for t, i in vocab.items()}
+    text = "the cat 今天 (1)"
+    assert found.encode_ordinary(text) == plainly(text, merges, ids)
+    assert found.decode([40]) == "<|unused_40|>"
+
+
 CUTS = {
     "llama 3": [{"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated"}],
     "digits alone": [{"type": "Digits", "individual_digits": True}],
