@@ -210,14 +210,26 @@ def encoding(
         f"the tokenizer has the id {max(everything)}, the model's vocabulary only {n_vocab:,}",
     )
     added.require_clear(found.added)
-    lacking = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    require(not lacking, f"the tokenizer has no token for the byte {lacking[:1]}")
+    tell_lacking(ranks, tell)
     pairs = [(unspelled(a), unspelled(b)) for a, b in found.merges]
     bpe.require_same(pairs, ranks, found.whole)
     special = tokenizers.with_unused(found.added, ranks.values(), n_vocab)
     tokens = sorted(ranks, key=ranks.__getitem__)
     end = added.choose_end(folder, config, found.added, tell)
     return tokenizers.build("imported", found.pattern, tokens, special, end=end, form=found.form)
+
+
+def tell_lacking(ranks: dict[bytes, int], tell: Callable[[str], None]) -> None:
+    """Say which bytes have no token; UserError if a longer token is made of one."""
+    lacking = b"".join(tokenizers.lacking_bytes(ranks))
+    holding = [token for token in ranks if set(lacking) & set(token)]
+    require(
+        not holding,
+        f"the token {bpe.spell(min(holding or [b'']))!r} holds a byte that has no token itself",
+    )
+    if lacking:
+        named = lacking.hex(" ")
+        tell(f"the tokenizer has no token for the bytes {named}: a text with one is refused")
 
 
 def unspelled(text: str) -> bytes:

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import rustbpe
 import tiktoken
@@ -40,12 +40,18 @@ class ByteLevelTokenizer(tiktoken.Encoding):
     """A tiktoken encoding that also survives very long runs of white space.
 
     `end`: the special token that ends a text. `form`: the Unicode normal form into which text is
-    brought before it is encoded, None for none.
+    brought before it is encoded, None for none. `complete`: itself; where bytes have no token, the
+    same with ids for them beyond the vocabulary's, as tiktoken's BPE must be able to start from
+    every byte. Those ids never leave this class: a text that needs one is refused.
     """
 
     def __init__(self, name: str, *, end: str = END_OF_TEXT, form: str | None = None, **parts):
         super().__init__(name, **parts)
-        self.end, self.form = end, form
+        self.end, self.form, self.complete = end, form, self
+        if lacking := lacking_bytes(parts["mergeable_ranks"]):
+            beyond = {byte: self.n_vocab + i for i, byte in enumerate(lacking)}
+            parts["mergeable_ranks"] = parts["mergeable_ranks"] | beyond
+            self.complete = ByteLevelTokenizer(name, end=end, form=form, **parts)
 
     @property
     def eot_token(self) -> int:
@@ -57,13 +63,21 @@ class ByteLevelTokenizer(tiktoken.Encoding):
         return text if self.form is None else unicodedata.normalize(self.form, text)
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of `text`, never a special one; a lone surrogate becomes U+FFFD."""
+        """Ids of `text`, never a special one; a lone surrogate becomes U+FFFD.
+
+        UserError names a character that has a byte without a token.
+        """
+        if self.complete is not self:
+            return self.within(self.complete.encode_ordinary(text))
         encode = super().encode_ordinary
         return [token for part in cut_long_blanks(self.normalised(text)) for token in encode(part)]
 
     def encode(self, text: str, *, allowed_special=frozenset(), **options) -> list[int]:
         """As tiktoken's: special tokens that are allowed are found in `text` before it is brought
         into its normal form."""
+        if self.complete is not self:
+            options["allowed_special"] = allowed_special
+            return self.within(self.complete.encode(text, **options))
         encode = functools.partial(super().encode, allowed_special=allowed_special, **options)
         names = self.special_tokens_set if allowed_special == "all" else allowed_special
         if self.form is None or not names:
@@ -74,6 +88,22 @@ class ByteLevelTokenizer(tiktoken.Encoding):
             for i, part in enumerate(parts)
             for token in encode(part if i % 2 else self.normalised(part))
         ]
+
+    def within(self, ids: list[int]) -> list[int]:
+        """`ids` of the complete tokenizer; UserError if one is beyond this one's vocabulary.
+
+        Nothing is left out instead: the neighbours of what is gone might join.
+        """
+        beyond = next((i for i in ids if i >= self.n_vocab), None)
+        if beyond is not None:
+            byte = self.complete.decode_bytes([beyond])
+            text = self.complete.decode([i for i in ids if i not in self._special_token_values])
+            character = next(c for c in text if byte in c.encode())
+            raise UserError(
+                f"the tokenizer has no token for the byte {byte.hex()} of the character "
+                f"{character!r}: leave that character out"
+            )
+        return ids
 
 
 class CharTokenizer:
@@ -173,6 +203,11 @@ def byte_level(
         special_tokens=special,
         **ending,
     )
+
+
+def lacking_bytes(tokens: Collection[bytes]) -> list[bytes]:
+    """The single bytes that are not among `tokens`."""
+    return [bytes([byte]) for byte in range(256) if bytes([byte]) not in tokens]
 
 
 def with_unused(special: dict[str, int], ordinary: Iterable[int], n_vocab: int) -> dict[str, int]:

@@ -23,6 +23,7 @@ from gpt.tokenizer.encodings import (
     IdTokenizer,
     Tokenizer,
     byte_level,
+    lacking_bytes,
     without_lone_surrogates,
 )
 
@@ -128,7 +129,8 @@ def build(
     """A byte-level tokenizer from a file's contents, refused unless it keeps every text."""
     distinct = set(tokens)
     check(len(distinct) == len(tokens) and b"" not in distinct, "a token is empty or there twice")
-    check({bytes([byte]) for byte in range(256)} <= distinct, "a single byte has no token")
+    lacking = b"".join(lacking_bytes(distinct))
+    check(not any(set(lacking) & set(t) for t in tokens), "a token holds a byte that has no token")
     check(all(type(i) is int for i in special.values()), "a special token's id is no integer")
     n_ids, ids = len(tokens) + len(special), set(special.values())
     check(
@@ -140,7 +142,7 @@ def build(
     try:
         tokenizer = byte_level(name, pattern, tokens, special, end=end, form=form)
         text = tokenizer.normalised(wild_text())
-        kept = encode_in_time(tokenizer, wild_text()) == text.encode()
+        kept = encode_in_time(tokenizer.complete, wild_text()) == text.encode()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in tiktoken's Rust is no Exception
@@ -227,4 +229,5 @@ def from_ranks(name: str, text: str) -> Tokenizer:
     in_order = [int(rank) for _, rank in entries] == list(range(len(entries)))
     check(in_order, "its ranks are not 0, 1, 2, ...")
     tokens = [read_token(token) for token, _ in entries]
+    check(not lacking_bytes(tokens), "a single byte has no token")
     return build(name, GPT4_PATTERN, tokens, {END_OF_TEXT: len(tokens)})

@@ -224,9 +224,9 @@ REFUSED = {  # what is done to a good tokenizer, and why it has no counterpart t
     "a pair without an id": (lambda good: pairs(good, lambda old: [*old, "z z"]), "has no id"),
     "a pair twice": (lambda good: pairs(good, lambda old: old * 2), "a pair twice"),
     "no pairs": (lambda good: pairs(good, lambda old: ["a b c"]), "no pairs"),
-    "a byte is missing": (
-        lambda good: model(good, vocab=without(good["model"]["vocab"], "!")),
-        "byte",
+    "a byte of a longer token is missing": (
+        lambda good: model(good, vocab=without(good["model"]["vocab"], "h")),
+        "holds a byte that has no token itself",
     ),
     "an id twice": (lambda good: words(good, **{"!": 5}), "an id twice"),
     "no bytes": (lambda good: words(good, 今=337), "spelled in bytes"),
@@ -241,6 +241,42 @@ def test_what_has_no_counterpart_is_refused_with_the_reason(case, merges, tmp_pa
     with pytest.raises(UserError, match=regex.escape(reason)) as caught:
         read(write_tokenizer(tmp_path, values), eos=336)
     assert str(caught.value).endswith(tokenizers_in.IDS_ONLY)
+
+
+def test_bytes_without_a_token(merges, tmp_path):
+    """As in SmolLM2, whose text had no such bytes: a text with one is refused, others are not."""
+    values = tokenizer_json(merges, {"<!>": 336, END: 337})
+    ids = {bpe.unspell(t): i for t, i in values["model"]["vocab"].items()}
+    values["model"]["vocab"] = {
+        t: i
+        for t, i in values["model"]["vocab"].items()
+        if bpe.unspell(t) not in (b"!", b"\xc0", b"\xf0")
+    }
+    found, told = read(write_tokenizer(tmp_path, values), eos=337)
+    assert "no token for the bytes 21 c0 f0" in told[0]
+    tokenizers_out.write(found, tmp_path, 64)
+    back, _ = read(tmp_path, eos=337)
+    again = tokenizers.from_json(json.loads(json.dumps(tokenizers.to_json(found))))
+    assert tokenizers.digest(found) == tokenizers.digest(back) == tokenizers.digest(again)
+    for one in (found, again):
+        assert one.n_vocab == 400 and one.encode("<!>", allowed_special="all") == [336]
+        with pytest.raises(KeyError):
+            one.decode([400])
+        with pytest.raises(UserError, match="byte f0 of the character '🙂'"):
+            one.encode("<!>🙂", allowed_special={"<!>"})
+        with pytest.raises(UserError, match="byte 21 of the character '!'"):
+            one.encode_ordinary_batch(["the", "the cat!"])
+
+    @given(WILD)
+    def check(text):
+        if {0x21, 0xC0, 0xF0} & set(text.encode()):
+            with pytest.raises(UserError, match=r"no token for the byte (21|f0)"):
+                again.encode_ordinary(text)
+        else:
+            assert again.encode_ordinary(text) == plainly(text, merges, ids)
+            assert again.decode(again.encode_ordinary(text)) == text
+
+    check()
 
 
 def test_a_list_of_pairs_that_differs_on_some_text_is_seen():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gpt import tokenizer as tokenizers_of_ours
 from gpt.convert import tokenizers_in, tokenizers_out
+from gpt.errors import UserError
 
 pytestmark = pytest.mark.parity
 pytest.importorskip("torch")
@@ -117,6 +118,32 @@ def test_the_same_ids_for_any_text(pair):
     @example("a  1  b   \n 22")
     def check(text):
         assert ours.encode(text, allowed_special="all") == theirs.encode(text).ids
+
+    check()
+
+
+def test_the_same_ids_where_bytes_have_no_token(tmp_path):
+    """As in SmolLM2: theirs leaves such bytes out, ours refuses the text."""
+    theirs = tokenizers.Tokenizer(models.BPE())
+    theirs.pre_tokenizer, theirs.decoder = FORMS["smollm2"][0], decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=[END], show_progress=False)
+    theirs.train_from_iterator(corpus(), trainer)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    config = {"model_type": "llama", "eos_token_id": 0}
+    ours = tokenizers_in.read(tmp_path, config, 1000, False, str)
+    (tmp_path / "out").mkdir()
+    tokenizers_out.write(ours, tmp_path / "out", 64)
+    back = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert back.get_vocab() == theirs.get_vocab()
+
+    @given(WILD)
+    def check(text):
+        try:
+            ids = ours.encode(text, allowed_special="all")
+        except UserError:
+            assert theirs.decode(theirs.encode(text).ids, skip_special_tokens=False) != text
+            return
+        assert ids == theirs.encode(text).ids == back.encode(text, add_special_tokens=False)
 
     check()
 

@@ -178,6 +178,9 @@ FORGED = {  # with a digest that is right
     "pattern that drops a letter": encodings.byte_level("x", r"[^\u07d0]+", BYTES),
     "pattern that drops spaces": encodings.byte_level("x", r"\S+|\n", BYTES),
     "pattern that drops spaces at the end": encodings.byte_level("x", r"\s*\S+", BYTES),
+    "a byte of a longer token is missing": encodings.byte_level(
+        "x", r"[\s\S]", [*BYTES[1:], b"\0a"]
+    ),
     "special id far away": encodings.byte_level("x", r"[\s\S]", BYTES, {"<|endoftext|>": 10**6}),
     "no end-of-text": encodings.byte_level("x", r"[\s\S]", BYTES, {"<|end|>": 256}),
 }
@@ -185,7 +188,7 @@ FORGED = {  # with a digest that is right
 
 @pytest.mark.parametrize("forged", FORGED.values(), ids=FORGED)
 def test_a_right_digest_does_not_save_a_wrong_tokenizer(forged):
-    with pytest.raises(UserError, match=r"survive|special ids|lacks"):
+    with pytest.raises(UserError, match=r"survive|special ids|lacks|holds a byte"):
         tokenizer.from_json(tokenizer.to_json(forged))
 
 
@@ -231,6 +234,9 @@ def test_a_rank_file_is_read(tmp_path):
     path = tmp_path / "mine.tiktoken"
     path.write_text("".join(f"{token} {rank}\n" for rank, token in enumerate(ranks)))
     assert tokenizer.digest(tokenizer.load(path)) == tokenizer.digest(KINDS[1])
+    path.write_text("".join(f"{token} {rank}\n" for rank, token in enumerate(ranks[1:])))
+    with pytest.raises(UserError, match="a single byte has no token"):
+        tokenizer.load(path)
     path.write_text("".join(f"{token} {2 * rank}\n" for rank, token in enumerate(ranks)))
     with pytest.raises(UserError, match="ranks are not 0, 1, 2"):
         tokenizer.load(path)
