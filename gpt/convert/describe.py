@@ -78,7 +78,8 @@ def kind_of_llama(c: ModelConfig) -> str:
     """Which of the forms has just these parts."""
     if c.qk_norm:
         return "qwen3"
-    plain = not c.biased("out") and not c.biased("mlp") and c.d_head is None
+    plain_heads = c.head_width * c.n_heads == c.d_model
+    plain = not c.biased("out") and not c.biased("mlp") and plain_heads
     return "qwen2" if c.biased("qkv") and plain else "llama"
 
 

@@ -94,6 +94,9 @@ OURS = {
     "llama, output biases alone": dataclasses.replace(MODERN, out_bias=True, d_head=6),
     "llama 3": dataclasses.replace(MODERN, rope_factor=4.0, rope_context=16),
     "qwen2": dataclasses.replace(MODERN, qkv_bias=True),
+    "qwen2, its width of heads told": dataclasses.replace(
+        MODERN, qkv_bias=True, d_head=MODERN.head_width
+    ),
     "qwen3": dataclasses.replace(MODERN, qk_norm=True, d_head=10),
     "qwen3, query biases": dataclasses.replace(MODERN, qk_norm=True, qkv_bias=True),
 }
@@ -108,6 +111,7 @@ def test_the_function_that_goes_out_is_ours(name, tmp_path):
     assert (done.code, done.out) == (0, ""), done.err
     c = json.loads((tmp_path / "out/config.json").read_text())
     assert c["eos_token_id"] == 256 and c["architectures"][0] in done.err
+    assert c["model_type"] == name.split()[0].rstrip(",")
     ids = IDS % 257
     c["activation_function"] = {"gelu_new": "gelu_new"}.get(c.get("activation_function"), "relu2")
     exact = standins.logits(c, load_file(tmp_path / "out/model.safetensors"), ids)
