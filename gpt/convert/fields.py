@@ -31,7 +31,7 @@ HARMLESS = re.compile(
     "n_ctx|n_special|predict_special_tokens|reorder_and_upcast_attn|max_window_layers|"
     "_?attn_implementation.*|do_sample|temperature|top_[kp]|(max|min)_(new_)?(length|tokens)|"
     "num_beams|num_return_sequences|repetition_penalty|length_penalty|finetuning_task|"
-    "use_bfloat16|tokenizer_class|prefix|keys_to_ignore_at_inference|unsloth_version"
+    "use_bfloat16|tokenizer_class|prefix|keys_to_ignore_at_inference|unsloth_(version|fixed)"
 )
 # What must be off, or absent: the architecture has it, ours has not.
 OFF = ("add_cross_attention", "is_encoder_decoder", "tie_encoder_decoder", "use_mrope")
@@ -135,7 +135,9 @@ def read_llama(f: Fields, kind: str) -> dict[str, Any]:
     n_heads, context = f.take("num_attention_heads", int), f.take("max_position_embeddings", int)
     f.expect("hidden_act", "silu")
     read_window(f, kind, context)
-    attention = f.take("attention_bias", bool, False) if kind in ("llama", "qwen3") else False
+    if kind not in ("llama", "qwen3"):  # biases are settled there, whatever is written
+        f.expect("attention_bias", False)
+    attention = f.take("attention_bias", bool, False)
     default_width = 128 if kind == "qwen3" else None  # transformers' own
     return read_rope(f) | {
         "vocab_size": f.take("vocab_size", int),

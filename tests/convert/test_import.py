@@ -13,7 +13,7 @@ from samples import objects
 
 import gpt
 from gpt import checkpoint
-from gpt.convert import incoming, outgoing
+from gpt.convert import fields, incoming, outgoing
 from gpt.errors import UserError
 from gpt.model import transformer
 from gpt.sampling import engine
@@ -137,6 +137,8 @@ def test_a_tied_head_may_be_stored_beside_the_table(tmp_path):
         ("llama", {"new_trick": 0.5}, "'new_trick' is 0.5"),
         ("mistral", {"sliding_window": 32}, "sliding_window is 32"),
         ("mistral", {"num_key_value_heads": None}, "num_key_value_heads"),
+        ("mistral", {"attention_bias": True}, "attention_bias is True"),
+        ("qwen2", {"attention_bias": True}, "attention_bias is True"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window is 8"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ],
@@ -148,6 +150,13 @@ def test_what_is_not_known_is_refused_by_name(kind, fields, named, tmp_path):
     assert (done.code, done.out) == (2, "") and done.err.startswith("error: ")
     assert named in done.err and done.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+def test_fields_that_change_nothing_are_passed_over(kind):
+    c = standins.KINDS[kind]
+    more = {"attention_bias": False, "unsloth_fixed": True, "unsloth_version": "2026.1"}
+    assert fields.read_config(c | more) == fields.read_config(c)
 
 
 def test_tensors_that_are_missing_left_over_or_of_another_shape_are_listed(tmp_path):
