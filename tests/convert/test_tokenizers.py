@@ -70,18 +70,6 @@ def test_ids_are_those_of_the_list_of_pairs(first, merges, tmp_path):
     assert all(found.decode_bytes([i]) for i in range(400)), "an id that decodes to nothing"
 
 
-def test_an_id_that_nothing_has_moves_no_other(merges, tmp_path):
-    """A hole in the middle, as where a token was taken out of a vocabulary."""
-    values = tokenizer_json(merges, {END: 340})
-    vocab = {t: i + (i >= 40) for t, i in values["model"]["vocab"].items() if t != END}
-    values["model"]["vocab"] = vocab
-    found, _ = read(write_tokenizer(tmp_path, values))
-    ids = {bpe.unspell(t): i for t, i in vocab.items()}
-    text = "the cat 今天 (1)"
-    assert found.encode_ordinary(text) == plainly(text, merges, ids)
-    assert found.decode([40]) == "<|unused_40|>"
-
-
 CUTS = {
     "llama 3": [{"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated"}],
     "digits alone": [{"type": "Digits", "individual_digits": True}],
@@ -241,42 +229,6 @@ def test_what_has_no_counterpart_is_refused_with_the_reason(case, merges, tmp_pa
     with pytest.raises(UserError, match=regex.escape(reason)) as caught:
         read(write_tokenizer(tmp_path, values), eos=336)
     assert str(caught.value).endswith(tokenizers_in.IDS_ONLY)
-
-
-def test_bytes_without_a_token(merges, tmp_path):
-    """As in SmolLM2, whose text had no such bytes: a text with one is refused, others are not."""
-    values = tokenizer_json(merges, {"<!>": 336, END: 337})
-    ids = {bpe.unspell(t): i for t, i in values["model"]["vocab"].items()}
-    values["model"]["vocab"] = {
-        t: i
-        for t, i in values["model"]["vocab"].items()
-        if bpe.unspell(t) not in (b"!", b"\xc0", b"\xf0")
-    }
-    found, told = read(write_tokenizer(tmp_path, values), eos=337)
-    assert "no token for the bytes 21 c0 f0" in told[0]
-    tokenizers_out.write(found, tmp_path, 64)
-    back, _ = read(tmp_path, eos=337)
-    again = tokenizers.from_json(json.loads(json.dumps(tokenizers.to_json(found))))
-    assert tokenizers.digest(found) == tokenizers.digest(back) == tokenizers.digest(again)
-    for one in (found, again):
-        assert one.n_vocab == 400 and one.encode("<!>", allowed_special="all") == [336]
-        with pytest.raises(KeyError):
-            one.decode([400])
-        with pytest.raises(UserError, match="byte f0 of the character '🙂'"):
-            one.encode("<!>🙂", allowed_special={"<!>"})
-        with pytest.raises(UserError, match="byte 21 of the character '!'"):
-            one.encode_ordinary_batch(["the", "the cat!"])
-
-    @given(WILD)
-    def check(text):
-        if {0x21, 0xC0, 0xF0} & set(text.encode()):
-            with pytest.raises(UserError, match=r"no token for the byte (21|f0)"):
-                again.encode_ordinary(text)
-        else:
-            assert again.encode_ordinary(text) == plainly(text, merges, ids)
-            assert again.decode(again.encode_ordinary(text)) == text
-
-    check()
 
 
 def test_a_list_of_pairs_that_differs_on_some_text_is_seen():
