@@ -21,11 +21,13 @@ QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CLASS = r"\[\^?(?:\\[sSrntpP](?:\{\w+\})?|\\[^\w\s]|[^\]\[\\&])+\]"
-ALIKE = re.compile(
-    rf"(?:{CLASS}|\\[pP]\{{\w+\}}|\\[sSrntz]|\\[^\w\s]|\(\?(?:i?:|[=!])|[()|]"
-    r"|(?<=[^(|])(?:[?*+](?:\+|\?)?|\{\d+(?:,\d*)?\}(?!\+))|[^\\\[\]{}()|?*+.^$])*"
-)
+CLASS = r"\[\^?(?:\\[sSrntpP](?:\{\w+\})?+|\\[^\w\s]|[^\]\[\\&])+\]"
+ONE = rf"(?:{CLASS}|\\[pP]\{{\w+\}}|\\[sSrntz]|\\[^\w\s]|[^\\\[\]{{}}()|?*+.^$])"
+REPEATED = r"(?:[?*+](?:\+|\?)?|\{\d+(?:,\d*)?\}(?!\+))?"
+# A group is there once or not at all: one that repeats may be tried in more ways than can be waited
+# for, and no tokenizer that we know has one.
+GROUP = r"\(\?(?:i?:|[=!])|[(|]|\)(?:\?[+?]?)?"
+ALIKE = re.compile(rf"(?:{ONE}{REPEATED}|{GROUP})*")
 PROBE = "a 1.\n今'S  \t\r\n"
 COUNTED = re.compile(r"(\{\d+,\d+\})\+(?=\||$)")
 
@@ -40,7 +42,8 @@ def require_alike(pattern: str) -> str:
     """`pattern`; UserError unless both engines read it alike."""
     require(
         len(pattern) <= 2000 and ALIKE.fullmatch(pattern) is not None,
-        f"the tokenizer's pattern {brief(pattern)} uses what two engines may read differently",
+        f"the tokenizer's pattern {brief(pattern)} uses what two engines may read differently, "
+        "or repeats a group",
     )
     return pattern
 
@@ -99,13 +102,18 @@ def read_split(step: dict[str, Any]) -> str:
 
 
 def fits_nothing(pattern: str) -> bool:
-    """Whether `pattern` finds empty pieces, at which tiktoken breaks; UserError if it is none."""
+    """Whether `pattern` finds empty pieces, at which tiktoken breaks; UserError if it finds none or
+    has too many ways to try."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"": 256}
     try:
         probe = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    except ValueError as error:
-        raise UserError(f"the tokenizer's pattern {brief(pattern)} is none: {error}") from None
-    return 256 in probe.encode_ordinary(PROBE)
+        return 256 in probe.encode_ordinary(PROBE)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in tiktoken's Rust is no Exception
+        raise UserError(
+            f"the tokenizer's pattern {brief(pattern)} does not work: {error}"
+        ) from None
 
 
 def write_pattern(pattern: str) -> dict[str, Any]:

@@ -189,7 +189,21 @@ REFUSED = {  # what is done to a good tokenizer, and why it has no counterpart t
         lambda good: split(good, regex="a|"),
         "where there is no character",
     ),
-    "a pattern that is none": (lambda good: split(good, regex="(a"), "is none"),
+    "a pattern that is none": (lambda good: split(good, regex="(a"), "does not work"),
+    "a pattern that repeats a choice": (
+        lambda good: split(good, regex=rf"(?:{'|'.join(['[^x]'] * 10)})+(?=x)|\s|\S"),
+        "repeats a group",
+    ),
+    "a repeated repetition": (
+        lambda good: split(good, regex=r"(?:(?:a|a)+)+(?=x)|\s|\S"),
+        "a group",
+    ),
+    "a counted group": (lambda good: split(good, regex=r"\\(?:a|a){2,9}(?=x)|\s|\S"), "a group"),
+    "a pattern of many doubts": (
+        lambda good: split(good, regex="[^x]?" * 30 + r"(?=x)|\s|\S"),
+        "does not work",
+    ),
+    "a set that never ends": (lambda good: split(good, regex="[" + r"\p{L}" * 300), "two engines"),
     "another decoder": (
         lambda good: good | {"decoder": {"type": "WordPiece"}},
         "decoder is 'WordPiece'",
