@@ -16,6 +16,7 @@ import tiktoken.load
 from tiktoken_ext import openai_public
 
 from gpt.errors import UserError, require
+from gpt.tokenizer import panics
 
 END_OF_TEXT = "<|endoftext|>"
 BYTE_PATTERN = r"[\s\S]{1,32}"  # any 32 characters: nothing is ever merged, short is fast
@@ -62,6 +63,7 @@ class ByteLevelTokenizer(tiktoken.Encoding):
         """`text` as it is encoded."""
         return text if self.form is None else unicodedata.normalize(self.form, text)
 
+    @panics.told()
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of `text`, never a special one; a lone surrogate becomes U+FFFD.
 

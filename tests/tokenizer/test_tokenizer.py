@@ -192,6 +192,14 @@ def test_a_right_digest_does_not_save_a_wrong_tokenizer(forged):
         tokenizer.from_json(tokenizer.to_json(forged))
 
 
+def test_a_text_at_which_a_pattern_backtracks_is_refused():
+    """Rust panics there, and a panic is no Exception."""
+    made = tokenizer.build("x", "b?" * 25 + r"b(?=x)|\s|\S", BYTES, {"<|endoftext|>": 256})
+    with pytest.raises(UserError, match="cannot cut this text into pieces"):
+        made.encode_ordinary("b" * 45)
+    assert made.decode(made.encode_ordinary("bb x")) == "bb x"
+
+
 def test_each_reason_for_refusal_is_its_own():
     """Not all refused for their digest alone: the checks before it see most of them."""
     reasons = set()
