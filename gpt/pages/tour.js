@@ -194,7 +194,7 @@ function strip(values, most) {
   canvas.getContext("2d").putImageData(image, 0, 0);
   return canvas;
 }
-const largest = (...lists) => Math.max(1e-6, ...lists.flat().map(Math.abs));
+const largest = (...lists) => lists.flat().reduce((most, x) => Math.max(most, Math.abs(x)), 1e-6);
 
 function showScores() {
   const { layer, head, token } = picked, kvHead = Math.floor(head / data.groups);

@@ -107,6 +107,14 @@ def test_the_tour_is_walked_by_keys_alone(tab, small_tour):
     assert tab.text("#cell") != before
 
 
+def test_a_head_of_many_numbers_is_shown(tab, tmp_path):
+    """More of them than a script can hand to one call."""
+    journey, model = made_up_journey(1, 1, 8192, T=20, n_new=1)
+    page.write(tmp_path / "t.html", tour.build(journey, model, SOURCE, Settings()))
+    tab.open(tmp_path / "t.html")
+    assert tab.ask("document.querySelectorAll('#scores tbody tr').length") == 20
+
+
 @pytest.mark.slow
 def test_large_pages_open_quickly(tab, tmp_path):
     """The report of 100,000 steps, and the largest tour that is promised: the best of three, since
