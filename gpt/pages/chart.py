@@ -4,6 +4,7 @@ The SVG is stretched to its frame, the strokes are not; labels are text beside i
 needs no script: the script only reads values off.
 """
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from gpt.pages.page import escape
 
 SIZE = 10_000  # units of the viewBox on either side: whole numbers are fine enough
 COLOURS = ("#2563b0", "#c2570c", "#2c8a4b", "#8a3fb3", "#b3892b", "#0f8a8a", "#c22a6b", "#5b6470")
+WIDE_FONTS = ("Noto Sans", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "Noto Sans CJK JP")
 
 
 def colour(run: int) -> str:
@@ -106,16 +108,33 @@ def readable(panel: Panel, names: list[str]) -> dict:
 
 def save_picture(panel: Panel, names: list[str], folder: Path) -> Path:
     """The panel as a PNG in `folder`; its path."""
-    from matplotlib.figure import Figure  # half a second that only this needs
+    import matplotlib  # half a second that only this needs
+    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    place = folder / f"{panel.name}.png"
+    with matplotlib.rc_context({"font.family": fonts()}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph ")  # a letter that no font here has is a box
+        figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+        plot(panel, names, figure.subplots())
+        figure.savefig(place)
+    return place
+
+
+def fonts() -> list[str]:
+    """Those of a PNG's text: the first that has a letter gives it. Only what is on this machine,
+    since matplotlib warns of any other."""
+    from matplotlib.font_manager import get_font_names
+
+    there = get_font_names()
+    return ["DejaVu Sans", *(name for name in WIDE_FONTS if name in there)]
+
+
+def plot(panel: Panel, names: list[str], axes) -> None:
+    """The panel on matplotlib's `axes`."""
     looks = {"raw": {"alpha": 0.3, "linewidth": 0.8}, "held": {"linestyle": "--"}, "curve": {}}
     for curve in panel.curves:
         look = {"linewidth": 1.7, "color": COLOURS[curve.run % len(COLOURS)]} | looks[curve.kind]
-        # As it is: no formula, and shown though it may begin with an underscore.
-        label = f" {names[curve.run]} {curve.label}".replace("$", r"\$")
-        label = None if curve.kind == "raw" else label
+        label = None if curve.kind == "raw" else say(names[curve.run], curve.label)
         dots = {"marker": "o", "markersize": 4} if len(curve.steps) <= 100 else {}
         dots = dots if curve.kind == "held" or len(curve.steps) == 1 else {}
         axes.plot(curve.steps, curve.values, label=label, **look, **dots)
@@ -130,9 +149,13 @@ def save_picture(panel: Panel, names: list[str], folder: Path) -> Path:
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    place = folder / f"{panel.name}.png"
-    figure.savefig(place)
-    return place
+
+
+def say(name: str, label: str) -> str:
+    """A curve in the legend of a PNG. As it is: no formula, and shown though it may begin with an
+    underscore; bytes of a folder's name that are no text are `?`."""
+    text = f" {name} {label}".encode("utf-8", "replace").decode()
+    return text.replace("$", r"\$")
 
 
 def skip_points(panel: Panel) -> tuple[list[int], list[float]]:

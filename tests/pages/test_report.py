@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from programs import TINY, call, read_lines
 
 from gpt import cli, presets
 from gpt.config import TrainConfig, from_json, to_json
-from gpt.pages import curves, runs
+from gpt.pages import chart, curves, runs
 from gpt.pages.report import commands
 from gpt.training.resume import flat
 from gpt.training.runlog import smoothed
@@ -173,10 +174,16 @@ def test_a_long_run_stays_small(tmp_path):
     assert list(steps) == sorted(set(steps)) and (steps[0], steps[-1]) == (1, 100_000)
 
 
-def test_pictures_alone(tmp_path, monkeypatch):
-    """Of a run whose name would be a formula, and hidden."""
+def listen(monkeypatch):
+    """A list that takes the legend of each picture."""
     legends, honest = [], Axes.legend
     monkeypatch.setattr(Axes, "legend", lambda *a, **k: legends.append(honest(*a, **k)))
+    return legends
+
+
+def test_pictures_alone(tmp_path, monkeypatch):
+    """Of a run whose name would be a formula, and hidden."""
+    legends = listen(monkeypatch)
     write_run(tmp_path / "_cost$^$1", restart=50)
     said = report(tmp_path / "_cost$^$1", "--png", tmp_path / "pictures")
     assert legends[0].get_texts()[0].get_text() == r" _cost\$^\$1 training"
@@ -185,6 +192,16 @@ def test_pictures_alone(tmp_path, monkeypatch):
         "loss", "bits", "learning_rate", "grad_norm", "speed", "mfu", "step_seconds")}  # fmt: skip
     assert all((tmp_path / "pictures" / name).read_bytes()[1:4] == b"PNG" for name in names)
     assert said.count(".png\n") == 7
+
+
+def test_a_picture_of_a_run_with_any_name(tmp_path, monkeypatch):
+    """Bytes that are no text, and letters that hardly a font has, without a warning."""
+    legends, curve = listen(monkeypatch), curves.Curve(0, "", np.arange(3), np.arange(3.0))
+    panel = curves.Panel("a", "A", "", [curve])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chart.save_picture(panel, ["今天\ue123\udcff"], tmp_path)
+    assert legends[0].get_texts()[0].get_text() == " 今天\ue123? "
 
 
 @pytest.mark.parametrize(
