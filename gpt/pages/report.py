@@ -4,12 +4,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from gpt.config import to_json
 from gpt.pages import chart
 from gpt.pages.curves import Curve, Panel, evenly, smooth, thin
 from gpt.pages.page import assemble, escape, table
 from gpt.pages.runs import Run, command_of, differences
-from gpt.training.resume import flat
 from gpt.training.runlog import clock
 
 # A picture each: its file's name, title, unit, and the metrics in it with what they are called.
@@ -93,6 +91,8 @@ def summary(runs: Sequence[Run]) -> str:
 
 def progress(run: Run) -> str:
     """How far a run is, and when it was last heard of if that is not the end."""
+    if run.imported:
+        return "imported, not trained here"
     whole = run.config.steps if run.config else None
     if whole and run.last_step >= whole:
         return f"{whole:,}, complete"
@@ -177,9 +177,9 @@ def settings(runs: Sequence[Run]) -> str:
         told = table(head, rows) if rows else "<p>No setting differs.</p>"
         shown += f"<h3>In which the runs differ</h3>{told}"
     for run in runs:
-        if run.config:
-            pairs = flat(to_json(run.config)).items()
-            every = table(["setting", "value"], [[escape(k), spell(v)] for k, v in pairs])
+        if run.settings:
+            pairs = [[escape(name), spell(value)] for name, value in run.settings.items()]
+            every = table(["setting", "value"], pairs)
             shown += (
                 f"<details><summary>All settings of {escape(run.name)}</summary>{every}</details>"
             )

@@ -21,13 +21,14 @@ from gpt.training.runlog import read_metrics
 LARGEST = 1e300
 MOST_SAMPLES = 12
 MOST_CHARACTERS = 2000  # of a sample
+IMPORTED = "it was imported and has not been trained here: its settings are the model's alone"
 DECIDED = {"model.vocab_size", "model.compute_dtype", "model.cache_dtype"}  # by the run itself
 
 
 @dataclass(frozen=True)
 class Run:
     """`records`: the lines of metrics.jsonl. `config`, `about`: of the newest whole checkpoint,
-    None where there is none yet, and `note` says why."""
+    None where there is none yet. `note`: why there is not all that one would expect."""
 
     name: str
     folder: Path
@@ -37,6 +38,18 @@ class Run:
     about: dict[str, Any]
     note: str
     written: datetime | None
+
+    @property
+    def imported(self) -> bool:
+        """Whether its weights came from elsewhere and it was never trained here."""
+        return isinstance(self.about.get("source"), dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its settings by dotted name, as far as they are known: how a model was trained that was
+        imported is not, and what its checkpoint says of it are defaults."""
+        known = flat(to_json(self.config)) if self.config else {}
+        return {k: v for k, v in known.items() if k.startswith("model.") or not self.imported}
 
     @property
     def training(self) -> list[dict[str, Any]]:
@@ -126,7 +139,8 @@ def read_settings(folder: Path) -> tuple[TrainConfig | None, dict[str, Any], str
         _, about, _ = checkpoint.latest_good(
             folder, lambda step: checkpoint.read_metadata(folder, step)
         )
-        return from_json(TrainConfig, about["train"]), about, ""
+        note = IMPORTED if isinstance(about.get("source"), dict) else ""
+        return from_json(TrainConfig, about["train"]), about, note
     except UserError as error:
         return None, {}, f"its settings cannot be read: {error}"
 
@@ -155,10 +169,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """The settings in which the runs differ, a value for each run (None: unknown)."""
-    known = [flat(to_json(run.config)) if run.config else {} for run in runs]
+    known = [run.settings for run in runs]
     found = {}
     for name in flat(to_json(TrainConfig())):
-        values = {repr(settings[name]) for settings in known if settings}
+        values = {repr(settings[name]) for settings in known if name in settings}
         if len(values) > 1:
             found[name] = [settings.get(name) for settings in known]
     return found

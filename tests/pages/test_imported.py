@@ -1,0 +1,31 @@
+"""The pages of a model that was imported, without a tokenizer and without a history."""
+
+import pytest
+import standins
+from programs import call
+
+from gpt.pages import runs
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """A run's folder of a Llama without a tokenizer."""
+    folder = tmp_path_factory.mktemp("imported")
+    source = standins.write(folder / "in", standins.LLAMA)
+    done = call("gpt/convert/__main__", "import", source, folder / "run")
+    assert done.code == 0, done.err
+    return folder / "run"
+
+
+def test_a_report_shows_the_model_and_invents_no_training(imported, tmp_path):
+    assert call("gpt/report", imported, "--out", tmp_path / "a.html").code == 0
+    text = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "imported, not trained here" in text and "its settings are the model" in text
+    assert "<td>model.d_model</td><td>24</td>" in text
+    assert "learning_rate" not in text and "2,000" not in text and "last heard of" not in text
+
+
+def test_beside_a_trained_run_only_models_differ(imported, trained):
+    apart = runs.differences(runs.read_runs([imported, trained[1]]))
+    assert apart["model.d_model"] == [24, 16]
+    assert all(name.startswith("model.") for name in apart)
