@@ -14,7 +14,10 @@ import tyro
 
 from gpt import cli, console
 from gpt.config import Dtype, Weights
+from gpt.errors import require
 from gpt.sampling.settings import Settings
+
+EXAMPLE = "Tom is going to fish at the river bank."
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,11 @@ class Command:
     """A run's folder, as train.py made it."""
     out: Path
     """The HTML file to write."""
-    prompt: str = "Tom is going to fish at the river bank."
-    """Text to take through the model; --prompt=TEXT where it begins with a hyphen."""
+    prompt: str | None = None
+    """Text to take through the model; --prompt=TEXT where it begins with a hyphen (default:
+    "Tom is going to fish at the river bank.")."""
+    prompt_ids: str | None = None
+    """Token ids to take through it instead, spaces between: "1 2 3"."""
     max_new_tokens: int = 8
     """Tokens to draw after it."""
     repetition_penalty: float = 1.0
@@ -47,6 +53,17 @@ class Command:
     """Type of the computation (default: float32 on CPU, bfloat16 on accelerators)."""
     weights: Weights | None = None
     """The average over the run or the last weights (default: the average where one is kept)."""
+
+    def __post_init__(self):
+        both = self.prompt is not None and self.prompt_ids is not None
+        require(not both, "--prompt and --prompt-ids exclude each other: choose one")
+
+    @property
+    def start(self) -> str | list[int]:
+        """The prompt, text or token ids."""
+        if self.prompt_ids is not None:
+            return console.parse_ids("--prompt-ids", self.prompt_ids)
+        return EXAMPLE if self.prompt is None else self.prompt
 
     @property
     def settings(self) -> Settings:
@@ -73,16 +90,30 @@ def main(argv: list[str]) -> None:
     command = cli.parse(Command, argv, program="python -m gpt.tour", description=__doc__)
     with console.as_typed(Settings):
         settings = command.settings
+    start = command.start
     cli.prepare_jax()
     from gpt.pages import page, record, tour
     from gpt.sampling.language_model import load
 
     page.require_place("--out", command.out)
     model = load(command.checkpoint, **command.loading)
-    journey = record.take_tour(model, command.prompt, settings)
+    require_readable(command.checkpoint, model.tokenizer, start)
+    journey = record.take_tour(model, start, settings)
     source = tour.Source(command.checkpoint, command.loading, cli.interpreter())
     page.write(command.out, tour.build(journey, model, source, settings))
     print(f"tour           {command.out} ({command.out.stat().st_size / 1e6:.2f} MB)")
+
+
+def require_readable(run: Path, tokenizer, start: str | list[int]) -> None:
+    """UserError for a prompt that a model without a tokenizer has no ids for."""
+    from gpt.tokenizer import IdTokenizer
+
+    text, nothing = isinstance(start, str) and start, not start and tokenizer.eot_token < 0
+    require(
+        not (isinstance(tokenizer, IdTokenizer) and (text or nothing)),
+        f"{run} came without a tokenizer and cannot read text: expected token ids, as in "
+        '--prompt-ids "1 2 3"',
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from gpt.model.attention import Attend, attend
 from gpt.sampling import draw, engine, generate
 from gpt.sampling.draw import Draw
 from gpt.sampling.settings import Settings
-from gpt.tokenizer import without_lone_surrogates
 
 LENS_TOP = 5  # likeliest tokens kept of each layer's prediction
 MOST_BYTES = 14_000_000  # of recorded numbers, as a page holds them
@@ -60,7 +59,8 @@ class Journey:
     """All of it: a prefill and decode steps, what was drawn after each, the logit lens.
 
     `lens_ids`, `lens_probs` [layers, P, K]: what the residual stream would predict after each
-    layer; `lens_layers` names them, 0 for the embedding.
+    layer; `lens_layers` names them, 0 for the embedding. `by_ids`: the prompt was given as ids,
+    and `prompt` is what they spell.
     """
 
     config: ModelConfig
@@ -71,6 +71,7 @@ class Journey:
     lens_layers: list[int]
     lens_ids: np.ndarray
     lens_probs: np.ndarray
+    by_ids: bool = False
 
     @property
     def read_ids(self) -> list[int]:
@@ -221,15 +222,15 @@ def require_size(config: ModelConfig, n_positions: int) -> None:
     )
 
 
-def take_tour(model, prompt: str, settings: Settings) -> Journey:
-    """Read `prompt`, draw up to `settings.max_new_tokens` after it, and write all of it down.
+def take_tour(model, prompt: generate.Prompt, settings: Settings) -> Journey:
+    """Read `prompt`, text or token ids, draw up to `settings.max_new_tokens` after it, and write
+    all of it down.
 
     `model`: as `gpt.load` returns it, on one device. UserError if it does not fit the context or
     a page, or gives no numbers.
     """
     config, params, eot = model.config, model.params, model.tokenizer.eot_token
-    text = without_lone_surrogates(prompt)
-    ids = model.tokenizer.encode_ordinary(text) or [eot]
+    text, ids, _ = generate.read_prompt(model, prompt)
     room, T = config.context_length, len(ids)
     fits = len(ids) <= room
     require(fits, f"the prompt has {T} tokens: expected at most the model's context of {room}")
@@ -257,7 +258,7 @@ def take_tour(model, prompt: str, settings: Settings) -> Journey:
         readings.append(reading)
     read_ids = [token for reading in readings for token in reading.tokens]
     lens = look_through(config, params, read_ids)
-    return Journey(config, text, ids, readings, drawings, *lens)
+    return Journey(config, text, ids, readings, drawings, *lens, not isinstance(prompt, str))
 
 
 def look_through(config: ModelConfig, params: dict, tokens: Sequence[int]):

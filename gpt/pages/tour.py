@@ -18,6 +18,7 @@ from gpt.pages.page import assemble, escape, pack, table
 from gpt.pages.record import Journey
 from gpt.pages.spelling import Spelled, spell_all
 from gpt.sampling.settings import Settings
+from gpt.sampling.text import split_end
 
 LETTERS = {
     "B": "rows of the batch, here one",
@@ -55,8 +56,9 @@ def build(journey: Journey, model, source: Source, settings: Settings) -> str:
     """The whole page."""
     ids = [*journey.prompt_ids, *(drawing.token for drawing in journey.drawings)]
     spelled = spell_all(ids, model.tokenizer.decode_bytes)
+    prompt = journey.prompt or as_text(model, journey.prompt_ids)
     body = f"""<header>
-<h1>How “{escape(journey.prompt or "<|endoftext|>")}” goes through the model</h1>
+<h1>How “{escape(prompt)}” goes through the model</h1>
 {introduce(journey, model, source, settings)}
 </header>
 <main>
@@ -72,7 +74,7 @@ def build(journey: Journey, model, source: Source, settings: Settings) -> str:
 {lens_section(journey)}
 {regimes.section(journey, spelled, model.tokenizer.decode_bytes)}
 </main>"""
-    title = f"Tour: {journey.prompt[:60]}"
+    title = f"Tour: {prompt[:60]}"
     return assemble(title, body, numbers(journey, spelled, model.tokenizer), "tour.js")
 
 
@@ -80,21 +82,29 @@ def introduce(journey: Journey, model, source: Source, settings: Settings) -> st
     """Which model it is, what it wrote, and the command that writes the same."""
     c, P, name = journey.config, len(journey.read_ids), source.run.name
     written = [drawing.token for drawing in journey.drawings]
-    text = model.tokenizer.decode_bytes(written).decode("utf-8", "replace")
+    _, begun = split_end(model.tokenizer.decode_bytes(journey.prompt_ids))
+    text = as_text(model, written, begun)
     return f"""<p>{escape(name)}, step {model.step:,}: {c.n_layers} layers of {c.n_heads} heads,
 {cost.parameters(c):,} weights. It read the prompt, then wrote:</p>
 <pre>{escape(journey.prompt)}<b>{escape(text)}</b></pre>
 <p class="soft">Every number below is the model’s own, noted while it computed: a recorder stood
 where its attention is called, {len(journey.readings)} times over {P} positions.
-<code>{escape(command_of(source, journey.prompt, settings))}</code> writes the same text.</p>"""
+<code>{escape(command_of(source, journey, settings))}</code> writes the same text.</p>"""
 
 
-def command_of(source: Source, prompt: str, settings: Settings) -> str:
+def as_text(model, ids: list[int], before: bytes = b"") -> str:
+    """What token ids spell, after the first bytes of a character that they complete."""
+    return (before + model.tokenizer.decode_bytes(ids)).decode("utf-8", "replace")
+
+
+def command_of(source: Source, journey: Journey, settings: Settings) -> str:
     """The command of sample.py that draws what the tour drew."""
     words = [source.python, "sample.py", str(source.run)]
     words += [word for name, value in source.loading.items() for word in (f"--{name}", str(value))]
-    words += [f"--prompt={prompt}", "--max-new-tokens"]
-    words += [str(settings.max_new_tokens), "--temperature", repr(settings.temperature)]
+    ids = " ".join(map(str, journey.prompt_ids))
+    words += ["--prompt-ids", ids] if journey.by_ids else [f"--prompt={journey.prompt}"]
+    words += ["--max-new-tokens", str(settings.max_new_tokens)]
+    words += ["--temperature", repr(settings.temperature)]
     if settings.repetition_penalty != 1:
         words += ["--repetition-penalty", repr(settings.repetition_penalty)]
     for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):

@@ -29,3 +29,20 @@ def test_beside_a_trained_run_only_models_differ(imported, trained):
     apart = runs.differences(runs.read_runs([imported, trained[1]]))
     assert apart["model.d_model"] == [24, 16]
     assert all(name.startswith("model.") for name in apart)
+
+
+def test_a_prompt_of_ids_is_toured(imported, tmp_path):
+    argv = ["--prompt-ids", " 5  17 250", "--max-new-tokens", "3", "--out", tmp_path / "a.html"]
+    done = call("gpt/tour", imported, *argv)
+    assert done.code == 0, done.err
+    text = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "How “&lt;5&gt;&lt;17&gt;&lt;250&gt;” goes" in text
+    assert "--prompt-ids &#x27;5 17 250&#x27; --max-new-tokens 3" in text
+
+
+@pytest.mark.parametrize("argv", [[], ["--prompt", "text"]])
+def test_a_tour_of_text_without_a_tokenizer_asks_for_ids(argv, imported, tmp_path):
+    done = call("gpt/tour", imported, *argv, "--out", tmp_path / "a.html")
+    assert done.code == 2 and "came without a tokenizer" in done.err
+    assert '--prompt-ids "1 2 3"\n' in done.err and "--score-ids" not in done.err
+    assert done.err.count("\n") == 1 and not list(tmp_path.iterdir())

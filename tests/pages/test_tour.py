@@ -21,6 +21,14 @@ def data_of(text):
     return json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
 
 
+def draw_again(text):
+    """The command on a page, and what sample.py draws by it, as a page shows it."""
+    (shown,) = re.findall(r"<code>([^<]* sample\.py .*?)</code>", text)
+    words = shlex.split(html.unescape(shown))
+    done = call("sample", *words[words.index("sample.py") + 1 :], "--json")
+    return words, page.escape(json.loads(done.out)["text"])
+
+
 @pytest.fixture(scope="module")
 def toured(trained, tmp_path_factory):
     """The page of a Chinese and hostile prompt through a trained run."""
@@ -59,13 +67,19 @@ def test_the_command_on_the_page_writes_its_text(trained, tmp_path):
     argv += ["--out", tmp_path / "a.html"]
     assert call("gpt/tour", trained[1], *chosen, *argv).code == 0
     text = (tmp_path / "a.html").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"<code>([^<]* sample\.py .*?)</code>", text)
-    words = shlex.split(html.unescape(shown))
+    words, written = draw_again(text)
     assert words[words.index("--temperature") + 1] == "0.12345678"
     assert " ".join(chosen) in " ".join(words)
-    done = call("sample", *words[words.index("sample.py") + 1 :], "--json")
-    written = page.escape(json.loads(done.out)["text"])
     assert f"<pre>the <b>{written}</b></pre>" in text
+
+
+def test_a_prompt_of_ids_that_breaks_off_in_a_character(trained, tmp_path):
+    argv = ["--prompt-ids", "116 229 164", "--max-new-tokens", "3", "--out", tmp_path / "a.html"]
+    done = call("gpt/tour", trained[1], *argv)
+    assert done.code == 0, done.err
+    text = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert data_of(text)["prefilled"] == 3
+    assert f"<pre>t<b>{draw_again(text)[1]}</b></pre>" in text
 
 
 def test_prefill_and_each_step_say_what_they_read_and_wrote(toured):
@@ -112,6 +126,9 @@ def test_spelling_of_whole_half_and_mixed_tokens():
         (["--out", "no/such/a.html"], "there is no folder"),
         (["--prompt", "a" * 40, "--out", "{folder}/a.html"], "at most the model's context of 16"),
         (["--temperature", "-1", "--out", "a.html"], "--temperature is -1"),
+        (["--prompt", "a", "--prompt-ids", "1", "--out", "a.html"], "exclude each other"),
+        (["--prompt-ids", "one", "--out", "a.html"], "--prompt-ids 'one': expected whole numbers"),
+        (["--prompt-ids", "257", "--out", "a.html"], "token id 257 in the prompt: expected a"),
     ],
 )
 def test_mistakes_are_one_line(argv, message, trained, tmp_path, monkeypatch):
