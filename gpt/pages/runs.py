@@ -186,7 +186,9 @@ def command_of(run: Run, python: str = "python") -> str:
     name = min(wanted, key=lambda preset: len(wanted[preset]))
     words = ["--data", *run.paths] if run.paths else []
     words += ["--init-from", start] if isinstance(start, str) else []
-    out = ["--out", f"{run.folder}-again"]
+    nameless = run.folder.name in ("", "..")  # as "." is, to which nothing can be appended
+    folder = run.folder.resolve() if nameless else run.folder
+    out = ["--out", f"{folder}-again"]
     return shlex.join([python, "train.py", name, *wanted[name], *words, *out])
 
 

@@ -72,6 +72,15 @@ def test_the_command_on_the_page_makes_the_same_run(text, tmp_path, monkeypatch)
     assert read_lines(Path("a run")) == read_lines(Path("a run-again"))
 
 
+@pytest.mark.parametrize("folder", [".", "..", "../run"])
+def test_the_command_names_a_new_folder_for_a_run_seen_from_within(folder, finished, monkeypatch):
+    (finished / "inner").mkdir()
+    monkeypatch.chdir(finished / "inner" if folder == ".." else finished)
+    (run,) = runs.read_runs([Path(folder)])
+    *_, flag, out = shlex.split(runs.command_of(run))
+    assert flag == "--out" and Path(out).resolve() == finished.resolve().with_name("run-again")
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [
