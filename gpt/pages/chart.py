@@ -75,7 +75,7 @@ def labels_x(panel: Panel) -> str:
     """The steps below; they have no lines of grid."""
     return "".join(
         f'<span class="x" style="left:{100 * tick / panel.last:.2f}%">{tick:,.0f}</span>'
-        for tick in ticks(0, panel.last, log=False)
+        for tick in ticks(0, panel.last, log=False, whole=True)
     )
 
 
@@ -144,6 +144,7 @@ def plot(panel: Panel, names: list[str], axes) -> None:
     axes.set(xlabel="optimizer steps", ylabel=panel.unit, yscale="log" if panel.log else "linear")
     axes.set_ylim(panel.reach)
     axes.set_title(panel.title.replace("$", r"\$"), loc="left", fontsize=11, pad=10)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # a short run has few steps
     axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
     axes.margins(x=0.01)
     axes.grid(color="#e6e6e6", linewidth=0.8)

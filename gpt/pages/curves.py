@@ -111,12 +111,13 @@ def spread_out(values: np.ndarray) -> bool:
     return bool(values.min() > 0 and values.max() > LOG_FROM * np.median(values))
 
 
-def ticks(low: float, high: float, log: bool) -> list[float]:
-    """Round numbers between two others, for the labels of an axis."""
+def ticks(low: float, high: float, log: bool, whole: bool = False) -> list[float]:
+    """Round numbers between two others, for the labels of an axis: `whole` ones for steps."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     steps = [1, 2, 2.5, 5, 10]
-    locator = LogLocator(subs=(1, 3)) if log else MaxNLocator(nbins=5, steps=steps)
+    even = MaxNLocator(nbins=5, steps=steps, integer=whole)
+    locator = LogLocator(subs=(1, 3)) if log else even
     found = [tick for tick in locator.tick_values(low, high) if low <= tick <= high]
     return [float(tick) for tick in found[:: max(1, round(len(found) / 6))]]
 

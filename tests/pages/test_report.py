@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from made_up import write_run
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from programs import TINY, call, read_lines
 
 from gpt import cli, presets
@@ -237,6 +238,20 @@ def test_mistakes_are_one_line(argv, message, tmp_path, monkeypatch):
 def test_the_smooth_curve_is_the_one_of_the_run_log():
     values = np.random.default_rng(0).normal(5, 1, 500).tolist()
     assert np.allclose(curves.smooth(values), smoothed(values))
+
+
+def test_steps_of_a_short_run_are_whole(tmp_path, monkeypatch):
+    shown, honest = [], Figure.savefig
+
+    def listen_to_ticks(figure, place):
+        honest(figure, place)
+        shown.extend(label.get_text() for label in figure.axes[0].get_xticklabels())
+
+    monkeypatch.setattr(Figure, "savefig", listen_to_ticks)
+    panel = curves.Panel("a", "A", "", [curves.Curve(0, "", np.arange(4), np.ones(4))])
+    chart.save_picture(panel, ["run"], tmp_path)
+    assert {"0", "1", "2", "3"} <= set(shown) and len(set(shown)) == len(shown)
+    assert re.findall(">([^<]+)</span>", chart.labels_x(panel)) == ["0", "1", "2", "3"]
 
 
 def test_a_peak_makes_the_scale_logarithmic():
