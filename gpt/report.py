@@ -42,6 +42,8 @@ def main(argv: list[str]) -> None:
 
     if command.out:
         page.require_place("--out", command.out)
+    if command.png:
+        page.require_folder("--png", command.png)
     runs = read_runs(command.runs)
     if command.out:
         page.write(command.out, report.build(runs, cli.interpreter()))

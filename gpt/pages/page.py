@@ -69,6 +69,13 @@ def require_place(flag: str, path: Path) -> None:
     require(not path.is_dir(), f"{flag} {path}: is a folder; name a file in it")
 
 
+def require_folder(flag: str, path: Path) -> None:
+    """UserError if something else is where the folder `path` is to be, or one above it."""
+    whole = path.absolute()
+    met = next(place for place in (whole, *whole.parents) if place.exists())
+    require(met.is_dir(), f"{flag} {path}: {met} is no folder; expected one, or nothing there yet")
+
+
 def write(path: Path, text: str) -> None:
     """Put the page at `path`: whole, or not at all. Lone surrogates become `?`."""
     aside = path.with_name(path.name + ".new")

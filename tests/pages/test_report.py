@@ -223,6 +223,8 @@ def test_a_picture_of_a_run_with_any_name(tmp_path, monkeypatch):
         (["{run}"], "nothing to write: expected --out FILE.html"),
         (["{run}", "--out", "no/such/a.html"], "there is no folder"),
         (["{run}", "--out", "{empty}"], "is a folder; name a file in it"),
+        (["{run}", "--out", "a.html", "--png", "{run}/metrics.jsonl"], "is no folder; expected"),
+        (["nowhere", "--png", "{run}/metrics.jsonl/new"], "metrics.jsonl is no folder"),
     ],
 )
 def test_mistakes_are_one_line(argv, message, tmp_path, monkeypatch):
