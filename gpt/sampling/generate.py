@@ -94,7 +94,8 @@ def row_settings(each: Sequence[Settings], vocab_size: int, eot: int) -> Draw:
 
 
 def bias(settings: Settings, vocab_size: int, eot: int) -> np.ndarray:
-    """What is added to each logit: the user's bias, and end-of-text forbidden where it is so."""
+    """What is added to each logit: the user's bias, and end-of-text forbidden where it is so.
+    UserError if this leaves no token."""
     bias_V = np.zeros(vocab_size, np.float32)
     for token, value in settings.logit_bias.items():
         require(
@@ -104,6 +105,8 @@ def bias(settings: Settings, vocab_size: int, eot: int) -> np.ndarray:
         bias_V[token] = min(max(value, MASKED), -MASKED)
     if settings.ignore_eos and 0 <= eot < vocab_size:
         bias_V[eot] = MASKED
+    some = bool(np.any(bias_V > MASKED))
+    require(some, "logit_bias forbids every token: expected one that may follow")
     return bias_V
 
 

@@ -123,6 +123,14 @@ def test_a_diverged_model_is_told(model):
         generate.complete(broken, ["a"], Settings())
 
 
+def test_where_nothing_can_follow_sampling_says_so(model):
+    """The last token that the bias leaves is end-of-text, which is drawn unless it is ignored."""
+    bias = dict.fromkeys(range(256), -np.inf)
+    assert generate.complete(model, ["a"], Settings(logit_bias=bias))[0].finish_reason == "eos"
+    with pytest.raises(UserError, match="logit_bias forbids every token: expected one that may"):
+        generate.complete(model, ["a"], Settings(logit_bias=bias, ignore_eos=True))
+
+
 @pytest.mark.parametrize("prompt", [[257], [-1], [3, 999], [1.5], ["a"]])
 def test_ids_outside_the_vocabulary_are_refused(model, prompt):
     with pytest.raises(UserError, match="token id"):
