@@ -37,11 +37,10 @@ def read_prompt(model, prompt: Prompt) -> tuple[str, list[int], bytes]:
 
     An empty one stands for end-of-text, which is how every document began.
     """
-    tokenizer, eot = model.tokenizer, model.tokenizer.eot_token
+    tokenizer, V = model.tokenizer, model.config.vocab_size
     if isinstance(prompt, str):
         prompt = without_lone_surrogates(prompt)
-        return prompt, tokenizer.encode_ordinary(prompt) or [eot], b""
-    V = model.config.vocab_size
+        return prompt, tokenizer.encode_ordinary(prompt) or beginning(model), b""
     for token in prompt:
         good = isinstance(token, (int, np.integer)) and 0 <= token < V
         require(
@@ -49,7 +48,17 @@ def read_prompt(model, prompt: Prompt) -> tuple[str, list[int], bytes]:
         )
     ids = [int(token) for token in prompt]
     text, rest = split_end(tokenizer.decode_bytes(ids))
-    return text, ids or [eot], rest
+    return text, ids or beginning(model), rest
+
+
+def beginning(model) -> list[int]:
+    """What an empty prompt stands for: end-of-text; UserError if the model has none."""
+    eot = model.tokenizer.eot_token
+    require(
+        0 <= eot < model.config.vocab_size,
+        "the prompt is empty, and the model has no end-of-text to start from: give at least one id",
+    )
+    return [eot]
 
 
 def settings_of(prompts: Sequence[Prompt], settings: Settings | Sequence[Settings]):

@@ -14,6 +14,7 @@ from gpt.errors import UserError
 from gpt.model import transformer
 from gpt.sampling import beam, engine, generate
 from gpt.sampling.settings import Settings
+from gpt.tokenizer import IdTokenizer
 
 CONFIG = ModelConfig(257, context_length=128, n_layers=2, n_heads=2, d_model=32)
 
@@ -135,6 +136,14 @@ def test_where_nothing_can_follow_sampling_says_so(model):
 def test_ids_outside_the_vocabulary_are_refused(model, prompt):
     with pytest.raises(UserError, match="token id"):
         generate.complete(model, [prompt], Settings())
+
+
+def test_an_empty_prompt_needs_an_end_of_text(model):
+    """Which a model without a tokenizer may not have; any id will do instead."""
+    nameless = types.SimpleNamespace(**vars(model) | {"tokenizer": IdTokenizer(257, -1)})
+    with pytest.raises(UserError, match="prompt is empty, and the model has no end-of-text to st"):
+        generate.complete(nameless, [[]], Settings())
+    assert generate.complete(nameless, [[7]], Settings(max_new_tokens=1))[0].prompt == "<7>"
 
 
 def test_a_character_begun_by_the_prompt_is_whole(model):
