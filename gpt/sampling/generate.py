@@ -119,13 +119,15 @@ def bias(settings: Settings, vocab_size: int, eot: int) -> np.ndarray:
     return bias_V
 
 
-def require_room(model, each: Sequence[Settings], width: int) -> None:
-    """UserError if what rows of `each`, or beams of `width` texts, may come to need is more than
-    there is: keys and values, and of each token in the vocabulary bias, logit and mark."""
+def require_room(model, each: Sequence[Settings], lengths: Sequence[int], width: int) -> None:
+    """UserError if what rows of `each`, or beams of `width` texts, after prompts of so many tokens
+    may come to need is more than there is: keys and values (of the last token none are kept), and
+    of each token in the vocabulary bias, logit and mark."""
     c, V = model.config, model.config.vocab_size
     require(width * V <= MOST, f"a beam of {width:,} texts: expected at most {MOST // V:,}")
     rows = sum(one.num_samples for one in each) * width
-    slots = engine.bucket(min(max(one.max_new_tokens for one in each), MOST), c.context_length)
+    longest = max(n + one.max_new_tokens - 1 for n, one in zip(lengths, each, strict=True))
+    slots = engine.bucket(min(longest, c.context_length), c.context_length)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     need = weights + cost.cache_bytes(c, rows, slots) + 9 * rows * V
     have, whose = probe.memory()
@@ -142,8 +144,8 @@ def blank_rows(
 ) -> list[Completion]:
     """A completion with nothing drawn yet for each sample of each prompt; `width` as for beams.
     UserError if they do not fit in memory."""
-    require_room(model, each, width)
     read = [read_prompt(model, prompt) for prompt in prompts]
+    require_room(model, each, [len(ids) for _, ids, _ in read], width)
     return [
         Completion.blank(model, text, ids, sample, one, rest)
         for (text, ids, rest), one in zip(read, each, strict=True)

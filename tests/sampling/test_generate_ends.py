@@ -162,24 +162,27 @@ def test_numbers_that_no_device_can_hold(model):
     assert next(pieces) and next(pieces)
 
 
+@pytest.mark.parametrize(("longest", "slots"), [(0, 32), (29, 32), (30, 64), (127, 128)])
 @pytest.mark.parametrize("search", [False, True], ids=["samples", "beams"])
-def test_more_rows_than_memory_holds_are_refused_before_they_are_made(model, search, monkeypatch):
+def test_more_rows_than_memory_holds_are_refused_before_they_are_made(
+    model, search, longest, slots, monkeypatch
+):
     """Told to the last byte: weights, the cache, and nine bytes a token of the vocabulary."""
-    c, rows = model.config, 10
+    c, rows, prompts = model.config, 10, ["", "x" * longest]
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-    need = weights + cost.cache_bytes(c, rows, 32) + 9 * rows * c.vocab_size
+    need = weights + cost.cache_bytes(c, rows, slots) + 9 * rows * c.vocab_size
 
     def ask():
         if search:
-            beam.search(model, [""] * 2, beam.BeamSettings(rows // 2, max_new_tokens=4))
+            beam.search(model, prompts, beam.BeamSettings(rows // 2, max_new_tokens=4))
         else:
-            generate.complete(model, [""] * 2, Settings(num_samples=rows // 2, max_new_tokens=4))
+            generate.complete(model, prompts, Settings(num_samples=rows // 2, max_new_tokens=4))
 
     monkeypatch.setattr(probe, "memory", lambda: (need, "a small machine"))
     ask()
     monkeypatch.setattr(probe, "memory", lambda: (need - 1, "a small machine"))
     monkeypatch.setattr(engine, "prefill", lambda *_: pytest.fail("too late"))
-    with pytest.raises(UserError, match=r"10 rows of 32 tokens take .* a small machine"):
+    with pytest.raises(UserError, match=rf"10 rows of {slots} tokens take .* a small machine"):
         ask()
 
 
