@@ -267,8 +267,8 @@ def tell(model, blanks: Sequence[Completion], ended: Texts, settings: BeamSettin
     """The best of the ended texts of prompt `p`; fewer where there are no more."""
     n = min(settings.n_best, np.sum(ended.value_PW[p] != -np.inf))
     require(n > 0, "logit_bias forbids every token: expected one that may follow")
-    prompt, common = (blanks[p].prompt, blanks[p].prompt_ids), settings.as_settings()
-    told = [Hypothesis.blank(model, *prompt, rank, common) for rank in range(n)]
+    *read, before = blanks[p].prompt, blanks[p].prompt_ids, blanks[p].stream.before
+    told = [Hypothesis.blank(model, *read, i, settings.as_settings(), before) for i in range(n)]
     for rank, one in enumerate(told):
         one.record(ended.tokens_PWS[p, rank], ended.logprobs_PWS[p, rank])
         one.score = float(ended.value_PW[p, rank])

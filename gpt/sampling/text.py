@@ -23,6 +23,7 @@ class TextStream:
         self.decode_bytes = decode_bytes
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.decoder.decode(before)
+        self.before = before
         self.stops = stops
         self.held = ""
         self.stopped = False

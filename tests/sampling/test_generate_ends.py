@@ -152,6 +152,8 @@ def test_a_character_begun_by_the_prompt_is_whole(model):
     settings = Settings(max_new_tokens=1, temperature=0, logit_bias={third: 1e6})
     done = generate.complete(model, [[65, first, second]], settings)[0]
     assert (done.prompt, done.text) == ("A", "天")
+    widely = beam.BeamSettings(2, 2, max_new_tokens=1, logit_bias={third: 1e6})
+    assert beam.search(model, [[65, first, second]], widely)[0][0].text == "天"
 
 
 def test_numbers_that_no_device_can_hold(model):
