@@ -68,7 +68,9 @@ class Completion:
                 f"training diverged or its weights are damaged; take another checkpoint",
             )
             gained += self.take(int(token), float(logprob), top[i] if len(top) else [])
-        gained += self.stream.finish() if self.finish_reason else ""
+        if self.finish_reason:
+            gained += self.stream.finish()  # whose last character may complete a stop string
+            self.finish_reason = "stop" if self.stream.stopped else self.finish_reason
         self.text += gained
         return gained
 

@@ -156,6 +156,14 @@ def test_a_character_begun_by_the_prompt_is_whole(model):
     assert beam.search(model, [[65, first, second]], widely)[0][0].text == "天"
 
 
+def test_a_stop_string_of_half_a_character_is_met_at_the_end(model):
+    """Only when no more bytes can follow is it known that what is there is no character."""
+    bias = {"天".encode()[0]: 1e6}
+    settings = Settings(max_new_tokens=1, temperature=0, logit_bias=bias, stop=("\ufffd",))
+    done = generate.complete(model, ["a"], settings)[0]
+    assert (done.text, done.finish_reason) == ("", "stop")
+
+
 def test_numbers_that_no_device_can_hold(model):
     done = generate.complete(model, ["a"], Settings(max_new_tokens=3, top_k=10**12))[0]
     assert len(done.token_ids) == 3 or done.finish_reason == "eos"
