@@ -219,11 +219,11 @@ def read_text(flag: str, path: Path) -> str:
 
     UserError, which names `flag`, if it cannot be read.
     """
-    if str(path) == "-":
+    typed = str(path) == "-"
+    if typed:
         require_input(f"{flag} -")
     try:
-        typed = contextlib.nullcontext(sys.stdin.buffer)
-        with typed if str(path) == "-" else path.open("rb") as file:
+        with contextlib.nullcontext(sys.stdin.buffer) if typed else path.open("rb") as file:
             content = file.read(MOST_TEXT + 1)
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}; expected a file of text") from None

@@ -58,6 +58,8 @@ CLOSED = {
     "<&- --interactive": (2, b"", b"error: --interactive: standard input is closed; expected one"),
     "<&- --prompt-file -": (2, b"", b"error: --prompt-file -: standard input is closed; "),
     "<&- --score-file -": (2, b"", b"error: --score-file -: standard input is closed; "),
+    "<&- --prompt-file the.txt --max-new-tokens 3": (0, b"the ", b"prefill"),
+    "<&- --score-file the.txt": (0, b" ", b""),
 }
 
 
@@ -69,8 +71,9 @@ def test_streams_that_the_shell_has_closed(way, folder, tmp_path):
     line = f'exec "$0" "$@" {prompt} {way}'
     command = ["sh", "-c", line, sys.executable, ROOT / "sample.py", folder]
     kept = snapshot(folder)
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, timeout=PATIENCE, env=environment)
+    (tmp_path / "the.txt").write_text("the ")
+    place = {"env": {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}, "cwd": tmp_path}
+    done = subprocess.run(command, capture_output=True, timeout=PATIENCE, **place)
     assert done.returncode == code, done.stderr
     assert done.stdout.startswith(out) and (out or not done.stdout)
     assert b"prefill" not in done.stdout and b"compiled" not in done.stdout
