@@ -11,6 +11,15 @@ from gpt.sampling.text import TextStream
 NO_TOKEN = -1  # stands where a row drew none
 
 
+def require_number(logprob: float, token: int) -> None:
+    """UserError if the model gave NaN for its token of this number, the first being 1."""
+    require(
+        not math.isnan(logprob),
+        f"the model's output is not a number at token {token}: its training diverged or its "
+        f"weights are damaged; take another checkpoint",
+    )
+
+
 @dataclass
 class Completion:
     """One row: its prompt, and what has been drawn after it so far.
@@ -62,11 +71,7 @@ class Completion:
         for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
             if token == NO_TOKEN or self.finish_reason:
                 break
-            require(
-                not math.isnan(logprob),
-                f"the model's output is not a number at token {len(self.token_ids) + 1}: its "
-                f"training diverged or its weights are damaged; take another checkpoint",
-            )
+            require_number(logprob, len(self.token_ids) + 1)
             gained += self.take(int(token), float(logprob), top[i] if len(top) else [])
         if self.finish_reason:
             gained += self.stream.finish()  # whose last character may complete a stop string

@@ -18,6 +18,7 @@ import numpy as np
 from gpt.config import ModelConfig
 from gpt.errors import require
 from gpt.model import transformer
+from gpt.sampling.completion import require_number
 from gpt.sampling.engine import bucket
 from gpt.sharding import on_mesh
 from gpt.stopwatch import compilations
@@ -121,7 +122,7 @@ def score_ids(
     """Log-probabilities of `ids`, the first after end-of-text; `params` is unstacked.
 
     `stride`: see the top of this file (default: half the context). UserError if there are no ids,
-    or if one of them or the stride is out of range.
+    if one of them or the stride is out of range, or if the model gives no numbers.
     """
     require_ids(ids, config.vocab_size)
     size, stride = config.context_length, choose_stride(config, stride)
@@ -137,6 +138,8 @@ def score_ids(
             scored_BT = np.asarray(target_logprobs(config, params, tokens_BT, targets_BT))
         for row, (start, done, end) in enumerate(windows):
             logprobs[done:end] = scored_BT[row, done - start : end - start]
+    first = int(np.isnan(logprobs).argmax())  # 0 if none is
+    require_number(logprobs[first], first + 1)
     return logprobs.tolist()
 
 

@@ -99,6 +99,14 @@ def test_totals_of_a_hopeless_model(nll, expected):
     assert perplexity == expected or (math.isnan(perplexity) and math.isnan(expected))
 
 
+def test_a_score_that_is_no_number_is_refused(params, monkeypatch):
+    """By the first token that has none, of a text in two windows."""
+    honest = score.target_logprobs
+    monkeypatch.setattr(score, "target_logprobs", lambda *a: honest(*a).at[:, 12].set(np.nan))
+    with pytest.raises(UserError, match="the model's output is not a number at token 13: its"):
+        score.score_ids(CONFIG, params, random_ids(20), EOT)
+
+
 @pytest.mark.parametrize(
     ("ids", "stride", "words"),
     [
