@@ -62,6 +62,13 @@ def test_a_score_is_that_of_the_command_line(model, trained):
     assert f"{score.mean_nll:.4f} nats a token, {score.bits_per_byte:.4f} bits" in done.out
 
 
+def test_half_a_pair_counts_as_the_bytes_that_are_read_for_it(model):
+    """A lone surrogate is read as U+FFFD, of three bytes; a whole pair as its character."""
+    assert model.score("a\ud800b") == model.score("a\ufffdb")
+    assert model.score("a\ud83d\ude00") == model.score("a\U0001f600")
+    assert model.score("a\ud800b").n_bytes == len(model.score("a\ud800b").token_ids) == 5
+
+
 def test_mistakes_are_user_errors(trained, tmp_path, model):
     with pytest.raises(gpt.UserError, match="no folder"):
         gpt.load(tmp_path / "gone")

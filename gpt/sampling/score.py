@@ -22,6 +22,7 @@ from gpt.sampling.completion import require_number
 from gpt.sampling.engine import bucket
 from gpt.sharding import on_mesh
 from gpt.stopwatch import compilations
+from gpt.tokenizer import without_lone_surrogates
 
 ROWS = 8  # windows read together; what is left over is read one by one
 
@@ -146,7 +147,8 @@ def score_ids(
 def score(model, text: str | Sequence[int], stride: int | None = None) -> Score:
     """Score of a text, or of token ids, under `model` (config, params, tokenizer)."""
     if isinstance(text, str):
-        ids, n_bytes = model.tokenizer.encode_ordinary(text), len(text.encode("utf-8", "replace"))
+        text = without_lone_surrogates(text)
+        ids, n_bytes = model.tokenizer.encode_ordinary(text), len(text.encode())
     else:
         ids = list(text)
         require_ids(ids, model.config.vocab_size)
