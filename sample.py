@@ -222,7 +222,7 @@ def print_stream(model, command: Command, prompts: list, stopped=lambda: False) 
                 text += str(one) * bool(top) + "\n" * (1 + several)
             console.write(rows.push(row, text, bool(one.finish_reason)))
             if stopped():
-                console.write("\n")
+                console.write(rows.leave(end_line=True))
                 break
     return list(done.values())
 

@@ -3,15 +3,18 @@
 import dataclasses
 import functools
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from programs import call
+from programs import call, program
 from samples import BRIEF, TWO, objects, sample
 
 import gpt
 from gpt.sampling import generate, language_model
+from gpt.sampling.completion import Piece
 
 
 @pytest.fixture(scope="session")
@@ -109,6 +112,21 @@ def test_each_line_of_json_is_printed_when_its_row_has_ended(folder, monkeypatch
     assert [len(d["token_ids"]) for d in done] == [3, 7, 5]
     lines = dict(counts)  # after so many tokens, so many lines
     assert (lines[2], lines[4], lines[6], lines[7]) == (0, 1, 1, 3)
+
+
+def test_ctrl_c_in_a_conversation_keeps_samples_that_have_ended(monkeypatch, capsys):
+    """The second has ended, and waits for the first, which is in the middle of a line."""
+    first, second = (
+        SimpleNamespace(prompt="the ", finish_reason=reason, top=[]) for reason in (None, "eos")
+    )
+    pieces = [Piece(0, "one", first), Piece(1, "two", second)]
+    monkeypatch.setattr(generate, "stream", lambda *_, **__: iter(pieces))
+    sample_py = program("sample")
+    command = sample_py.Command(Path("run"), settings=gpt.Settings(num_samples=2))
+    pressed = iter([False, True])
+    assert len(sample_py.print_stream(None, command, ["the "], lambda: next(pressed))) == 2
+    label = "--- prompt 1, sample {} ---\nthe {}\n"
+    assert capsys.readouterr().out == label.format(1, "one") + label.format(2, "two\n")
 
 
 # Probabilities, beams, programs.
