@@ -18,7 +18,7 @@ import tyro
 
 from gpt import cli, console
 from gpt.config import ONE_DEVICE, Dtype, MeshConfig, Quantize, Weights
-from gpt.errors import UserError, positive, require
+from gpt.errors import UserError, each, positive, require
 from gpt.sampling.settings import Settings
 from gpt.sampling.turns import Rows
 
@@ -89,9 +89,7 @@ def refuse(command: Command) -> None:
     require(not (c.json and c.check), "--check prints no JSON: drop --json")
     require(not (c.json and c.interactive), "--interactive prints no JSON: drop --json")
     require(scoring or c.stride is None, "--stride is for scoring: add --score or drop it")
-    for name in ("stride", "show_probs"):
-        positive(name, 1 if getattr(c, name) is None else getattr(c, name))
-    positive("beam_width", c.beam_width)
+    each(positive, c, "stride show_probs beam_width")
     beam = ["beam_width"] * (c.beam_width > 1) + ["length_penalty"] * (c.length_penalty != 1)
     if scoring or c.check:
         idle = changed(c.settings) + beam + ["show_probs"] * (c.show_probs is not None)
@@ -184,15 +182,16 @@ def obey(command: Command) -> int:
 
 def complete(model, command: Command, prompts: list) -> None:
     """Completions of all prompts: searched or drawn, as JSON or as text that streams."""
-    if command.beam_width > 1:
-        done = print_search(model, command, prompts)
-    else:
-        done = (print_json if command.json else print_stream)(model, command, prompts)
+    draw = print_json if command.json else print_stream
+    done = (print_search if command.beam_width > 1 else draw)(model, command, prompts)
     report(model, done)
 
 
 def converse(model, command: Command) -> None:
     """Complete line after line, each a prompt of its own, until there are no more."""
+    from gpt.sampling import generate
+
+    generate.require_usable(model, [command.settings], command.show_probs or 0)
     for line in console.read_lines(cli.cache_folder() / "prompts"):
         prompt = console.as_text("the line", line)
         try:

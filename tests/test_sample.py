@@ -166,6 +166,21 @@ def test_each_line_of_a_pipe_is_a_prompt_of_its_own(folder, monkeypatch):
     assert done.err.count("error: ") == 1 and "20 tokens: expected at most" in done.err
 
 
+UNUSABLE = {"--logit-bias": (["257", "1"], "names token 257"), "--show-probs": (["258"], "is 258")}
+
+
+@pytest.mark.parametrize("flag", UNUSABLE)
+def test_what_no_line_could_be_completed_with_is_refused_before_the_first(
+    flag, folder, monkeypatch
+):
+    """Once, not for each line; which settings a model can use is known when it is loaded."""
+    values, said = UNUSABLE[flag]
+    type_in(b"the \na cat\n", monkeypatch)
+    done = call("sample", folder, "--interactive", flag, *values)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert done.err.startswith(f"error: {flag} {said}: expected 0 to 25")
+
+
 # Whole characters.
 
 

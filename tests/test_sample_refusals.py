@@ -65,7 +65,7 @@ BAD = {
         "--length-penalty is nan",
     ),
     "no probabilities": (["RUN", "--show-probs", "0"], "--show-probs is 0"),
-    "too many probabilities": (["RUN", "--show-probs", "258"], "258 likeliest"),
+    "too many probabilities": (["RUN", "--show-probs", "258"], "--show-probs is 258"),
     "an unscored token": (["RUN", "--score-ids", "-1"], "no token has the id -1"),
     "a score that draws": (["RUN", "--score", "a", "--top-k", "2"], "draws nothing: drop --top-k"),
     "a check that draws": (["RUN", "--check", "--show-probs", "2"], "drop --show-probs"),

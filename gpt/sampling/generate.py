@@ -89,16 +89,13 @@ def pad_prompts(prompts: Sequence[Sequence[int]], context_length: int):
 def row_settings(each: Sequence[Settings], vocab_size: int, eot: int) -> Draw:
     """The settings as arrays; sample s of a prompt is row s of its `num_samples` in a row."""
     rows = [(one, sample) for one in each for sample in range(one.num_samples)]
-
-    def column(name: str, dtype) -> jax.Array:
-        return jnp.array([getattr(one, name) for one, _ in rows], dtype)
-
     kinds = {"seed": jnp.uint32}
     kinds |= dict.fromkeys(("repetition_penalty", "temperature", "top_p", "min_p"), jnp.float32)
     sample_B = jnp.array([sample for _, sample in rows], jnp.uint32)
     top_k_B = jnp.array([min(one.top_k, vocab_size) for one, _ in rows], jnp.int32)
     bias_BV = np.stack([bias(one, vocab_size, eot) for one, _ in rows])
-    columns = {name: column(name, kind) for name, kind in kinds.items()}
+    values = {name: [getattr(one, name) for one, _ in rows] for name in kinds}
+    columns = {name: jnp.array(values[name], kind) for name, kind in kinds.items()}
     return Draw(jnp.asarray(bias_BV), top_k=top_k_B, sample=sample_B, **columns)
 
 
@@ -107,14 +104,12 @@ def bias(settings: Settings, vocab_size: int, eot: int) -> np.ndarray:
     UserError if this leaves no token."""
     bias_V = np.zeros(vocab_size, np.float32)
     for token, value in settings.logit_bias.items():
-        require(
-            0 <= token < vocab_size,
-            f"logit_bias names token {token}: expected 0 to {vocab_size - 1}",
-        )
+        good = 0 <= token < vocab_size
+        require(good, f"logit_bias names token {token}: expected 0 to {vocab_size - 1}")
         bias_V[token] = min(max(value, MASKED), -MASKED)
     if settings.ignore_eos and 0 <= eot < vocab_size:
         bias_V[eot] = MASKED
-    some = bool(np.any(bias_V > MASKED))
+    some = bias_V.max() > MASKED
     require(some, "logit_bias forbids every token: expected one that may follow")
     return bias_V
 
@@ -139,6 +134,17 @@ def require_room(model, each: Sequence[Settings], lengths: Sequence[int], width:
     )
 
 
+def require_usable(model, each: Sequence[Settings], top: int = 0) -> None:
+    """UserError if this model could follow no prompt by settings such as `each`."""
+    V, C = model.config.vocab_size, model.config.context_length
+    require(0 <= top <= V, f"show_probs is {top}: expected 0 to {V}, the tokens that there are")
+    for one in each:
+        bias(one, V, model.tokenizer.eot_token)
+        good = one.on_context_full != "slide" or C > 1
+        require(good, "a context of one token cannot slide: choose stop")
+    require_room(model, each, [1] * len(each), width=1)
+
+
 def blank_rows(
     model, prompts: Sequence[Prompt], each: Sequence[Settings], width: int = 1
 ) -> list[Completion]:
@@ -159,7 +165,6 @@ def start(model, done: Sequence[Completion], each: Sequence[Settings], rows: Dra
     row_B = np.repeat(np.arange(len(each)), [one.num_samples for one in each])
     firsts = [done[int(np.argmax(row_B == prompt))] for prompt in range(len(each))]
     slides = [one.on_context_full == "slide" for one in each]
-    require(not any(slides) or C > 1, "a context of one token cannot slide: choose stop")
     windows = [
         row.prompt_ids[-C:] if slide else row.prompt_ids
         for row, slide in zip(firsts, slides, strict=True)
@@ -242,11 +247,10 @@ def stream(
     `top`: likeliest tokens to note at each step. UserError if a prompt exceeds the context, or the
     text does where the settings say that this is an error.
     """
-    V = model.config.vocab_size
-    require(0 <= top <= V, f"{top} likeliest tokens asked for: expected 0 to {V}")
     each = settings_of(prompts, settings)
+    require_usable(model, each, top)
     done = blank_rows(model, prompts, each)
-    rows = row_settings(each, V, model.tokenizer.eot_token)
+    rows = row_settings(each, model.config.vocab_size, model.tokenizer.eot_token)
     watches = prefilling, decoding = Stopwatch(), Stopwatch()
     with prefilling, on_mesh(model.mesh):
         loop, drawn = start(model, done, each, rows, top)
