@@ -184,7 +184,7 @@ def complete(model, command: Command, prompts: list) -> None:
     """Completions of all prompts: searched or drawn, as JSON or as text that streams."""
     draw = print_json if command.json else print_stream
     done = (print_search if command.beam_width > 1 else draw)(model, command, prompts)
-    report(model, done)
+    report(model, done, slides=command.beam_width == 1)
 
 
 def converse(model, command: Command) -> None:
@@ -262,9 +262,9 @@ def print_search(model, command: Command, prompts: list) -> list:
     return [one for found in told for one in found]
 
 
-def report(model, done: list) -> None:
-    """How the completions went, on standard error."""
-    print(console.describe_end(done, model.config.context_length), file=sys.stderr)
+def report(model, done: list, slides: bool = True) -> None:
+    """How the completions went, on standard error; `slides`: whether a full context could slide."""
+    print(console.describe_end(done, model.config.context_length, slides), file=sys.stderr)
 
 
 def print_score(model, command: Command, scored: str | list[int], load) -> None:

@@ -31,7 +31,7 @@ MOST_TEXT = 2**30  # bytes of a prompt's file: a device may never end
 TIMING = "compilation is left out; the first completion of a process includes its start-up"
 ADVICE = {
     "length": "--max-new-tokens for more",
-    "context": "the model's context of {context} tokens is full, --on-context-full slide goes on",
+    "context": "the model's context of {context} tokens is full{more}",
 }
 
 
@@ -148,13 +148,15 @@ def tables(completion, first: int, tokenizer) -> str:
     return text
 
 
-def describe_end(done: Sequence, context: int) -> str:
-    """The two phases of some completions, and why they ended."""
+def describe_end(done: Sequence, context: int, slides: bool = True) -> str:
+    """The two phases of some completions, why they ended, and what would let them go on; `slides`:
+    whether a full context can slide, which it cannot in beam search."""
     last = max(done, key=lambda one: one.decode_seconds)
     rate = f", {last.tokens_per_second:.0f} tokens/s a row" if last.tokens_per_second else ""
     reasons = Counter(one.finish_reason or "Ctrl-C" for one in done)
     ends = [name + f" ({n} times)" * (n > 1) for name, n in reasons.items()]
-    advice = [ADVICE[name].format(context=context) for name in reasons if name in ADVICE]
+    words = {"context": context, "more": ", --on-context-full slide goes on" * slides}
+    advice = [ADVICE[name].format(**words) for name in reasons if name in ADVICE]
     return (
         f"prefill {last.prefill_seconds * 1e3:.1f} ms, decode {last.decode_seconds:.2f} s{rate} "
         f"(compilation left out); stopped by {', '.join(ends)}"

@@ -177,6 +177,15 @@ def test_beams_are_the_best_texts_with_their_scores(folder):
     assert alone == "the " + done[0]["text"] + "\n"
 
 
+def test_beams_are_not_told_to_slide(folder):
+    """Which they cannot: neither when the context is full nor when the prompt is too long."""
+    argv = ["--prompt", "the ", "--ignore-eos", "--beam-width", "2"]
+    full = call("sample", folder, *argv)
+    assert full.err.endswith("stopped by context: the model's context of 16 tokens is full\n")
+    long = call("sample", folder, "--prompt", "x" * 17, "--beam-width", "2")
+    assert long.code == 2 and long.err.endswith("the model's context of 16; shorten it\n")
+
+
 def listed(err, name, sizes):
     return any(line.startswith(f"compiled {name} ({sizes}) in ") for line in err.splitlines())
 

@@ -253,7 +253,7 @@ def start(model, blanks: Sequence[Completion], settings: BeamSettings) -> tuple[
     rows = generate.row_settings([settings.as_settings()], config.vocab_size, eot)
     penalty = float(settings.length_penalty)
     rules = Rules(most_P, rows, eot, penalty, settings.n_best, settings.early_stopping)
-    tokens_PT, n_P = generate.pad_prompts(ids, config.context_length)
+    tokens_PT, n_P = generate.pad_prompts(ids, config.context_length, slides=False)
     with compilations.of(bucket=tokens_PT.shape[1]):
         cache, logits_PV = engine.read(config, model.params, tokens_PT, n_P)
     seen_PV = np.zeros(logits_PV.shape, bool)

@@ -71,14 +71,16 @@ def settings_of(prompts: Sequence[Prompt], settings: Settings | Sequence[Setting
     return settings
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], context_length: int):
-    """Prompts as tokens_BT, padded on the right to their bucket, and their lengths n_B."""
+def pad_prompts(prompts: Sequence[Sequence[int]], context_length: int, slides: bool = True):
+    """Prompts as tokens_BT, padded on the right to their bucket, and their lengths n_B. UserError
+    if one is too long; `slides`: whether the context could slide."""
     n_B = np.array([len(p) for p in prompts], np.int32)
     longest = int(n_B.argmax())
+    more = ", or let the context slide (--on-context-full slide)" * slides
     require(
         n_B[longest] <= context_length,
         f"prompt {longest + 1} has {n_B[longest]} tokens: expected at most the model's context of "
-        f"{context_length}; shorten it, or let the context slide (--on-context-full slide)",
+        f"{context_length}; shorten it{more}",
     )
     tokens_BT = np.zeros((len(prompts), engine.bucket(int(n_B[longest]), context_length)), np.int32)
     for row, prompt in enumerate(prompts):
