@@ -188,7 +188,7 @@ def gone():
 
 def full():
     """A file on a disk without room."""
-    return open("/dev/full", "w", buffering=1)  # noqa: SIM115 - until the end of the process
+    return open("/dev/full", "w", buffering=1)
 
 
 @pytest.mark.parametrize("stream", [gone, full])
