@@ -16,11 +16,11 @@ from typing import Annotated
 
 import tyro
 
-from gpt import cli, console
+from gpt import cli, terminal
 from gpt.config import ONE_DEVICE, Dtype, MeshConfig, Quantize, Weights
 from gpt.errors import UserError, each, positive, require
+from gpt.sampling.output_order import Rows
 from gpt.sampling.settings import Settings
-from gpt.sampling.turns import Rows
 
 DEFAULT = Settings()
 BIAS = ("--logit-bias", "--logit_bias")
@@ -83,7 +83,7 @@ def refuse(command: Command) -> None:
     """UserError for what can be refused before anything is loaded."""
     c, scores = command, ("score", "score_file", "score_ids")
     doing = ("check", *scores, "prompt", "prompt_file", "prompt_ids", "interactive")
-    given = [console.flag(name) for name in doing if getattr(c, name) not in (None, False, ())]
+    given = [terminal.flag(name) for name in doing if getattr(c, name) not in (None, False, ())]
     require(len(given) < 2, f"{' and '.join(given)} exclude each other: choose one")
     scoring = any(getattr(c, name) is not None for name in scores)
     require(not (c.json and c.check), "--check prints no JSON: drop --json")
@@ -93,9 +93,9 @@ def refuse(command: Command) -> None:
     beam = ["beam_width"] * (c.beam_width > 1) + ["length_penalty"] * (c.length_penalty != 1)
     if scoring or c.check:
         idle = changed(c.settings) + beam + ["show_probs"] * (c.show_probs is not None)
-        require(not idle, f"{given[0]} draws nothing: drop {' '.join(map(console.flag, idle))}")
+        require(not idle, f"{given[0]} draws nothing: drop {' '.join(map(terminal.flag, idle))}")
     for text in c.settings.stop:
-        console.require_text("--stop", text)
+        terminal.require_text("--stop", text)
     if c.beam_width > 1:
         refuse_beam(c)
     require(c.beam_width > 1 or not beam, "--length-penalty is for beam search: add --beam-width")
@@ -107,7 +107,7 @@ def refuse_beam(command: Command) -> None:
     idle = [name for name in changed(c.settings) if name not in BEAM_TAKES]
     idle = [name for name in idle if name != "temperature" or c.settings.temperature]
     idle += [name for name in ("interactive", "show_probs") if getattr(c, name)]
-    words = " ".join(map(console.flag, idle))
+    words = " ".join(map(terminal.flag, idle))
     require(not idle, f"--beam-width {c.beam_width} neither draws nor streams: drop {words}")
     n = c.settings.num_samples
     require(n <= c.beam_width, f"--num-samples {n}: a beam of {c.beam_width} has no more texts")
@@ -122,27 +122,27 @@ def changed(settings: Settings) -> list[str]:
 def read_prompts(command: Command) -> list[str] | list[list[int]]:
     """What to continue, texts or token ids; bytes that are no text become U+FFFD."""
     if command.interactive:
-        console.require_input("--interactive")
+        terminal.require_input("--interactive")
     if command.prompt_file:
-        return [console.read_text("--prompt-file", command.prompt_file)]
+        return [terminal.read_text("--prompt-file", command.prompt_file)]
     if command.prompt_ids:
-        return [console.parse_ids("--prompt-ids", text) for text in command.prompt_ids]
-    return [console.as_text("--prompt", text) for text in command.prompt or ("",)]
+        return [terminal.parse_ids("--prompt-ids", text) for text in command.prompt_ids]
+    return [terminal.as_text("--prompt", text) for text in command.prompt or ("",)]
 
 
 def read_scored(command: Command) -> str | list[int] | None:
     """What to score; None for nothing."""
     if command.score_file:
-        return console.read_text("--score-file", command.score_file)
+        return terminal.read_text("--score-file", command.score_file)
     if command.score_ids is not None:
-        return console.parse_ids("--score-ids", command.score_ids)
-    return None if command.score is None else console.as_text("--score", command.score)
+        return terminal.parse_ids("--score-ids", command.score_ids)
+    return None if command.score is None else terminal.as_text("--score", command.score)
 
 
 def main(argv: list[str]) -> int:
     """Load the model and do what the flags ask; the exit code."""
-    console.fill_streams()
-    with console.as_typed(Command, Settings):
+    terminal.fill_streams()
+    with terminal.as_typed(Command, Settings):
         command = cli.parse(Command, argv, program="sample.py", description=__doc__)
         biases = sum(word.partition("=")[0] in BIAS for word in argv)
         good = biases <= len(command.settings.logit_bias)  # of two the last alone would be left
@@ -153,7 +153,7 @@ def main(argv: list[str]) -> int:
 
 def obey(command: Command) -> int:
     """Load the model and do what the flags ask; the exit code."""
-    console.accept_any_text()
+    terminal.accept_any_text()
     prompts, scored = read_prompts(command), read_scored(command)
     cli.prepare_jax(cache=command.compile_cache)
     from gpt.sampling.language_model import load
@@ -174,9 +174,9 @@ def obey(command: Command) -> int:
     else:
         complete(model, command, prompts)
     if command.verbose:
-        from gpt.stopwatch import compilations
+        from gpt.compile_log import compilations
 
-        print(console.describe_programs(compilations.each), file=sys.stderr)
+        print(terminal.describe_programs(compilations.each), file=sys.stderr)
     return code
 
 
@@ -192,13 +192,13 @@ def converse(model, command: Command) -> None:
     from gpt.sampling import generate
 
     generate.require_usable(model, [command.settings], command.show_probs or 0)
-    for line in console.read_lines(cli.cache_folder() / "prompts"):
-        prompt = console.as_text("the line", line)
+    for line in terminal.read_lines(cli.cache_folder() / "prompts"):
+        prompt = terminal.as_text("the line", line)
         try:
-            with console.patient_interrupt() as pressed:
+            with terminal.patient_interrupt() as pressed:
                 report(model, print_stream(model, command, [prompt], pressed.is_set))
         except UserError as error:
-            console.write("\n" * (not sys.stdout.isatty()))  # to tell lines of a pipe apart
+            terminal.write("\n" * (not sys.stdout.isatty()))  # to tell lines of a pipe apart
             print(f"error: {error}", file=sys.stderr)
 
 
@@ -209,19 +209,19 @@ def print_stream(model, command: Command, prompts: list, stopped=lambda: False) 
     top, n_samples = command.show_probs or 0, command.settings.num_samples
     several = len(prompts) * n_samples > 1
     rows, shown, done = Rows(len(prompts) * n_samples), collections.Counter(), {}
-    with console.leaving(rows):
+    with terminal.leaving(rows):
         for piece in generate.stream(model, prompts, command.settings, top=top):
             row, one, text = piece.row, piece.completion, ""
             if row not in done:
-                text += console.label(*divmod(row, n_samples)) * several + one.prompt * (not top)
+                text += terminal.label(*divmod(row, n_samples)) * several + one.prompt * (not top)
             done[row] = one
-            text += console.tables(one, shown[row], model.tokenizer) if top else piece.text
+            text += terminal.tables(one, shown[row], model.tokenizer) if top else piece.text
             shown[row] = len(one.top)
             if one.finish_reason:
                 text += str(one) * bool(top) + "\n" * (1 + several)
-            console.write(rows.push(row, text, bool(one.finish_reason)))
+            terminal.write(rows.push(row, text, bool(one.finish_reason)))
             if stopped():
-                console.write(rows.leave(end_line=True))
+                terminal.write(rows.leave(end_line=True))
                 break
     return list(done.values())
 
@@ -231,32 +231,32 @@ def print_json(model, command: Command, prompts: list) -> list:
     from gpt.sampling import generate
 
     top, rows, done = command.show_probs, Rows(len(prompts) * command.settings.num_samples), {}
-    with console.leaving(rows):
+    with terminal.leaving(rows):
         for piece in generate.stream(model, prompts, command.settings, top=top or 0):
             done[piece.row] = one = piece.completion
             if one.finish_reason:
                 extra = {"top": one.top} if top else {}
-                line = console.to_json(console.completion_json(one) | extra) + "\n"
-                console.write(rows.push(piece.row, line, ended=True))
+                line = terminal.to_json(terminal.completion_json(one) | extra) + "\n"
+                terminal.write(rows.push(piece.row, line, ended=True))
     return list(done.values())
 
 
 def print_search(model, command: Command, prompts: list) -> list:
     """What beam search finds after each prompt, the best first; all of it."""
-    from gpt.sampling import beam
+    from gpt.sampling import beam_search
 
     fields = {name: getattr(command.settings, name) for name in BEAM_TAKES - {"num_samples"}}
     n_best, penalty = command.settings.num_samples, command.length_penalty
-    settings = beam.BeamSettings(command.beam_width, n_best, penalty, **fields)
+    settings = beam_search.BeamSettings(command.beam_width, n_best, penalty, **fields)
     several = len(prompts) * n_best > 1
-    for i, found in enumerate(told := beam.search(model, prompts, settings)):
+    for i, found in enumerate(told := beam_search.search(model, prompts, settings)):
         for one in found:
-            head = console.label(i, one.sample, f", score {one.score:.4f}") * several
+            head = terminal.label(i, one.sample, f", score {one.score:.4f}") * several
             if command.json:
-                line = console.to_json(console.completion_json(one) | {"score": one.score})
-                console.write(line + "\n")
+                line = terminal.to_json(terminal.completion_json(one) | {"score": one.score})
+                terminal.write(line + "\n")
             else:
-                console.write(f"{head}{one}\n" + "\n" * several)
+                terminal.write(f"{head}{one}\n" + "\n" * several)
         if len(found) < n_best:
             print(f"note: prompt {i + 1} has only {len(found)} texts", file=sys.stderr)
     return [one for found in told for one in found]
@@ -264,7 +264,7 @@ def print_search(model, command: Command, prompts: list) -> list:
 
 def report(model, done: list, slides: bool = True) -> None:
     """How the completions went, on standard error; `slides`: whether a full context could slide."""
-    print(console.describe_end(done, model.config.context_length, slides), file=sys.stderr)
+    print(terminal.describe_end(done, model.config.context_length, slides), file=sys.stderr)
 
 
 def print_score(model, command: Command, scored: str | list[int], load) -> None:
@@ -274,10 +274,10 @@ def print_score(model, command: Command, scored: str | list[int], load) -> None:
     lost = s.mean_nll - load().score(scored, command.stride).mean_nll if command.quantize else None
     if command.json:
         extra = {"quantization_nll": lost} if command.quantize else {}
-        print(console.to_json(s.to_json() | extra))
+        print(terminal.to_json(s.to_json() | extra))
         return
     for token, logprob in zip(s.token_ids, s.logprobs, strict=True):
-        print(f"{logprob:9.4f}  {console.spell(model.tokenizer.decode_bytes([token]))}")
+        print(f"{logprob:9.4f}  {terminal.spell(model.tokenizer.decode_bytes([token]))}")
     print(s)
     if command.quantize:
         print(f"{command.quantize} changes the loss by {lost:+.4f} nats a token")
@@ -285,7 +285,7 @@ def print_score(model, command: Command, scored: str | list[int], load) -> None:
 
 def print_checks(model) -> int:
     """Each check of the cache contract with its largest difference; 1 if one fails."""
-    from gpt.sampling.check import run_checks
+    from gpt.sampling.cache_check import run_checks
 
     failed = 0
     for check in run_checks(model.config, model.params, model.mesh):

@@ -16,13 +16,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gpt import cli, distributed, pod
-from gpt import tokenizer as tokenizers
+from gpt import cli, distributed, plan
 from gpt.config import TrainConfig
+from gpt.data import batches, token_files, tokenizers
 from gpt.distributed import FROM_ENVIRONMENT, Processes
 from gpt.errors import above_zero, not_negative, require
 from gpt.presets import PRESETS
-from gpt.training import board, data, lock, shards, stop
+from gpt.training import board, run_dir, stop_signal
 
 
 @dataclass(frozen=True)
@@ -73,22 +73,25 @@ def main(argv: list[str]) -> int:
     default = Command(preset=preset, train=PRESETS.get(preset, PRESETS["tiny"]))
     read = partial(cli.parse, Command, argv, program="train.py", description=__doc__)
     command = read(default=default)
-    if pod.require_asked(command):
+    if plan.require_asked(command):
         cli.prepare_absent()
-        from gpt.pod.plan import show
+        from gpt.plan.absent import show
 
         return show(command, PRESETS[command.preset])
     out = command.out or Path("runs") / command.preset
     trying = command.dry_run or command.verify_resume  # which leaves nothing behind
     cli.prepare_jax(cache=command.compile_cache and not trying)
     distributed.join(command.processes)  # before anything asks for a device
-    from gpt.training import memory, resume, runlog
+    from gpt.training import memory_plan, metrics, resume
 
     if command.init_from:
         command = read(default=resume.adopt(default, command, out))
-    console = runlog.make_console(quiet=not distributed.is_first())
-    held = contextlib.nullcontext() if trying else distributed.by_first(lock.hold(out))
-    signals, enough = stop.StopSignal(console.print, console.show_cursor), memory.explained
+    console = metrics.make_console(quiet=not distributed.is_first())
+    held = contextlib.nullcontext() if trying else distributed.by_first(run_dir.hold(out))
+    signals, enough = (
+        stop_signal.StopSignal(console.print, console.show_cursor),
+        memory_plan.explained,
+    )
     with signals, distributed.parting(), held, enough(command.train):
         return train(command, out, console, signals, cache(console.print))
 
@@ -98,10 +101,10 @@ def look(command: Command, out: Path, console, tell: Callable[[str], None]) -> t
     """Refuse all that can be refused, in all processes: what is found. Nothing is changed."""
     from gpt import checkpoint, sharding
     from gpt.sampling.language_model import platform_dtype
-    from gpt.training import plan, prepare, resume, step
+    from gpt.training import dataset, plan, resume, train_step
 
     trying = command.dry_run or command.verify_resume
-    (lock.require_folder if trying else lock.require_shared)(out)
+    (run_dir.require_folder if trying else run_dir.require_shared)(out)
     alone = not (command.verify_resume and distributed.several())
     require(alone, "--verify-resume proves a run of one process: add --num-processes 1")
     resuming = bool(checkpoint.steps(out)) and not (command.overwrite or command.verify_resume)
@@ -111,16 +114,16 @@ def look(command: Command, out: Path, console, tell: Callable[[str], None]) -> t
         about = {"tokenizer": about["tokenizer"]}  # all that a new run takes beside the weights
     kept = None if trying else cli.cache_folder() / "tokens"  # it leaves nothing behind
     mesh = sharding.make_mesh(command.train.mesh)  # before there is work to wait for
-    tokenizer, dataset = prepare.prepare(command.train, command.data or (), about, kept, console)
-    config = prepare.settle(command.train, tokenizer, platform_dtype())
+    tokenizer, text = dataset.prepare(command.train, command.data or (), about, kept, console)
+    config = dataset.settle(command.train, tokenizer, platform_dtype())
     if resuming:
-        resume.require_same_text(about, dataset.fingerprint)
+        resume.require_same_text(about, text.fingerprint)
         resume.require_same_run(out, about, config)
         command = replace(command, init_from=about.get("init_from"))  # as when it began
-    data.require_length(dataset.train, config.window)
-    lines = step.require_fit(config, mesh) + plan.describe(config, mesh.size, len(dataset.train))
+    batches.require_length(text.train, config.window)
+    lines = train_step.require_fit(config, mesh) + plan.describe(config, mesh.size, len(text.train))
     console.print(*lines, sep="\n")
-    return command, config, mesh, tokenizer, dataset, source, resuming
+    return command, config, mesh, tokenizer, text, source, resuming
 
 
 def train(command: Command, out: Path, console, signals, tell: Callable[[str], None]) -> int:
@@ -160,8 +163,8 @@ class Run:
     config: TrainConfig
     mesh: Any
     tokenizer: tokenizers.Tokenizer
-    dataset: shards.Dataset
-    signals: stop.StopSignal
+    dataset: token_files.Dataset
+    signals: stop_signal.StopSignal
     until: int  # the last step to make, for now
 
     def complete(self) -> int:
@@ -173,9 +176,9 @@ class Run:
 
     def execute(self, state, first: int) -> int:
         """Train from step `first` to the last, or to a signal; the exit code."""
-        from gpt import checkpoint, probe
-        from gpt.stopwatch import Stopwatch
-        from gpt.training import feed, guard, profile, runlog, step
+        from gpt import checkpoint, hardware
+        from gpt.compile_log import Stopwatch
+        from gpt.training import feed, metrics, nonfinite, profile, train_step
 
         out, c, writes, n = self.out, self.config, distributed.is_first(), self.command.profile
         if first:
@@ -183,19 +186,19 @@ class Run:
         self.batch = partial(feed.batch, c, self.dataset.train, self.mesh)  # of a step's number
         self.signals.defer(first)  # from here on: compiling must not be broken off
         with Stopwatch() as watch:
-            steps = step.compile_steps(c, self.mesh)
+            steps = train_step.compile_steps(c, self.mesh)
         self.console.print(f"compiled       in {watch.compile_seconds:.1f} s")
         self.settle_in(first)  # only now: what does not fit was refused
-        peak = probe.matmul_rate(c.model.compute_dtype) * self.mesh.size
+        peak = hardware.matmul_rate(c.model.compute_dtype) * self.mesh.size
         events = self.command.tensorboard and writes and board.Board(out / "tensorboard", first)
         tracing = profile.Profile(out / "profile", n if writes else 0, first, self.console.print)
-        metrics = out / "metrics.jsonl" if writes else None
+        path = out / "metrics.jsonl" if writes else None
         with (
             checkpoint.Writer(out, c.keep, c.keep_best, resumed=first or None) as self.writer,
-            runlog.RunLog(metrics, first, c, self.console, peak, events or None) as self.log,
+            metrics.RunLog(path, first, c, self.console, peak, events or None) as self.log,
             contextlib.closing(tracing) as self.profile,
         ):
-            self.bad = guard.BadSteps(c, first - int(step.count_updates(state.optimizer)))
+            self.bad = nonfinite.BadSteps(c, first - int(train_step.count_updates(state.optimizer)))
             self.loop(state, first, *steps)
         self.draw()
         if code := distributed.agree_on_code(self.signals.code):
@@ -215,10 +218,10 @@ class Run:
 
     def draw(self) -> None:
         """The picture of the losses."""
-        from gpt.training import runlog
+        from gpt.training import metrics
 
         if distributed.is_first():
-            runlog.draw_curves(self.out / "metrics.jsonl", self.out / "loss.png")
+            metrics.draw_curves(self.out / "metrics.jsonl", self.out / "loss.png")
         self.console.print(f"loss curve     {self.out / 'loss.png'}")
 
     def loop(self, state, first: int, train_step, eval_step) -> None:
@@ -226,8 +229,8 @@ class Run:
         import jax
 
         c, last, late = self.config, self.until, None
-        with contextlib.closing(data.prefetch(self.batch, first, last)) as batches:
-            for done, tokens_ABU in enumerate(batches, first + 1):
+        with contextlib.closing(batches.prefetch(self.batch, first, last)) as queue:
+            for done, tokens_ABU in enumerate(queue, first + 1):
                 state, metrics = train_step(state, tokens_ABU)
                 self.profile.note(done, metrics)
                 if late:
@@ -244,21 +247,21 @@ class Run:
 
     def take_note(self, done: int, metrics, state) -> None:
         """Log step `done`; Failed if it is one too many in a row whose update was skipped."""
-        from gpt.training import guard
+        from gpt.training import nonfinite
 
         self.log.log_train(done, metrics)
         if self.bad.note(done, int(metrics["skipped"])):
             self.writer.wait()
-            raise guard.diverged(self.config, self.bad, self.out, state.params, self.batch)
+            raise nonfinite.diverged(self.config, self.bad, self.out, state.params, self.batch)
 
     def look_up(self, state, eval_step, done: int) -> bool:
         """Evaluate, show a sample, save, as due. Whether it was the last: a skipped one is not."""
-        from gpt.training import step
+        from gpt.training import train_step
 
         c, loss, kept = self.config, None, state.average or state.params
         saving = self.due(done, c.save_every)
         if self.due(done, c.eval_every) or (saving and c.keep_best):
-            loss, bits = step.evaluate(c, kept, eval_step, self.dataset.val)
+            loss, bits = train_step.evaluate(c, kept, eval_step, self.dataset.val)
             self.log.log_eval(done, loss, bits)
         if self.due(done, c.sample_every):
             self.show_sample(kept, done)
@@ -287,12 +290,12 @@ class Run:
 
     def save(self, state, done: int, loss: float | None, ending: bool) -> None:
         """Write a checkpoint in the background; at the end of the run, until it is on disk."""
-        from gpt.training import prepare, saving
+        from gpt.training import dataset, saving
 
         if self.bad.row:  # it may go on like this: these weights must not push out good ones
             self.console.print(f"note: step {done} is not saved: its update was skipped")
             return
-        about = prepare.describe_run(self.command, self.config, self.tokenizer, self.dataset)
+        about = dataset.describe_run(self.command, self.config, self.tokenizer, self.dataset)
         saving.save(self.writer, self.config, done, state, about, loss, ending, self.console.print)
 
 

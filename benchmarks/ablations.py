@@ -68,9 +68,9 @@ def leave_out_mask() -> None:
     """Every token sees the whole window, the one that it has to predict among them."""
     import jax.numpy as jnp
 
-    from gpt.model import attention, fused
+    from gpt.model import attention, flash_attention
 
-    fused.KERNELS.clear()  # which have masks of their own
+    flash_attention.KERNELS.clear()  # which have masks of their own
     attention.visible = lambda pos_BT, n_queries, n_slots: jnp.ones((1, n_queries, n_slots), bool)
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt.model import attention, fused
+from gpt.model import attention, flash_attention
 
 SIZES = [(1024, 12, 12, 64), (1024, 32, 8, 128), (640, 8, 1, 80), (128, 4, 2, 32)]
 PARTS = ("mix", "gradient of q", "gradient of k", "gradient of v")
@@ -63,8 +63,8 @@ def agree(pairs: list[tuple[float, float]]) -> bool:
 
 def main() -> int:
     """The exit code."""
-    here = fused.platform()
-    kernel, fits = fused.KERNELS.get(here, (None, None))
+    here = flash_attention.platform()
+    kernel, fits = flash_attention.KERNELS.get(here, (None, None))
     good = True
     for sizes in SIZES:
         if kernel is None or not fits(sizes[0], sizes[3]):

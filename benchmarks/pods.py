@@ -18,10 +18,10 @@ cli.prepare_absent()
 
 import jax  # noqa: E402
 
-from gpt import cost, sharding  # noqa: E402
+from gpt import flops, sharding  # noqa: E402
 from gpt.config import MeshConfig, ModelConfig, TrainConfig  # noqa: E402
 from gpt.errors import is_out_of_memory, require  # noqa: E402
-from gpt.pod import chips, plan  # noqa: E402
+from gpt.plan import absent, chips  # noqa: E402
 from gpt.presets import PRESETS  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "pods.json"
@@ -62,7 +62,7 @@ HEAD = (
 )
 
 
-def figures(program: plan.Program, chip: chips.Chip) -> dict:
+def figures(program: absent.Program, chip: chips.Chip) -> dict:
     """One program as JSON values. Bytes, seconds."""
     return {
         "given": program.given,
@@ -85,7 +85,7 @@ def attempt(make, chip: chips.Chip) -> dict:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        return {"does_not_fit": plan.shortfall(str(error))}
+        return {"does_not_fit": absent.shortfall(str(error))}
 
 
 def measure(row: str) -> dict:
@@ -96,15 +96,15 @@ def measure(row: str) -> dict:
     shards = meshes[0].shape["data"] * meshes[0].shape["fsdp"]
     asked = MODELS[model]
     known = dataclasses.replace(asked, tokenizer="char")  # the model's own vocabulary
-    config = plan.settle(known, True, shards, "bfloat16")
-    plan.step.require_fit(config, meshes[0])
+    config = absent.settle(known, True, shards, "bfloat16")
+    absent.step.require_fit(config, meshes[0])
     return {
-        "parameters": cost.parameters(config.model),
+        "parameters": flops.parameters(config.model),
         "grad_accum": config.grad_accum,
-        "state": plan.state_bytes(config, meshes[0]),
-        "train": attempt(lambda: plan.train_program(config, meshes[0], tpu=True), chip),
-        "prefill": attempt(lambda: plan.prefill_program(config, meshes[1]), chip),
-        "decode": attempt(lambda: plan.decode_program(config, meshes[1]), chip),
+        "state": absent.state_bytes(config, meshes[0]),
+        "train": attempt(lambda: absent.train_program(config, meshes[0], tpu=True), chip),
+        "prefill": attempt(lambda: absent.prefill_program(config, meshes[1]), chip),
+        "decode": attempt(lambda: absent.decode_program(config, meshes[1]), chip),
         "jax": jax.__version__,
     }
 

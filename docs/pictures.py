@@ -10,9 +10,9 @@ import matplotlib
 import numpy as np
 import tyro
 
-from gpt import cost, load
-from gpt.pages import record
-from gpt.pages.spelling import spell_all
+from gpt import flops, load
+from gpt.reports import tour_recorder
+from gpt.reports.spelling import spell_all
 from gpt.sampling.settings import Settings
 
 BLUE, ORANGE, GREY = "#2563b0", "#c2570c", "#8b939c"
@@ -50,7 +50,7 @@ def bare(axes) -> None:
     axes.spines[:].set_visible(False)
 
 
-def draw_regimes(journey: record.Journey, words: list[str], path: Path) -> None:
+def draw_regimes(journey: tour_recorder.Journey, words: list[str], path: Path) -> None:
     """The cache, slot by slot, over the calls of the model: a column read, a cell written."""
     T, P = len(journey.prompt_ids), len(journey.read_ids)
     drawn = figure(9, 0.36 * len(journey.readings) + 1.5)
@@ -61,9 +61,9 @@ def draw_regimes(journey: record.Journey, words: list[str], path: Path) -> None:
             colour = ORANGE if slot in reading.written else colour
             axes.add_patch(matplotlib.patches.Rectangle((slot, row), 0.92, 0.86, color=colour))
         n, first = len(reading.tokens), reading.first
-        moved = cost.decode_bytes if first else cost.prefill_bytes
+        moved = flops.decode_bytes if first else flops.prefill_bytes
         size = moved(journey.config, 1, first or n)
-        work = cost.forward_flops(journey.config, n, first, 1)
+        work = flops.forward_flops(journey.config, n, first, 1)
         name = f"decode step {row}" if row else "prefill"
         axes.text(-0.3, row + 0.45, f"{name}, {n} token{'s' * (n > 1)}", ha="right", va="center")
         axes.text(P + 0.3, row + 0.45, f"{work / size:.1f} operations a byte", va="center")
@@ -76,7 +76,7 @@ def draw_regimes(journey: record.Journey, words: list[str], path: Path) -> None:
     save(drawn, path)
 
 
-def draw_scores(journey: record.Journey, words: list[str], path: Path) -> None:
+def draw_scores(journey: tour_recorder.Journey, words: list[str], path: Path) -> None:
     """One head over the prompt: scores, divided, masked, as shares."""
     T = len(journey.prompt_ids)
     layer, head = pointed(journey)
@@ -101,7 +101,7 @@ def draw_scores(journey: record.Journey, words: list[str], path: Path) -> None:
     save(drawn, path)
 
 
-def pointed(journey: record.Journey) -> tuple[int, int]:
+def pointed(journey: tour_recorder.Journey) -> tuple[int, int]:
     """The layer and head that look hardest at one earlier token, over all rows of the prompt."""
     T = len(journey.prompt_ids)
     earlier = np.tril(np.ones((T, T)), -1)
@@ -110,7 +110,7 @@ def pointed(journey: record.Journey) -> tuple[int, int]:
     return tuple(int(i) for i in np.unravel_index(sharp.argmax(), sharp.shape))
 
 
-def draw_heads(journey: record.Journey, path: Path) -> None:
+def draw_heads(journey: tour_recorder.Journey, path: Path) -> None:
     """Every head's map."""
     weights = journey.map("weights")
     L, N = weights.shape[:2]
@@ -123,7 +123,7 @@ def draw_heads(journey: record.Journey, path: Path) -> None:
     save(drawn, path)
 
 
-def draw_sampler(drawing: record.Drawing, decode_bytes, path: Path) -> None:
+def draw_sampler(drawing: tour_recorder.Drawing, decode_bytes, path: Path) -> None:
     """The likeliest tokens after prefill, as each setting left them."""
     stages = drawing.stages
     top = np.argsort(-stages["the model"], kind="stable")[:10]
@@ -148,7 +148,7 @@ def main() -> None:
     command = tyro.cli(Command, description=__doc__)
     model = load(command.run)
     settings = Settings(max_new_tokens=6, temperature=0.8, top_k=50, top_p=0.9)
-    journey = record.take_tour(model, command.prompt, settings)
+    journey = tour_recorder.take_tour(model, command.prompt, settings)
     decode_bytes = model.tokenizer.decode_bytes
     ids = [*journey.prompt_ids, *(drawing.token for drawing in journey.drawings)]
     words = [spelled.text for spelled in spell_all(ids, decode_bytes)]

@@ -37,21 +37,21 @@ def main(argv: list[str]) -> None:
         "nothing to write: expected --out FILE.html, --png DIR or both",
     )
     cli.prepare_jax()
-    from gpt.pages import chart, page, report
-    from gpt.pages.runs import read_runs
+    from gpt.reports import chart, html, run_report
+    from gpt.reports.runs import read_runs
 
     if command.out:
-        page.require_place("--out", command.out)
+        html.require_place("--out", command.out)
     if command.png:
-        page.require_folder("--png", command.png)
+        html.require_folder("--png", command.png)
     runs = read_runs(command.runs)
     if command.out:
-        page.write(command.out, report.build(runs, cli.interpreter()))
+        html.write(command.out, run_report.build(runs, cli.interpreter()))
         print(f"report         {command.out} ({command.out.stat().st_size / 1e6:.2f} MB)")
     if command.png:
         command.png.mkdir(parents=True, exist_ok=True)
         names = [run.name for run in runs]
-        for panel in report.panels(runs):
+        for panel in run_report.panels(runs):
             print(f"picture        {chart.save_picture(panel, names, command.png)}")
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from gpt import cli, console
+from gpt import cli, terminal
 from gpt.config import Dtype, Weights
 from gpt.errors import require
 from gpt.sampling.settings import Settings
@@ -62,7 +62,7 @@ class Command:
     def start(self) -> str | list[int]:
         """The prompt, text or token ids."""
         if self.prompt_ids is not None:
-            return console.parse_ids("--prompt-ids", self.prompt_ids)
+            return terminal.parse_ids("--prompt-ids", self.prompt_ids)
         return EXAMPLE if self.prompt is None else self.prompt
 
     @property
@@ -88,25 +88,25 @@ class Command:
 def main(argv: list[str]) -> None:
     """Load the model, take the tour, write the page."""
     command = cli.parse(Command, argv, program="python -m gpt.tour", description=__doc__)
-    with console.as_typed(Settings):
+    with terminal.as_typed(Settings):
         settings = command.settings
     start = command.start
     cli.prepare_jax()
-    from gpt.pages import page, record, tour
+    from gpt.reports import html, tour, tour_recorder
     from gpt.sampling.language_model import load
 
-    page.require_place("--out", command.out)
+    html.require_place("--out", command.out)
     model = load(command.checkpoint, **command.loading)
     require_readable(command.checkpoint, model.tokenizer, start)
-    journey = record.take_tour(model, start, settings)
+    journey = tour_recorder.take_tour(model, start, settings)
     source = tour.Source(command.checkpoint, command.loading, cli.interpreter())
-    page.write(command.out, tour.build(journey, model, source, settings))
+    html.write(command.out, tour.build(journey, model, source, settings))
     print(f"tour           {command.out} ({command.out.stat().st_size / 1e6:.2f} MB)")
 
 
 def require_readable(run: Path, tokenizer, start: str | list[int]) -> None:
     """UserError for a prompt that a model without a tokenizer has no ids for."""
-    from gpt.tokenizer import IdTokenizer
+    from gpt.data.tokenizers import IdTokenizer
 
     text, nothing = isinstance(start, str) and start, not start and tokenizer.eot_token < 0
     require(

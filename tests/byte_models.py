@@ -5,11 +5,11 @@ import types
 
 import jax
 
-from gpt import tokenizer
 from gpt.config import ModelConfig
+from gpt.data import tokenizers
 from gpt.model import transformer
 
-LETTERS = tokenizer.create("byte", lambda: (), 0)
+LETTERS = tokenizers.create("byte", lambda: (), 0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -23,9 +23,9 @@ from programs import TINY, call, keep_compiled  # noqa: E402
 
 from gpt import sharding  # noqa: E402
 from gpt.config import MeshConfig, ModelConfig, TrainConfig  # noqa: E402
-from gpt.training import step  # noqa: E402
+from gpt.training import train_step  # noqa: E402
 from gpt.training.loss import objective  # noqa: E402
-from gpt.training.optim import make_optimizer  # noqa: E402
+from gpt.training.optimizer import make_optimizer  # noqa: E402
 
 MODEL = ModelConfig(300, context_length=16, n_layers=2, n_heads=4, d_model=32, dropout=0.1)
 CONFIG = TrainConfig(model=MODEL, batch_size=16, grad_accum=2, steps=20, warmup_steps=2)
@@ -47,12 +47,12 @@ def train(config: TrainConfig, sizes: tuple[int, int, int]):
     n_devices = reduce(int.__mul__, sizes)
     config = replace(config, mesh=MeshConfig(*sizes))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:n_devices])
-    notes = step.require_fit(config, mesh)
-    state, losses = step.make_state(config, mesh), []
-    train_step, eval_step = step.compile_steps(config, mesh)
+    notes = train_step.require_fit(config, mesh)
+    state, losses = train_step.make_state(config, mesh), []
+    step, eval_step = train_step.compile_steps(config, mesh)
     for n in range(STEPS):
         batch = jax.device_put(tokens(n), sharding.rows(mesh, axis=1))
-        state, metrics = train_step(state, batch)
+        state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))  # waits: collectives of two steps could deadlock
     return losses, state, eval_step, notes
 
@@ -64,7 +64,9 @@ def train_by_pmap() -> list[float]:
     others (Dean et al. 2012, synchronous).
     """
     optimizer = make_optimizer(CONFIG)
-    params = step.make_state(CONFIG, sharding.make_mesh(MeshConfig(1), jax.devices()[:1])).params
+    params = train_step.make_state(
+        CONFIG, sharding.make_mesh(MeshConfig(1), jax.devices()[:1])
+    ).params
 
     @partial(jax.pmap, axis_name="devices")
     def update(params, moments, tokens_BU, key_B):
@@ -79,7 +81,7 @@ def train_by_pmap() -> list[float]:
 
     params, moments, losses = copied(params), copied(optimizer.init(params)), []
     for n in range(STEPS):
-        keys_AB = step.batch_keys(CONFIG, jnp.int32(n), 2, 8)
+        keys_AB = train_step.batch_keys(CONFIG, jnp.int32(n), 2, 8)
         params, moments, loss = update(params, moments, tokens(n).swapaxes(0, 1), keys_AB.T)
         losses.append(float(loss[0]))
     return losses

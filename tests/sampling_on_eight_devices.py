@@ -14,11 +14,11 @@ jax.config.update("jax_disable_most_optimizations", True)  # compiling is all th
 from byte_models import LETTERS, weights  # noqa: E402
 
 from gpt import sharding  # noqa: E402
+from gpt.compile_log import compilations  # noqa: E402
 from gpt.config import MeshConfig, ModelConfig  # noqa: E402
 from gpt.model import transformer  # noqa: E402
-from gpt.sampling import beam, check, generate, score  # noqa: E402
+from gpt.sampling import beam_search, cache_check, generate, scoring  # noqa: E402
 from gpt.sampling.settings import Settings  # noqa: E402
-from gpt.stopwatch import compilations  # noqa: E402
 
 CONFIG = ModelConfig(257, context_length=64, n_layers=2, n_heads=8, n_kv_heads=4, d_model=32)
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 2, 1), "tensor": (1, 1, 4),
@@ -76,13 +76,13 @@ def report(sizes: tuple[int, int, int]) -> dict:
     found = {"greedy": greedy, "drawn": drawn, "notes": notes, "cache": caches(model)}
     found |= {"compiled": compilations.programs - before, "again": again == greedy}
     found["alone"] = generate.complete(model, ["some text"], GREEDY)[0].token_ids
-    settings = beam.BeamSettings(width=3, max_new_tokens=8)
-    found["beam"] = [h[0].token_ids for h in beam.search(model, PROMPTS[:2], settings)]
-    found["score"] = score.score(model, "some text, longer than the context" * 4).logprobs
+    settings = beam_search.BeamSettings(width=3, max_new_tokens=8)
+    found["beam"] = [h[0].token_ids for h in beam_search.search(model, PROMPTS[:2], settings)]
+    found["score"] = scoring.score(model, "some text, longer than the context" * 4).logprobs
     found["weights"] = spread(model.params)
     with jax.default_matmul_precision("highest"), sharding.on_mesh(model.mesh):
-        probe = check.make_probe(model.config, model.params)
-        found["check"] = str(check.check_cached(probe))
+        probe = cache_check.make_probe(model.config, model.params)
+        found["check"] = str(cache_check.check_cached(probe))
     return found
 
 

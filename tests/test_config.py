@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt import cost
+from gpt import flops
 from gpt.config import MeshConfig, ModelConfig, TrainConfig, from_json, to_json
 from gpt.errors import UserError
 from gpt.presets import PRESETS, preset
@@ -228,7 +228,7 @@ def test_presets_of_2017_and_of_today():
     )
     c = new.model
     assert (c.positions, c.norm, c.mlp, c.qk_norm) == ("rope", "rms", "swiglu", True)
-    assert c.kv_heads < c.n_heads and 115e6 < cost.parameters(c) < 135e6
+    assert c.kv_heads < c.n_heads and 115e6 < flops.parameters(c) < 135e6
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from programs import ROOT, TINY, arrays, call, read_lines, same_losses
 
 from gpt import checkpoint
-from gpt.training.runlog import read_metrics
+from gpt.training.metrics import read_metrics
 
 SMALL = [*TINY, "--batch-size", "8", "--optimizer", "adamw", "--model.n-layers", "1"]
 NEVER = "100000"

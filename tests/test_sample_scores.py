@@ -10,8 +10,8 @@ from programs import call
 from samples import objects, sample
 
 import gpt
-from gpt.model import cache
-from gpt.sampling import check, engine, language_model
+from gpt.model import kv_cache
+from gpt.sampling import cache_check, engine, language_model
 
 
 @pytest.fixture(scope="session")
@@ -70,9 +70,9 @@ def test_the_loss_of_quantizing_is_that_of_one_checkpoint(finished, tmp_path, mo
 
 def test_the_check_passes_and_a_planted_bug_turns_it_red(folder, monkeypatch):
     assert "the cache contract holds" in sample(folder, "--check")
-    honest = cache.KVCache.advanced
-    monkeypatch.setattr(cache.KVCache, "advanced", lambda kv, n: honest(kv, n * 0 + n[0]))
-    monkeypatch.setattr(check, "CHECKS", (check.check_growth, check.check_ragged))
+    honest = kv_cache.KVCache.advanced
+    monkeypatch.setattr(kv_cache.KVCache, "advanced", lambda kv, n: honest(kv, n * 0 + n[0]))
+    monkeypatch.setattr(cache_check, "CHECKS", (cache_check.check_growth, cache_check.check_ragged))
     jax.clear_caches()
     try:
         done = call("sample", folder, "--check")

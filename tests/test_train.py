@@ -26,10 +26,10 @@ from programs import (
     write_text,
 )
 
-from gpt import checkpoint, cli, probe
-from gpt import tokenizer as tokenizers
+from gpt import checkpoint, cli, hardware
 from gpt.config import TrainConfig, from_json
-from gpt.training import memory, resume, step
+from gpt.data import tokenizers
+from gpt.training import memory_plan, resume, train_step
 
 pytestmark = pytest.mark.exact
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.exact
 @pytest.fixture
 def interrupt(monkeypatch):
     """Have something happen in the middle of a run: interrupt(at_step, action)."""
-    honest = step.compile_steps
+    honest = train_step.compile_steps
 
     def plan(at: int, action):
         def compile_steps(config, mesh):
@@ -50,10 +50,10 @@ def interrupt(monkeypatch):
 
             return watched, eval_step
 
-        monkeypatch.setattr(step, "compile_steps", compile_steps)
+        monkeypatch.setattr(train_step, "compile_steps", compile_steps)
 
     yield plan
-    monkeypatch.setattr(step, "compile_steps", honest)
+    monkeypatch.setattr(train_step, "compile_steps", honest)
 
 
 # What a run leaves.
@@ -98,7 +98,7 @@ def test_the_model_learns(trained):
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(text, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "largest_rows", lambda *_: 4)  # it compiles a dozen steps
+    monkeypatch.setattr(memory_plan, "largest_rows", lambda *_: 4)  # it compiles a dozen steps
     home, here = tmp_path / "home", tmp_path / "here"
     here.mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
@@ -283,7 +283,7 @@ def test_a_step_that_turns_out_not_to_fit_leaves_the_folder_as_it_was(
 ):
     out = finished if holds == "a run" else tmp_path / "new"
     before = snapshot(tmp_path)
-    monkeypatch.setattr(probe, "memory", lambda: (10**6, "a small machine"))
+    monkeypatch.setattr(hardware, "memory", lambda: (10**6, "a small machine"))
     done = call("train", *TINY, "--seed", "1", "--data", text, "--out", out, "--overwrite")
     assert done.code == 2 and "parameters" in done.err and "out of memory" in done.err, done.err
     assert snapshot(tmp_path) == before

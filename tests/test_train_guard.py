@@ -9,8 +9,8 @@ import pytest
 from programs import TINY, arrays, call, read_lines, same_bits
 
 from gpt import checkpoint
-from gpt.training import step
-from gpt.training.guard import BadSteps
+from gpt.training import train_step
+from gpt.training.nonfinite import BadSteps
 
 RUN = [*TINY, "--eval-every", "100", "--sample-every", "0", "--ema-decay", "0.9"]
 AT, LAYER = 7, 1
@@ -20,7 +20,7 @@ AT, LAYER = 7, 1
 def plant(monkeypatch):
     """Have the weights of a layer be bad in some steps, and good again after them; a list of the
     steps that were made."""
-    honest, made = step.compile_steps, []
+    honest, made = train_step.compile_steps, []
 
     def in_steps(bad):
         def compile_steps(config, mesh):
@@ -40,7 +40,7 @@ def plant(monkeypatch):
 
             return watched, eval_step
 
-        monkeypatch.setattr(step, "compile_steps", compile_steps)
+        monkeypatch.setattr(train_step, "compile_steps", compile_steps)
         return made
 
     return in_steps

@@ -12,7 +12,7 @@ from programs import (
 )
 
 from gpt import checkpoint
-from gpt import tokenizer as tokenizers
+from gpt.data import tokenizers
 
 
 def test_init_from_takes_weights_and_tokenizer(trained, tmp_path):

@@ -14,8 +14,8 @@ from programs import (
     write_text,
 )
 
-from gpt.tokenizer import encodings
-from gpt.training import step
+from gpt.data.tokenizers import encodings
+from gpt.training import train_step
 
 
 def wrong_files(folder):
@@ -70,9 +70,9 @@ def test_bad_input_is_one_error_and_changes_nothing(case, tmp_path, monkeypatch)
 
 def test_a_batch_that_the_mesh_cannot_divide(text, tmp_path, monkeypatch):
     """As with two devices, of which there is one here."""
-    honest = step.require_fit
+    honest = train_step.require_fit
     wide = type("Mesh", (), {"shape": {"data": 3, "fsdp": 1, "tensor": 1}})
-    monkeypatch.setattr(step, "require_fit", lambda config, mesh: honest(config, wide))
+    monkeypatch.setattr(train_step, "require_fit", lambda config, mesh: honest(config, wide))
     done = call("train", *TINY, "--data", text, "--out", tmp_path / "run")
     assert done.code == 2 and "does not divide among 3 devices" in done.err
     assert snapshot(tmp_path) == {}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from programs import TINY, call, snapshot
 
-from gpt.training import resume, step
+from gpt.training import resume, train_step
 
 pytestmark = pytest.mark.exact
 
@@ -50,7 +50,7 @@ def test_it_notices_what_a_stop_loses(argv, tmp_path, monkeypatch):
 
 def test_a_run_that_is_there_is_not_touched(trained, text, tmp_path, monkeypatch):
     before = snapshot(trained[1])
-    monkeypatch.setattr(step, "compile_steps", lambda *_: pytest.fail("it is refused before"))
+    monkeypatch.setattr(train_step, "compile_steps", lambda *_: pytest.fail("it is refused before"))
     run = [*TINY, "--data", text, "--out", trained[1], "--verify-resume"]
     done = call("train", *run, "--steps", "1")
     assert done.code == 2 and "--steps 2 or more" in done.err

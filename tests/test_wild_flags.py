@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from programs import ROOT, TINY, call, write_text
 
+from gpt.compile_log import compilations
 from gpt.sampling import language_model
-from gpt.stopwatch import compilations
 from gpt.training import saving
 
 CASES = {"train": 100, "sample": 100}  # and ten times as many in make test-all

@@ -24,7 +24,7 @@ from gpt.config import ONE_DEVICE  # noqa: E402
 from gpt.model import int8, transformer  # noqa: E402
 from gpt.presets import preset  # noqa: E402
 from gpt.sampling.language_model import LanguageModel  # noqa: E402
-from gpt.training import step  # noqa: E402
+from gpt.training import train_step  # noqa: E402
 
 STEPS = {"gpt2": 1, "shakespeare-char": 20}  # training steps a turn
 SEQ_LEN = {"gpt2": 256, "shakespeare-char": 64}
@@ -40,14 +40,14 @@ def train(name: str, batch: int) -> None:
         config, model=model, batch_size=batch, seq_len=length, grad_accum=1
     )
     mesh = sharding.make_decoding_mesh(ONE_DEVICE)
-    train_step, _ = step.compile_steps(config, mesh)
-    held = {"state": step.make_state(config, mesh)}
+    step, _ = train_step.compile_steps(config, mesh)
+    held = {"state": train_step.make_state(config, mesh)}
     tokens = random_batch(config, mesh)
 
     def work() -> float:
         def run():
             for _ in range(STEPS[name]):
-                held["state"], metrics = train_step(held["state"], tokens)
+                held["state"], metrics = step(held["state"], tokens)
                 jax.block_until_ready(metrics)
 
         return timed(run) / STEPS[name]

@@ -152,7 +152,7 @@ def measure_sampling(command: Command) -> dict:
     from rich.console import Console
     from rich.progress import track
 
-    from gpt import probe
+    from gpt import hardware
     from gpt.bench import card, measure
     from gpt.sharding import on_mesh
 
@@ -165,7 +165,7 @@ def measure_sampling(command: Command) -> dict:
     int8 = command.quantize is not None
     cells = [measure.Cell(batch, n, new, int8) for batch in batches for n in prompt_lengths]
     measure.require_room(config, cells[-1])
-    ceilings = probe.ceilings(measure.step_cost(config, cells[-1])[0], config.compute_dtype)
+    ceilings = hardware.ceilings(measure.step_cost(config, cells[-1])[0], config.compute_dtype)
     result = card.about(name, config, ceilings, os.cpu_count(), int8) | {"repeats": command.repeats}
     params = weights()
     watched = track(cells, "measuring", console=Console(stderr=True), transient=True)
@@ -178,7 +178,7 @@ def measure_sampling(command: Command) -> dict:
 
 def measure_training(command: Command) -> dict:
     """The training step at every batch size: the result."""
-    from gpt import cost, probe, sharding
+    from gpt import flops, hardware, sharding
     from gpt.bench import card, train
     from gpt.sampling.language_model import platform_dtype
 
@@ -187,7 +187,7 @@ def measure_training(command: Command) -> dict:
     config = dataclasses.replace(config, model=config.model.computing_in(dtype), dtype=dtype)
     mesh = sharding.make_decoding_mesh(command.mesh)
     sizes = command.batch_sizes or str(config.batch_size)
-    ceilings = probe.ceilings(cost.weight_bytes(config.model), dtype)
+    ceilings = hardware.ceilings(flops.weight_bytes(config.model), dtype)
     result = card.about(name, config.model, ceilings, os.cpu_count())
     cells = [
         train.measure(dataclasses.replace(config, batch_size=size), mesh, command.repeats, ceilings)
@@ -219,9 +219,9 @@ def main(argv: list[str]) -> int:
     command = cli.parse(Command, argv, program="python -m gpt.bench", description=__doc__)
     check(command)
     if command.formulas:
-        from gpt import cost
+        from gpt import flops
 
-        print(cost.describe())
+        print(flops.describe())
         return 0
     if command.compare:
         return compare(command)

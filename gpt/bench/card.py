@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 
-from gpt import cost
+from gpt import flops
 from gpt.bench import roofline, vendor
 from gpt.config import ModelConfig
 
@@ -32,9 +32,9 @@ def about(
         "device": f"{device.device_kind}{cores}",
         "precision": config.compute_dtype,
         "model": name,
-        "parameters": cost.parameters(config),
+        "parameters": flops.parameters(config),
         "weights": "int8" if int8 else config.param_dtype,
-        "weight_bytes": cost.weight_bytes(config, int8=int8),
+        "weight_bytes": flops.weight_bytes(config, int8=int8),
         "jax": jax.__version__,
         "ceilings": ceilings,
     }

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from gpt import cost, probe
+from gpt import flops, hardware
+from gpt.compile_log import Stopwatch
 from gpt.config import ModelConfig
 from gpt.errors import require
-from gpt.probe import timed
+from gpt.hardware import timed
 from gpt.sampling import engine, generate
-from gpt.sampling.loop import begin, decode_chunk
+from gpt.sampling.decode_loop import begin, decode_chunk
 from gpt.sampling.settings import Settings
-from gpt.stopwatch import Stopwatch
 
 NO_EOT = -1  # no token ends a row: every repeat does the same work
 
@@ -54,10 +54,10 @@ def require_room(config: ModelConfig, cell: Cell) -> None:
     """UserError if weights and cache of the largest cell exceed the memory that is there, or the
     weights while they are quantized: floats and int8 lie there together."""
     slots = engine.bucket(cell.prompt_length + cell.new_tokens, config.context_length)
-    weights = cost.weight_bytes(config, int8=cell.int8)
-    need = weights + cost.cache_bytes(config, cell.batch, slots)
-    both = weights + cost.weight_bytes(config) if cell.int8 else 0
-    have, whose = probe.memory()
+    weights = flops.weight_bytes(config, int8=cell.int8)
+    need = weights + flops.cache_bytes(config, cell.batch, slots)
+    both = weights + flops.weight_bytes(config) if cell.int8 else 0
+    have, whose = hardware.memory()
     require(
         both <= have,
         f"quantizing the weights takes {both / 1e9:.1f} GB, and {whose} is {have / 1e9:.1f} GB: "
@@ -145,13 +145,13 @@ def measure(config: ModelConfig, params: dict, cell: Cell, repeats: int, ceiling
 def prefill_figures(config: ModelConfig, cell: Cell, times: Times, ceilings: dict) -> dict:
     """Reading the prompts. `mfu`: share of the matrix product's rate, padding counted as waste."""
     seconds = statistics.median(times.prefill)
-    flops = cell.batch * cost.forward_flops(config, cell.prompt_length, n_heads_out=1)
+    total = cell.batch * flops.forward_flops(config, cell.prompt_length, n_heads_out=1)
     return {
         "seconds": seconds,
         "tokens_per_second": cell.batch * cell.prompt_length / seconds,
-        "flops": flops,
-        "bytes": cost.prefill_bytes(config, cell.batch, cell.prompt_length, cell.int8),
-        "mfu": flops / seconds / ceilings["matmul_flops_per_second"],
+        "flops": total,
+        "bytes": flops.prefill_bytes(config, cell.batch, cell.prompt_length, cell.int8),
+        "mfu": total / seconds / ceilings["matmul_flops_per_second"],
         "seconds_of_repeats": times.prefill,
     }
 
@@ -179,8 +179,8 @@ def decode_figures(config: ModelConfig, cell: Cell, times: Times, ceilings: dict
 def step_cost(config: ModelConfig, cell: Cell) -> tuple[int, int]:
     """Bytes and FLOPs of the mean decode step of a cell: only filled slots of the cache count."""
     filled = cell.prompt_length + (cell.steps - 1) // 2
-    n_bytes = cost.decode_bytes(config, cell.batch, filled, cell.int8)
-    return n_bytes, cell.batch * cost.forward_flops(config, 1, filled, 1)
+    n_bytes = flops.decode_bytes(config, cell.batch, filled, cell.int8)
+    return n_bytes, cell.batch * flops.forward_flops(config, 1, filled, 1)
 
 
 def peak_bytes() -> int | None:

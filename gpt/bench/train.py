@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt import cost, sharding
+from gpt import flops, sharding
 from gpt.bench.measure import peak_bytes
+from gpt.compile_log import Stopwatch
 from gpt.config import TrainConfig
-from gpt.probe import timed
-from gpt.stopwatch import Stopwatch
-from gpt.training import step
+from gpt.hardware import timed
+from gpt.training import train_step
 
 STEPS = 10  # a repeat: one step is too short beside what starts it
 
@@ -29,15 +29,15 @@ def random_batch(config: TrainConfig, mesh: Mesh) -> jax.Array:
 
 def measure(config: TrainConfig, mesh: Mesh, repeats: int, ceilings: dict) -> dict:
     """The figures of one batch size as JSON values: medians over `repeats` of STEPS steps each."""
-    step.require_fit(config, mesh)
+    train_step.require_fit(config, mesh)
     watch = Stopwatch()
     with watch:
-        train_step, _ = step.compile_steps(config, mesh)
-        state, tokens = step.make_state(config, mesh), random_batch(config, mesh)
+        step, _ = train_step.compile_steps(config, mesh)
+        state, tokens = train_step.make_state(config, mesh), random_batch(config, mesh)
 
     def run(state):
         for _ in range(STEPS):
-            state, metrics = train_step(state, tokens)
+            state, metrics = step(state, tokens)
             jax.block_until_ready(metrics)  # at most one step ahead, as in training
         return state
 
@@ -57,15 +57,15 @@ def measure(config: TrainConfig, mesh: Mesh, repeats: int, ceilings: dict) -> di
 
 def figures(config: TrainConfig, seconds: list[float], ceilings: dict, n_devices: int) -> dict:
     """Of steps that took `seconds`. `mfu`: share of the devices' matrix rate, by the FLOPs of
-    gpt/cost.py; recomputation is not counted as work."""
+    gpt/flops.py; recomputation is not counted as work."""
     tokens, middle = config.batch_size * config.window, statistics.median(seconds)
-    flops = tokens * cost.train_flops_per_token(
+    total = tokens * flops.train_flops_per_token(
         dataclasses.replace(config.model, context_length=config.window)
     )
     return {
         "seconds_per_step": middle,
         "tokens_per_second": tokens / middle,
-        "flops": flops,
-        "mfu": flops / middle / (n_devices * ceilings["matmul_flops_per_second"]),
+        "flops": total,
+        "mfu": total / middle / (n_devices * ceilings["matmul_flops_per_second"]),
         "seconds_of_repeats": seconds,
     }

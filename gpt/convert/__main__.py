@@ -81,12 +81,12 @@ def prepare_jax() -> None:
 
 def bring_in(command: Import) -> None:
     """Import, and say what came."""
-    from gpt import cost
+    from gpt import flops
     from gpt.convert import incoming
 
     config = incoming.bring_in(command.source, command.dest, command.ids_only, note)
     print(
-        f"{command.dest}: {cost.parameters(config):,} weights in {config.param_dtype}, "
+        f"{command.dest}: {flops.parameters(config):,} weights in {config.param_dtype}, "
         f"{config.n_layers} layers, context {config.context_length:,}",
         file=sys.stderr,
     )

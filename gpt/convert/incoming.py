@@ -7,11 +7,11 @@ from typing import Any
 import jax
 
 from gpt import checkpoint
-from gpt import tokenizer as tokenizers
 from gpt.config import ModelConfig, TrainConfig, to_json
 from gpt.convert import strict_json, tensorfile, tokenizers_in, weights
 from gpt.convert.fields import read_config
 from gpt.convert.place import making, require_new
+from gpt.data import tokenizers
 from gpt.errors import require
 
 

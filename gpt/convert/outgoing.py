@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from gpt import checkpoint
-from gpt import tokenizer as tokenizers
 from gpt.config import ModelConfig, Weights, from_json
 from gpt.convert import tokenizers_out, weights
 from gpt.convert.describe import describe, with_biases
 from gpt.convert.layout import Family, tensor_shapes
 from gpt.convert.place import making, require_new
 from gpt.convert.tensorfile import FLOATS, WHOLE, write_file
+from gpt.data import tokenizers
 from gpt.errors import require
 from gpt.model import transformer
 from gpt.sampling.language_model import choose_tree

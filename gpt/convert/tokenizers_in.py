@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpt import tokenizer as tokenizers
 from gpt.convert import added, bpe, pieces, strict_json, tokenizers_out
 from gpt.convert.fields import brief
+from gpt.data import tokenizers
 from gpt.errors import UserError, require
 
 FILES = ("tokenizer.json", "vocab.json", "merges.txt")

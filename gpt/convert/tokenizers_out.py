@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gpt import tokenizer as tokenizers
 from gpt.convert import bpe, pieces
+from gpt.data import tokenizers
 
 UNUSED = re.compile(r"<\|unused_\d+\|>")  # names that we gave to ids which nothing has
 

@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gpt import cost
+from gpt import flops
 from gpt.checkpoint import named_leaves
 from gpt.config import Dtype, ModelConfig
 from gpt.convert.layout import HEAD, Family, layers_of, leaf_shapes, one_layer, tensor_shapes
@@ -62,8 +62,8 @@ def match(config: ModelConfig, family: Family, stored: dict[str, Stored]) -> Sou
     Names may bear the family's prefix or not. A head beside a tied table must equal it.
     """
     require(
-        config.n_layers <= len(stored) and cost.parameters(config) <= MOST_WEIGHTS,
-        f"config.json describes {config.n_layers:,} layers and {cost.parameters(config):,} "
+        config.n_layers <= len(stored) and flops.parameters(config) <= MOST_WEIGHTS,
+        f"config.json describes {config.n_layers:,} layers and {flops.parameters(config):,} "
         f"weights: not those of these {len(stored):,} tensors",
     )
     tensors = without_prefix(family, stored)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gpt.config import ModelConfig
-from gpt.model import cache as kv
+from gpt.model import kv_cache as kv
 from gpt.model.layers import NORMS, biases, linear, normal, plus, product
 from gpt.model.positions import Place
 from gpt.sharding import constrain

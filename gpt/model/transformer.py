@@ -21,9 +21,9 @@ from jax.sharding import Mesh
 
 from gpt.config import ModelConfig
 from gpt.errors import require
-from gpt.model import cache as kv
+from gpt.model import kv_cache as kv
 from gpt.model.attention import MASKED, Attend, Attention, Drop
-from gpt.model.fused import attend
+from gpt.model.flash_attention import attend
 from gpt.model.int8 import Int8
 from gpt.model.layers import NORMS, drop, make_mlp, normal, transposed_product
 from gpt.model.positions import ADD, Place, find_place

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from gpt.errors import require
 from gpt.sampling.settings import Settings
-from gpt.sampling.text import TextStream
+from gpt.sampling.text_stream import TextStream
 
 NO_TOKEN = -1  # stands where a row drew none
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt.config import ModelConfig
-from gpt.model import cache as kv
+from gpt.model import kv_cache as kv
 from gpt.model import transformer
 
 SMALLEST_BUCKET = 32

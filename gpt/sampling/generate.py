@@ -13,19 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt import cost, probe
+from gpt import flops, hardware
+from gpt.compile_log import Stopwatch, compilations
 from gpt.config import ModelConfig
+from gpt.data.tokenizers import without_lone_surrogates
 from gpt.errors import require
 from gpt.model.attention import MASKED
 from gpt.sampling import engine
 from gpt.sampling.completion import Completion, Piece
-from gpt.sampling.draw import Draw
-from gpt.sampling.loop import Drawn, Loop, begin, decode_chunk, reread
+from gpt.sampling.decode_loop import Drawn, Loop, begin, decode_chunk, reread
+from gpt.sampling.sampler import Draw
 from gpt.sampling.settings import Settings
-from gpt.sampling.text import split_end
+from gpt.sampling.text_stream import split_end
 from gpt.sharding import on_mesh
-from gpt.stopwatch import Stopwatch, compilations
-from gpt.tokenizer import without_lone_surrogates
 
 CHUNK = 16  # steps between looks at the host: text appears this often
 MOST = 2**31 - 1  # tokens that the device can count
@@ -126,8 +126,8 @@ def require_room(model, each: Sequence[Settings], lengths: Sequence[int], width:
     longest = max(n + one.max_new_tokens - 1 for n, one in zip(lengths, each, strict=True))
     slots = engine.bucket(min(longest, c.context_length), c.context_length)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-    need = weights + cost.cache_bytes(c, rows, slots) + 9 * rows * V
-    have, whose = probe.memory()
+    need = weights + flops.cache_bytes(c, rows, slots) + 9 * rows * V
+    have, whose = hardware.memory()
     devices = model.mesh.size if model.mesh else 1
     require(
         need <= have * devices,

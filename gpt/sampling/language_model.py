@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gpt import checkpoint, sharding
-from gpt import tokenizer as tokenizers
 from gpt.config import (
     ONE_DEVICE,
     Dtype,
@@ -21,9 +20,10 @@ from gpt.config import (
     Weights,
     from_json,
 )
+from gpt.data import tokenizers
 from gpt.errors import require
 from gpt.model import int8, transformer
-from gpt.sampling import beam, generate, score
+from gpt.sampling import beam_search, generate, scoring
 from gpt.sampling.completion import Completion, Piece
 from gpt.sampling.settings import Settings
 
@@ -82,13 +82,13 @@ class LanguageModel:
     def search(self, prompt: Prompts = "", **settings) -> list:
         """Beam search: the likeliest texts found after a prompt, the best first, each with its
         `score`; for several prompts a list of such lists. `settings`: fields of BeamSettings."""
-        found = beam.search(self, as_list(prompt), beam.BeamSettings(**settings))
+        found = beam_search.search(self, as_list(prompt), beam_search.BeamSettings(**settings))
         return found[0] if is_one(prompt) else found
 
-    def score(self, text: str | Sequence[int], stride: int | None = None) -> score.Score:
+    def score(self, text: str | Sequence[int], stride: int | None = None) -> scoring.Score:
         """Log-probability of each token of a text (or of token ids), its loss, bits per byte and
-        perplexity. `stride`: see gpt/sampling/score.py."""
-        return score.score(self, text, stride)
+        perplexity. `stride`: see gpt/sampling/scoring.py."""
+        return scoring.score(self, text, stride)
 
 
 def load(

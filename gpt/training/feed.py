@@ -8,8 +8,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from gpt import sharding
 from gpt.config import TrainConfig
-from gpt.training import data
-from gpt.training.shards import Tokens
+from gpt.data import batches
+from gpt.data.token_files import Tokens
 
 
 def batch(config: TrainConfig, tokens: Tokens, mesh: Mesh, index: int) -> jax.Array:
@@ -18,7 +18,7 @@ def batch(config: TrainConfig, tokens: Tokens, mesh: Mesh, index: int) -> jax.Ar
 
     def read(rows: np.ndarray) -> np.ndarray:
         every = (np.arange(A)[:, None] * B + rows).ravel()
-        mine = data.batch(tokens, c.seed, index, c.batch_size, c.window, every)
+        mine = batches.batch(tokens, c.seed, index, c.batch_size, c.window, every)
         return mine.reshape(A, len(rows), c.window + 1)
 
     return from_rows(sharding.rows(mesh, axis=1), (A, B, c.window + 1), 1, read)

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from gpt import checkpoint
 from gpt.config import TrainConfig
-from gpt.training import resume, step
-from gpt.training.step import TrainState
+from gpt.training import resume, train_step
+from gpt.training.train_step import TrainState
 
 
 def begin(
@@ -25,10 +25,10 @@ def begin(
 
     `tell` hears of each checkpoint that is passed over. UserError if there is none to be used.
     """
-    like = step.abstract_state(config, mesh)
+    like = train_step.abstract_state(config, mesh)
     load = partial(resume.load_state if resuming else resume.load_start, like)
     loaded = resume.newest(source, load, tell) if source else {}
-    state = like if resuming else step.make_state(config, mesh)
+    state = like if resuming else train_step.make_state(config, mesh)
     return dataclasses.replace(state, **loaded)
 
 
@@ -51,4 +51,4 @@ def save(
     with resume.forgiving(True, tell):  # an earlier one, that failed: this one may find room
         writer.wait()
     with resume.forgiving(config.keep_going and not ending, tell):
-        writer.save(done, step.stored(state), about, loss=loss, wait=ending or writer.failed)
+        writer.save(done, train_step.stored(state), about, loss=loss, wait=ending or writer.failed)

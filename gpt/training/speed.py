@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gpt import cost
+from gpt import flops
 from gpt.config import TrainConfig
 
 PERCENTILES = (50, 90, 99)
@@ -21,7 +21,7 @@ class Speed:
 
     def __init__(self, config: TrainConfig, first: int, peak: float | None):
         self.tokens = config.batch_size * config.window
-        self.flops_per_token, self.peak = cost.train_flops_per_token(config.model), peak
+        self.flops_per_token, self.peak = flops.train_flops_per_token(config.model), peak
         self.first = self.step = self.window_step = first
         self.window_times: list[float] = []
         self.times: list[float] = []

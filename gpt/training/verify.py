@@ -19,8 +19,8 @@ from gpt.config import TrainConfig
 from gpt.digest import bits_of, named_leaves
 from gpt.errors import require
 from gpt.training import saving, speed
-from gpt.training.runlog import read_metrics
-from gpt.training.step import TrainState, abstract_state, stored
+from gpt.training.metrics import read_metrics
+from gpt.training.train_step import TrainState, abstract_state, stored
 
 # What a line says of the clock and the process; all else is computed.
 OF_TIME = {"seconds", *speed.FIELDS}

@@ -7,15 +7,15 @@ import json
 import jax
 import pytest
 
-from gpt import cost, probe
+from gpt import flops, hardware
 from gpt.bench import __main__ as bench
 from gpt.bench import card, measure, train
+from gpt.compile_log import compilations
 from gpt.config import ModelConfig
 from gpt.errors import UserError
 from gpt.model import transformer
 from gpt.presets import PRESETS
 from gpt.sampling import engine
-from gpt.stopwatch import compilations
 
 CONFIG = ModelConfig(50, context_length=64, n_layers=1, n_heads=2, d_model=8).computing_in(
     "float32"
@@ -56,7 +56,7 @@ def figures(monkeypatch):
             patch.setattr(module, name, planted)
 
         with monkeypatch.context() as patch:
-            patch.setattr(probe, "clock", lambda: now[0])
+            patch.setattr(hardware, "clock", lambda: now[0])
             slow(engine, "prefill", lambda _: prefill)
             slow(measure, "begin", lambda _: begin)
             slow(measure, "decode_chunk", lambda args: single if args[-1] == 1 else chunk)
@@ -69,15 +69,15 @@ def test_figures_of_known_times(figures):
     """20 steps: two chunks of 16 and 4 in the loop, 20 calls from the host."""
     cell = figures()
     prefill, decode = cell["prefill"], cell["decode"]
-    flops = 2 * cost.forward_flops(CONFIG, 20, n_heads_out=1)
+    total = 2 * flops.forward_flops(CONFIG, 20, n_heads_out=1)
     assert (cell["batch"], cell["prompt_length"], cell["new_tokens"]) == (2, 20, 21)
     assert cell["ttft_seconds"] == 1.25
     assert prefill["seconds"] == 1 and prefill["seconds_of_repeats"] == [1] * 6
     assert prefill["tokens_per_second"] == 40
-    assert prefill["flops"] == flops and prefill["mfu"] == flops / 1e7
+    assert prefill["flops"] == total and prefill["mfu"] == total / 1e7
     assert decode["seconds_per_step"] == pytest.approx(0.05)
     assert decode["tokens_per_second"] == pytest.approx(40)
-    assert decode["bytes_per_step"] == cost.decode_bytes(CONFIG, 2, 29)
+    assert decode["bytes_per_step"] == flops.decode_bytes(CONFIG, 2, 29)
     assert decode["mbu"] == pytest.approx(decode["bytes_per_step"] / 0.05 / 1e6)
     percentiles = [decode[f"seconds_per_step_p{p}"] for p in (50, 90, 99)]
     assert percentiles == pytest.approx([0.125] * 3)
@@ -120,12 +120,12 @@ def test_measuring_compiles_nothing_after_the_first_run(figures):
 def test_ceilings_come_from_the_shortest_run(monkeypatch):
     """A run reads `passes` times the matrix; a slower one must not lower the ceiling."""
     readings = iter([0, 50, 50, 53, 53, 55, 55, 59, 59, 60, 60, 68, 68, 75])
-    monkeypatch.setattr(probe, "clock", lambda: next(readings))
-    assert probe.best_seconds(lambda: None) == 1
-    monkeypatch.setattr(probe, "PASSES_BYTES", 2**20)
-    monkeypatch.setattr(probe, "timed", lambda f, *args: (0.5, f(*args)))
-    assert probe.read_rate(256 * 256 * 4) == 2**21
-    assert probe.matmul_rate.__wrapped__("float32") == 4 * 2 * 1024**3 / 0.5
+    monkeypatch.setattr(hardware, "clock", lambda: next(readings))
+    assert hardware.best_seconds(lambda: None) == 1
+    monkeypatch.setattr(hardware, "PASSES_BYTES", 2**20)
+    monkeypatch.setattr(hardware, "timed", lambda f, *args: (0.5, f(*args)))
+    assert hardware.read_rate(256 * 256 * 4) == 2**21
+    assert hardware.matmul_rate.__wrapped__("float32") == 4 * 2 * 1024**3 / 0.5
 
 
 FIELDS = {"batch", "prompt_length", "new_tokens", "compile_seconds", "ttft_seconds", "prefill"}
@@ -138,7 +138,7 @@ DECODE |= {"seconds_per_step_p99", "bytes_per_step", "mbu", "host_seconds_per_st
 @pytest.fixture
 def small_preset(monkeypatch):
     monkeypatch.setitem(PRESETS, "small", dataclasses.replace(PRESETS["tiny"], model=CONFIG))
-    monkeypatch.setattr(probe, "ceilings", lambda n_bytes, dtype: CEILINGS)
+    monkeypatch.setattr(hardware, "ceilings", lambda n_bytes, dtype: CEILINGS)
     monkeypatch.setattr(bench.cli, "prepare_jax", lambda: None)
 
 
@@ -169,11 +169,11 @@ def test_output(small_preset, tmp_path, capsys):
 
 def test_int8_weights_are_counted_as_such(small_preset, capsys):
     table, result, _ = output(capsys, "--prompt-lengths", "20", "--quantize", "int8")
-    n_bytes = cost.weight_bytes(CONFIG, int8=True)
+    n_bytes = flops.weight_bytes(CONFIG, int8=True)
     assert (result["weights"], result["weight_bytes"]) == ("int8", n_bytes)
     assert f"{n_bytes / 1e6:.1f} MB of int8 weights" in table
     (cell,) = result["cells"]
-    moved = cost.decode_bytes(CONFIG, 2, 20 + (cell["new_tokens"] - 2) // 2, int8=True)
+    moved = flops.decode_bytes(CONFIG, 2, 20 + (cell["new_tokens"] - 2) // 2, int8=True)
     assert cell["decode"]["bytes_per_step"] == moved
 
 
@@ -248,7 +248,7 @@ def test_training_figures_of_known_times(small_preset, monkeypatch, capsys):
         return slow, evaluate
 
     monkeypatch.setattr(train.step, "compile_steps", compile_steps)
-    monkeypatch.setattr(probe, "clock", lambda: now[0])
+    monkeypatch.setattr(hardware, "clock", lambda: now[0])
     bench.main(["--preset", "small", "--train", "--batch-sizes", "2,4", "--repeats", "2"])
     table, line = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
     cells = json.loads(line)["cells"]
@@ -257,7 +257,7 @@ def test_training_figures_of_known_times(small_preset, monkeypatch, capsys):
         found, tokens = cell["train"], cell["batch"] * 64
         assert found["seconds_of_repeats"] == [2.0, 2.0]
         assert found["tokens_per_second"] == tokens / 2
-        assert found["flops"] == tokens * cost.train_flops_per_token(CONFIG)
+        assert found["flops"] == tokens * flops.train_flops_per_token(CONFIG)
         assert found["mfu"] == pytest.approx(found["flops"] / 2 / 1e7)
         assert f"{tokens / 2:,.0f}" in table
     for idle in (["--plot", "x.png"], ["--prompt-lengths", "8"], ["--new-tokens", "9"]):
@@ -278,7 +278,7 @@ def test_a_batch_that_cannot_fit_is_refused_before_it_is_tried(small_preset, mon
 
 def test_quantizing_needs_room_for_floats_and_int8(monkeypatch):
     """They are quantized where they are made; a cell of one row takes far less."""
-    both = cost.weight_bytes(CONFIG) + cost.weight_bytes(CONFIG, int8=True)
+    both = flops.weight_bytes(CONFIG) + flops.weight_bytes(CONFIG, int8=True)
     cell = measure.Cell(1, 4, 4, int8=True)
     monkeypatch.setattr(measure.probe, "memory", lambda: (both, "this machine's memory"))
     measure.require_room(CONFIG, cell)

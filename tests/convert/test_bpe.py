@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plain_bpe import by_list
 
-from gpt import tokenizer as tokenizers
 from gpt.convert import bpe, pieces
+from gpt.data import tokenizers
 from gpt.errors import UserError
 
 END = "<|endoftext|>"

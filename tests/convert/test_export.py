@@ -13,9 +13,9 @@ from programs import call
 from safetensors.numpy import load_file
 
 from gpt import checkpoint
-from gpt import tokenizer as tokenizers
 from gpt.config import ModelConfig, TrainConfig, to_json
 from gpt.convert import describe, fields, incoming
+from gpt.data import tokenizers
 from gpt.errors import UserError
 from gpt.model import transformer
 

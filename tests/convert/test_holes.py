@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from plain_bpe import learn, plainly
 from standins import tokenizer_json, write_tokenizer
 
-from gpt import tokenizer as tokenizers
 from gpt.convert import bpe, tokenizers_in, tokenizers_out
+from gpt.data import tokenizers
 from gpt.errors import UserError
 
 END = "<|endoftext|>"

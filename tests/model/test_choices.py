@@ -9,11 +9,11 @@ import numpy as np
 import numpy_transformer
 import pytest
 
-from gpt import cost
+from gpt import flops
 from gpt.config import ModelConfig
 from gpt.errors import UserError
 from gpt.model import positions, transformer
-from gpt.sampling import check
+from gpt.sampling import cache_check
 
 CHOICES = {
     "mlp": ["relu", "gelu", "gelu_tanh", "relu2", "swiglu"],
@@ -79,18 +79,18 @@ def reached(config, params):
 def test_choices_equal_numpy_and_keep_the_contract(config):
     """The forward pass, reading through the cache, causality and the parameter count."""
     params = weights(config)
-    probe = check.make_probe(config, transformer.unstack(params))
+    probe = cache_check.make_probe(config, transformer.unstack(params))
     exact = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     for row, ids in enumerate(probe.tokens_BT):
         oracle = numpy_transformer.forward(exact, ids, config)
         assert np.abs(probe.logits_BTV[row] - oracle).max() < 2e-5 * max(1, np.abs(oracle).max())
     for end, logits_BV in probe.through_cache(prefix=5, chunk=1, capacity=12):
         assert np.abs(logits_BV - probe.logits_BTV[:, end - 1]).max() <= probe.allowed
-    assert check.check_causality(probe).passed and check.check_ragged(probe).passed
+    assert cache_check.check_causality(probe).passed and cache_check.check_ragged(probe).passed
     assert np.array_equal(reached(config, params), np.tri(12, dtype=bool))
     padding = (config.padded_vocab - config.vocab_size) * 32 * (1 if config.tied else 2)
     n = sum(leaf.size for leaf in jax.tree.leaves(params)) - padding
-    assert transformer.count_parameters(config) == cost.parameters(config) == n
+    assert transformer.count_parameters(config) == flops.parameters(config) == n
 
 
 def test_the_rows_cover_every_pair():

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 from programs import call
 
-from gpt import cost, load
+from gpt import flops, load
 from gpt.config import MeshConfig, ModelConfig
-from gpt.model import cache as kv
 from gpt.model import int8, transformer
-from gpt.sampling import check, engine
+from gpt.model import kv_cache as kv
+from gpt.sampling import cache_check, engine
 from gpt.sharding import DECODING, make_decoding_mesh, state_shardings
 
 MODERN = {
@@ -87,7 +87,7 @@ def test_the_model_computes_with_the_rounded_weights(name):
 
 @pytest.mark.parametrize("name", ["modern", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_the_cache_contract_holds(name):
-    checks = list(check.run_checks(CONFIGS[name], int8.quantize(weights(CONFIGS[name]))))
+    checks = list(cache_check.run_checks(CONFIGS[name], int8.quantize(weights(CONFIGS[name]))))
     assert [str(one) for one in checks if not one.passed] == [] and len(checks) > 5
 
 
@@ -96,12 +96,12 @@ def test_bytes_are_those_of_the_arrays(name):
     config = CONFIGS[name]
     params = int8.quantize(weights(config))
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    assert cost.weight_bytes(config, int8=True) == total
+    assert flops.weight_bytes(config, int8=True) == total
     held = kv.grow(kv.empty(config, 3), 21)
     unread = params["positions"][3:].nbytes if "positions" in params else 0
     unread += sum(leaf[3:].nbytes for leaf in jax.tree.leaves(params["tokens"]) if "head" in params)
     moved = total - unread + sum(leaf.nbytes for leaf in (*held.k, *held.v))
-    assert cost.decode_bytes(config, 3, 20, int8=True) == moved
+    assert flops.decode_bytes(config, 3, 20, int8=True) == moved
 
 
 def test_each_part_has_the_axes_of_its_weight():

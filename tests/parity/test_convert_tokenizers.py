@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gpt import tokenizer as tokenizers_of_ours
 from gpt.convert import tokenizers_in, tokenizers_out
+from gpt.data import tokenizers as tokenizers_of_ours
 from gpt.errors import UserError
 
 pytestmark = pytest.mark.parity

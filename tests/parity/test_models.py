@@ -13,10 +13,10 @@ from types import SimpleNamespace  # noqa: E402
 
 import their_models  # noqa: E402  (needs torch)
 
+from gpt.data.tokenizers import IdTokenizer  # noqa: E402
 from gpt.model import transformer  # noqa: E402
 from gpt.sampling import generate  # noqa: E402
 from gpt.sampling.settings import Settings  # noqa: E402
-from gpt.tokenizer import IdTokenizer  # noqa: E402
 from gpt.training import loss  # noqa: E402
 
 KINDS = {name: their_models.KINDS[name] for name in ("gpt2", "llama 3", "qwen2", "qwen3")}

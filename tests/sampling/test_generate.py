@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from byte_models import make_model
 
+from gpt.compile_log import compilations
 from gpt.config import ModelConfig
 from gpt.model import transformer
-from gpt.sampling import engine, generate, loop, score
+from gpt.sampling import decode_loop, engine, generate, scoring
 from gpt.sampling.settings import Settings
-from gpt.stopwatch import compilations
 
 CONFIG = ModelConfig(257, context_length=128, n_layers=2, n_heads=2, d_model=32)
 PROMPTS = ["", "x", "a prompt of some forty bytes, give or take", "今天的天气很"]
@@ -82,7 +82,7 @@ def test_greedy_takes_the_likeliest_of_a_full_pass(model):
         at = 1 + i
         gap = top[at, 1] - top[at, 0]
         assert token == logits[at].argmax() or gap < 2e-5 * max(1, logits.std())
-    expected = score.score_ids(CONFIG, model.params, sequence, model.tokenizer.eot_token)
+    expected = scoring.score_ids(CONFIG, model.params, sequence, model.tokenizer.eot_token)
     assert len(expected) == len(sequence)
 
 
@@ -90,7 +90,7 @@ def test_logprobs_are_the_scores_of_the_text(model):
     """Through the cache and without one: a text drawn from end-of-text scores what it drew."""
     done = generate.complete(model, [""], Settings(max_new_tokens=60, top_k=5))[0]
     eot = model.tokenizer.eot_token
-    scored = score.score_ids(CONFIG, model.params, done.token_ids, eot)
+    scored = scoring.score_ids(CONFIG, model.params, done.token_ids, eot)
     assert np.allclose(done.logprobs, scored, atol=1e-4)
 
 
@@ -118,12 +118,12 @@ def test_programs_are_few():
     """One prefill per (batch, bucket), one loop per (batch, capacity), whatever the settings."""
     config = dataclasses.replace(CONFIG, d_model=24)  # no other test's programs
     model = make_model(config)
-    before = engine.prefill._cache_size(), loop.decode_chunk._cache_size()
+    before = engine.prefill._cache_size(), decode_loop.decode_chunk._cache_size()
     for temperature in (0.0, 0.9):
         for prompts in (["a"], ["b" * 30], ["c" * 33], ["a", "b" * 20], ["a", "b" * 40]):
             settings = Settings(max_new_tokens=20, temperature=temperature, ignore_eos=True)
             generate.complete(model, prompts, settings)
-    after = engine.prefill._cache_size(), loop.decode_chunk._cache_size()
+    after = engine.prefill._cache_size(), decode_loop.decode_chunk._cache_size()
     prefills, loops = (b - a for a, b in zip(before, after, strict=True))
     assert prefills == 4  # 1 and 2 rows, buckets of 32 and 64
     assert loops == 4  # the same, and those grown from 32 to 64 among them

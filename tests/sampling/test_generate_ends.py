@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from byte_models import make_model
 
-from gpt import cost, probe
+from gpt import flops, hardware
 from gpt.config import ModelConfig
+from gpt.data.tokenizers import IdTokenizer
 from gpt.errors import UserError
 from gpt.model import transformer
-from gpt.sampling import beam, engine, generate
+from gpt.sampling import beam_search, engine, generate
 from gpt.sampling.settings import Settings
-from gpt.tokenizer import IdTokenizer
 
 CONFIG = ModelConfig(257, context_length=128, n_layers=2, n_heads=2, d_model=32)
 
@@ -152,8 +152,8 @@ def test_a_character_begun_by_the_prompt_is_whole(model):
     settings = Settings(max_new_tokens=1, temperature=0, logit_bias={third: 1e6})
     done = generate.complete(model, [[65, first, second]], settings)[0]
     assert (done.prompt, done.text) == ("A", "天")
-    widely = beam.BeamSettings(2, 2, max_new_tokens=1, logit_bias={third: 1e6})
-    assert beam.search(model, [[65, first, second]], widely)[0][0].text == "天"
+    widely = beam_search.BeamSettings(2, 2, max_new_tokens=1, logit_bias={third: 1e6})
+    assert beam_search.search(model, [[65, first, second]], widely)[0][0].text == "天"
 
 
 def test_a_stop_string_of_half_a_character_is_met_at_the_end(model):
@@ -180,17 +180,19 @@ def test_more_rows_than_memory_holds_are_refused_before_they_are_made(
     """Told to the last byte: weights, the cache, and nine bytes a token of the vocabulary."""
     c, rows, prompts = model.config, 10, ["", "x" * longest]
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-    need = weights + cost.cache_bytes(c, rows, slots) + 9 * rows * c.vocab_size
+    need = weights + flops.cache_bytes(c, rows, slots) + 9 * rows * c.vocab_size
 
     def ask():
         if search:
-            beam.search(model, prompts, beam.BeamSettings(rows // 2, max_new_tokens=4))
+            beam_search.search(
+                model, prompts, beam_search.BeamSettings(rows // 2, max_new_tokens=4)
+            )
         else:
             generate.complete(model, prompts, Settings(num_samples=rows // 2, max_new_tokens=4))
 
-    monkeypatch.setattr(probe, "memory", lambda: (need, "a small machine"))
+    monkeypatch.setattr(hardware, "memory", lambda: (need, "a small machine"))
     ask()
-    monkeypatch.setattr(probe, "memory", lambda: (need - 1, "a small machine"))
+    monkeypatch.setattr(hardware, "memory", lambda: (need - 1, "a small machine"))
     monkeypatch.setattr(engine, "prefill", lambda *_: pytest.fail("too late"))
     with pytest.raises(UserError, match=rf"10 rows of {slots} tokens take .* a small machine"):
         ask()

@@ -6,7 +6,7 @@ import pytest
 from byte_models import make_model
 
 from gpt.config import ModelConfig
-from gpt.sampling import check, generate
+from gpt.sampling import cache_check, generate
 from gpt.sampling.settings import Settings
 
 pytestmark = pytest.mark.exact
@@ -64,7 +64,7 @@ def test_rows_do_not_see_each_other_in_random_batches(n_batches):
     """Within a shape to the bit: in another place, beside other rows. Alone, another shape, within
     rounding; where the draw lies within it, at most one row in a thousand may differ."""
     model = make_model(CONFIG)
-    allowed = 2 * check.make_probe(CONFIG, model.params).allowed  # a logit's, and the sum's
+    allowed = 2 * cache_check.make_probe(CONFIG, model.params).allowed  # a logit's, and the sum's
     exempt = 0
     for number in range(n_batches):
         rng = np.random.default_rng(number)

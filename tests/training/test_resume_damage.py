@@ -8,7 +8,7 @@ from programs import TINY, arrays, call, read_lines, same_bits
 
 from gpt import checkpoint, sharding
 from gpt.config import TrainConfig, from_json
-from gpt.training import resume, step
+from gpt.training import resume, train_step
 
 # pytest undoes the filter that keeps this out of the terminal elsewhere.
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
@@ -26,7 +26,7 @@ def test_each_file_damaged_falls_back_or_changes_nothing(trained, tmp_path):
     """The whole state of the run, weights and optimizer, as it is loaded to continue."""
     run = shutil.copytree(trained[1], tmp_path / "run")
     config = from_json(TrainConfig, checkpoint.read_metadata(run, 12)["train"])
-    like = step.abstract_state(config, sharding.make_mesh(config.mesh))
+    like = train_step.abstract_state(config, sharding.make_mesh(config.mesh))
     good, outcomes = arrays(run, 12), []
     random, notes = np.random.default_rng(0), []
 

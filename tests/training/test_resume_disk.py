@@ -10,8 +10,8 @@ from programs import TINY, arrays, call, program, read_lines, same_bits, snapsho
 
 from gpt import checkpoint
 from gpt.presets import PRESETS
-from gpt.training import saving, step
-from gpt.training.runlog import RunLog
+from gpt.training import saving, train_step
+from gpt.training.metrics import RunLog
 
 
 def mount(*words) -> None:
@@ -178,6 +178,6 @@ def test_after_a_save_that_failed_the_next_one_is_tried_and_waited_for(monkeypat
         def save(self, step, trees, about, *, loss, wait):
             saved.append((step, wait))
 
-    monkeypatch.setattr(step, "stored", lambda state: {})
+    monkeypatch.setattr(train_step, "stored", lambda state: {})
     saving.save(Full(), PRESETS["tiny"], 20, None, {}, None, False, told.append)
     assert saved == [(20, True)] and "step 10 could not be saved" in told[0]

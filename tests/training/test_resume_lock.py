@@ -7,7 +7,7 @@ import pytest
 from programs import ROOT, TINY, call, snapshot
 
 from gpt.errors import UserError
-from gpt.training import lock
+from gpt.training import run_dir
 
 HOLD = """
 import sys, time
@@ -52,9 +52,9 @@ def test_a_second_trainer_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path, 
     assert snapshot(tmp_path) == before
     other.kill()
     other.wait()
-    assert (run / lock.LOCK).exists()  # left behind
+    assert (run / run_dir.LOCK).exists()  # left behind
     assert call("train", *TINY, "--data", text, "--out", run, "--overwrite").code == 0
-    assert not (run / lock.LOCK).exists()
+    assert not (run / run_dir.LOCK).exists()
 
 
 def test_overwriting_does_not_let_go_of_the_folder(tmp_path, elsewhere):
@@ -63,34 +63,34 @@ def test_overwriting_does_not_let_go_of_the_folder(tmp_path, elsewhere):
 
     elsewhere(tmp_path / "run")
     resume.remove_run(tmp_path / "run")
-    with pytest.raises(UserError, match="at work"), lock.hold(tmp_path / "run"):
+    with pytest.raises(UserError, match="at work"), run_dir.hold(tmp_path / "run"):
         pass
 
 
 def test_a_folder_is_held_once_in_one_process_too(tmp_path):
     with (
-        lock.hold(tmp_path / "a" / "run"),
+        run_dir.hold(tmp_path / "a" / "run"),
         pytest.raises(UserError, match="at work"),
-        lock.hold(tmp_path / "a" / "run"),
+        run_dir.hold(tmp_path / "a" / "run"),
     ):
         pass
     assert snapshot(tmp_path) == {}  # what was made for it is gone
-    with lock.hold(tmp_path / "a" / "run"):
+    with run_dir.hold(tmp_path / "a" / "run"):
         (tmp_path / "a" / "run" / "notes").write_text("mine")
     assert snapshot(tmp_path) == {"a": None, "a/run": None, "a/run/notes": b"mine"}
 
 
 def test_a_lock_that_its_holder_removes_meanwhile_is_no_lock(tmp_path, monkeypatch):
     """Between opening the file and locking it the one before has left, and a third may come."""
-    honest, left = lock.fcntl.flock, []
+    honest, left = run_dir.fcntl.flock, []
 
     def flock(file, how):
         if not left:
-            left.append((tmp_path / lock.LOCK).unlink())
+            left.append((tmp_path / run_dir.LOCK).unlink())
         honest(file, how)
 
-    monkeypatch.setattr(lock.fcntl, "flock", flock)
-    with lock.hold(tmp_path):
-        assert (tmp_path / lock.LOCK).exists()
-        with pytest.raises(UserError, match="at work"), lock.hold(tmp_path):
+    monkeypatch.setattr(run_dir.fcntl, "flock", flock)
+    with run_dir.hold(tmp_path):
+        assert (tmp_path / run_dir.LOCK).exists()
+        with pytest.raises(UserError, match="at work"), run_dir.hold(tmp_path):
             pass

@@ -9,7 +9,7 @@ import pytest
 from programs import ROOT, TINY, arrays, call, program, read_lines, same_bits
 
 from gpt import checkpoint
-from gpt.training import runlog, step
+from gpt.training import metrics, train_step
 
 SIGNALS = pytest.mark.parametrize(
     ("number", "code"),
@@ -34,11 +34,11 @@ def before(monkeypatch, owner, name, action):
 
 
 PHASES = {  # what is interrupted, and the step that is saved
-    "compiling": (lambda: (step, "compile_steps"), 1),
-    "evaluating": (lambda: (step, "evaluate"), 4),
+    "compiling": (lambda: (train_step, "compile_steps"), 1),
+    "evaluating": (lambda: (train_step, "evaluate"), 4),
     "sampling": (lambda: (program("train").Run, "show_sample"), 7),
     "saving": (lambda: (checkpoint.Writer, "save"), 5),
-    "at its end": (lambda: (runlog, "draw_curves"), 12),
+    "at its end": (lambda: (metrics, "draw_curves"), 12),
 }
 
 

@@ -1,0 +1,1 @@
+"""From text to batches of tokens: corpora, tokenizers, token files, batches. Imports no JAX."""

@@ -1,0 +1,162 @@
+"""Batches: which tokens a step sees, as a pure function of the seed and the step.
+
+An epoch cuts the tokens into windows of T+1 at stride T, from a starting offset of its own, and
+visits each once in an order of its own. Nothing is shuffled or remembered: the order is a keyed
+permutation computed for the rows at hand, so a step number is all there is to resume from.
+Knows nothing of files or text, nor of JAX.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+from gpt.data.token_files import Tokens
+from gpt.errors import require
+
+Made = TypeVar("Made")
+ROUNDS = 6  # of the Feistel network
+PHASE = 2**32 - 1  # stands where a round's number stands, for the epoch's offset
+
+
+def require_length(tokens: Tokens, seq_len: int) -> None:
+    """Raise UserError unless one training sequence of `seq_len` tokens fits in `tokens`."""
+    require(
+        len(tokens) > seq_len,
+        f"the text has {len(tokens):,} tokens to train on, too few for --seq-len {seq_len}: "
+        f"it takes {seq_len + 1:,}, so give it more text or a smaller --seq-len",
+    )
+
+
+def batch(
+    tokens: Tokens,
+    seed: int,
+    step: int,
+    batch_size: int,
+    seq_len: int,
+    rows: slice | np.ndarray | None = None,
+) -> np.ndarray:
+    """The sequences of step `step`: int32 [rows, T+1], each overlapping its targets by one.
+
+    `rows` selects some of the `batch_size` rows, or their numbers, for a process that holds only
+    those. Raises
+    UserError if the text is shorter than one sequence.
+    """
+    require_length(tokens, seq_len)
+    n_windows, n_phases = windows(len(tokens), seq_len)
+    row = np.arange(batch_size, dtype=np.uint64)[slice(None) if rows is None else rows]
+    index = np.uint64(step * batch_size) + row
+    epoch, place = np.divmod(index, np.uint64(n_windows))
+    key = mix(mix(np.full_like(epoch, seed)) ^ epoch)
+    phase = keyed(key, PHASE, np.zeros_like(key)) % np.uint64(n_phases)
+    starts = phase + permute(place, key, n_windows) * np.uint64(seq_len)
+    return gather(tokens.array, starts.astype(np.int64), seq_len)
+
+
+def windows(n_tokens: int, seq_len: int) -> tuple[int, int]:
+    """Windows in an epoch, and the offsets from which that many always fit."""
+    n_windows = max(1, (n_tokens - seq_len) // seq_len)
+    return n_windows, min(seq_len, n_tokens - n_windows * seq_len)
+
+
+def gather(array: np.ndarray, starts: np.ndarray, seq_len: int) -> np.ndarray:
+    """The windows of T+1 tokens that begin at `starts`: int32 [rows, T+1]."""
+    out = np.empty((len(starts), seq_len + 1), np.int32)
+    for row, start in zip(out, starts.tolist(), strict=True):
+        row[:] = array[start : start + seq_len + 1]
+    return out
+
+
+def permute(place: np.ndarray, key: np.ndarray, size: int) -> np.ndarray:
+    """Where a permutation of range(size), one for each key, sends each place: uint64 arrays.
+
+    A Feistel network over pairs of digits in base ceil(sqrt(size)), where adding modulo the base
+    is what undoes; the few results outside the range walk on until they are inside.
+    """
+    base = np.uint64(max(1, int(np.ceil(np.sqrt(size)))))
+    place = feistel(place, key, base)
+    while (outside := place >= size).any():
+        place = np.where(outside, feistel(place, key, base), place)
+    return place
+
+
+def feistel(place: np.ndarray, key: np.ndarray, base: np.uint64) -> np.ndarray:
+    """One pass of the network over range(base * base)."""
+    left, right = np.divmod(place, base)
+    for number in range(ROUNDS):
+        left, right = right, (left + keyed(key, number, right) % base) % base
+    return left * base + right
+
+
+def keyed(key: np.ndarray, number: int, value: np.ndarray) -> np.ndarray:
+    """64 random-looking bits of `value` for each key and round."""
+    return mix(key ^ mix(value ^ np.uint64(number << 32)))
+
+
+def mix(bits: np.ndarray) -> np.ndarray:
+    """SplitMix64's step: every bit of the input changes half of the output's."""
+    bits = bits + np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def evaluation_windows(
+    tokens: Tokens, seq_len: int, max_tokens: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Always the same windows: int32 [B, T+1] tokens, and float32 [B, T] weights of the targets.
+
+    With `max_tokens` 0, or enough of them, every token but the first is a target of weight 1 just
+    once; else whole windows, evenly spread. Weight 0 marks what was counted before or pads the
+    last batch: all are of one shape.
+    """
+    starts, fresh = choose_windows(len(tokens) - 1, seq_len, max_tokens)
+    padded = np.pad(tokens.array, (0, seq_len)) if len(tokens) <= seq_len else tokens.array
+    for first in range(0, len(starts), batch_size):
+        chosen = slice(first, first + batch_size)
+        missing = (0, batch_size - len(starts[chosen]))
+        weights = np.arange(seq_len) >= (seq_len - fresh[chosen])[:, None]
+        if len(tokens) <= seq_len:
+            weights = weights[:, ::-1]
+        rows = gather(padded, starts[chosen], seq_len)
+        yield (
+            np.pad(rows, (missing, (0, 0))),
+            np.pad(weights.astype(np.float32), (missing, (0, 0))),
+        )
+
+
+def choose_windows(n_targets: int, seq_len: int, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where evaluation's windows start, and how many targets at the end of each are new."""
+    whole, rest = divmod(n_targets, seq_len)
+    if 0 < max_tokens < n_targets and whole:
+        chosen = max(1, min(max_tokens // seq_len, whole))
+        starts = np.arange(chosen) * whole // chosen * seq_len
+        return starts, np.full(chosen, seq_len)
+    starts = np.arange(whole + (rest > 0)) * seq_len
+    fresh = np.full(len(starts), seq_len)
+    if rest:
+        starts[-1], fresh[-1] = max(n_targets - seq_len, 0), rest
+    return starts, fresh
+
+
+def prefetch(
+    make: Callable[[int], Made], first_step: int, last_step: int, depth: int = 2
+) -> Iterator[Made]:
+    """make(step) for each step from `first_step` up to, not including, `last_step`.
+
+    One background thread keeps `depth` of them ready; what it raises is raised here, in its
+    turn. Closing the generator ends the thread.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    ahead = range(first_step, last_step)
+    waiting = deque(pool.submit(make, step) for step in ahead[:depth])
+    try:
+        for step in ahead:
+            made = waiting.popleft().result()
+            if step + depth < last_step:
+                waiting.append(pool.submit(make, step + depth))
+            yield made
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,282 @@
+"""Tokens on disk: text encoded once into two memory-mapped files, train.bin and val.bin.
+
+A folder of shards holds both (little-endian uint16, or uint32 where the vocabulary is larger),
+`tokens.json`, which says what they are, and the tokenizer that made them. nanoGPT's folders are
+read as well: the same two files with no header. Knows nothing of batches, nor of JAX.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt.data import tokenizers
+from gpt.data.corpus import PIECE, Corpus
+from gpt.data.tokenizers import Tokenizer
+from gpt.errors import UserError, require
+
+HEADER = "tokens.json"
+MAGIC = "gpt token shards"
+VERSION = 1
+SPLITS = ("train", "val")
+MANY = 20  # documents from which on whole ones are held out
+HELD_OUT = 0.05  # of the documents, where there are many
+TAIL = 0.1  # of the text, where there are few
+THREADS = min(os.cpu_count() or 1, 16)
+SAMPLE = 2**26  # tokens looked at in a file that has no header
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """One split: memory-mapped ids, and the bytes of the text they stand for."""
+
+    array: np.ndarray
+    n_bytes: int
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Both splits; the fingerprint changes with any of their tokens."""
+
+    train: Tokens
+    val: Tokens
+    fingerprint: str
+
+
+def fingerprint_of(corpus: Corpus, tokenizer: Tokenizer) -> str:
+    """The fingerprint that the dataset of this text and tokenizer has, without making it."""
+    key = f"{VERSION} {corpus.fingerprint} {tokenizers.digest(tokenizer)}"
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def tokenize(
+    corpus: Corpus, tokenizer: Tokenizer, cache_folder: Path, report: Report | None = None
+) -> Dataset:
+    """The corpus as tokens, from `cache_folder` if they were ever made there.
+
+    End-of-text follows each document, unless there is only one. Where there are many, one in
+    twenty is held out, chosen by a hash of its content; else the last tenth of all characters.
+    `report` is called now and then with the bytes of text done and those in all. UserError if
+    the text is too small for two splits, or the folder cannot be written.
+    """
+    fingerprint = fingerprint_of(corpus, tokenizer)
+    folder = cache_folder / fingerprint[:32]
+    if not (folder / HEADER).is_file():
+        try:
+            build(corpus, tokenizer, fingerprint, folder, report or (lambda done, total: None))
+        except OSError as error:
+            raise UserError(f"cannot make token shards in {cache_folder}: {error}") from None
+    return open_shards(folder, tokenizer)
+
+
+def build(
+    corpus: Corpus, tokenizer: Tokenizer, fingerprint: str, folder: Path, report: Report
+) -> None:
+    """Write the folder of shards under another name, then give it its own."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as unfinished:
+        made = Path(unfinished) / folder.name
+        made.mkdir()
+        splits = write_tokens(corpus, tokenizer, made, report)
+        header = {
+            "magic": MAGIC,
+            "version": VERSION,
+            "text": corpus.description,
+            "fingerprint": fingerprint,
+            "vocab_size": tokenizer.n_vocab,
+            "tokenizer_digest": tokenizers.digest(tokenizer),
+            "dtype": token_type(tokenizer).name,
+            "splits": splits,
+        }
+        tokenizers.save(tokenizer, made / "tokenizer.json")
+        (made / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
+        try:
+            made.rename(folder)
+        except OSError:
+            if not (folder / HEADER).is_file():  # else another process was faster
+                raise
+
+
+def token_type(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest type of ours that holds every id."""
+    return np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
+
+
+def write_tokens(
+    corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Report
+) -> dict[str, dict[str, int]]:
+    """Encode the corpus into train.bin and val.bin; the tokens and bytes of text in each."""
+    counts = {split: {"tokens": 0, "text_bytes": 0} for split in SPLITS}
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        files, done = {"train": train, "val": val}, 0
+        for group in groups(assign(corpus), THREADS * PIECE):
+            for split, tokens, n_bytes in encode(group, tokenizer, corpus.n_documents > 1):
+                tokens.tofile(files[split])
+                counts[split]["tokens"] += len(tokens)
+                counts[split]["text_bytes"] += n_bytes
+                done += n_bytes
+            report(done, corpus.size_bytes)
+    require(done == corpus.size_bytes, "the text changed while it was read: start again")
+    for split in SPLITS:
+        require(
+            counts[split]["tokens"] >= 2,
+            f"the text is too small: its {sum(corpus.lengths):,} characters leave fewer than two "
+            f"tokens for {'training' if split == 'train' else 'validation'}, give it more text",
+        )
+    return counts
+
+
+Part = tuple[str, str, bool]  # split, text, whether a document ends here
+
+
+def assign(corpus: Corpus) -> Iterator[Part]:
+    """Every piece of the corpus, in order, with its split."""
+    held_out = choose_documents(corpus)
+    cut = int(sum(corpus.lengths) * (1 - TAIL))
+    position = document = 0
+    for text, last in corpus.pieces():
+        head = max(cut - position, 0)
+        if held_out is not None:
+            yield SPLITS[held_out[document]], text, last
+        elif 0 < head < len(text):
+            yield "train", text[:head], False
+            yield "val", text[head:], last
+        else:
+            yield ("train" if head else "val"), text, last
+        position += len(text)
+        document += last
+
+
+def choose_documents(corpus: Corpus) -> np.ndarray | None:
+    """Which documents are held out; None where they are few, or would be a poor sample."""
+    if corpus.n_documents < MANY:
+        return None
+    held_out = np.array(corpus.hashes, np.uint64) < np.uint64(HELD_OUT * 2**64)
+    lengths = np.array(corpus.lengths)
+    fair = 0.01 <= lengths[held_out].sum() / lengths.sum() <= 0.2
+    return held_out.astype(int) if fair else None
+
+
+def groups(parts: Iterable[Part], size: int) -> Iterator[list[Part]]:
+    """Consecutive parts, together about `size` characters."""
+    group, length = [], 0
+    for part in parts:
+        group.append(part)
+        length += len(part[1])
+        if length >= size:
+            yield group
+            group, length = [], 0
+    if group:
+        yield group
+
+
+def encode(
+    group: list[Part], tokenizer: Tokenizer, mark_ends: bool
+) -> Iterator[tuple[str, np.ndarray, int]]:
+    """The tokens of a group for each split, and the bytes of text they stand for."""
+    encoded = tokenizer.encode_ordinary_batch([text for _, text, _ in group], num_threads=THREADS)
+    for ids, (_, _, last) in zip(encoded, group, strict=True):
+        if last and mark_ends:
+            ids.append(tokenizer.eot_token)
+    for split in SPLITS:
+        chosen = [i for i, part in enumerate(group) if part[0] == split]
+        ids = itertools.chain.from_iterable(encoded[i] for i in chosen)
+        tokens = np.fromiter(ids, token_type(tokenizer), sum(len(encoded[i]) for i in chosen))
+        yield split, tokens, sum(len(group[i][1].encode()) for i in chosen)
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether `path` is a folder of token shards, ours or nanoGPT's, or a file in one of ours."""
+    path = Path(path)
+    if path.is_file():
+        names = {HEADER, *(f"{split}.bin" for split in SPLITS)}
+        return path.name in names and is_prepared(path.parent)
+    shards = all((path / f"{split}.bin").is_file() for split in SPLITS)
+    return shards or (path / HEADER).is_file()
+
+
+def open_prepared(path: Path, tokenizer: Tokenizer) -> Dataset:
+    """The dataset at a path that is_prepared; UserError unless `tokenizer` made its tokens."""
+    folder = Path(path).parent if Path(path).is_file() else Path(path)
+    if (folder / HEADER).is_file():
+        return open_shards(folder, tokenizer)
+    return open_headerless(folder, tokenizer)
+
+
+def open_shards(folder: Path, tokenizer: Tokenizer) -> Dataset:
+    """The dataset of a folder of ours; UserError if damaged or made by another tokenizer."""
+    header = read_header(folder)
+    require(
+        header["tokenizer_digest"] == tokenizers.digest(tokenizer),
+        f"the tokens in {folder} were made by another tokenizer: "
+        f"pass --tokenizer {folder / 'tokenizer.json'}",
+    )
+    splits = {}
+    for split in SPLITS:
+        tokens = map_tokens(folder / f"{split}.bin", token_type(tokenizer))
+        count, n_bytes = header["splits"][split]["tokens"], header["splits"][split]["text_bytes"]
+        require(len(tokens) == count, f"{damaged(folder)}: {split}.bin is not {count} tokens long")
+        splits[split] = Tokens(tokens, n_bytes)
+    return Dataset(**splits, fingerprint=header["fingerprint"])
+
+
+def damaged(folder: Path) -> str:
+    """The beginning of a message about shards that cannot be used."""
+    return f"the tokens in {folder} are damaged, delete the folder to have them made again"
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """The checked contents of tokens.json."""
+    try:
+        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+        known = header["magic"] == MAGIC and header["version"] == VERSION
+        texts = [header["fingerprint"], header["tokenizer_digest"]]
+        numbers = [header["splits"][s][n] for s in SPLITS for n in ("tokens", "text_bytes")]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{damaged(folder)}: {HEADER} cannot be read ({error!r})") from None
+    sound = all(type(t) is str for t in texts) and all(type(n) is int and n > 0 for n in numbers)
+    require(known and sound, f"{damaged(folder)}: {HEADER} is not version {VERSION} of its format")
+    return header
+
+
+def map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:
+    """The ids in a file, mapped into memory; UserError if it cannot hold at least two."""
+    try:
+        size = path.stat().st_size
+        whole = size % dtype.itemsize == 0 and size >= 2 * dtype.itemsize
+        require(whole, f"{path} is {size} bytes long: expected at least two {dtype.name} tokens")
+        return np.asarray(np.memmap(path, dtype, mode="r"))
+    except OSError as error:
+        raise UserError(f"cannot read the tokens in {path}: {error}") from None
+
+
+def open_headerless(folder: Path, tokenizer: Tokenizer) -> Dataset:
+    """nanoGPT's folder: uint16 ids, of which a wide sample is held against the vocabulary."""
+    lengths = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)])
+    lengths[tokenizer.eot_token] = 0
+    splits, digest = {}, hashlib.sha256()
+    for split in SPLITS:
+        array = map_tokens(folder / f"{split}.bin", np.dtype("<u2"))
+        sample = array[:: 1 + len(array) // SAMPLE]
+        require(
+            int(sample.max()) < tokenizer.n_vocab,
+            f"{folder / split}.bin holds token {int(sample.max())}, but {tokenizer.name} has only "
+            f"{tokenizer.n_vocab}: pass the tokenizer that made it with --tokenizer",
+        )
+        n_bytes = int(lengths[sample].sum() * len(array) / len(sample))
+        splits[split] = Tokens(array, n_bytes)
+        digest.update(f"{len(array)} ".encode())
+        digest.update(sample)
+    return Dataset(**splits, fingerprint=digest.hexdigest())

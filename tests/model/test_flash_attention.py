@@ -1,0 +1,135 @@
+"""Fused attention: when it is chosen, and that it is the plain one."""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import AbstractMesh, AxisType
+from programs import ROOT
+
+from gpt.config import ModelConfig
+from gpt.model import attention, flash_attention, transformer
+from gpt.sampling import engine
+from gpt.sharding import AXES
+
+CONFIG = ModelConfig(64, context_length=32, n_layers=2, n_heads=4, n_kv_heads=2, d_model=32)
+CONFIG = CONFIG.computing_in("bfloat16")
+TOKENS = jnp.zeros((2, 8), int)
+
+
+@pytest.fixture
+def parity():
+    """benchmarks/parity.py."""
+    spec = importlib.util.spec_from_file_location("parity", ROOT / "benchmarks/parity.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Shapes of queries and keys that a kernel is asked for, planted here: the plain form."""
+    asked = []
+
+    def kernel(q, k, v):
+        asked.append((q.shape, k.shape))
+        return attention.attend(q, k, v, None, None)
+
+    here = flash_attention.platform()
+    monkeypatch.setitem(
+        flash_attention.KERNELS, here, (kernel, lambda n_tokens, width: width % 8 == 0)
+    )
+    return asked
+
+
+def test_splash_attention_is_attention(parity, monkeypatch):
+    """Interpreted: the kernel that a TPU compiles, over several tiles, for grouped queries."""
+    interpreted = functools.partial(splash_attention.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention, "make_splash_mha", interpreted)
+    monkeypatch.setattr(flash_attention, "TILES", (128,))
+    arrays = parity.inputs(T=256, N=2, K=1, H=24, B=1)
+    assert parity.agree(parity.compare(flash_attention.by_splash, *arrays))
+    assert not parity.agree(parity.compare(lambda q, k, v: parity.plain(q * 1.05, k, v), *arrays))
+
+
+def test_the_kernel_of_this_machine_is_attention():
+    """In a process that may see an accelerator: the tests themselves run on the CPU."""
+    ours = "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION", "XLA_FLAGS"
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    command = [sys.executable, ROOT / "benchmarks/parity.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if "agree" not in done.stdout:
+        pytest.skip(done.stdout.splitlines()[0])
+
+
+def test_training_and_prefill_choose_the_kernel(seen):
+    params = transformer.abstract(CONFIG)
+    jax.eval_shape(functools.partial(transformer.hidden, CONFIG), params, TOKENS)
+    assert seen == [((2, 8, 4, 8), (2, 2, 8, 8))]  # blocks are scanned over: traced once
+    unstacked = jax.eval_shape(transformer.unstack, params)
+    lengths = jnp.ones(2, int)
+    cache, _ = jax.eval_shape(functools.partial(engine.prefill, CONFIG), unstacked, TOKENS, lengths)
+    assert len(seen) == 3  # one for each of two layers more
+    jax.eval_shape(functools.partial(engine.extend, CONFIG), unstacked, cache, TOKENS, lengths)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("why", ["dropout", "positions", "float32", "width", "platform"])
+def test_the_plain_form_is_taken(why, seen, monkeypatch):
+    """For each thing that the kernel would do otherwise."""
+    if why == "platform":
+        monkeypatch.delitem(flash_attention.KERNELS, flash_attention.platform())
+    width, dtype = 12 if why == "width" else 8, "float32" if why == "float32" else "bfloat16"
+    q = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 4, width)), dtype)
+    k = v = q[:, :, :2].swapaxes(1, 2)
+    pos_BT = jnp.arange(16)[None] if why == "positions" else None
+    drop = (lambda weights: weights * 2) if why == "dropout" else None
+    mix = flash_attention.attend(q, k, v, pos_BT, drop)
+    assert not seen
+    assert np.array_equal(mix, attention.attend(q, k, v, pos_BT, drop))
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "precision", "fits"),
+    [(384, "default", True), (384, "highest", False), (192, "default", False)],
+)
+def test_a_tpu_needs_whole_tiles_and_no_higher_precision(n_tokens, precision, fits):
+    with jax.default_matmul_precision(precision):
+        assert flash_attention.fits_splash(n_tokens, 64) == fits
+
+
+def test_dropout_keeps_from_the_kernel_only_where_it_is_on(seen):
+    """Evaluation and sampling give no keys."""
+    config = dataclasses.replace(CONFIG, dropout=0.5)
+    hidden, params = functools.partial(transformer.hidden, config), transformer.abstract(config)
+    jax.eval_shape(hidden, params, TOKENS, key_B=jax.random.split(jax.random.key(1), 2))
+    assert not seen
+    jax.eval_shape(hidden, params, TOKENS)
+    assert seen
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "q_shape", "k_shape"),
+    [
+        (8, 4, (2, 16, 4, 8), (2, 2, 16, 8)),
+        (8, 1, (2, 16, 4, 8), (2, 4, 16, 8)),  # one for each query head
+        (3, 1, (2, 16, 3, 8), (2, 1, 16, 8)),  # neither divides: all on each device
+    ],
+)
+def test_each_device_of_a_mesh_does_its_rows_and_heads(heads, kv_heads, q_shape, k_shape, seen):
+    """Traced for a mesh that is not here."""
+    mesh = AbstractMesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+    shapes = (8, 16, heads, 8), (8, kv_heads, 16, 8), (8, kv_heads, 16, 8)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    with jax.sharding.use_abstract_mesh(mesh):
+        mix = jax.eval_shape(lambda q, k, v: flash_attention.attend(q, k, v, None, None), *arrays)
+    assert mix.shape == shapes[0] and seen == [(q_shape, k_shape)]

@@ -1,0 +1,276 @@
+"""From logits to a token, against plain NumPy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gpt.model.attention import MASKED
+from gpt.sampling import sampler
+
+V = 17
+NAMES = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "seed", "sample")
+KINDS = ("float32", "float32", "int32", "float32", "float32", "uint32", "uint32")
+NEUTRAL = (1, 1, 0, 1, 0, 0, 0)
+adjust, filtered, argmax, inverse_cdf, sample = map(
+    jax.jit, (sampler.adjust, sampler.filtered, sampler.argmax, sampler.inverse_cdf, sampler.sample)
+)
+
+
+def rows(n=1, bias=None, **columns) -> sampler.Draw:
+    """`n` rows of neutral settings but for `columns`: one value for all, or one for each."""
+    bias = jnp.zeros((n, V), jnp.float32) if bias is None else jnp.asarray(bias)
+    full = {
+        name: jnp.asarray(np.broadcast_to(np.asarray(columns.get(name, value), kind), n))
+        for name, kind, value in zip(NAMES, KINDS, NEUTRAL, strict=True)
+    }
+    return sampler.Draw(bias_BV=bias, **full)
+
+
+def nothing_seen(n=1):
+    return jnp.zeros((n, V), bool)
+
+
+def softmax(x):
+    weight = np.exp(x - x.max())
+    return weight / weight.sum()
+
+
+def oracle(x, top_k, top_p, min_p):
+    """What may be drawn, by sorting, in float64, ties at a threshold included; and what a rounding
+    could turn: tokens whose share of the probability lies within 1e-5 of a threshold."""
+    keep, unsure = np.ones(len(x), bool), np.zeros(len(x), bool)
+    if top_k:
+        keep = x >= np.sort(x)[::-1][min(top_k, len(x)) - 1]
+    p = softmax(np.where(keep, x, -np.inf))
+    likelier = np.array([p[x > value].sum() for value in x])  # the share of what is likelier
+    if top_p < 1:
+        unsure |= keep & (np.abs(likelier - top_p) < 1e-5)
+        keep &= (likelier < top_p) | (x == x.max())
+    unsure |= keep & (np.abs(p / p.max() - min_p) < 1e-5) & (x < x.max())
+    keep &= p >= min_p * p.max()
+    return keep, unsure
+
+
+# Subnormal numbers are zero to most devices.
+numbers = st.floats(-50, 50, width=32, allow_subnormal=False)
+values = st.lists(numbers, min_size=V, max_size=V)
+tied = st.lists(st.sampled_from([-3.0, 0.0, 0.5, 1.0]), min_size=V, max_size=V)
+lonely = st.integers(0, V - 1).map(lambda i: [0.0 if j == i else MASKED for j in range(V)])
+shares = st.one_of(st.sampled_from([0.0, 1e-7, 0.5, 0.9, 1.0]), st.floats(0, 1, width=32))
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    values | tied | lonely,
+    st.integers(0, V + 3),
+    shares,
+    shares,
+    st.sampled_from([1e-30, 0.1, 0.7, 1.0, 3.0, 1e30]),
+)
+@example([0.0] * V, 1, 1.0, 0.0, 1.0)  # all tied: one may not be chosen among equals
+@example([1.0, *[0.0] * (V - 1)], 0, 0.0, 1.0, 1.0)
+def test_filters_keep_what_sorting_keeps(logits, k, p, m, temperature):
+    """Top-k, then top-p of what is left, then min-p, in Hugging Face's order."""
+    x = np.array(logits, np.float32)
+    one = rows(temperature=temperature, top_k=k, top_p=p, min_p=m)
+    out = np.asarray(filtered(jnp.asarray(x)[None], one))[0]
+    with np.errstate(over="ignore"):
+        scaled = ((x - x.max()) / np.float32(temperature)).astype(np.float32)
+    keep, unsure = oracle(scaled.astype(float), k, np.float32(p), np.float32(m))
+    kept = out > MASKED / 2
+    assert kept[x.argmax()]
+    possible = (x > MASKED) & (scaled > MASKED / 2)
+    wrong = (kept != (keep & possible)) & ~unsure
+    assert not wrong.any()
+    assert np.allclose(out[kept], scaled[kept], rtol=1e-6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(values, st.lists(st.booleans(), min_size=V, max_size=V), st.floats(0.1, 5), values)
+def test_bias_comes_before_the_penalty(logits, seen, penalty, bias):
+    x, seen = np.array(logits, np.float32), np.array(seen)
+    bias, penalty = np.array(bias, np.float32), np.float32(penalty)
+    one = rows(bias=bias[None], repetition_penalty=penalty)
+    out = np.asarray(adjust(jnp.asarray(x)[None], one, jnp.asarray(seen)[None]))[0]
+    sums = x + bias
+    punished = np.where(sums > 0, sums / penalty, sums * penalty)
+    assert np.allclose(out, np.where(seen, punished, sums), rtol=1e-6)
+
+
+def test_a_forbidden_token_is_never_drawn():
+    """Not even where it is the likeliest, seen, and greedily wanted."""
+    n = 500
+    logits = jnp.zeros((n, V)).at[:, 3].set(30.0)
+    bias = jnp.zeros((n, V)).at[:, 3].set(MASKED)
+    for temperature in (0.0, 1.0, 1e30):
+        settings = rows(n, bias, temperature=temperature, repetition_penalty=2, sample=range(n))
+        tokens = sample(logits, settings, jnp.ones((n, V), bool), jnp.arange(n))
+        assert not np.any(np.asarray(tokens) == 3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(values)
+def test_argmax_is_the_first_largest(logits):
+    x = np.array([logits], np.float32)
+    assert int(argmax(jnp.asarray(x))[0]) == x[0].argmax()
+
+
+@settings(max_examples=200, deadline=None)
+@given(values, st.floats(0, 1, width=32), st.integers(1, V))
+def test_inverse_cdf_never_draws_a_masked_token(logits, u, n_kept):
+    x = np.array([logits], np.float32)
+    x[0, n_kept:] = MASKED
+    token = int(inverse_cdf(jnp.asarray(x), jnp.array([u], jnp.float32))[0])
+    assert 0 <= token < n_kept
+
+
+def test_inverse_cdf_is_the_inverse_of_the_sum():
+    """Over several blocks of a large vocabulary, in float64; off by a rounding of u at most."""
+    rng = np.random.default_rng(0)
+    x, u = rng.normal(0, 1, (200, 1000)).astype(np.float32), rng.random(200).astype(np.float32)
+    tokens = np.asarray(inverse_cdf(jnp.asarray(x), jnp.asarray(u)))
+    weight = np.exp(x.astype(float))
+    cdf = weight.cumsum(-1) / weight.sum(-1, keepdims=True)
+    row = np.arange(200)
+    below = np.where(tokens > 0, cdf[row, tokens - 1], 0)
+    assert np.all(u < cdf[row, tokens] + 1e-6) and np.all(u >= below - 1e-6)
+    assert len(np.unique(tokens)) > 100
+
+
+def test_sparse_rows_of_a_large_vocabulary_draw_what_was_kept():
+    """Where a parallel sum wavers: one in a thousand of 50,257 kept, aims right at its steps."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (64, 50257)).astype(np.float32)
+    logits[rng.random(logits.shape) > 0.001] = MASKED
+    weight = np.exp(logits - logits.max(-1, keepdims=True))
+    cdf = np.asarray(jnp.cumsum(jnp.asarray(weight), axis=-1))
+    for _ in range(20):
+        at = cdf[np.arange(64), rng.integers(50257, size=64)] / cdf[:, -1]
+        token = np.asarray(inverse_cdf(jnp.asarray(logits), jnp.asarray(at)))
+        assert np.all(logits[np.arange(64), token] > MASKED)
+
+
+def frequencies(logits, **columns):
+    """How often each token is drawn in 100,000 samples, and 5 sigma of a given distribution."""
+    n = 100_000
+    settings = rows(n, sample=np.arange(n), **columns)
+    tokens = sample(jnp.tile(logits, (n, 1)), settings, nothing_seen(n), jnp.zeros(n, jnp.int32))
+    return np.bincount(np.asarray(tokens), minlength=V) / n, lambda p: 5 * np.sqrt(p * (1 - p) / n)
+
+
+def test_draws_follow_the_distribution():
+    """Frequencies of 100,000 draws against softmax(logits / temperature), within 5 sigma."""
+    logits = np.random.default_rng(0).normal(0, 1.5, V).astype(np.float32)
+    frequency, sigma = frequencies(logits, temperature=0.7)
+    p = softmax(logits / 0.7)
+    assert np.all(np.abs(frequency - p) < sigma(p))
+
+
+def test_draws_follow_the_filtered_distribution():
+    """Top-p's nucleus keeps its proportions."""
+    logits = np.random.default_rng(3).normal(0, 1.5, V).astype(np.float32)
+    frequency, sigma = frequencies(logits, top_p=0.9)
+    keep, _ = oracle(logits.astype(float), 0, 0.9, 0)
+    p = softmax(np.where(keep, logits, -np.inf))
+    assert 1 < keep.sum() < V and np.all(np.abs(frequency - p) <= sigma(p))
+
+
+def test_noise_depends_on_seed_sample_and_position():
+    n = 50
+    base, zero = sampler.uniform(rows(n, sample=range(n)), jnp.zeros(n, jnp.int32)), jnp.int32(0)
+    assert len(np.unique(base)) == n
+    assert np.array_equal(base, sampler.uniform(rows(n, sample=range(n)), jnp.full(n, zero)))
+    for other in (
+        sampler.uniform(rows(n, sample=range(n), seed=1), jnp.zeros(n, jnp.int32)),
+        sampler.uniform(rows(n, sample=range(n)), jnp.ones(n, jnp.int32)),
+    ):
+        assert not np.any(np.asarray(base) == np.asarray(other))
+
+
+def test_rows_draw_by_their_own_settings():
+    """Greedy, top-1 and free rows side by side in one program."""
+    logits = jnp.asarray(np.random.default_rng(1).normal(0, 1, (300, V)).astype(np.float32))
+    mixed = rows(300, temperature=[0, 1, 1] * 100, top_k=[0, 1, 0] * 100, sample=range(300))
+    tokens = np.asarray(sample(logits, mixed, nothing_seen(300), jnp.zeros(300, jnp.int32)))
+    likeliest = np.asarray(logits).argmax(-1)
+    assert np.array_equal(tokens[0::3], likeliest[0::3])
+    assert np.array_equal(tokens[1::3], likeliest[1::3])
+    assert 0 < np.mean(tokens[2::3] == likeliest[2::3]) < 0.9
+
+
+columns = st.fixed_dictionaries(
+    {
+        "repetition_penalty": st.sampled_from([1.0, 1.3, 0.5]),
+        "temperature": st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+        "top_k": st.integers(0, 5),
+        "top_p": st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+        "min_p": st.sampled_from([0.0, 0.1, 1.0]),
+        "seed": st.integers(0, 3),
+        "sample": st.integers(0, 3),
+    }
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(columns, min_size=4, max_size=4), st.integers(0, 1000))
+def test_a_rows_draw_does_not_see_its_neighbours_settings(each, seed):
+    """Beside neutral neighbours, in another place: the same token to the bit of its logits."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(0, 3, (4, V)).astype(np.float32)
+    seen, at = rng.random((4, V)) < 0.3, np.arange(4, dtype=np.int32)
+    mixed = rows(4, **{name: [one[name] for one in each] for name in NAMES})
+    together = np.asarray(sample(jnp.asarray(x), mixed, jnp.asarray(seen), jnp.asarray(at)))
+    for i, one in enumerate(each):
+        lonely = {
+            name: np.where(np.arange(4) == (i + 1) % 4, one[name], neutral)
+            for name, neutral in zip(NAMES, NEUTRAL, strict=True)
+        }
+        turned = [np.roll(a, 1, axis=0) for a in (x, seen, at)]
+        token_B = sample(turned[0], rows(4, **lonely), *turned[1:])
+        assert int(token_B[(i + 1) % 4]) == together[i]
+
+
+def test_the_search_for_thresholds_is_skipped_where_nobody_asks(monkeypatch):
+    """One program for both: what the device runs is counted."""
+    calls, honest = [], sampler.keep_largest
+
+    def counted(*args):
+        jax.debug.callback(lambda: calls.append(1))
+        return honest(*args)
+
+    monkeypatch.setattr(sampler, "keep_largest", counted)
+    fresh, x = jax.jit(lambda *args: sampler.sample(*args)), jnp.zeros((2, V))
+    for columns, searches in [
+        ({"temperature": 0, "top_k": 3}, 0),
+        ({}, 0),
+        ({"top_p": 0.5}, 1),
+        ({"top_p": 0.5, "top_k": 3}, 2),
+    ]:
+        calls.clear()
+        fresh(x, rows(2, **columns), nothing_seen(2), jnp.zeros(2, jnp.int32))
+        jax.effects_barrier()
+        assert len(calls) == searches, columns
+    assert fresh._cache_size() == 1
+
+
+def test_nothing_recompiles_whatever_the_settings():
+    before = sample._cache_size()
+    x = jnp.zeros((4, V))
+    for one in (rows(4), rows(4, temperature=0), rows(4, top_p=0.1), rows(4, min_p=0.2, top_k=3)):
+        sample(x, one, nothing_seen(4), jnp.zeros(4, jnp.int32))
+    assert sample._cache_size() <= before + 1
+
+
+def test_logprob_ignores_temperature_and_filters():
+    logits = jnp.asarray(np.random.default_rng(2).normal(0, 2, (4, V)).astype(np.float32))
+    tokens = jnp.array([0, 5, 9, 16])
+    expected = jax.nn.log_softmax(logits, axis=-1)[jnp.arange(4), tokens]
+    assert np.allclose(sampler.logprob(logits, tokens), expected, atol=1e-6)
+
+
+def test_every_setting_of_a_row_is_an_array():
+    assert {field.name for field in dataclasses.fields(sampler.Draw)} == {"bias_BV", *NAMES}

@@ -1,0 +1,297 @@
+"""What entry points show on a terminal and read from it."""
+
+import contextlib
+import io
+import json
+import re
+import signal
+import sys
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt import terminal
+from gpt.errors import UserError
+from gpt.sampling.output_order import Rows
+from gpt.sampling.settings import Settings
+
+
+class Terminal(io.StringIO):
+    """A standard stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def pipe(content: bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(content), "utf-8")
+
+
+# What is shown.
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[2Jhello\n\tworld", "\\x1b[2Jhello\n\tworld"),
+        ("a\rb\x00\x7f\x9b", "a\\rb\\x00\\x7f\\x9b"),
+        ("x\u202ey\u2066z", "x\\u202ey\\u2066z"),
+        ("今天 é 🎉 \\x1b \ufffd", "今天 é 🎉 \\x1b \ufffd"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_spelled_out(text, shown):
+    assert terminal.visible(text) == shown
+
+
+@given(st.text())
+def test_nothing_unsafe_is_left(text):
+    shown = terminal.visible(text)
+    assert not terminal.UNSAFE.search(shown)
+    assert shown == text or terminal.UNSAFE.search(text)
+
+
+def test_only_a_terminal_is_protected(monkeypatch):
+    for stream, shown in ((Terminal(), "\\x1b[31m天\n"), (io.StringIO(), "\x1b[31m天\n")):
+        monkeypatch.setattr(sys, "stdout", stream)
+        terminal.write("\x1b[31m天\n")
+        assert stream.getvalue() == shown
+
+
+def test_text_that_a_locale_cannot_show_is_spelled_out(monkeypatch):
+    latin = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdout", latin)
+    monkeypatch.setattr(sys, "stdin", pipe(b"a\xff\n"))
+    terminal.accept_any_text()
+    terminal.write("é天")
+    assert latin.buffer.getvalue() == b"\xe9\\u5929"
+    assert sys.stdin.readline() == "a\udcff\n"
+    assert json.loads(terminal.to_json("é🎉")) == "é🎉" and terminal.to_json("é🎉").isascii()
+
+
+@given(st.recursive(st.text() | st.floats() | st.integers(), st.lists))
+def test_json_is_strict_and_safe(value):
+    line = terminal.to_json({"value": value})
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    read = json.loads(line, parse_constant=refuse)["value"]
+    assert read == terminal.finite(value)
+    assert not terminal.UNSAFE.search(line) and "\n" not in line
+
+
+def test_numbers_that_json_has_not_are_null():
+    assert terminal.to_json([float("nan"), (1.5, float("-inf"))]) == "[null, [1.5, null]]"
+
+
+@pytest.mark.parametrize(
+    ("token", "spelled"),
+    [(b" a", "' a'"), ("天".encode(), "'天'"), (b"\xe5\xa4", r"b'\xe5\xa4'"), (b"\x1b", r"'\x1b'")],
+)
+def test_tokens_are_spelled(token, spelled):
+    assert terminal.spell(token) == spelled
+
+
+def test_a_table_holds_the_drawn_token_even_if_it_is_not_among_the_likeliest():
+    tokenizer = SimpleNamespace(decode_bytes=bytes)
+    top = [[(97, 0.6), (99, 0.2)], [(97, 0.5)], [(97, 0.25)]]
+    done = SimpleNamespace(token_ids=[97, 98], logprobs=[-0.5, -3.0], eot=42, top=top)
+    done.finish_reason = None
+    first, second = terminal.tables(done, 0, tokenizer), terminal.tables(done, 1, tokenizer)
+    assert first.splitlines() == [
+        "after prefill", "  *  60.0000%  'a'", "     20.0000%  'c'",
+        "step 1", "     50.0000%  'a'", "  *   4.9787%  'b'",
+    ]  # fmt: skip
+    assert first.endswith(second) and second.startswith("step 1")
+    done.finish_reason = "eos"
+    assert terminal.tables(done, 2, tokenizer).splitlines() == [
+        "step 2", "     25.0000%  'a'", "  * <=25.0000%  '*'"
+    ]  # fmt: skip
+
+
+def completion(reason, decode=0.5, rate=20.0):
+    return SimpleNamespace(
+        finish_reason=reason, prefill_seconds=0.01, decode_seconds=decode, tokens_per_second=rate
+    )
+
+
+def test_the_end_is_told_in_words():
+    one = terminal.describe_end([completion("context")], 64)
+    assert one.startswith("prefill 10.0 ms, decode 0.50 s, 20 tokens/s a row (compilation left")
+    assert "context of 64 tokens is full" in one and "--on-context-full slide" in one
+    several = [completion("eos"), completion("length", 0.7, None), completion("eos")]
+    assert terminal.describe_end(several, 64).endswith(
+        "decode 0.70 s (compilation left out); stopped by eos (2 times), length: "
+        "--max-new-tokens for more"
+    )
+    assert terminal.describe_end([completion(None)], 64).endswith("stopped by Ctrl-C")
+
+
+def test_programs_are_listed():
+    sizes = "batch 2, bucket 32"
+    each = [SimpleNamespace(name="prefill", seconds=1.25, cached=False, sizes=sizes)]
+    each += [SimpleNamespace(name="begin", seconds=0.5, cached=True, sizes="")]
+    assert terminal.describe_programs(each).splitlines() == [
+        "compiled prefill (batch 2, bucket 32) in 1.25 s",
+        "compiled begin in 0.50 s, from the cache",
+        "2 programs in 1.8 s, 1 of them from the cache",
+    ]
+
+
+# Rows.
+
+
+@given(st.lists(st.lists(st.text(min_size=1, max_size=3), min_size=1), min_size=1), st.randoms())
+def test_rows_never_interleave(texts, random):
+    """In whatever order and pieces they come, and the current one is never kept waiting."""
+    order = [row for row, pieces in enumerate(texts) for _ in pieces]
+    random.shuffle(order)
+    rows, left = Rows(len(texts)), [list(pieces) for pieces in texts]
+    shown = ""
+    for row in order:
+        piece = left[row].pop(0)
+        shown += rows.push(row, piece, ended=not left[row])
+        ended = [not pieces for pieces in left]
+        current = ended.index(False) if False in ended else len(left)
+        so_far = [p for r, pieces in enumerate(texts) for p in pieces[: len(pieces) - len(left[r])]
+                  if r <= current]  # fmt: skip
+        assert shown == "".join(so_far)
+    assert shown == "".join("".join(pieces) for pieces in texts)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "kept"), [(True, "a1\nc\n"), (False, "a1\nc\n")], ids=["terminal", "pipe"]
+)
+def test_what_is_broken_off_loses_no_row_that_has_ended(terminal, kept, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal() if terminal else io.StringIO())
+    rows = Rows(3)
+    for error in (KeyboardInterrupt, UserError):
+        with pytest.raises(error), terminal.leaving(rows):
+            for row, text, ended in ((0, "a1", False), (1, "b1", False), (2, "c\n", True)):
+                terminal.write(rows.push(row, text, ended) if error is KeyboardInterrupt else "")
+            raise error
+    assert sys.stdout.getvalue() == kept
+
+
+@pytest.mark.parametrize("text", ["open", "closed\n", ""])
+def test_only_a_terminal_gets_an_open_line_ended(text, monkeypatch):
+    for stream, more in ((Terminal(), "\n" * (text == "open")), (io.StringIO(), "")):
+        monkeypatch.setattr(sys, "stdout", stream)
+        rows = Rows(1)
+        with pytest.raises(KeyboardInterrupt), terminal.leaving(rows):
+            terminal.write(rows.push(0, text))
+            terminal.write(rows.push(0, ""))
+            raise KeyboardInterrupt
+        assert stream.getvalue() == text + more
+
+
+def test_a_setting_is_named_as_it_was_typed():
+    with pytest.raises(UserError, match=r"^--top-k is -1: expected"), terminal.as_typed(Settings):
+        Settings(top_k=-1)
+    for words in ("prompt 1 has 3 tokens", "seconds is no setting", "the top_k is small"):
+        with pytest.raises(UserError, match=f"^{words}$"), terminal.as_typed(Settings):
+            raise UserError(words)
+
+
+# What is read.
+
+
+def test_ids_are_numbers_with_spaces_between():
+    assert terminal.parse_ids("--prompt-ids", " 1 2\n-3 ") == [1, 2, -3]
+    assert terminal.parse_ids("--prompt-ids", "") == []
+    for text in ("1,2", "1_0", "٣", "+1", "1.", "9" * 5000):
+        with pytest.raises(UserError, match=f"--prompt-ids '{re.escape(text)}': expected whole nu"):
+            terminal.parse_ids("--prompt-ids", text)
+
+
+@given(st.binary() | st.text().map(str.encode))
+def test_what_is_typed_is_read_as_a_file_would_be(content):
+    typed = content.decode("utf-8", "surrogateescape")
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        text = terminal.as_text("--prompt", typed)
+    assert text == content.decode("utf-8", "replace")
+    assert said.getvalue().startswith("note: --prompt is not all") == (text.encode() != content)
+    assert bool(said.getvalue()) == (text != typed)
+
+
+def test_half_a_pair_from_another_shell_is_read():
+    assert terminal.as_text("--prompt", "a\ud800").startswith("a\ufffd")
+
+
+def test_a_file_is_read_to_the_byte(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "text"
+    path.write_bytes("a\r\n天\n\n".encode())
+    assert terminal.read_text("--prompt-file", path) == "a\r\n天\n\n"
+    assert capsys.readouterr().err == ""
+    path.write_bytes(b"a\xe5\xa4\nb")
+    assert terminal.read_text("--prompt-file", path) == "a\ufffd\nb"
+    assert capsys.readouterr().err.startswith(f"note: --prompt-file {path} is not all UTF-8: ")
+    monkeypatch.setattr(sys, "stdin", pipe(b"from a pipe\r\n"))
+    assert terminal.read_text("--prompt-file", terminal.Path("-")) == "from a pipe\r\n"
+
+
+@pytest.mark.parametrize(("name", "reason"), [("gone", "No such file"), (".", "Is a directory")])
+def test_a_file_that_cannot_be_read_is_named(name, reason, tmp_path):
+    with pytest.raises(UserError, match=f"--score-file {tmp_path / name}: {reason}"):
+        terminal.read_text("--score-file", tmp_path / name)
+
+
+def test_a_file_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr(terminal, "MOST_TEXT", 10**6)
+    with pytest.raises(UserError, match="--prompt-file /dev/zero: expected a text of at most 1,00"):
+        terminal.read_text("--prompt-file", terminal.Path("/dev/zero"))
+
+
+def test_lines_of_a_pipe(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdin", pipe(b"one\n two \r\n\nlast"))
+    assert list(terminal.read_lines(tmp_path / "history")) == ["one", " two ", "", "last"]
+    assert not (tmp_path / "history").exists()
+
+
+def answers(*given):
+    """An `input` that gives these in turn; classes are raised."""
+    left = list(given)
+
+    def answer(question=""):
+        one = left.pop(0)
+        if isinstance(one, type):
+            raise one
+        return one
+
+    return answer
+
+
+@pytest.mark.parametrize("editing", [True, False])
+def test_lines_that_are_typed(editing, monkeypatch, tmp_path, capsys):
+    """Ctrl-C drops a line, Ctrl-D ends; with and without a library to edit them."""
+    kept = []
+    readline = SimpleNamespace(
+        read_history_file=lambda path: path.read_text(),  # FileNotFoundError on the first day
+        set_history_length=lambda n: None,
+        write_history_file=lambda path: kept.append(path),
+    )
+    monkeypatch.setitem(sys.modules, "readline", readline if editing else None)
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", answers("a", KeyboardInterrupt, "b", EOFError))
+    assert list(terminal.read_lines(tmp_path / "history")) == ["a", "b"]
+    assert kept == [tmp_path / "history"] * 2 * editing
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "> > \n> > \n")  # a pipe gets completions alone
+
+
+def test_a_question_is_asked_at_the_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr("builtins.input", lambda question="": f"asked {question!r}")
+    assert terminal.ask("> ") == "asked '> '"
+
+
+def test_the_first_ctrl_c_waits_and_the_second_does_not():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), terminal.patient_interrupt() as pressed:
+        assert not pressed.is_set()
+        signal.raise_signal(signal.SIGINT)
+        assert pressed.is_set()
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -1,0 +1,238 @@
+"""metrics.jsonl survives crashes and resumes, and the terminal is told how the run goes."""
+
+import io
+import json
+import math
+import os
+import sys
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from gpt.config import ModelConfig, TrainConfig
+from gpt.training import metrics, speed
+from gpt.training.metrics import RunLog, open_metrics, read_metrics
+
+CONFIG = TrainConfig(
+    model=ModelConfig(context_length=32), steps=40, batch_size=4, log_every=10, eval_every=20
+)
+METRICS = {"loss": jnp.float32(3.5), "learning_rate": 1e-3, "grad_norm": 0.25, "skipped": 0}
+
+
+def plain_console(terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=120, highlight=False)
+
+
+def said(console: Console) -> str:
+    return console.file.getvalue()
+
+
+def run(path, first=0, console=None, until=40, **more):
+    """A run's log from `first` on, with an evaluation every 20 steps."""
+    with RunLog(path, first, CONFIG, console or plain_console(), **more) as log:
+        for step in range(first + 1, until + 1):
+            log.log_train(step, METRICS)
+            if step % 20 == 0:
+                log.log_eval(step, 3.25, 1.5)
+
+
+def steps_in(path) -> list[int]:
+    return [record["step"] for record in read_metrics(path)]
+
+
+def test_each_line_says_all_there_is_to_know(tmp_path):
+    run(tmp_path / "metrics.jsonl")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    first, *_, last = [json.loads(line) for line in lines]
+    assert steps_in(tmp_path / "metrics.jsonl") == [10, 20, 20, 30, 40, 40]
+    names = "step loss learning_rate grad_norm skipped tokens tokens_per_second seconds since_step "
+    names += "step_seconds_p50 step_seconds_p90 step_seconds_p99"
+    assert set(first) == set(names.split())
+    assert (first["loss"], first["grad_norm"], first["tokens"]) == (3.5, 0.25, 10 * 4 * 32)
+    assert last == {"step": 40, "val_loss": 3.25, "val_bits_per_byte": 1.5}
+
+
+def test_lines_are_in_the_file_at_once(tmp_path):
+    log = RunLog(tmp_path / "metrics.jsonl", 0, CONFIG, plain_console())
+    log.log_train(10, METRICS)
+    assert steps_in(tmp_path / "metrics.jsonl") == [10]
+    log.close()
+
+
+def test_samples_of_steps_that_are_made_again_are_replaced(tmp_path):
+    """A run killed after step 30 that continues from a checkpoint of step 10."""
+    path = tmp_path / "samples.jsonl"
+    with RunLog(tmp_path / "metrics.jsonl", 0, CONFIG, plain_console()) as log:
+        for step in (10, 20, 30):
+            log.log_sample(step, f"今天 {step}")
+    path.write_text(path.read_text() + '{"step": 31, "te')
+    with RunLog(tmp_path / "metrics.jsonl", 10, CONFIG, plain_console()) as log:
+        log.log_sample(20, "again")
+    said = [(r["step"], r["text"]) for r in read_metrics(path)]
+    assert said == [(10, "今天 10"), (20, "again")]
+
+
+def test_what_is_not_a_number_is_null(tmp_path):
+    with RunLog(tmp_path / "m", 0, CONFIG, plain_console()) as log:
+        log.log_train(10, METRICS | {"loss": jnp.nan, "grad_norm": jnp.inf})
+        log.log_eval(10, math.nan, -math.inf)
+    train, evaluation = read_metrics(tmp_path / "m")
+    assert (train["loss"], train["grad_norm"], train["learning_rate"]) == (None, None, 1e-3)
+    assert (evaluation["val_loss"], evaluation["val_bits_per_byte"]) == (None, None)
+    assert "NaN" not in (tmp_path / "m").read_text()
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+    path, whole = tmp_path / "metrics.jsonl", tmp_path / "whole.jsonl"
+    run(whole)
+    run(path, until=34)  # dies after the checkpoint of step 20
+    with path.open("a") as file:
+        file.write('{"step": 34, "lo')
+    run(path, first=20)
+    assert steps_in(path) == steps_in(whole)
+    assert not list(tmp_path.glob("*.new"))
+
+
+@given(cut=st.integers(0, 400), step=st.integers(0, 60), noise=st.binary(max_size=30))
+def test_any_torn_file_resumes_with_the_whole_lines_up_to_the_step(
+    tmp_path_factory, cut, step, noise
+):
+    path = tmp_path_factory.mktemp("torn") / "metrics.jsonl"
+    records = [{"step": n, "loss": n / 10} for n in range(10, 60, 10)]
+    data = "".join(json.dumps(r) + "\n" for r in records).encode()[:cut]
+    path.write_bytes(data + noise)
+    whole = [json.loads(line) for line in data.decode().split("\n")[:-1]]
+    open_metrics(path, step).close()
+    kept = read_metrics(path)
+    assert kept[: len(whole)] == [r for r in whole if r["step"] <= step]
+    assert all(r["step"] <= step for r in kept)
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_crash_while_resuming_loses_nothing(tmp_path, monkeypatch):
+    run(tmp_path / "metrics.jsonl")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metrics.os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        open_metrics(tmp_path / "metrics.jsonl", 20)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_metrics_of_no_file_are_none(tmp_path):
+    assert read_metrics(tmp_path / "absent") == []
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that the log reads; a test moves it."""
+    clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(metrics, "time", clock)
+    monkeypatch.setattr(speed, "time", clock)
+    return clock
+
+
+def test_speed_leaves_out_pauses_and_what_was_before_the_start(tmp_path, clock):
+    with RunLog(tmp_path / "m", 0, CONFIG, plain_console()) as log:
+        clock.now += 60  # compiling
+        log.speed.start()
+        clock.now += 2
+        with log.speed.pause():
+            clock.now += 30
+        log.log_train(10, METRICS)
+    (line,) = read_metrics(tmp_path / "m")
+    assert (line["tokens_per_second"], line["seconds"]) == (640, 32)
+
+
+def test_speed_is_of_the_window_alone(tmp_path, clock):
+    with RunLog(tmp_path / "m", 20, CONFIG, plain_console()) as log:
+        for seconds, step in [(4, 30), (1, 40)]:
+            clock.now += seconds
+            log.log_train(step, METRICS)
+    slow, fast = read_metrics(tmp_path / "m")
+    assert (slow["tokens_per_second"], fast["tokens_per_second"]) == (320, 1280)
+    assert (slow["tokens"], fast["tokens"]) == (30 * 128, 40 * 128)
+
+
+def test_without_a_terminal_there_are_a_few_plain_lines(tmp_path):
+    console = plain_console()
+    run(tmp_path / "m", console=console)
+    lines = said(console).splitlines()
+    assert lines[0].startswith("step 10/40  loss 3.5000  ") and lines[0].endswith(" left")
+    assert lines[1] == "step 20  validation loss 3.2500, 1.5000 bits a byte"
+    assert lines[2].startswith("step 40/40  loss 3.5000  ")  # 20 and 30 came too soon after
+    assert lines[4].startswith("step time      p50 ") and lines[4].endswith(" ms")
+    assert len(lines) == 5 and "\x1b" not in said(console)
+
+
+def test_a_terminal_has_a_bar_and_evaluations_above_it(tmp_path):
+    console = plain_console(terminal=True)
+    run(tmp_path / "m", console=console)
+    assert "40/40" in said(console) and "\x1b" in said(console)
+    assert "tokens/s" in said(console) and "validation loss 3.2500" in said(console)
+
+
+def gone():
+    """The writing end of a pipe whose reader has left."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    return os.fdopen(theirs, "w", buffering=1)
+
+
+def full():
+    """A file on a disk without room."""
+    return open("/dev/full", "w", buffering=1)
+
+
+@pytest.mark.parametrize("stream", [gone, full])
+def test_a_run_goes_on_when_nobody_can_hear_it(stream, tmp_path, monkeypatch):
+    """A terminal that is gone, a full disk under the log: metrics are kept all the same."""
+    monkeypatch.setattr(sys, "stderr", stream())
+    console = metrics.make_console(quiet=False)
+    with RunLog(tmp_path / "metrics.jsonl", 0, CONFIG, console) as log:
+        log.log_eval(1, 1.0, 2.0)
+        log.log_eval(2, 1.0, 2.0)
+    sys.stderr.close()  # as at the end of the process
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0:00"), (61, "1:01"), (3599.6, "1:00:00"), (90_061, "25:01:01")]
+)
+def test_clock(seconds, text):
+    assert metrics.clock(seconds) == text
+
+
+def test_smoothing_is_centred_and_keeps_a_line_straight():
+    line = [float(n) for n in range(200)]
+    assert metrics.smoothed(line) == pytest.approx(line)
+    assert metrics.smoothed([]) == []
+    assert metrics.smoothed([0.0, 1.0] * 100)[100] == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_curves_are_a_labelled_picture(tmp_path, monkeypatch):
+    seen = {}
+    draw = metrics.draw_losses
+    monkeypatch.setattr(metrics, "draw_losses", lambda *a: (seen.update(axes=a[0]), draw(*a)))
+    run(tmp_path / "m")
+    with (tmp_path / "m").open("a") as file:
+        file.write('{"step": 45, "loss": null}\n{"step": 50, "lo')
+    metrics.draw_curves(tmp_path / "m", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    axes = seen["axes"]
+    assert "nats" in axes.get_ylabel() and "steps" in axes.get_xlabel()
+    assert axes.get_title(loc="left") == "Validation loss 3.250 after 40 steps"
+    batches, mean, validation = [list(line.get_xdata()) for line in axes.lines]
+    assert batches == mean == [10, 20, 30, 40] and validation == [20, 40]
+
+
+def test_without_losses_there_is_no_picture(tmp_path):
+    metrics.draw_curves(tmp_path / "absent", tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()

@@ -1,0 +1,179 @@
+"""What is no number changes nothing, and is found again: in which step, and in which layer."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt import flops, sharding
+from gpt.config import MeshConfig, ModelConfig, TrainConfig
+from gpt.model import layers
+from gpt.training import memory_plan, nonfinite, train_step
+
+MODEL = ModelConfig(100, context_length=8, n_layers=4, n_heads=2, d_model=16, dropout=0.1)
+CONFIG = TrainConfig(
+    model=MODEL, batch_size=4, grad_accum=2, steps=20, warmup_steps=2, ema_decay=0.9
+)
+NOT_A_CPU = "muon, as on any device but a CPU"
+CHOICES = {
+    "adamw": {},
+    "muon": {"optimizer": "muon"},
+    "no clipping": {"clip_norm": 0.0, "ema_decay": 0.0},
+    NOT_A_CPU: {"optimizer": "muon", "seed": 3},
+}
+
+
+def batch(seed=0):
+    return np.random.default_rng(seed).integers(100, size=(2, 2, 9)).astype(np.int32)
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def change(array, place, value):
+    """A copy of an array with one other value."""
+    copy = np.array(array)
+    copy[place] = value
+    return copy
+
+
+def planted(params, layer, value=np.nan, room="mlp", name="up"):
+    """The weights with one bad value in one layer."""
+    changed = params["blocks"][room] | {name: change(params["blocks"][room][name], layer, value)}
+    return params | {"blocks": params["blocks"] | {room: changed}}
+
+
+@functools.cache
+def fresh(config):
+    return jax.jit(train_step.fresh_state, static_argnums=0)(config)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("muon", "no clipping") else ())
+        for name in CHOICES
+    ],
+)
+def test_a_bad_step_changes_only_the_number_of_steps(choice, monkeypatch):
+    """Weights, moments, momentum and average stay to the bit; the next good step is as if it had
+    not been, but for its data and its noise."""
+    config = dataclasses.replace(CONFIG, **CHOICES[choice])
+    if choice == NOT_A_CPU:
+        monkeypatch.setattr(train_step, "by_branch", train_step.by_choice)
+    run = jax.jit(train_step.train_step, static_argnums=0)
+    state, metrics = run(config, fresh(config), batch())
+    assert metrics["skipped"] == 0 and int(state.step) == 1
+    bad = dataclasses.replace(state, params=planted(state.params, 2))
+    after, metrics = run(config, bad, batch(1))
+    assert not np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
+    assert (int(metrics["skipped"]), int(after.step)) == (1, 2)
+    assert bits(after.params) == bits(bad.params)
+    assert bits((after.optimizer, after.average)) == bits((state.optimizer, state.average))
+    again = dataclasses.replace(after, params=state.params)
+    late, metrics = run(config, again, batch(2))
+    assert (int(metrics["skipped"]), int(late.step)) == (1, 3)
+    assert train_step.count_updates(late.optimizer) == 2
+    assert bits(late.params) != bits(state.params)
+
+
+def test_a_gradient_alone_is_enough(monkeypatch):
+    """A loss that is finite, and an overflow on the way back."""
+    honest = train_step.gradients
+    run = jax.jit(train_step.train_step, static_argnums=0)
+
+    def gradients(*args):
+        loss, grads = honest(*args)
+        return loss, grads | {"tokens": grads["tokens"].at[3, 3].set(jnp.inf)}
+
+    monkeypatch.setattr(train_step, "gradients", gradients)
+    config = dataclasses.replace(CONFIG, seed=1)  # which is not compiled yet
+    state = fresh(config)
+    after, metrics = run(config, state, batch())
+    assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 1
+    assert bits(after.params) == bits(state.params)
+
+
+def test_the_compiled_step_skips_too():
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    train, _ = train_step.compile_steps(CONFIG, mesh)
+    state = train_step.make_state(CONFIG, mesh)
+    state = dataclasses.replace(state, params=planted(state.params, 0))
+    before = bits((state.params, state.optimizer, state.average))
+    after, metrics = train(state, batch())
+    assert int(metrics["skipped"]) == int(after.step) == 1
+    assert bits((after.params, after.optimizer, after.average)) == before
+
+
+def test_the_guard_takes_no_memory(monkeypatch):
+    """Neither a second copy of the weights nor of the moments; a choice would, on a CPU."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    model = dataclasses.replace(MODEL, vocab_size=5000)
+    config = dataclasses.replace(CONFIG, model=model)
+    guarded = memory_plan.need_of(train_step.compile_train_step(config, mesh)).total
+    monkeypatch.setattr(train_step, "by_branch", lambda update, good, state: update(state))
+    free = memory_plan.need_of(train_step.compile_train_step(config, mesh)).total
+    assert guarded < free + 10_000 < free + flops.weight_bytes(model) // 10
+
+
+def test_bad_steps_in_a_row():
+    config = dataclasses.replace(CONFIG, max_bad_steps=2)
+    bad = nonfinite.BadSteps(config, 3)
+    assert [bad.note(n, skipped) for n, skipped in [(8, 3), (9, 4), (10, 4)]] == [False] * 3
+    assert [bad.note(n, skipped) for n, skipped in [(11, 5), (12, 6)]] == [False, True]
+    assert (bad.first, bad.row) == (11, 2)
+    assert not bad.note(19, 6) and bad.note(20, 7)  # the last step has no next one
+
+
+def params_of(**more):
+    model = dataclasses.replace(MODEL, **more)
+    config = dataclasses.replace(CONFIG, model=model)
+    return config, jax.tree.map(np.asarray, fresh(config).params)
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_the_layer_of_a_bad_weight(layer):
+    config, params = params_of()
+    said = nonfinite.find_bad(config, planted(params, layer), batch(), 5)
+    assert said == (
+        f"the first bad value is in the weights of block {layer} of 0 to 3 (blocks/mlp/up)"
+    )
+    for name in ("tokens", "positions"):
+        both = planted(params, layer) | {name: change(params[name], 0, np.inf)}
+        assert nonfinite.find_bad(config, both, batch(), 5).endswith(f"the weights of {name}")
+
+
+@pytest.mark.parametrize("norm_place", ["pre", "post"])
+@pytest.mark.parametrize("layer", [0, 1, 3])
+def test_the_layer_of_a_bad_output(layer, norm_place):
+    """Weights of a finite size that are too much for float32 when they are multiplied."""
+    config, params = params_of(norm_place=norm_place)
+    params = planted(params, layer, 1e38, "attention", "v_bias")
+    params = planted(params, layer, 1e38, "attention", "o")
+    said = nonfinite.find_bad(config, params, batch(), 5)
+    assert said.endswith(f"the output of block {layer} of 0 to 3")
+
+
+def test_a_bad_embedding_and_a_bad_head():
+    config, params = params_of(tied=False)
+    huge = {"tokens": params["tokens"] + 3e38, "positions": params["positions"] + 3e38}
+    assert nonfinite.find_bad(config, params | huge, batch(), 5).endswith(
+        "the output of the embedding"
+    )
+    head = {"head": params["head"] + 3e38}
+    assert nonfinite.find_bad(config, params | head, batch(), 5).endswith("the output of the head")
+
+
+def test_a_bad_gradient_is_met_on_the_way_back(monkeypatch):
+    """An activation without a derivative where it is zero: the last block meets it first."""
+    config, params = params_of()
+    assert nonfinite.find_bad(config, params, batch(), 5).startswith("all is finite")
+    relu = lambda x: jnp.sqrt(jnp.maximum(x, 0)) ** 2  # noqa: E731
+    monkeypatch.setitem(layers.ACTIVATIONS, "gelu_tanh", relu)
+    config = dataclasses.replace(config, seed=2)  # which is not compiled yet
+    said = nonfinite.find_bad(config, params, batch(), 5)
+    assert "the gradient of block 3 of 0 to 3 (blocks/" in said

@@ -1,0 +1,136 @@
+"""Which weight is updated how, and how fast."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gpt.config import ModelConfig, TrainConfig
+from gpt.model import transformer
+from gpt.training import optimizer, train_step
+
+MODEL = ModelConfig(
+    100,
+    context_length=16,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    d_model=32,
+    mlp="swiglu",
+    qk_norm=True,
+    tied=False,
+)
+CONFIG = TrainConfig(model=MODEL, batch_size=4, steps=100, warmup_steps=10, optimizer="muon")
+
+
+def rates(config):
+    return [float(optimizer.make_schedule(config)(i)) for i in range(config.steps + 1)]
+
+
+def test_every_parameter_has_its_group():
+    """Norms, biases, embeddings and the head go to AdamW; each block's matrices to Muon."""
+    found = jax.tree_util.tree_leaves_with_path(optimizer.groups(transformer.abstract(MODEL)))
+    by_name = {jax.tree_util.keystr(p, simple=True, separator="/"): group for p, group in found}
+    matrices = {f"blocks/attention/{name}" for name in "qkvo"}
+    matrices |= {f"blocks/mlp/{name}" for name in ("up", "gate", "down")}
+    assert {name for name, group in by_name.items() if group == "muon"} == matrices
+    assert {name for name, group in by_name.items() if group == "adamw"} == {
+        *("tokens", "positions", "head", "final_norm/scale", "final_norm/bias"),
+        *(f"blocks/{n}_norm/{w}" for n in ("attention", "mlp") for w in ("scale", "bias")),
+        *(f"blocks/attention/{n}_norm/{w}" for n in "qk" for w in ("scale", "bias")),
+        *(f"blocks/attention/{n}_bias" for n in "qkvo"),
+        *(f"blocks/mlp/{n}_bias" for n in ("up", "gate", "down")),
+    }
+
+
+def test_stacked_matrices_are_updated_like_each_layer_alone():
+    params = transformer.init(MODEL, jax.random.key(0))
+    noise = np.random.default_rng(0)
+    grads = jax.tree.map(lambda a: jnp.asarray(noise.normal(0, 1, a.shape), a.dtype), params)
+    muon = optimizer.make_muon(CONFIG)
+    rounding = 3.4445**5 * 2**-24  # five Newton-Schulz steps multiply a small value by that much
+
+    def update(weights, gradients):
+        return muon.update(gradients, muon.init(weights), weights)[0]
+
+    for room, name in [("attention", n) for n in "qkvo"] + [("mlp", "up"), ("mlp", "down")]:
+        weight, gradient = params["blocks"][room][name], grads["blocks"][room][name]
+        stacked = update({name: weight}, {name: gradient})[name]
+        for layer in range(MODEL.n_layers):
+            alone = update({name: weight[layer]}, {name: gradient[layer]})[name]
+            assert np.abs(stacked[layer] - alone).max() < rounding * np.abs(alone).max()
+
+
+def test_muon_makes_updates_orthogonal():
+    """All singular values of an update near one another, as a whole projection D x (N H)."""
+    weight = jnp.zeros((32, 4, 8))
+    gradient = jnp.asarray(np.random.default_rng(1).normal(0, 1, weight.shape), jnp.float32)
+    config = dataclasses.replace(CONFIG, warmup_steps=0, weight_decay=0.0, muon_learning_rate=1.0)
+    muon = optimizer.make_muon(config)
+    update = muon.update({"q": gradient}, muon.init({"q": weight}), {"q": weight})[0]["q"]
+    values = np.linalg.svd(np.asarray(update).reshape(32, 32), compute_uv=False)
+    raw = np.linalg.svd(np.asarray(gradient).reshape(32, 32), compute_uv=False)
+    assert values.max() / values.min() < 3 < raw.max() / raw.min()
+
+
+def test_muon_keeps_one_moment_of_a_matrix():
+    state = jax.eval_shape(lambda: train_step.fresh_state(CONFIG))
+    shape = (3, *(MODEL.d_model, MODEL.ff_width))
+    like_up = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == shape]
+    assert len(like_up) == 3  # up, gate, down, once each
+    adam = jax.eval_shape(
+        lambda: train_step.fresh_state(dataclasses.replace(CONFIG, optimizer="adamw"))
+    )
+    assert len([x for x in jax.tree.leaves(adam.optimizer) if x.shape == shape]) == 6
+
+
+def test_schedules_rise_and_fall_as_named():
+    cosine, linear, wsd = (
+        rates(dataclasses.replace(CONFIG, schedule=name)) for name in ("cosine", "linear", "wsd")
+    )
+    for curve in (cosine, linear, wsd):
+        assert 0 < curve[0] < curve[5] < curve[10] == pytest.approx(1e-3)
+        assert all(a >= b - 1e-12 for a, b in itertools.pairwise(curve[10:]))
+        assert curve[100] == pytest.approx(1e-4)
+    assert cosine[55] == linear[55] == pytest.approx((1e-3 + 1e-4) / 2)
+    assert cosine[30] > linear[30]
+    assert wsd[10:81] == pytest.approx([1e-3] * 71)
+    assert wsd[90] == pytest.approx((1e-3 + 1e-4) / 2)
+
+
+def test_muons_rate_follows_the_same_schedule():
+    ours = optimizer.make_schedule(CONFIG, CONFIG.muon_learning_rate)
+    base = optimizer.make_schedule(CONFIG)
+    ratio = CONFIG.muon_learning_rate / CONFIG.learning_rate
+    assert all(float(ours(i)) == pytest.approx(float(base(i)) * ratio) for i in range(101))
+
+
+def test_decay_pulls_matrices_alone_and_by_the_rate():
+    """With zero gradients the only update is decay: -rate x decay x weight, biases untouched."""
+    params = jax.tree.map(lambda a: a + 1.0, transformer.init(MODEL, jax.random.key(0)))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    config = dataclasses.replace(CONFIG, optimizer="adamw", weight_decay=0.5, warmup_steps=0)
+    tx = optimizer.make_optimizer(config)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    for (path, update), weight in zip(
+        jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True
+    ):
+        name = path[-1].key
+        decays = not (name.endswith("bias") or name == "scale")
+        assert np.allclose(update, -1e-3 * 0.5 * weight if decays else 0, atol=1e-9), path
+
+
+def test_average_lags_behind_and_starts_quickly():
+    config = dataclasses.replace(CONFIG, ema_decay=0.99)
+    old, new = {"w": jnp.zeros(3)}, {"w": jnp.ones(3)}
+    at = lambda n: float(train_step.averaged(config, old, new, jnp.int32(n))["w"][0])  # noqa: E731
+    assert at(0) == 1.0  # the first step's weights are the average
+    assert at(9) == pytest.approx(0.5)
+    assert at(10**6) == pytest.approx(0.01, rel=1e-4)
+    state = train_step.fresh_state(config)
+    assert optax.tree.norm(state.average) == optax.tree.norm(state.params)
+    assert train_step.fresh_state(CONFIG).average == {}
