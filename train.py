@@ -7,7 +7,9 @@ The same command again continues the run where it stopped.
 """
 
 import contextlib
+import os
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -81,22 +83,24 @@ def main(argv: list[str]) -> int:
     out = command.out or Path("runs") / command.preset
     trying = command.dry_run or command.verify_resume  # which leaves nothing behind
     cli.prepare_jax(cache=command.compile_cache and not trying)
-    distributed.join(command.processes)  # before anything asks for a device
+    # Before anything asks for a device.
+    say = partial(print, file=sys.stderr, flush=True)
+    distributed.connect(command.processes, os.environ, say)
     from gpt.training import memory_plan, metrics, resume
 
     if command.init_from:
         command = read(default=resume.adopt(default, command, out))
     console = metrics.make_console(quiet=not distributed.is_first())
-    held = contextlib.nullcontext() if trying else distributed.by_first(run_dir.hold(out))
+    held = contextlib.nullcontext() if trying else distributed.on_first_process(run_dir.hold(out))
     signals, enough = (
         stop_signal.StopSignal(console.print, console.show_cursor),
         memory_plan.explained,
     )
-    with signals, distributed.parting(), held, enough(command.train):
+    with signals, distributed.report_lost_peer(), held, enough(command.train):
         return train(command, out, console, signals, cache(console.print))
 
 
-@distributed.together()
+@distributed.exit_together()
 def look(command: Command, out: Path, console, tell: Callable[[str], None]) -> tuple:
     """Refuse all that can be refused, in all processes: what is found. Nothing is changed."""
     from gpt import checkpoint, sharding
@@ -105,7 +109,7 @@ def look(command: Command, out: Path, console, tell: Callable[[str], None]) -> t
 
     trying = command.dry_run or command.verify_resume
     (run_dir.require_folder if trying else run_dir.require_shared)(out)
-    alone = not (command.verify_resume and distributed.several())
+    alone = not (command.verify_resume and distributed.is_multi_process())
     require(alone, "--verify-resume proves a run of one process: add --num-processes 1")
     resuming = bool(checkpoint.steps(out)) and not (command.overwrite or command.verify_resume)
     source = out if resuming else command.init_from
@@ -206,7 +210,7 @@ class Run:
             self.console.print(f"stopped        {same} continues the run")
         return code
 
-    @distributed.together()
+    @distributed.exit_together()
     def settle_in(self, first: int) -> None:
         """Remove the run that --overwrite gives up; write the tokenizer."""
         from gpt.training import resume
@@ -281,7 +285,7 @@ class Run:
         from gpt.model.transformer import unstack
         from gpt.sampling.language_model import LanguageModel
 
-        if not (params := distributed.copy_for_first(params)):
+        if not (params := distributed.copy_to_first_process(params)):
             return
         model = LanguageModel(self.config.model, jax.jit(unstack)(params), self.tokenizer, step=0)
         text = str(model.generate(max_new_tokens=120))

@@ -131,7 +131,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except Exception as error:
         if is_out_of_memory(error):
             code = _refuse("out of memory: ask for less at once, or for a smaller model")
-        elif not distributed.joined():
+        elif not distributed.is_connected():
             raise
         else:
             traceback.print_exc()
@@ -246,7 +246,7 @@ def _refuse(message: str, code: int = 2) -> int:
 def _leave(code: int) -> NoReturn:
     """End with an exit code; after a mistake without the other processes, who do not know of it:
     the interpreter's end would wait for them."""
-    if code in (1, 2) and distributed.joined():
+    if code in (1, 2) and distributed.is_connected():
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

@@ -1,54 +1,61 @@
-"""Several processes that train one model: how they meet, agree and part. Knows no model, no files.
+"""Several processes that train one model: how they find each other, agree, and end together.
 
-All is JAX's own: jax.distributed with its coordination service and its heartbeats. A process that
-is alone passes through every function here without cost. JAX is imported where it is needed: the
-command line reads its flags here, and `--help` is quick.
+jax.distributed does the work, with its coordination service and its heartbeats. A process that
+trains alone passes through every function here at no cost, and never calls jax.distributed at all.
+JAX is imported inside the functions because the command line reads its flags from this module, and
+`--help` should not have to wait for JAX.
 """
 
 import contextlib
 import hashlib
+import importlib.util
+import os
 import signal
 import socket
 import sys
-import time
-import warnings
-from collections.abc import Iterator
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gpt.errors import Failed, UserError, positive, require
 
-JOIN_SECONDS = 300  # for which a process waits for the others to start
-LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "oordination")
+JOIN_SECONDS = 300  # how long a process waits for the others to start
+TPU_HOST_LISTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+# Words in XLA's errors when another process of the run is gone.
+LOST_PEER = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "oordination")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """How this process meets the others of its run: by flags, or as JAX finds in the environment.
+    """How this process meets the others of its run: by flags, or from what a launcher has set.
 
-    JAX knows SLURM, Open MPI, Kubernetes and Cloud TPU.
+    SLURM, Open MPI, Kubernetes and Cloud TPU are recognized.
     """
 
     coordinator: str | None = None
-    """HOST:PORT where the first of several processes listens; needless where JAX finds them."""
+    """HOST:PORT where the first of several processes listens; not needed under a launcher."""
     num_processes: int | None = None
     """How many processes train together; 1: this one alone, whatever the environment says."""
     process_id: int | None = None
-    """Which of them this one is, from 0; the first one writes logs and checkpoints' records."""
+    """Which of them this one is, from 0; the first one writes logs and checkpoint metadata."""
     heartbeat: int = 60
-    """Seconds without a sign of life after which a process is given up, and the others end too."""
+    """Seconds without a sign of life after which a process counts as dead and all others end."""
 
     def __post_init__(self):
         positive("heartbeat", self.heartbeat)
         if self.num_processes is not None:
             positive("num_processes", self.num_processes)
         given = [x is not None for x in (self.coordinator, self.num_processes, self.process_id)]
+        alone = self.num_processes == 1 and self.coordinator is None
         require(
-            given in ([False] * 3, [True] * 3) or (not given[0] and self.num_processes == 1),
+            alone or all(given) or not any(given),
             "--coordinator HOST:PORT, --num-processes N and --process-id I belong together: give "
-            "all three, or none where the environment tells (SLURM, Open MPI, Kubernetes, Cloud "
-            "TPU), or --num-processes 1 to train in this process alone",
+            "all three, or none under a launcher (SLURM, Open MPI, Kubernetes, Cloud TPU), or "
+            "--num-processes 1 to train in this process alone",
         )
         require(
             self.process_id is None or 0 <= self.process_id < self.num_processes,
@@ -56,110 +63,205 @@ class Processes:
             f"since --num-processes is {self.num_processes}",
         )
         if self.coordinator is not None:
-            address(self.coordinator)
+            parse_address(self.coordinator)
 
 
 FROM_ENVIRONMENT = Processes()
 
 
-def address(coordinator: str) -> tuple[str, int]:
-    """Host and port; UserError unless `coordinator` is of that form."""
+def parse_address(coordinator: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT; UserError for anything else."""
     host, _, port = coordinator.rpartition(":")
     good = bool(host) and port.isdecimal() and 0 < int(port) < 2**16
     require(good, f"--coordinator is {coordinator!r}: expected HOST:PORT, such as 10.0.0.1:8476")
     return host.strip("[]"), int(port)
 
 
-def join(processes: Processes) -> None:
+# Finding and meeting the other processes
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A launcher that has started this process as one of several."""
+
+    launcher: str
+    variable: str
+    """Where that was read."""
+    n_processes: int | None = None
+    """None where only the launcher's own service knows."""
+
+
+def find_cluster(environ: Mapping[str, str]) -> Cluster | None:
+    """The launcher that started this process as one of several; None if it trains alone.
+
+    An allocation is not yet a launch: inside `salloc`, in a batch script, and in an interactive
+    `srun --pty` shell SLURM_NTASKS may be 4, but only one process of the step runs. Likewise every
+    Kubernetes pod sees KUBERNETES_SERVICE_HOST, but only an indexed Job has several alike.
+    """
+    counts = (("Open MPI", "OMPI_COMM_WORLD_SIZE"), ("SLURM", "SLURM_STEP_NUM_TASKS"))
+    for launcher, variable in counts:
+        value = environ.get(variable, "")
+        if value.isdecimal() and int(value) > 1:
+            return Cluster(launcher, variable, int(value))
+    if any(variable in environ for variable in TPU_HOST_LISTS):  # on Kubernetes or elsewhere
+        return find_tpu_slice(environ)
+    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
+        return Cluster("Kubernetes", "JOB_COMPLETION_INDEX")
+    if "JAX_COORDINATOR_ADDRESS" in environ:
+        return Cluster("JAX", "JAX_COORDINATOR_ADDRESS")
+    return find_tpu_slice(environ)
+
+
+def find_tpu_slice(environ: Mapping[str, str]) -> Cluster | None:
+    """The Cloud TPU slice of several hosts that this process is part of, if it is.
+
+    Google Kubernetes Engine says so in the environment, a TPU VM by its metadata server
+    (cloud.google.com/compute/docs/metadata).
+    """
+    n_slices = int(environ.get("MEGASCALE_NUM_SLICES") or 1)
+    for variable in TPU_HOST_LISTS:
+        if variable in environ:
+            n_processes = len(environ[variable].split(",")) * n_slices
+            return Cluster("Cloud TPU", variable, n_processes) if n_processes > 1 else None
+
+    if "TPU_SKIP_MDS_QUERY" in environ or not has_tpu_chips():
+        return None
+    server = environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    request = urllib.request.Request(
+        f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints",
+        headers={"Metadata-Flavor": "Google"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            n_processes = len(answer.read().decode().split(",")) * n_slices
+    except OSError:  # no such server: some other cloud's TPU, or none
+        return None
+    if n_processes > 1:
+        return Cluster("Cloud TPU", "worker-network-endpoints", n_processes)
+    return None
+
+
+def has_tpu_chips() -> bool:
+    """Whether there is a device that may be a TPU, and the library that drives one."""
+    devices = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
+    return bool(devices) and importlib.util.find_spec("libtpu") is not None
+
+
+def connect(processes: Processes, environ: Mapping[str, str], log: Callable[[str], None]) -> None:
     """Meet the other processes, if there are any; call it before anything asks for a device.
 
-    UserError if they cannot be met. Ctrl-C ends the process at once meanwhile.
+    UserError if they cannot be met. If they do not come within JOIN_SECONDS this logs one error
+    line and ends the process with exit code 2. Ctrl-C ends it at once meanwhile.
     """
-    import jax
-
     if processes.num_processes == 1:
         return
-    given: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     if processes.coordinator:
         require_reachable(processes)
-        given = {"coordinator_address": processes.coordinator}
-        given |= {"num_processes": processes.num_processes, "process_id": processes.process_id}
-    limits = {"heartbeat_timeout_seconds": processes.heartbeat}
-    limits |= {"shutdown_timeout_seconds": JOIN_SECONDS, "initialization_timeout": JOIN_SECONDS}
-    with ctrl_c_ends(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on Kubernetes without its package: docs/parallelism.md
-        try:
-            jax.distributed.initialize(**given, **limits)
-        except Exception as error:  # whatever a cluster's own interface raises
-            if not given and "coordinator_address should be defined" in str(error):
-                return  # no environment of several processes: the usual case
+        expected = f"{processes.num_processes} processes at {processes.coordinator}"
+        arguments["coordinator_address"] = processes.coordinator
+        arguments["num_processes"] = processes.num_processes
+        arguments["process_id"] = processes.process_id
+    else:
+        cluster = find_cluster(environ)
+        if cluster is None:
+            return
+        if cluster.launcher == "Kubernetes" and not importlib.util.find_spec("kubernetes"):
             raise UserError(
-                f"cannot join the processes of this run: {' '.join(str(error).split())[:300]}; "
-                "--num-processes 1 trains in this process alone"
-            ) from None
+                "this is an indexed Kubernetes Job, whose pods JAX joins with a package that is "
+                "not installed: pip install 'jax[k8s]', or give --num-processes 1 to train in "
+                "each pod alone"
+            )
+        expected = f"{cluster.n_processes or 'several'} processes"
+        log(
+            f"waiting        for the {expected} of this run, found by {cluster.launcher}'s "
+            f"{cluster.variable}; --num-processes 1 trains in this process alone"
+        )
+        if cluster.n_processes:
+            arguments["num_processes"] = cluster.n_processes
+
+    import jax
+
+    # JAX aborts the process with a stack trace if its own timeout runs out, so ours is shorter.
+    def give_up():
+        log(
+            f"error: the {expected} of this run did not all come within {JOIN_SECONDS} seconds: "
+            "start them all, or give --num-processes 1 to train in this process alone"
+        )
+        os._exit(2)
+
+    deadline = threading.Timer(JOIN_SECONDS, give_up)
+    deadline.daemon = True
+    deadline.start()
+    # Python would hold Ctrl-C back until the call returns; the system's handler does not.
+    previous_handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            heartbeat_timeout_seconds=processes.heartbeat,
+            shutdown_timeout_seconds=JOIN_SECONDS,
+            initialization_timeout=2 * JOIN_SECONDS,
+        )
+    except Exception as error:  # whatever a launcher's own interface raises
+        raise UserError(
+            f"cannot join the processes of this run: {' '.join(str(error).split())[:300]}; "
+            "give --coordinator, --num-processes and --process-id, or --num-processes 1 to train "
+            "in this process alone"
+        ) from None
+    finally:
+        signal.signal(signal.SIGINT, previous_handler)
+        deadline.cancel()
 
 
 def require_reachable(processes: Processes) -> None:
-    """UserError where JAX would crash: the first one's port is taken, or nobody listens there."""
-    host, port = address(processes.coordinator)
+    """UserError where JAX would crash or wait in vain: the port is taken, or there is no host."""
+    host, port = parse_address(processes.coordinator)
     try:
         if processes.process_id == 0:
             socket.create_server(("", port)).close()
         else:
-            await_listener(host, port)
+            socket.getaddrinfo(host, port)
     except OSError as error:
-        what = "this process cannot listen" if processes.process_id == 0 else "nobody listens"
-        raise UserError(f"--coordinator {processes.coordinator}: {what} there: {error}") from None
+        problem = "cannot listen there" if processes.process_id == 0 else "no such host"
+        raise UserError(f"--coordinator {processes.coordinator}: {problem}: {error}") from None
 
 
-def await_listener(host: str, port: int) -> None:
-    """Return when somebody listens there; OSError if nobody does in time, or there is no host."""
-    until = time.monotonic() + JOIN_SECONDS
-    while True:
-        try:
-            return socket.create_connection((host, port), timeout=10).close()
-        except socket.gaierror:
-            raise
-        except OSError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.2)
-
-
-@contextlib.contextmanager
-def ctrl_c_ends() -> Iterator[None]:
-    """Inside, Ctrl-C ends the process as the system does: Python would wait for what it called."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def joined() -> bool:
-    """Whether this process has joined others and not parted: leaving waits for them then."""
+def is_connected() -> bool:
+    """Whether this process is connected to others, which it must not leave without notice."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
 
 
-def several() -> bool:
-    """Whether more than one process trains."""
+def disconnect() -> None:
+    """Disconnect from the other processes, which must do the same now; each may then exit."""
     import jax
 
-    return joined() and jax.process_count() > 1
+    if is_connected():
+        jax.distributed.shutdown()
+
+
+# Who is who, and what all agree on
+
+
+def is_multi_process() -> bool:
+    """Whether more than one process trains this run."""
+    import jax
+
+    return is_connected() and jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what is written once."""
+    """Whether this is the process that writes what is written once; true if it trains alone."""
     import jax
 
-    return not several() or jax.process_index() == 0
+    return not is_multi_process() or jax.process_index() == 0
 
 
 def gather(value: Any) -> Any:
-    """`value`, an array or a number of at most 32 bits, of each process: [n, ...], in their order.
+    """`value` of every process, stacked in their order: [n_processes, ...].
 
-    All must call it, in the same order of calls, when no step is under way.
+    An array or a number of at most 32 bits. All processes must call this in the same order of
+    calls, and when no training step is running.
     """
     from jax.experimental import multihost_utils
 
@@ -167,127 +269,127 @@ def gather(value: Any) -> Any:
 
 
 def all_agree(good: bool) -> bool:
-    """Whether `good` is true in every process; each of them asks at the same point."""
+    """Whether `good` is true in every process; all of them must ask at the same point."""
     import numpy as np
 
-    return bool(np.all(gather(np.uint32(good)))) if several() else good
+    return bool(np.all(gather(np.uint32(good)))) if is_multi_process() else good
 
 
 def agree_on_code(code: int) -> int:
-    """The exit code of all: the smallest one of any process that is not 0."""
+    """One exit code for all processes: the smallest that is not 0, or 0 if all are."""
     import numpy as np
 
-    codes = gather(np.uint32(code)).ravel().tolist() if several() else [code]
-    return min(filter(None, codes), default=0)
+    if not is_multi_process():
+        return code
+    codes = gather(np.uint32(code)).ravel().tolist()
+    return min((c for c in codes if c), default=0)
 
 
-def preempted(count: int) -> bool:
-    """Whether all processes are to stop now, since one of them has got a SIGTERM.
+def require_same(values: Mapping[str, object]) -> None:
+    """UserError in every process, naming what differs, unless each `repr` is the same in all."""
+    import numpy as np
 
-    `count` steps were made since they met; each process asks after each step. JAX's service lets
-    all of them go on to one step that none has passed. Costs some 20 microseconds.
+    if not is_multi_process():
+        return
+    digests = [hashlib.sha256(repr(value).encode()).digest() for value in values.values()]
+    own = np.frombuffer(b"".join(digests), np.uint32).reshape(len(values), -1)
+    same = (gather(own) == own).all(axis=(0, 2)).tolist()
+    differing = [name for name, equal in zip(values, same, strict=True) if not equal]
+    if differing:
+        disconnect()
+        raise UserError(f"the processes of a run must agree on {' and '.join(differing)}")
+
+
+def preempted(n_steps: int) -> bool:
+    """Whether all processes must stop now because one of them received SIGTERM.
+
+    Each process asks after each step, `n_steps` after they met. JAX's preemption service picks a
+    step that none of them has passed, so all stop at the same one. Takes about 20 microseconds.
     """
     from jax.experimental import multihost_utils
 
-    return multihost_utils.reached_preemption_sync_point(count)
+    return multihost_utils.reached_preemption_sync_point(n_steps)
+
+
+# Ending together
 
 
 @contextlib.contextmanager
-def refused_alike(otherwise: Exception) -> Iterator[None]:
-    """All processes get through what is inside or none: where it is refused in one, the others
-    raise `otherwise`. What is inside must not wait for another process.
+def all_or_none(otherwise: Exception) -> Iterator[None]:
+    """The block succeeds in all processes or in none.
+
+    If it raises UserError or OSError in one process, the others raise `otherwise`. The block must
+    not wait for another process.
     """
-    refused: Exception | None = None
+    failure: Exception | None = None
     try:
         yield
     except (UserError, OSError) as error:
-        refused = error
-    if not all_agree(refused is None):
-        raise refused or otherwise
+        failure = error
+    if not all_agree(failure is None):
+        raise failure or otherwise
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """As `refused_alike`, where a refusal ends the run: the processes part."""
+def exit_together() -> Iterator[None]:
+    """Like `all_or_none`, where an error ends the run: the processes disconnect first."""
     try:
-        with refused_alike(UserError("another process of this run was refused: it says why")):
+        with all_or_none(UserError("another process of this run reported an error")):
             yield
     except (UserError, OSError):
-        part()
+        disconnect()
         raise
 
 
 @contextlib.contextmanager
-def by_first(context: AbstractContextManager) -> Iterator[None]:
-    """`context`, entered by the first process for all; where it is refused all are."""
+def on_first_process(context: AbstractContextManager) -> Iterator[None]:
+    """Enter `context` in the first process only; if that fails there, all processes end."""
     with contextlib.ExitStack() as stack:
-        with together():
+        with exit_together():
             if is_first():
                 stack.enter_context(context)
         yield
 
 
-def require_same(values: dict[str, object]) -> None:
-    """UserError in all processes, naming what differs, unless each `repr` is the same in all."""
-    import numpy as np
-
-    if several():
-        digests = [hashlib.sha256(repr(value).encode()).digest() for value in values.values()]
-        own = np.frombuffer(b"".join(digests), np.uint32).reshape(len(values), -1)
-        same = (gather(own) == own).all(axis=(0, 2))
-        differ = [name for name, equal in zip(values, same.tolist(), strict=True) if not equal]
-        if differ:
-            part()
-            raise UserError(f"the processes of a run must agree on {' and '.join(differ)}")
-
-
-def part() -> None:
-    """Part from the others, who do the same now: afterwards each may leave as it likes."""
-    import jax
-
-    if joined():
-        jax.distributed.shutdown()
-
-
-def copy_for_first(tree: Any) -> Any:
-    """The arrays of `tree` whole, on the first process's first device; None in the others.
-
-    One array after another: no other device holds more than one of them besides its part. For a
-    process alone `tree` itself.
-    """
-    import jax
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    if not several():
-        return tree
-
-    def whole(x: jax.Array) -> jax.Array | None:
-        everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
-        copy = jax.block_until_ready(jax.jit(lambda x: x, out_shardings=everywhere)(x))
-        return copy.addressable_data(0) if is_first() else None
-
-    copies = jax.tree.map(whole, tree)
-    return copies if is_first() else None
-
-
 @contextlib.contextmanager
-def parting() -> Iterator[None]:
-    """How a run ends badly: what all find out alike parts them; that another one is gone is told.
+def report_lost_peer() -> Iterator[None]:
+    """Raise Failed, one sentence, if a collective fails because another process is gone.
 
-    Failed, in one sentence, for a collective that could not be completed.
+    A Failed from inside is one that all processes raise alike: they disconnect first.
     """
     import jax
 
     try:
         yield
     except Failed:
-        part()
+        disconnect()
         raise
     except jax.errors.JaxRuntimeError as error:
-        if not several() or not any(word in str(error) for word in LOST):
+        if not is_multi_process() or not any(word in str(error) for word in LOST_PEER):
             raise
         raise Failed(
             "another process of this run has ended or cannot be reached "
             f"({str(error).splitlines()[0][:200]}); the same commands continue the run from its "
             "last checkpoint"
         ) from None
+
+
+def copy_to_first_process(tree: Any) -> Any:
+    """The arrays of `tree` whole, on the first process's first device; None in the others.
+
+    Copied one after another, so that no other device ever holds more than one of them besides its
+    own part. A process that trains alone gets `tree` itself.
+    """
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    if not is_multi_process():
+        return tree
+
+    def copy(x: jax.Array) -> jax.Array | None:
+        replicated = NamedSharding(x.sharding.mesh, PartitionSpec())
+        whole = jax.block_until_ready(jax.jit(lambda x: x, out_shardings=replicated)(x))
+        return whole.addressable_data(0) if is_first() else None
+
+    copies = jax.tree.map(copy, tree)
+    return copies if is_first() else None

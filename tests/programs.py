@@ -68,7 +68,7 @@ def call(name: str, *argv) -> Done:
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(cli, "prepare_jax", lambda cache=True: None),
-        mock.patch.object(distributed, "join", lambda processes: None),
+        mock.patch.object(distributed, "connect", lambda *_: None),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

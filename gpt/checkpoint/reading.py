@@ -48,7 +48,7 @@ def restore(folder: str | Path, step: int, name: str, like: Tree) -> Tree:
 
 def unreadable_in_all(path: Path) -> AbstractContextManager:
     """Of several processes none reads on alone, or falls back alone to an earlier checkpoint."""
-    return distributed.refused_alike(Damaged(f"{path} cannot be read by another process"))
+    return distributed.all_or_none(Damaged(f"{path} cannot be read by another process"))
 
 
 def require_same_shapes(path: Path, described: dict[str, Any], wanted: dict[str, Any]) -> None:

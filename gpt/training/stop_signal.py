@@ -33,7 +33,7 @@ class StopSignal:
         self.descriptor = signal.set_wakeup_fd(self.theirs.fileno(), warn_on_full_buffer=False)
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
-        ours = SIGNALS[:1] if distributed.several() else SIGNALS
+        ours = SIGNALS[:1] if distributed.is_multi_process() else SIGNALS
         self.before = {number: signal.signal(number, self.note) for number in ours}
         return self
 
@@ -44,7 +44,7 @@ class StopSignal:
     def ends(self, step: int) -> bool:
         """Whether the run ends after `step`, or should have before: the same in all processes, each
         of which asks."""
-        if not distributed.several():
+        if not distributed.is_multi_process():
             return bool(self.code)
         self.reached |= distributed.preempted(step - self.first)
         if self.reached and not self.code:
@@ -57,7 +57,7 @@ class StopSignal:
         self.code = self.code or 128 + number
         if not self.deferred:
             raise KeyboardInterrupt(self.code)
-        if distributed.several():
+        if distributed.is_multi_process():
             os.kill(os.getpid(), signal.SIGTERM)
 
     def watch(self) -> None:

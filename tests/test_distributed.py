@@ -1,0 +1,159 @@
+"""How a process finds out whether it trains alone, and what happens if the others never come."""
+
+import http.server
+import subprocess
+import sys
+import threading
+
+import jax
+import pytest
+from programs import ROOT
+
+from gpt import distributed
+from gpt.distributed import Processes, connect, find_cluster
+from gpt.errors import UserError
+
+INTERACTIVE = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NODELIST": "node1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+ALONE = {
+    "no launcher": {},
+    "salloc or sbatch": {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+    "srun --pty": INTERACTIVE | {"SLURM_STEP_NUM_TASKS": "1"},
+    "mpirun -n 1": {"OMPI_COMM_WORLD_SIZE": "1"},
+    "a Kubernetes pod": POD,
+    "one TPU host": POD | {"TPU_WORKER_HOSTNAMES": "localhost", "JOB_COMPLETION_INDEX": "0"},
+}
+LAUNCHED = {
+    "srun -n 4": (INTERACTIVE | {"SLURM_STEP_NUM_TASKS": "4"}, "SLURM", 4),
+    "mpirun in a SLURM step": (
+        {"SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+        "Open MPI",
+        2,
+    ),
+    "an indexed Job": (POD | {"JOB_COMPLETION_INDEX": "0"}, "Kubernetes", None),
+    "a TPU pod": (POD | {"TPU_WORKER_HOSTNAMES": "a,b"}, "Cloud TPU", 2),
+    "two TPU slices": (
+        {"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "2"},
+        "Cloud TPU",
+        4,
+    ),
+    "an address for JAX": ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX", None),
+}
+
+
+@pytest.fixture
+def initialized(monkeypatch):
+    """The arguments of each call of jax.distributed.initialize, which does nothing."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    return calls
+
+
+@pytest.mark.parametrize("environ", ALONE.values(), ids=ALONE)
+def test_a_process_without_peers_never_waits(environ, initialized):
+    connect(distributed.FROM_ENVIRONMENT, environ, pytest.fail)
+    assert not initialized
+
+
+@pytest.mark.parametrize(("environ", "launcher", "n_processes"), LAUNCHED.values(), ids=LAUNCHED)
+def test_a_launcher_is_recognized_and_named(
+    environ, launcher, n_processes, initialized, monkeypatch
+):
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
+    lines = []
+    connect(distributed.FROM_ENVIRONMENT, environ, lines.append)
+    (line,) = lines
+    assert f"{n_processes or 'several'} processes" in line and f"by {launcher}'s" in line
+    assert "--num-processes 1" in line
+    (arguments,) = initialized
+    assert arguments.get("num_processes") == n_processes
+
+    connect(Processes(num_processes=1), environ, pytest.fail)
+    assert len(initialized) == 1
+
+
+def test_a_job_that_jax_cannot_join_is_refused_not_trained_alone():
+    with pytest.raises(UserError, match=r"jax\[k8s\].*--num-processes 1"):
+        connect(distributed.FROM_ENVIRONMENT, LAUNCHED["an indexed Job"][0], lambda line: None)
+    with pytest.raises(UserError, match=r"cannot join .* --num-processes 1"):
+        connect(distributed.FROM_ENVIRONMENT, {"OMPI_COMM_WORLD_SIZE": "2"}, lambda line: None)
+
+
+@pytest.mark.parametrize(("hosts", "n_processes"), [("10.0.0.1", None), ("a:1:b,c:2:d", 2)])
+def test_a_tpu_vm_asks_its_metadata_server(hosts, n_processes, monkeypatch):
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            assert self.path.endswith("/attributes/worker-network-endpoints")
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(hosts.encode())
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr(distributed, "has_tpu_chips", lambda: True)
+    with http.server.HTTPServer(("localhost", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environ = {"GCE_METADATA_IP": f"localhost:{server.server_port}"}
+        found = find_cluster(environ)
+        server.shutdown()
+    assert (found and found.n_processes) == n_processes
+    assert find_cluster(environ) is None  # nobody answers there any more
+
+
+NEVER_COME = """
+import sys
+from gpt import cli, distributed
+distributed.JOIN_SECONDS = 2
+processes = distributed.Processes("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
+cli.run(lambda _: distributed.connect(processes, {}, lambda line: print(line, file=sys.stderr)))
+"""
+
+
+def free_port() -> int:
+    with distributed.socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
+
+
+def test_if_the_others_never_come_the_first_ends_with_one_line():
+    done = subprocess.run(
+        [sys.executable, "-c", NEVER_COME, str(free_port()), "0"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "error: the 2 processes at localhost:" in done.stderr
+    assert "did not all come within 2 seconds" in done.stderr and "--num-processes 1" in done.stderr
+
+
+def test_a_taken_port_and_an_unknown_host_are_refused():
+    with distributed.socket.create_server(("", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"--coordinator {address}: cannot listen there"):
+            connect(Processes(address, 2, 0), {}, pytest.fail)
+    with pytest.raises(UserError, match="no such host"):
+        connect(Processes("no.such.host.invalid:1", 2, 1), {}, pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"coordinator": "localhost:1234"}, "belong together"),
+        ({"num_processes": 2}, "belong together"),
+        ({"process_id": 0, "num_processes": 2}, "belong together"),
+        ({"num_processes": 0}, "num_processes is 0: expected at least 1"),
+        ({"heartbeat": 0}, "heartbeat is 0: expected at least 1"),
+        ({"coordinator": "h:1", "num_processes": 2, "process_id": 2}, "expected 0 to 1"),
+        ({"coordinator": "h", "num_processes": 2, "process_id": 1}, "HOST:PORT"),
+        ({"coordinator": "h:x", "num_processes": 2, "process_id": 1}, "HOST:PORT"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(flags, reason):
+    with pytest.raises(UserError, match=reason):
+        Processes(**flags)
