@@ -75,11 +75,11 @@ def main(argv: list[str]) -> int:
     default = Command(preset=preset, train=PRESETS.get(preset, PRESETS["tiny"]))
     read = partial(cli.parse, Command, argv, program="train.py", description=__doc__)
     command = read(default=default)
-    if plan.require_asked(command):
+    if plan.wants_absent_devices(command):
         cli.prepare_absent()
-        from gpt.plan.absent import show
+        from gpt.plan.absent import print_plan
 
-        return show(command, PRESETS[command.preset])
+        return print_plan(command, PRESETS[command.preset])
     out = command.out or Path("runs") / command.preset
     trying = command.dry_run or command.verify_resume  # which leaves nothing behind
     cli.prepare_jax(cache=command.compile_cache and not trying)

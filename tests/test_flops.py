@@ -61,7 +61,7 @@ def test_a_decode_step_moves_what_it_must(name, batch):
     )
 
 
-# Wide, so that norms and activations, which XLA counts and cost.py leaves out, are within 1 %.
+# Wide, so that norms and activations, which XLA counts and flops.py leaves out, are within 1 %.
 WIDE = ModelConfig(512, context_length=48, n_layers=2, n_heads=2, d_model=768)
 SHAPES = {
     "wide": WIDE,
@@ -81,7 +81,7 @@ def unrolled(config):
 
 
 def masked_flops(config, n_tokens):
-    """Scores and mixes of the slots that the mask hides: XLA computes them, cost.py does not."""
+    """Scores and mixes of the slots that the mask hides: XLA computes them, flops.py does not."""
     hidden_keys = n_tokens * n_tokens - n_tokens * (n_tokens + 1) // 2
     return 4 * config.n_layers * config.n_heads * config.head_width * hidden_keys
 
@@ -95,7 +95,9 @@ def test_prefill_flops_are_xlas(config, n_tokens):
 
     tokens = jax.ShapeDtypeStruct((1, n_tokens), jnp.int32)
     counted = xla_flops(prefill, unrolled(config), tokens) - masked_flops(config, n_tokens)
-    assert flops.forward_flops(config, n_tokens, n_heads_out=1) == pytest.approx(counted, rel=0.01)
+    assert flops.forward_flops(config, n_tokens, n_logit_positions=1) == pytest.approx(
+        counted, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
@@ -109,7 +111,7 @@ def test_decode_flops_are_xlas(config):
     past = jax.eval_shape(lambda: kv_cache.grow(kv_cache.empty(config, 1), 48))
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     counted = xla_flops(decode, unrolled(config), token, past)
-    assert flops.forward_flops(config, 1, n_before=47, n_heads_out=1) == pytest.approx(
+    assert flops.forward_flops(config, 1, n_before=47, n_logit_positions=1) == pytest.approx(
         counted, rel=0.01
     )
 

@@ -145,7 +145,7 @@ def measure(config: ModelConfig, params: dict, cell: Cell, repeats: int, ceiling
 def prefill_figures(config: ModelConfig, cell: Cell, times: Times, ceilings: dict) -> dict:
     """Reading the prompts. `mfu`: share of the matrix product's rate, padding counted as waste."""
     seconds = statistics.median(times.prefill)
-    total = cell.batch * flops.forward_flops(config, cell.prompt_length, n_heads_out=1)
+    total = cell.batch * flops.forward_flops(config, cell.prompt_length, n_logit_positions=1)
     return {
         "seconds": seconds,
         "tokens_per_second": cell.batch * cell.prompt_length / seconds,

@@ -1,28 +1,29 @@
-"""What a run would take of devices that are not here: compiled for them, counted, predicted.
+"""What a run would take of devices that are not here: compiled for them, counted, not run.
 
-It knows training and sampling; nothing is allocated, and nothing here runs a model.
+This package knows training and sampling. It allocates nothing and runs no model.
 """
 
 from gpt.errors import positive, require
 
 
-def require_asked(command) -> bool:
-    """Whether a command line asks for such a plan; UserError if it does so in a way that is none.
+def wants_absent_devices(args) -> bool:
+    """Whether `args`, the flags of train.py, ask for a plan for devices that are not here.
 
-    `command`: has the flags of train.py as fields.
+    UserError if they ask for one in a way that contradicts itself.
     """
-    asked = command.devices is not None or command.topology is not None
-    if not asked:
+    if args.devices is None and args.topology is None:
         return False
-    positive("devices", 1 if command.devices is None else command.devices)
     require(
-        command.devices is None or command.topology is None,
-        "--devices and --topology exclude each other: virtual devices of this CPU, or a TPU slice",
+        args.devices is None or args.topology is None,
+        "--devices and --topology exclude each other: choose virtual devices of this CPU, or "
+        "accelerators",
     )
+    if args.devices is not None:
+        positive("devices", args.devices)
     require(
-        command.dry_run,
-        "--devices and --topology plan for devices that are not here: give --dry-run too",
+        args.dry_run,
+        "--devices and --topology plan for devices that are not here: add --dry-run",
     )
-    for flag, given in (("--data", command.data), ("--init-from", command.init_from)):
-        require(not given, f"a plan for devices that are not here reads no text: drop {flag}")
+    for flag, value in (("--data", args.data), ("--init-from", args.init_from)):
+        require(not value, f"a plan for devices that are not here reads no text: drop {flag}")
     return True

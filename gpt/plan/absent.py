@@ -99,7 +99,7 @@ def prefill_program(config: TrainConfig, mesh: Mesh) -> Program:
     """Reading prompts."""
     c, rows, length = config.model, programs.count_rows(mesh), programs.prompt_length(config.model)
     compiled, seconds = timed(programs.compile_prefill, c, mesh)
-    total = rows * flops.forward_flops(c, length, n_heads_out=1) / mesh.size
+    total = rows * flops.forward_flops(c, length, n_logit_positions=1) / mesh.size
     predicted = arithmetic.decoding(c, mesh, rows, length)
     return sampling_program("prefill", compiled, seconds, total, predicted, mesh)
 
@@ -129,7 +129,7 @@ def state_bytes(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
     return {name: programs.bytes_on_device(tree) for name, tree in parts.items() if tree}
 
 
-def show(command, preset: TrainConfig) -> int:
+def print_plan(command, preset: TrainConfig) -> int:
     """Plan for what a command line asks; the exit code. UserError for what does not fit.
 
     `command`: has the flags of train.py as fields; `preset`: where its settings came from.

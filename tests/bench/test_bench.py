@@ -69,7 +69,7 @@ def test_figures_of_known_times(figures):
     """20 steps: two chunks of 16 and 4 in the loop, 20 calls from the host."""
     cell = figures()
     prefill, decode = cell["prefill"], cell["decode"]
-    total = 2 * flops.forward_flops(CONFIG, 20, n_heads_out=1)
+    total = 2 * flops.forward_flops(CONFIG, 20, n_logit_positions=1)
     assert (cell["batch"], cell["prompt_length"], cell["new_tokens"]) == (2, 20, 21)
     assert cell["ttft_seconds"] == 1.25
     assert prefill["seconds"] == 1 and prefill["seconds_of_repeats"] == [1] * 6
