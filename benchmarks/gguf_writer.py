@@ -12,9 +12,8 @@ import gguf
 import numpy as np
 
 from gpt.config import ModelConfig
-from gpt.convert.describe import describe
-from gpt.convert.layout import tensor_shapes
-from gpt.convert.weights import tensors_of
+from gpt.convert.hf_config import to_hf_config
+from gpt.convert.hf_weights import tensor_shapes, to_tensors
 from gpt.errors import require
 
 KINDS = {"f32": gguf.LlamaFileType.ALL_F32, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
@@ -25,7 +24,7 @@ def write(config: ModelConfig, params: dict, kind: str, path: Path) -> None:
 
     UserError if the model is not of Llama's plain form: no biases, RoPE not stretched.
     """
-    values, family = describe(config)
+    values, family = to_hf_config(config)
     plain = values["model_type"] == "llama" and not config.bias and config.rope_factor == 1
     require(plain, "this model is not of Llama's plain form, the only one written here")
     writer = gguf.GGUFWriter(path, "llama")
@@ -33,9 +32,9 @@ def write(config: ModelConfig, params: dict, kind: str, path: Path) -> None:
     writer.add_file_type(KINDS[kind])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
     shapes = tensor_shapes(config, family)
-    tensors = tensors_of(config, family, params, np.dtype(np.float32))
+    tensors = to_tensors(config, family, params, np.dtype(np.float32))
     for name, tensor in zip(shapes, tensors, strict=True):
-        theirs = names.get_name(family.whole_name(name), (".weight",))
+        theirs = names.get_name(family.full_name(name), (".weight",))
         add(writer, theirs, in_turn(config, name, tensor), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

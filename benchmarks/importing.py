@@ -1,4 +1,4 @@
-"""Peak memory of importing a model of gpt2-xl's shapes, weights at random, against its file.
+"""Peak memory of importing a model of gpt2-xl's shapes with random weights, beside its file's size.
 
     python benchmarks/importing.py [PRESET] [float32|float16|bfloat16]
 
@@ -11,64 +11,70 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-BLOCK = 2**24  # numbers drawn once; every tensor is cut from them
 
 from gpt import cli  # noqa: E402
-from gpt.convert.describe import describe  # noqa: E402
-from gpt.convert.layout import tensor_shapes  # noqa: E402
-from gpt.convert.tensorfile import FLOATS, WHOLE, write_file  # noqa: E402
+from gpt.convert.hf_config import to_hf_config  # noqa: E402
+from gpt.convert.hf_weights import (  # noqa: E402
+    FLOATS,
+    WEIGHTS,
+    tensor_shapes,
+    write_safetensors,
+)
 from gpt.errors import require  # noqa: E402
 from gpt.presets import preset  # noqa: E402
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+N_RANDOM = 2**24  # numbers drawn once; every tensor is cut from them
 
 
 def write_model(folder: Path, name: str, dtype: str) -> int:
-    """A folder of the preset's shapes with random weights; the bytes of its file."""
+    """Write a folder of the preset's shapes with random weights; returns its file's bytes."""
     config = preset(name).model
-    values, family = describe(config)
+    values, family = to_hf_config(config)
     shapes = tensor_shapes(config, family)
-    shapes = {family.whole_name(n): shape for n, shape in shapes.items()}
-    noise = np.random.default_rng(0).normal(0, 0.02, BLOCK).astype(FLOATS[TYPES[dtype]])
+    shapes = {family.full_name(name): shape for name, shape in shapes.items()}
+    noise = np.random.default_rng(0).normal(0, 0.02, N_RANDOM).astype(FLOATS[TYPES[dtype]])
 
-    def tensors():
+    def tensors() -> Iterator[np.ndarray]:
         for i, shape in enumerate(shapes.values()):
             yield np.resize(np.roll(noise, i * 977), shape)
 
     (folder / "config.json").write_text(json.dumps(values | {"eos_token_id": 50256}))
-    write_file(folder / WHOLE, shapes, TYPES[dtype], tensors())
-    return (folder / WHOLE).stat().st_size
+    write_safetensors(folder / WEIGHTS, shapes, TYPES[dtype], tensors())
+    return (folder / WEIGHTS).stat().st_size
 
 
 def measure(name: str, dtype: str) -> dict[str, float]:
     """Bytes of the file, peak bytes of the process that imports it, and its seconds."""
-    with tempfile.TemporaryDirectory() as place:
-        source = Path(place) / "model"
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "model"
         source.mkdir()
         size = write_model(source, name, dtype)
-        command = [sys.executable, "-m", "gpt.convert", "import", source, Path(place) / "run"]
+        command = [sys.executable, "-m", "gpt.convert", "import", source, Path(scratch) / "run"]
         start = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT)
-        _, status, usage = os.wait4(process.pid, 0)  # of this child alone, none from before
+        # The usage of this one child; that of all children would include earlier ones.
+        _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"error: the import left with {process.returncode}")
+        raise SystemExit(f"error: the import ended with exit code {process.returncode}")
     peak = usage.ru_maxrss * 1024  # KiB on Linux
     return {"file_bytes": size, "peak_bytes": peak, "ratio": peak / size, "seconds": seconds}
 
 
 def main(argv: list[str]) -> None:
-    """Measure one model in one type."""
-    name, dtype, *more = [*argv, *("gpt2-xl", "float32")[len(argv) :]]
-    require(not more, f"{' '.join(more)}: expected a preset and a type alone")
-    require(dtype in TYPES, f"{dtype}: expected {', '.join(TYPES)}")
+    require(len(argv) <= 2, f"{' '.join(argv)}: expected at most a preset and a type")
+    name = argv[0] if argv else "gpt2-xl"
+    dtype = argv[1] if len(argv) > 1 else "float32"
+    require(dtype in TYPES, f"{dtype}: expected one of {', '.join(TYPES)}")
     print(json.dumps({"preset": name, "dtype": dtype} | measure(name, dtype)))
 
 

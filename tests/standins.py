@@ -1,6 +1,6 @@
 """Folders in the Hugging Face form with random weights, written with NumPy and the safetensors
 library, and the logits that they should give: GPT-2 and Llama from their papers, by the names that
-the files have, in float64. Knows nothing of the converter."""
+the files have, in float64. Independent of the converter."""
 
 import json
 import math
@@ -238,37 +238,3 @@ def llama_logits(c, w, ids):
         inner = gate * sigmoid(gate) * linear(y, f"{layer}.mlp.up_proj")
         x = x + linear(inner, f"{layer}.mlp.down_proj")
     return norm(x, "model.norm") @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
-
-
-def spell_bytes():
-    """GPT-2's spelling of bytes, written out: the printable ones, then the others from U+0100."""
-    shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
-    hidden = [b for b in range(256) if b not in shown]
-    return {b: chr(b) for b in shown} | {
-        b: chr(256 + i) for i, b in enumerate(hidden)
-    }, shown + hidden
-
-
-def tokenizer_json(merges, special, first=0, **parts):
-    """A tokenizer.json of GPT-2's kind. `merges`: pairs of bytes; `special`: ids by text; the bytes
-    have ids from `first` on, in GPT-2's order, then come the merges. `parts` replace others."""
-    spelling, order = spell_bytes()
-
-    def spell(token):
-        return "".join(spelling[b] for b in token)
-
-    tokens = [bytes([b]) for b in order] + [a + b for a, b in merges]
-    model = {"type": "BPE", "vocab": {spell(t): first + i for i, t in enumerate(tokens)}}
-    model["merges"] = [f"{spell(a)} {spell(b)}" for a, b in merges]
-    added = [{"id": i, "content": text, "special": True} for text, i in special.items()]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    whole = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": level}
-    whole |= {"post_processor": level, "decoder": level, "model": model}
-    inner = parts.pop("model", {})
-    return whole | parts | {"model": model | inner}
-
-
-def write_tokenizer(folder, values):
-    """tokenizer.json in a folder."""
-    (folder / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
-    return folder

@@ -7,7 +7,7 @@ import jax
 import torch
 import transformers
 
-from gpt.convert import incoming
+from gpt.convert.convert import open_model
 from gpt.model import transformer
 
 LLAMA3 = {
@@ -82,13 +82,12 @@ def make(config, seed: int = 0, loud: float = 0.2):
 
 def read(folder):
     """Our config and stacked weights of a folder that transformers has saved."""
-    source, _ = incoming.open_source(folder)
-    params = incoming.read_params(source)
-    same = jax.tree.map(
-        lambda a, b: a.shape == b.shape, params, transformer.abstract(source.config)
-    )
+    model = open_model(folder)
+    params = model.read_params()
+    expected = transformer.abstract(model.config)
+    same = jax.tree.map(lambda a, b: a.shape == b.shape, params, expected)
     assert all(jax.tree.leaves(same))
-    return source.config, params
+    return model.config, params
 
 
 def greedy(model, prompt: list[int], n: int) -> list[int]:

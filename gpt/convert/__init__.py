@@ -1,6 +1,5 @@
-"""Other people's weights in, ours out: safetensors and JSON, no torch, no pickle.
+"""Models of others in, ours out: folders in the Hugging Face form, safetensors and JSON.
 
-`python -m gpt.convert`. fields.py: config.json; layout.py: which tensor is which of our weights;
-tensorfile.py: safetensors; tokenizers_in.py and tokenizers_out.py: their tokenizers; incoming.py
-and outgoing.py: a whole folder. A file may come from anyone: nothing in it is trusted.
+convert.py: a whole folder. hf_config.py: config.json. hf_weights.py: the tensors. hf_tokenizer.py:
+the tokenizer's files. The command: `python -m gpt.convert`. No torch, no pickle, no network.
 """

@@ -33,7 +33,7 @@ class Import:
 
 @dataclass(frozen=True)
 class Export:
-    """A run's folder becomes a model's folder, which transformers loads without code of its own."""
+    """A run's folder becomes a model's folder, which transformers loads like any other."""
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
     """A run's folder."""
@@ -54,51 +54,28 @@ Command = (
 )
 
 
-def note(text: str) -> None:
-    """A line on standard error."""
-    print(f"note: {text}", file=sys.stderr)
-
-
 def main(argv: list[str]) -> None:
-    """Convert one folder into another."""
     command = cli.parse(Command, argv, program="python -m gpt.convert", description=__doc__)
-    prepare_jax()
-    if isinstance(command, Import):
-        bring_in(command)
-    else:
-        give_out(command)
 
-
-def prepare_jax() -> None:
-    """Set JAX up through the environment, before it is imported.
-
-    On the CPU, since an accelerator may be smaller than the model; and not as other programs do,
-    which keep freed memory: here the largest arrays come and go once.
-    """
+    # Before JAX is imported. On the CPU, since an accelerator may be smaller than the model.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-
-def bring_in(command: Import) -> None:
-    """Import, and say what came."""
     from gpt import flops
-    from gpt.convert import incoming
+    from gpt.convert.convert import export_model, import_model
 
-    config = incoming.bring_in(command.source, command.dest, command.ids_only, note)
-    print(
-        f"{command.dest}: {flops.parameters(config):,} weights in {config.param_dtype}, "
-        f"{config.n_layers} layers, context {config.context_length:,}",
-        file=sys.stderr,
-    )
+    def log(text: str) -> None:
+        print(f"note: {text}", file=sys.stderr)
 
-
-def give_out(command: Export) -> None:
-    """Export, and say what as."""
-    from gpt.convert import outgoing
-
-    c = command
-    values = outgoing.give_out(c.checkpoint, c.dest, c.step, c.weights, note)
-    print(f"{c.dest}: {values['architectures'][0]} in {values['dtype']}", file=sys.stderr)
+    if isinstance(command, Import):
+        config = import_model(command.source, command.dest, command.ids_only, log)
+        summary = (
+            f"{flops.parameters(config):,} weights in {config.param_dtype}, "
+            f"{config.n_layers} layers, context {config.context_length:,}"
+        )
+    else:
+        values = export_model(command.checkpoint, command.dest, command.step, command.weights, log)
+        summary = f"{values['architectures'][0]} in {values['dtype']}"
+    print(f"{command.dest}: {summary}", file=sys.stderr)
 
 
 if __name__ == "__main__":

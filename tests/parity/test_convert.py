@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import programs  # noqa: E402
+import standin_tokenizers  # noqa: E402
 import standins  # noqa: E402
 import their_models  # noqa: E402  (needs torch)
 from programs import call  # noqa: E402
@@ -156,7 +157,7 @@ def test_the_python_of_the_document(tmp_path, monkeypatch, capsys):
     """docs/weights.md, its last step, on a stand-in."""
     c = standins.GPT2 | {"vocab_size": 257, "eos_token_id": 256}
     folder = standins.write(tmp_path / "gpt2", c)
-    standins.write_tokenizer(folder, standins.tokenizer_json([], {"<|endoftext|>": 256}))
+    standin_tokenizers.write_bytes(folder)
     monkeypatch.chdir(tmp_path)
     convert("import", "gpt2", "run")
     convert("export", "run", "mine")

@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from gpt.data.hf_tokenizer import KIND, HFTokenizer
 from gpt.data.tokenizers.encodings import (
     END_OF_TEXT,
     GPT4_PATTERN,
@@ -41,6 +42,8 @@ def digest(tokenizer: Tokenizer) -> str:
 
 def contents(tokenizer: Tokenizer) -> dict[str, Any]:
     """All that decides the ids, as plain JSON; ranks are base64, in order."""
+    if isinstance(tokenizer, HFTokenizer):
+        return tokenizer.contents()
     if isinstance(tokenizer, CharTokenizer):
         return {"characters": tokenizer.characters}
     if isinstance(tokenizer, IdTokenizer):
@@ -57,7 +60,8 @@ def contents(tokenizer: Tokenizer) -> dict[str, Any]:
 def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer as plain JSON values, with its digest."""
     head = {"format": FORMAT, "version": VERSION, "name": tokenizer.name}
-    return head | contents(tokenizer) | {"digest": digest(tokenizer)}
+    body = tokenizer.to_json() if isinstance(tokenizer, HFTokenizer) else contents(tokenizer)
+    return head | body | {"digest": digest(tokenizer)}
 
 
 def from_json(values: Any) -> Tokenizer:
@@ -65,7 +69,9 @@ def from_json(values: Any) -> Tokenizer:
     check(isinstance(values, dict) and values.get("format") == FORMAT, "it is not one")
     check(values.get("version") == VERSION, f"its version is not {VERSION}")
     check(isinstance(values.get("name"), str), "it has no name")
-    if "characters" in values:
+    if values.get("kind") == KIND:
+        tokenizer = HFTokenizer.from_json(values)
+    elif "characters" in values:
         tokenizer = read_characters(values["characters"])
     elif "n_vocab" in values:
         tokenizer = read_ids(values)

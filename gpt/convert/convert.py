@@ -1,0 +1,190 @@
+"""A model's folder in the Hugging Face form becomes a run's folder, and the other way round.
+
+Both directions make a new folder, whole or not at all. What the user should know is reported
+through `log`; nothing is printed.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gpt import checkpoint
+from gpt.config import ModelConfig, TrainConfig, Weights, from_json, to_json
+from gpt.convert import hf_weights
+from gpt.convert.hf_config import read_config, to_hf_config, with_declared_biases
+from gpt.convert.hf_tokenizer import export_tokenizer, import_tokenizer
+from gpt.convert.hf_weights import FLOATS, WEIGHTS, Family, StoredTensor, read_json
+from gpt.data import tokenizers
+from gpt.data.hf_tokenizer import HFTokenizer
+from gpt.errors import UserError, require
+from gpt.model import transformer
+from gpt.sampling.language_model import choose_tree
+
+Log = Callable[[str], None]
+DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """A model's folder, found to be whole; its weights are not read yet.
+
+    values: its config.json. unused_fields: those of it that say nothing to us.
+    """
+
+    values: dict[str, Any]
+    config: ModelConfig
+    family: Family
+    tensors: dict[str, StoredTensor]
+    unused_fields: list[str]
+
+    @property
+    def dtypes(self) -> list[str]:
+        return sorted({tensor.dtype for tensor in self.tensors.values()})
+
+    def read_params(self) -> dict[str, Any]:
+        """The stacked weights on the first device; UserError if one is not finite."""
+        return hf_weights.read_params(self.config, self.family, self.tensors)
+
+
+def open_model(folder: Path) -> HFModel:
+    """The model in a folder; UserError if its files or config.json cannot be used."""
+    stored = hf_weights.open_folder(folder)
+    values = read_json(folder / "config.json")
+    config, family, unused_fields = read_config(values)
+    tensors = hf_weights.match_tensors(config, family, stored)
+    config = replace(config, param_dtype=hf_weights.param_dtype_of(tensors))
+    return HFModel(values, config, family, tensors, unused_fields)
+
+
+def import_model(source: Path, dest: Path, ids_only: bool, log: Log) -> ModelConfig:
+    """Import the model in the folder `source` as step 0 of the new run's folder `dest`.
+
+    ids_only: leave its tokenizer out. UserError, with nothing written, if something in `source`
+    cannot be used.
+    """
+    require_new(dest)
+    model = open_model(source)
+    config = model.config
+    tokenizer = import_tokenizer(source, model.values, config.vocab_size, ids_only, log)
+    if model.unused_fields:
+        log(f"fields of config.json that are not used: {', '.join(map(repr, model.unused_fields))}")
+    if len(model.dtypes) > 1:
+        types = ", ".join(model.dtypes)
+        log(f"weights of several types ({types}) are kept as {config.param_dtype}")
+
+    params = model.read_params()
+    about = {
+        "model": to_json(config),
+        "train": to_json(TrainConfig(model=config)),
+        "tokenizer": tokenizers.to_json(tokenizer),
+        "data": {"fingerprint": "imported"},
+        "source": {"model_type": model.values["model_type"], "dtypes": model.dtypes},
+        "step": 0,
+    }
+    with new_folder(dest) as folder:
+        with checkpoint.sparing(), checkpoint.Writer(folder, keep=1) as writer:
+            writer.save(0, {"params": params}, about, wait=True)
+        tokenizers.save(tokenizer, folder / "tokenizer.json")
+    return config
+
+
+def export_model(
+    run: Path, dest: Path, step: int | None, weights: Weights | None, log: Log
+) -> dict[str, Any]:
+    """Export a checkpoint of `run` to the new folder `dest`; returns the config.json.
+
+    step: which checkpoint (default: the newest that is whole). weights: the average over the run
+    or the last weights (default: the average where one is kept). UserError, with nothing written,
+    if no form of transformers expresses the model or its tokenizer.
+    """
+    require(run.is_dir(), f"no folder {run}: expected a run's folder")
+    require_new(dest)
+
+    def read(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        about = checkpoint.read_metadata(run, step)
+        config = from_json(ModelConfig, about["model"])
+        to_hf_config(config)  # a model without a form is refused before its arrays are read
+        tree = choose_tree(run, about, weights)
+        return about, checkpoint.restore(run, step, tree, transformer.abstract(config))
+
+    if step is not None:
+        about, params = read(step)
+    else:
+        _, (about, params), damaged = checkpoint.latest_good(run, read)
+        for note in damaged:
+            log(f"{note}; an earlier checkpoint is used")
+
+    config = from_json(ModelConfig, about["model"])
+    tokenizer = tokenizers.from_json(about["tokenizer"])
+    files = export_tokenizer(tokenizer, config.context_length)
+    special_ids = special_ids_of(tokenizer)
+    generation = {name: i for name, i in special_ids.items() if name != "pad_token_id"}
+    files.setdefault("generation_config.json", dump(generation))
+    dtype = export_dtype(about, config)
+    values, family = to_hf_config(config)
+    values |= {"dtype": DTYPE_NAMES[dtype]} | special_ids
+
+    # Biases that the form declares and the model lacks are written as zeros.
+    config = with_declared_biases(config, family)
+    shapes = hf_weights.tensor_shapes(config, family)
+    shapes = {family.full_name(name): shape for name, shape in shapes.items()}
+    tensors = hf_weights.to_tensors(config, family, params, FLOATS[dtype])
+    with new_folder(dest) as folder:
+        (folder / "config.json").write_bytes(dump(values))
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        hf_weights.write_safetensors(folder / WEIGHTS, shapes, dtype, tensors)
+    return values
+
+
+def export_dtype(about: dict[str, Any], config: ModelConfig) -> str:
+    """The type of the tensors: that of the weights, or float16 for a model imported from it."""
+    source = about.get("source")
+    if isinstance(source, dict) and source.get("dtypes") == ["F16"]:
+        return "F16"
+    return {"float32": "F32", "bfloat16": "BF16"}[config.param_dtype]
+
+
+def special_ids_of(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+    """The ids that config.json names: as they came, or our one end-of-text for both ends."""
+    if isinstance(tokenizer, HFTokenizer):
+        return tokenizer.special_ids
+    end = tokenizer.eot_token if tokenizer.eot_token >= 0 else None
+    return {"bos_token_id": end, "eos_token_id": end}
+
+
+def dump(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+# ---------------------------------------------------------------- the folder to make
+
+
+def require_new(dest: Path) -> None:
+    """UserError if there is something at `dest` already; an empty folder is nothing."""
+    taken = any(dest.iterdir()) if dest.is_dir() else dest.exists()
+    require(not taken, f"{dest} is there already: name a new folder, or remove it first")
+
+
+@contextmanager
+def new_folder(dest: Path) -> Iterator[Path]:
+    """A folder to fill, beside `dest`: it becomes `dest`, or is gone if filling it failed.
+
+    UserError where it cannot be written.
+    """
+    parent = dest.resolve().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".making-", dir=parent) as scratch:
+            # Only its owner may read a temporary folder; one made inside has the usual rights.
+            folder = Path(scratch) / "folder"
+            folder.mkdir()
+            yield folder
+            os.replace(folder, dest.resolve())
+    except OSError as error:
+        raise UserError(f"{dest} cannot be written: {error.strerror or error}") from None

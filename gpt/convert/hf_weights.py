@@ -1,0 +1,444 @@
+"""The tensors of a Hugging Face folder as our parameters, and back.
+
+One table per family says which of their tensors is which of our leaves, and how its axes are
+ordered. Tensors are read and written one at a time, so that a conversion needs hardly more memory
+than the model. The format of the files: https://huggingface.co/docs/safetensors
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from gpt import flops
+from gpt.checkpoint import named_leaves
+from gpt.config import Dtype, ModelConfig
+from gpt.errors import UserError, require
+from gpt.model import transformer
+
+FLOATS = {"F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+PARAM_DTYPES: dict[Dtype, np.dtype] = {"float32": FLOATS["F32"], "bfloat16": FLOATS["BF16"]}
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+HEAD = "lm_head.weight"
+
+
+# ---------------------------------------------------------------- which tensor is which parameter
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where one of our leaves lies among their tensors.
+
+    name: the tensor's name without the family's prefix; `{}` stands for the layer.
+    axes: "our axes -> their axes" in the letters of transformer.py, for one layer. Parentheses
+        merge axes into one, as in "D N H -> (N H) D".
+    third: the leaf is the first, second or third part (0, 1, 2) of the tensor's last axis.
+    """
+
+    name: str
+    axes: str
+    third: int | None = None
+
+    def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of their tensor, from the shape of our leaf in one layer."""
+        letters, groups = self._parse()
+        size = dict(zip(letters, ours, strict=True))
+        theirs = [math.prod(size[letter] for letter in group) for group in groups]
+        if self.third is not None:
+            theirs[-1] *= 3
+        return tuple(theirs)
+
+    def to_ours(self, theirs: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
+        """Their tensor as our leaf of shape `ours` in one layer; a view."""
+        letters, groups = self._parse()
+        if self.third is not None:
+            theirs = np.split(theirs, 3, axis=-1)[self.third]
+        size = dict(zip(letters, ours, strict=True))
+        order = [letter for group in groups for letter in group]
+        split = theirs.reshape([size[letter] for letter in order])
+        return split.transpose([order.index(letter) for letter in letters])
+
+    def to_theirs(self, leaf: np.ndarray) -> np.ndarray:
+        """Our leaf in one layer as their tensor, or as its third of one."""
+        letters, groups = self._parse()
+        size = dict(zip(letters, leaf.shape, strict=True))
+        turned = leaf.transpose([letters.index(letter) for group in groups for letter in group])
+        return turned.reshape([math.prod(size[letter] for letter in group) for group in groups])
+
+    def _parse(self) -> tuple[list[str], list[str]]:
+        """Our axes as letters, and their axes as groups of letters."""
+        ours, theirs = self.axes.split(" -> ")
+        groups = re.findall(r"\(([^)]*)\)|(\w)", theirs)
+        return ours.split(), [(merged or single).replace(" ", "") for merged, single in groups]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family names its tensors.
+
+    prefix: what all names but the head's begin with (files of a bare body leave it out).
+    parts: our leaves by path. buffers: tensors of old files that are not weights.
+    """
+
+    prefix: str
+    parts: dict[str, Part]
+    buffers: re.Pattern
+
+    def full_name(self, name: str) -> str:
+        return name if name == HEAD else self.prefix + name
+
+
+GPT2 = Family(  # matrices are [in, out]
+    prefix="transformer.",
+    parts={
+        "tokens": Part("wte.weight", "V D -> V D"),
+        "positions": Part("wpe.weight", "T D -> T D"),
+        "blocks/attention_norm/scale": Part("h.{}.ln_1.weight", "D -> D"),
+        "blocks/attention_norm/bias": Part("h.{}.ln_1.bias", "D -> D"),
+        "blocks/attention/q": Part("h.{}.attn.c_attn.weight", "D N H -> D (N H)", third=0),
+        "blocks/attention/k": Part("h.{}.attn.c_attn.weight", "D N H -> D (N H)", third=1),
+        "blocks/attention/v": Part("h.{}.attn.c_attn.weight", "D N H -> D (N H)", third=2),
+        "blocks/attention/q_bias": Part("h.{}.attn.c_attn.bias", "N H -> (N H)", third=0),
+        "blocks/attention/k_bias": Part("h.{}.attn.c_attn.bias", "N H -> (N H)", third=1),
+        "blocks/attention/v_bias": Part("h.{}.attn.c_attn.bias", "N H -> (N H)", third=2),
+        "blocks/attention/o": Part("h.{}.attn.c_proj.weight", "N H D -> (N H) D"),
+        "blocks/attention/o_bias": Part("h.{}.attn.c_proj.bias", "D -> D"),
+        "blocks/mlp_norm/scale": Part("h.{}.ln_2.weight", "D -> D"),
+        "blocks/mlp_norm/bias": Part("h.{}.ln_2.bias", "D -> D"),
+        "blocks/mlp/up": Part("h.{}.mlp.c_fc.weight", "D F -> D F"),
+        "blocks/mlp/up_bias": Part("h.{}.mlp.c_fc.bias", "F -> F"),
+        "blocks/mlp/down": Part("h.{}.mlp.c_proj.weight", "D F -> F D"),
+        "blocks/mlp/down_bias": Part("h.{}.mlp.c_proj.bias", "D -> D"),
+        "final_norm/scale": Part("ln_f.weight", "D -> D"),
+        "final_norm/bias": Part("ln_f.bias", "D -> D"),
+        "head": Part(HEAD, "V D -> V D"),
+    },
+    buffers=re.compile(r"h\.\d+\.attn\.(bias|masked_bias)"),
+)
+
+LLAMA = Family(  # matrices are [out, in]
+    prefix="model.",
+    parts={
+        "tokens": Part("embed_tokens.weight", "V D -> V D"),
+        "blocks/attention_norm/scale": Part("layers.{}.input_layernorm.weight", "D -> D"),
+        "blocks/attention/q": Part("layers.{}.self_attn.q_proj.weight", "D N H -> (N H) D"),
+        "blocks/attention/k": Part("layers.{}.self_attn.k_proj.weight", "D K H -> (K H) D"),
+        "blocks/attention/v": Part("layers.{}.self_attn.v_proj.weight", "D K H -> (K H) D"),
+        "blocks/attention/q_bias": Part("layers.{}.self_attn.q_proj.bias", "N H -> (N H)"),
+        "blocks/attention/k_bias": Part("layers.{}.self_attn.k_proj.bias", "K H -> (K H)"),
+        "blocks/attention/v_bias": Part("layers.{}.self_attn.v_proj.bias", "K H -> (K H)"),
+        "blocks/attention/q_norm/scale": Part("layers.{}.self_attn.q_norm.weight", "H -> H"),
+        "blocks/attention/k_norm/scale": Part("layers.{}.self_attn.k_norm.weight", "H -> H"),
+        "blocks/attention/o": Part("layers.{}.self_attn.o_proj.weight", "N H D -> D (N H)"),
+        "blocks/attention/o_bias": Part("layers.{}.self_attn.o_proj.bias", "D -> D"),
+        "blocks/mlp_norm/scale": Part("layers.{}.post_attention_layernorm.weight", "D -> D"),
+        "blocks/mlp/gate": Part("layers.{}.mlp.gate_proj.weight", "D F -> F D"),
+        "blocks/mlp/gate_bias": Part("layers.{}.mlp.gate_proj.bias", "F -> F"),
+        "blocks/mlp/up": Part("layers.{}.mlp.up_proj.weight", "D F -> F D"),
+        "blocks/mlp/up_bias": Part("layers.{}.mlp.up_proj.bias", "F -> F"),
+        "blocks/mlp/down": Part("layers.{}.mlp.down_proj.weight", "D F -> D F"),
+        "blocks/mlp/down_bias": Part("layers.{}.mlp.down_proj.bias", "D -> D"),
+        "final_norm/scale": Part("norm.weight", "D -> D"),
+        "head": Part(HEAD, "V D -> V D"),
+    },
+    buffers=re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
+)
+
+
+def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of our stacked leaves by path."""
+    return {path: leaf.shape for path, leaf in named_leaves(transformer.abstract(config)).items()}
+
+
+def layers_of(config: ModelConfig, path: str) -> range:
+    """The layers for which a leaf has a tensor each; a leaf outside the blocks has one tensor."""
+    return range(config.n_layers if path.startswith("blocks/") else 1)
+
+
+def shape_in_layer(config: ModelConfig, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The part of a leaf that one tensor holds: one layer, and no padding of the vocabulary."""
+    if path.startswith("blocks/"):
+        return shape[1:]
+    if path in ("tokens", "head"):
+        return (config.vocab_size, *shape[1:])
+    return shape
+
+
+def tensor_shapes(config: ModelConfig, family: Family) -> dict[str, tuple[int, ...]]:
+    """Names (without the prefix) and shapes of the tensors that hold a model of `config`."""
+    shapes = {}
+    for path, shape in leaf_shapes(config).items():
+        part = family.parts[path]
+        theirs = part.shape(shape_in_layer(config, path, shape))
+        for layer in layers_of(config, path):
+            shapes[part.name.format(layer)] = theirs
+    return shapes
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file: its header's entry, and how to read it."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        # The file is opened for each tensor: its pages count as ours for as long as it is open.
+        with open_safetensors(self.path) as file:
+            return file.get_tensor(self.name)
+
+
+def open_safetensors(path: Path) -> safe_open:
+    """An open safetensors file; its header has been checked against the file's size."""
+    require(path.is_file(), f"{path} cannot be read: it is not a file")
+    try:
+        return safe_open(path, "numpy")
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} is damaged or not a safetensors file: {reason}") from None
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    with open_safetensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: StoredTensor(path, name, str(one.get_dtype()), tuple(one.get_shape()))
+            for name, one in slices.items()
+        }
+
+
+def open_folder(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model's folder by name, from one file or from shards with an index.
+
+    UserError if the folder has neither, or a file is damaged, or the shards do not hold what the
+    index says. No tensor is read.
+    """
+    expected = f"expected a folder with config.json and {WEIGHTS}"
+    require(not folder.is_file(), f"{folder} is a file: {expected}" + pickle_advice(folder))
+    require(folder.is_dir(), f"no folder {folder}: {expected}")
+    if (folder / WEIGHTS).exists():
+        return read_header(folder / WEIGHTS)
+
+    if not (folder / INDEX).exists():
+        pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+        advice = pickle_advice(pickles[0]) if pickles else ""
+        raise UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}: {expected}{advice}")
+
+    file_of = read_json(folder / INDEX).get("weight_map")
+    require(isinstance(file_of, dict) and file_of, f"{folder / INDEX} has no weight_map")
+    for name, file in file_of.items():
+        # A plain name: the index of a stranger must not lead out of the folder.
+        plain = isinstance(file, str) and re.fullmatch(r"[\w\-][\w.\-]*\.safetensors", file)
+        require(
+            plain, f"{folder / INDEX}: {name!r} is in {file!r}, expected a .safetensors file here"
+        )
+    tensors = {}
+    for file in sorted(set(file_of.values())):
+        for name, tensor in read_header(folder / file).items():
+            if file_of.get(name) == file:
+                tensors[name] = tensor
+    missing = sorted(file_of.keys() - tensors.keys())
+    require(not missing, f"{folder}: tensors of the index are in no file: {shorten(missing)}")
+    return tensors
+
+
+def pickle_advice(path: Path) -> str:
+    """What to do about weights in a pickle; nothing for a file of another kind."""
+    if path.suffix not in PICKLE_SUFFIXES:
+        return ""
+    return (
+        f"; {path.name} is a pickle, which can run any program when it is opened, so it is never "
+        "opened here. If you trust it, load it with transformers and save it as safetensors with "
+        "model.save_pretrained(NEW_FOLDER)"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; UserError if it cannot be read or is anything else."""
+    require(path.is_file(), f"{path} cannot be read: it is not a file")
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {str(error)[:200]}") from None
+    require(isinstance(values, dict), f"{path} does not hold a JSON object")
+    return values
+
+
+def shorten(names: Iterable[str]) -> str:
+    """The first six of many names from files of others, on one line."""
+    names = [name if name.isprintable() else repr(name) for name in names]
+    more = f" and {len(names) - 6:,} more" if len(names) > 6 else ""
+    return ", ".join(name[:100] for name in names[:6]) + more
+
+
+def match_tensors(
+    config: ModelConfig, family: Family, stored: dict[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """The tensors of a model by their names without the prefix.
+
+    UserError lists the tensors that are missing, unexpected, of another shape or not floats. A head
+    stored beside a tied table must equal it.
+    """
+    # Before anything is computed from config.json's sizes: a damaged one may ask for 2^31 layers.
+    require(
+        config.n_layers <= len(stored) and flops.parameters(config) < 2**40,
+        f"config.json describes {config.n_layers:,} layers and {flops.parameters(config):,} "
+        f"weights, which {len(stored):,} tensors cannot hold",
+    )
+    tensors: dict[str, StoredTensor] = {}
+    for full_name, tensor in stored.items():
+        name = full_name.removeprefix(family.prefix)
+        require(name not in tensors, f"{name} is there both with and without {family.prefix}")
+        if not family.buffers.fullmatch(name):
+            tensors[name] = tensor
+
+    expected = tensor_shapes(config, family)
+    tied_head = tensors.pop(HEAD, None) if config.tied else None
+    both = expected.keys() & tensors.keys()
+    problems = {
+        "missing": sorted(expected.keys() - tensors.keys()),
+        "not expected": sorted(tensors.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} is {list(tensors[name].shape)}, expected {list(expected[name])}"
+            for name in sorted(both)
+            if tensors[name].shape != expected[name]
+        ],
+        f"of a type other than {', '.join(FLOATS)}": [
+            f"{name} ({tensors[name].dtype})"
+            for name in sorted(both)
+            if tensors[name].dtype not in FLOATS
+        ],
+    }
+    listed = "; ".join(f"{what}: {shorten(names)}" for what, names in problems.items() if names)
+    require(not listed, f"the tensors are not those that config.json describes: {listed}")
+
+    if tied_head is not None:
+        table = tensors[family.parts["tokens"].name]
+        alike = tied_head.dtype == table.dtype and tied_head.shape == table.shape
+        require(
+            alike and tied_head.read().tobytes() == table.read().tobytes(),
+            f"config.json ties the head to the embedding, but {HEAD} differs from it: set "
+            "tie_word_embeddings to false if the head is meant to be its own",
+        )
+    return tensors
+
+
+def param_dtype_of(tensors: dict[str, StoredTensor]) -> Dtype:
+    """The type in which the weights are kept: float16 and mixed types become float32."""
+    return "bfloat16" if all(one.dtype == "BF16" for one in tensors.values()) else "float32"
+
+
+def read_params(
+    config: ModelConfig, family: Family, tensors: dict[str, StoredTensor]
+) -> dict[str, Any]:
+    """All weights as stacked arrays on the first device; UserError if one is not finite."""
+    shapes = leaf_shapes(config)
+    params: dict[str, Any] = {}
+
+    # For a moment there are two copies of a leaf, and one of its tensors. The leaves that need most
+    # come first, while memory is empty.
+    def needed(path: str) -> int:
+        tensor = shape_in_layer(config, path, shapes[path])
+        return math.prod(shapes[path]) + math.prod(tensor)
+
+    for path in sorted(shapes, key=needed, reverse=True):
+        *parents, key = path.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        leaf = read_leaf(config, family, tensors, path, shapes[path])
+        node[key] = jax.block_until_ready(jax.device_put(leaf))
+    return params
+
+
+def read_leaf(
+    config: ModelConfig,
+    family: Family,
+    tensors: dict[str, StoredTensor],
+    path: str,
+    shape: tuple[int, ...],
+) -> np.ndarray:
+    """One stacked leaf, from a tensor per layer; rows that pad the vocabulary are zero."""
+    part = family.parts[path]
+    ours = shape_in_layer(config, path, shape)
+    leaf = np.empty(shape, PARAM_DTYPES[config.param_dtype])
+    in_layers = leaf if path.startswith("blocks/") else leaf[None]
+    for layer in layers_of(config, path):
+        tensor = tensors[part.name.format(layer)]
+        in_layers[layer][: ours[0]] = part.to_ours(tensor.read(), ours)
+        in_layers[layer][ours[0] :] = 0
+        finite = np.isfinite(in_layers[layer]).all()
+        require(bool(finite), f"{tensor.name} holds NaN or infinity: these weights are damaged")
+    return leaf
+
+
+# ---------------------------------------------------------------- writing
+
+
+def to_tensors(
+    config: ModelConfig, family: Family, params: Any, dtype: np.dtype
+) -> Iterator[np.ndarray]:
+    """Their tensors in the order of `tensor_shapes(config, family)`, from our stacked `params`.
+
+    A bias that `config` has and `params` lacks becomes zeros.
+    """
+    leaves = named_leaves(params)
+    shapes = leaf_shapes(config)
+    sources: dict[str, list[tuple[str, int]]] = {}
+    for path in shapes:
+        for layer in layers_of(config, path):
+            sources.setdefault(family.parts[path].name.format(layer), []).append((path, layer))
+
+    for source in sources.values():
+        thirds = {}
+        for path, layer in source:
+            ours = shape_in_layer(config, path, shapes[path])
+            if path in leaves:
+                leaf = np.asarray(leaves[path])
+                one = leaf[layer] if path.startswith("blocks/") else leaf
+                one = one[: ours[0]].astype(dtype)
+            else:
+                one = np.zeros(ours, dtype)
+            part = family.parts[path]
+            thirds[part.third or 0] = part.to_theirs(one)
+        if len(thirds) == 1:
+            yield thirds[0]
+        else:
+            yield np.concatenate([thirds[i] for i in range(3)], axis=-1)
+
+
+def write_safetensors(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, tensors: Iterable[np.ndarray]
+) -> None:
+    """Write `tensors` under the names and shapes of `shapes`, each as it comes.
+
+    The library's own writer wants all of them in memory at once.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * FLOATS[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor, shape in zip(tensors, shapes.values(), strict=True):
+            if tensor.shape != shape:
+                raise ValueError(f"a tensor of {tensor.shape} where {shape} was announced")
+            flat = np.ascontiguousarray(tensor, FLOATS[dtype]).reshape(-1)
+            file.write(flat.view(np.uint8).data)
