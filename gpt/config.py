@@ -1,10 +1,11 @@
-"""Every setting of a model and of a run, checked at construction. Knows nothing but errors."""
+"""Every setting of a model and of a training run, checked at construction."""
 
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 from tyro.conf import Suppress
 
 from gpt import errors
@@ -22,6 +23,17 @@ Weights = Literal["ema", "raw"]  # the average over the run, or the weights as t
 VOCAB_MULTIPLE = 128  # accelerators tile by 128, and sharded tables need a divisor
 
 
+def optional(metavar: str, default: str = ""):
+    """How `--help` shows a flag that may be left out: with its METAVAR, and in words what happens
+    by `default`, where tyro would print None."""
+    hint = f"(default: {default})" if default else ""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+
+
+DTYPES = "{float32,bfloat16}"
+BY_PLATFORM = "float32 on CPU, bfloat16 on accelerators"
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a decoder-only Transformer; the defaults are those of GPT-2's architecture."""
@@ -33,63 +45,64 @@ class ModelConfig:
     """Transformer blocks."""
     n_heads: int = 4
     """Query heads per block; must divide d_model."""
-    n_kv_heads: int | None = None
-    """Key/value heads per block; must divide n_heads (default: n_heads)."""
+    n_kv_heads: Annotated[int | None, optional("INT", "n_heads")] = None
+    """Key/value heads per block; must divide n_heads."""
     d_model: int = 128
     """Width of the residual stream."""
-    d_head: int | None = None
-    """Width of one head (default: d_model / n_heads)."""
+    d_head: Annotated[int | None, optional("INT", "d_model / n_heads")] = None
+    """Width of one head."""
     d_ff: int | None = None
-    """Width of the MLP (default: 4 x d_model)."""
+    """Width of the MLP; None: 4 x d_model."""
     positions: Positions = "learned"
-    """How a token's place is told: a learned table or the waves of Vaswani et al. 2017 are added,
-    rope turns queries and keys (Su et al. 2021), none leaves it to the mask. Text longer than the
-    context is refused by all: a table has no entry there, and what the others extrapolate is
-    defined but was never trained (Press et al. 2022)."""
+    """How positions are encoded: `learned` adds a learned table, `sinusoidal` the waves of Vaswani
+    et al. 2017, `rope` rotates queries and keys (Su et al. 2021), `none` leaves it to the causal
+    mask. All refuse text longer than the context: a table has no entry there, and the others were
+    never trained on such positions (Press et al. 2022)."""
     rope_theta: float = 10_000.0
     """RoPE: base of the wavelengths."""
     rope_factor: float = 1.0
-    """RoPE stretched as Llama 3.1's: slow waves turn this many times slower (1: as they are)."""
+    """RoPE scaled as in Llama 3.1: low frequencies are divided by this (1: not scaled)."""
     rope_low: float = 1.0
-    """Slow is what turns less often than this within rope_context."""
+    """Scaled RoPE: a frequency is low if it makes fewer turns than this within rope_context."""
     rope_high: float = 4.0
-    """What turns more often than this within rope_context stays; between the two: in proportion."""
+    """Scaled RoPE: a frequency that makes more turns than this within rope_context is kept; between
+    rope_low and rope_high, in proportion."""
     rope_context: int = 8192
-    """Tokens of context that the model had before it was stretched."""
+    """Scaled RoPE: the context, in tokens, that the model was first trained with."""
     norm: Norm = "layer"
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019)."""
     norm_place: NormPlace = "pre"
     """pre: before each sublayer and at the end (GPT-2); post: after each sum (Vaswani et al.)."""
     norm_epsilon: float = 1e-5
-    """Added to the variance before its root is taken."""
+    """Added to the variance before the square root."""
     mlp: Mlp = "gelu_tanh"
     """Activation of the MLP; swiglu has a third matrix, its gate (Shazeer 2020)."""
     qk_norm: bool = False
-    """Normalise each head's queries and keys, before RoPE (Dehghani et al. 2023)."""
+    """Normalize each head's queries and keys, before RoPE (Dehghani et al. 2023)."""
     logit_softcap: float = 0.0
-    """Squash logits into (-cap, cap) by tanh (Gemma 2); 0: not."""
+    """Squash logits into (-cap, cap) by tanh (Gemma 2); 0: off."""
     tied: bool = True
     """Use the embedding table as the head."""
     bias: bool = True
-    """Biases everywhere, unless one of the four below says otherwise."""
-    norm_bias: bool | None = None
-    """Biases of the norms (default: bias)."""
-    qkv_bias: bool | None = None
-    """Biases of the query, key and value projections (default: bias)."""
-    out_bias: bool | None = None
-    """Bias of the attention's output projection (default: bias)."""
-    mlp_bias: bool | None = None
-    """Biases of the MLP (default: bias)."""
+    """Biases everywhere, unless one of the next four flags says otherwise."""
+    norm_bias: Annotated[bool | None, optional("{True,False}", "bias")] = None
+    """Biases of the norms."""
+    qkv_bias: Annotated[bool | None, optional("{True,False}", "bias")] = None
+    """Biases of the query, key and value projections."""
+    out_bias: Annotated[bool | None, optional("{True,False}", "bias")] = None
+    """Bias of the attention's output projection."""
+    mlp_bias: Annotated[bool | None, optional("{True,False}", "bias")] = None
+    """Biases of the MLP."""
     init_std: float = 0.02
     """Standard deviation of fresh weights (GPT-2: 0.02; narrow models learn faster from more)."""
     dropout: float = 0.0
     """Probability of dropping an activation while training: embedding, attention, residual."""
     param_dtype: Dtype = "float32"
-    """Type in which weights are kept and optimized."""
-    compute_dtype: Dtype | None = None
-    """Type of the matrix products (default: --dtype)."""
-    cache_dtype: Dtype | None = None
-    """Type of the cached keys and values (default: the compute type)."""
+    """Type in which weights are stored."""
+    compute_dtype: Annotated[Dtype | None, optional(DTYPES, "--dtype")] = None
+    """Type of the matrix products."""
+    cache_dtype: Annotated[Dtype | None, optional(DTYPES, "the compute type")] = None
+    """Type of the cached keys and values."""
 
     def __post_init__(self):
         errors.check_names(self, "model.")
@@ -111,7 +124,7 @@ class ModelConfig:
         )
         require(
             self.positions != "rope" or self.head_width % 2 == 0,
-            f"heads of width {self.head_width} cannot be turned in pairs: rope needs an even width",
+            f"heads of width {self.head_width} cannot be rotated in pairs: rope needs even widths",
         )
         require(
             self.positions != "sinusoidal" or self.d_model % 2 == 0,
@@ -145,7 +158,7 @@ class ModelConfig:
         return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def computing_in(self, dtype: Dtype) -> "ModelConfig":
-        """The same model with its open types filled: products in `dtype`, the cache likewise."""
+        """The same model with compute and cache types filled in: `dtype`, unless they are set."""
         compute = self.compute_dtype or dtype
         cached = self.cache_dtype or compute
         return dataclasses.replace(self, compute_dtype=compute, cache_dtype=cached)
@@ -156,11 +169,11 @@ class MeshConfig:
     """How many devices along each axis of the mesh; -1 takes what the others leave."""
 
     data: int = -1
-    """Copies of the model, each with its own rows of the batch (-1: all remaining devices)."""
+    """Replicas of the model, each with its own rows of the batch (-1: all remaining devices)."""
     fsdp: int = 1
-    """Devices among which weights and optimizer state are split, each with its own rows too."""
+    """Devices that weights and optimizer state are split over, each with its own rows too."""
     tensor: int = 1
-    """Devices among which heads, MLP and vocabulary are split."""
+    """Devices that heads, MLP and vocabulary are split over."""
 
     def __post_init__(self):
         sizes = [self.data, self.fsdp, self.tensor]
@@ -182,15 +195,16 @@ class TrainConfig:
     tokenizer: str = "byte"
     """byte, char, bpe (trained on the data), gpt2, cl100k_base, o200k_base, or a file's path."""
     vocab_size: int = 4096
-    """Entries of a trained BPE, end-of-text included (tokenizer bpe alone)."""
+    """Entries of a trained BPE, end-of-text included (only for --tokenizer bpe)."""
     steps: int = 2000
     """Optimizer steps of the whole run."""
     batch_size: int = 16
     """Sequences in one optimizer step, over all devices."""
-    seq_len: int | None = None
-    """Tokens in a training sequence; sets the model's context (default: model.context-length)."""
+    seq_len: Annotated[int | None, optional("INT", "model.context-length")] = None
+    """Tokens in a training sequence; the model's context becomes this too, since positions that are
+    never trained would be noise."""
     grad_accum: int = 1
-    """Micro-batches into which one step's batch is split to save memory."""
+    """Micro-batches that one step's batch is split into, to save memory."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     min_learning_rate: float = 1e-4
@@ -202,31 +216,32 @@ class TrainConfig:
     beta2: float = 0.99
     """AdamW: decay of the second moment."""
     weight_decay: float = 0.1
-    """Decoupled decay a step, times the learning rate; matrices and embeddings alone."""
+    """Decoupled weight decay per step, times the learning rate; only matrices and embeddings."""
     optimizer: Optimizer = "adamw"
     """adamw for all weights, or muon (Jordan et al. 2024) for the blocks' matrices and adamw for
     the rest."""
     muon_learning_rate: float = 0.02
     """Muon: peak learning rate of the matrices it updates; follows the same schedule."""
     schedule: Schedule = "cosine"
-    """After the warm-up. cosine or linear: down to the minimum over all steps; wsd: constant, then
+    """After the warm-up. cosine, linear: down to the minimum over all steps; wsd: constant, then
     linear to the minimum over the last decay_fraction of the steps."""
     decay_fraction: float = 0.2
-    """wsd: share of the steps in which the learning rate falls."""
+    """wsd: fraction of the steps over which the learning rate falls."""
     label_smoothing: float = 0.0
-    """Share of each target spread evenly over the vocabulary (Szegedy et al. 2016)."""
+    """Fraction of each target spread evenly over the vocabulary (Szegedy et al. 2016)."""
     z_loss: float = 0.0
     """Weight of log(sum of exp(logits)) squared in the loss (PaLM, section 5)."""
     ema_decay: float = 0.0
-    """Decay a step of an average of the weights, kept beside them; 0: none."""
+    """Decay per step of an exponential moving average of the weights, kept beside them; 0: none."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     max_bad_steps: int = 10
-    """Steps in a row whose loss or gradient is not finite, and is skipped, that end the run."""
+    """The run ends after this many consecutive steps whose loss or gradient is not finite; the
+    update of such a step is skipped."""
     remat: bool = True
     """Recompute each block going back: a quarter of the memory, and one program for all."""
-    dtype: Dtype | None = None
-    """Type of the computation (default: float32 on CPU, bfloat16 on accelerators)."""
+    dtype: Annotated[Dtype | None, optional(DTYPES, BY_PLATFORM)] = None
+    """Type of the computation."""
     seed: int = 0
     """Seed of the weights, the order of the data and the dropout."""
     log_every: int = 10
@@ -234,7 +249,7 @@ class TrainConfig:
     eval_every: int = 250
     """Steps between evaluations on held-out text."""
     eval_tokens: int = 131_072
-    """Most held-out tokens one evaluation reads; 0 reads all of them."""
+    """Held-out tokens that one evaluation reads at most; 0 reads all of them."""
     sample_every: int = 500
     """Steps between printed samples; 0 for none."""
     save_every: int = 500
@@ -242,9 +257,9 @@ class TrainConfig:
     keep: int = 2
     """Latest checkpoints to keep."""
     keep_best: int = 1
-    """Checkpoints of lowest validation loss to keep beside them; 0: none is evaluated for it."""
+    """Checkpoints with the lowest validation loss to keep as well; 0: none."""
     keep_going: bool = False
-    """Train on where a checkpoint cannot be written, on a full disk say (default: stop)."""
+    """Keep training when a checkpoint cannot be written, for example on a full disk."""
 
     def __post_init__(self):
         errors.check_names(self)
@@ -254,8 +269,10 @@ class TrainConfig:
         each(not_negative, self, "z_loss keep_best")
         each(fraction, self, "beta1 beta2 label_smoothing ema_decay")
         each(above_zero, self, "learning_rate muon_learning_rate")
-        share = self.decay_fraction
-        require(0 < share <= 1, f"decay_fraction is {share}: expected 0 < decay_fraction <= 1")
+        require(
+            0 < self.decay_fraction <= 1,
+            f"decay_fraction is {self.decay_fraction}: expected 0 < decay_fraction <= 1",
+        )
         require(
             0 <= self.min_learning_rate <= self.learning_rate,
             f"min_learning_rate is {self.min_learning_rate}: expected between 0 and "
@@ -268,20 +285,26 @@ class TrainConfig:
         )
         for n, name in ((self.seed, "seed"), (self.steps, "steps")):
             require(0 <= n < 2**31, f"{name} is {n}: expected 0 <= {name} < 2^31")
-        if self.seq_len is not None:
-            positive("seq_len", self.seq_len)
-            model = dataclasses.replace(self.model, context_length=self.seq_len)
-            object.__setattr__(self, "model", model)  # a position never trained would be noise
+        each(positive, self, "seq_len")
 
     @property
     def decay_start(self) -> int:
-        """wsd: the step from which on the learning rate falls."""
+        """wsd: the step at which the learning rate begins to fall."""
         return self.steps - max(1, round(self.steps * self.decay_fraction))
 
     @property
     def window(self) -> int:
         """Tokens in a training sequence, T."""
         return self.seq_len or self.model.context_length
+
+    def completed(self, vocab_size: int, dtype: Dtype) -> "TrainConfig":
+        """The config with everything decided that was left open: the vocabulary by the tokenizer,
+        the context by `seq_len`, and types by `dtype` where none was given."""
+        dtype = self.dtype or dtype
+        model = dataclasses.replace(
+            self.model, vocab_size=vocab_size, context_length=self.window
+        ).computing_in(dtype)
+        return dataclasses.replace(self, model=model, seq_len=None, dtype=dtype)
 
 
 def to_json(config: ModelConfig | TrainConfig) -> dict[str, Any]:

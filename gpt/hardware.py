@@ -133,3 +133,8 @@ def ceilings(n_bytes: int, dtype: str) -> dict[str, float]:
         "bare_matmul_mfu": flops / matrix / rates["matmul_flops_per_second"],
     }
     return rates | bare
+
+
+def default_dtype() -> str:
+    """The type to compute in where nothing says otherwise: only accelerators gain by bfloat16."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -23,7 +23,7 @@ from programs import TINY, call, keep_compiled  # noqa: E402
 
 from gpt import sharding  # noqa: E402
 from gpt.config import MeshConfig, ModelConfig, TrainConfig  # noqa: E402
-from gpt.training import train_step  # noqa: E402
+from gpt.training import train_state, train_step  # noqa: E402
 from gpt.training.loss import objective  # noqa: E402
 from gpt.training.optimizer import make_optimizer  # noqa: E402
 
@@ -48,7 +48,7 @@ def train(config: TrainConfig, sizes: tuple[int, int, int]):
     config = replace(config, mesh=MeshConfig(*sizes))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:n_devices])
     notes = train_step.require_fit(config, mesh)
-    state, losses = train_step.make_state(config, mesh), []
+    state, losses = train_state.make_state(config, mesh), []
     step, eval_step = train_step.compile_steps(config, mesh)
     for n in range(STEPS):
         batch = jax.device_put(tokens(n), sharding.rows(mesh, axis=1))
@@ -64,7 +64,7 @@ def train_by_pmap() -> list[float]:
     others (Dean et al. 2012, synchronous).
     """
     optimizer = make_optimizer(CONFIG)
-    params = train_step.make_state(
+    params = train_state.make_state(
         CONFIG, sharding.make_mesh(MeshConfig(1), jax.devices()[:1])
     ).params
 
@@ -81,7 +81,7 @@ def train_by_pmap() -> list[float]:
 
     params, moments, losses = copied(params), copied(optimizer.init(params)), []
     for n in range(STEPS):
-        keys_AB = train_step.batch_keys(CONFIG, jnp.int32(n), 2, 8)
+        keys_AB = train_step.dropout_keys(CONFIG, jnp.int32(n), 2, 8)
         params, moments, loss = update(params, moments, tokens(n).swapaxes(0, 1), keys_AB.T)
         losses.append(float(loss[0]))
     return losses
@@ -104,7 +104,7 @@ def report(name: str) -> dict:
     """What a mesh gave."""
     losses, state, eval_step, notes = train(CONFIG, MESHES[name])
     found = {"losses": losses, "notes": notes, "params": layout(state.params)}
-    found |= {"optimizer": layout(state.optimizer)}
+    found |= {"optimizer": layout(state.opt_state)}
     if name in ("one", "all"):
         total, _ = eval_step(state.params, tokens(99)[0], np.ones((8, 16), np.float32))
         found["evaluation"] = float(total)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from gpt import checkpoint, cli, distributed
-from gpt.training import speed
+from gpt.training import step_timer
 
 ROOT = Path(__file__).parent.parent
 SHAPE = [
@@ -31,7 +31,7 @@ STEPS = [
 EVERY = ["--log-every", "1", "--eval-every", "5", "--save-every", "4", "--sample-every", "7"]
 TINY = [*SHAPE, *STEPS, *EVERY]
 WORDS = ("the", "a", "cat", "dog", "sat", "ran", "on", "over", "hill", "river", "and", "then")
-TIMINGS = ("seconds", *speed.FIELDS)
+TIMINGS = ("seconds", *step_timer.SPEED_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 def arrays(folder: Path, step: int) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint, by tree and name: weights, optimizer, step."""
     found = {}
-    for tree in ("params", "rest"):
+    for tree in ("params", "optimizer"):
         shapes = checkpoint.read_shapes(folder, step, tree)
         restored = checkpoint.restore(folder, step, tree, shapes)
         found |= {f"{tree}/{name}": np.asarray(array) for name, array in restored.items()}

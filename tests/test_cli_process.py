@@ -114,7 +114,7 @@ def test_programs_are_not_kept_where_that_is_turned_off(tmp_path):
 
 
 def test_what_the_user_has_set_stays(monkeypatch):
-    monkeypatch.setattr(cli, "_keep_memory", lambda: None)
+    monkeypatch.setattr(cli, "_keep_freed_memory", lambda: None)
     monkeypatch.setattr(cli.os, "environ", {"JAX_COMPILATION_CACHE_DIR": "mine"})
     cli.prepare_jax()
     assert cli.os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"

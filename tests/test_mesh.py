@@ -152,4 +152,4 @@ def test_a_run_of_a_mesh_continues_on_one_device(text, eight):
     done = call("train", *TINY, "--batch-size", "8", "--data", text, "--out", folder)
     assert done.code == 0 and "on 1 device(s)" in done.err
     after = arrays(folder, 12)
-    assert int(before["rest/step"]) == 8 and int(after["rest/step"]) == 12
+    assert int(before["optimizer/step"]) == 8 and int(after["optimizer/step"]) == 12

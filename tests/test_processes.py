@@ -145,7 +145,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(who, number, code, text, tmp
     assert "stopped        the same command continues the run" in trainers[0].err
     (saved,) = checkpoint.steps(folder)
     assert saved == read_lines(folder)[-1]["step"] > 5
-    assert int(arrays(folder, saved)["rest/step"]) == saved
+    assert int(arrays(folder, saved)["optimizer/step"]) == saved
 
 
 @pytest.mark.slow

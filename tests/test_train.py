@@ -29,7 +29,7 @@ from programs import (
 from gpt import checkpoint, cli, hardware
 from gpt.config import TrainConfig, from_json
 from gpt.data import tokenizers
-from gpt.training import memory_plan, resume, train_step
+from gpt.training import resume, run_plan, train_step
 
 pytestmark = pytest.mark.exact
 
@@ -98,14 +98,20 @@ def test_the_model_learns(trained):
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(text, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory_plan, "largest_rows", lambda *_: 4)  # it compiles a dozen steps
+    monkeypatch.setattr(run_plan, "largest_rows", lambda *_: 4)  # it compiles a dozen steps
     home, here = tmp_path / "home", tmp_path / "here"
     here.mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
     monkeypatch.chdir(here)
     done = call("train", *TINY, "--data", text, "--dry-run")
     assert done.code == 0
-    for words in ("parameters", "optimizer", "4 x 16 = 64 tokens", "2 micro-batch(es)", "12 steps"):
+    for words in (
+        "parameters",
+        "optimizer",
+        "4 x 16 = 64 tokens per step",
+        "2 micro-batch(es)",
+        "12 steps",
+    ):
         assert words in done.err
     assert snapshot(tmp_path) == {"here": None}
     deep = here / "deep" / "run"
@@ -140,7 +146,9 @@ def test_a_stopped_run_continues_to_the_bit(number, code, text, trained, tmp_pat
     assert same_bits(arrays(tmp_path / "run", 12), arrays(trained[1], 12))
     assert read_lines(tmp_path / "run") == read_lines(trained[1])
     names = " ".join(arrays(trained[1], 12))
-    assert all(name in names for name in ("rest/step", "mu/blocks", "nu/blocks", "params/tokens"))
+    assert all(
+        name in names for name in ("optimizer/step", "mu/blocks", "nu/blocks", "params/tokens")
+    )
 
 
 def test_a_crashed_run_continues_to_the_bit(text, trained, tmp_path, interrupt):

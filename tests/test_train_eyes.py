@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from programs import TINY, arrays, call, read_lines, same_bits, snapshot
 
-from gpt.training import resume, speed
+from gpt.training import run_dir, step_timer
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_evaluation_and_samples_shift_neither_data_nor_noise(looking, text, trai
 def test_each_line_tells_the_speed_and_its_share_of_a_measured_peak(trained):
     lines = [json.loads(x) for x in (trained[1] / "metrics.jsonl").read_text().splitlines()]
     for line in (x for x in lines if "loss" in x):
-        assert set(speed.FIELDS) <= line.keys()
+        assert set(step_timer.SPEED_FIELDS) <= line.keys()
         assert 0 < line["mfu"] < 1
         assert 0 < line["step_seconds_p50"] <= line["step_seconds_p90"] <= line["step_seconds_p99"]
     (told,) = [x for x in trained[0].err.splitlines() if x.startswith("step time")]
@@ -54,13 +54,13 @@ def test_a_profile_is_a_trace_of_the_steps_asked_for(text, tmp_path):
     (run / "profile" / "notes.txt").write_text("mine")
     (run / "tensorboard").mkdir()
     (run / "tensorboard" / "events.out.tfevents.1").write_text("a run's")
-    resume.remove_run(run)
+    run_dir.remove_run(run)
     assert snapshot(run) == {"checkpoints": None, "profile": None, "profile/notes.txt": b"mine"}
 
 
 def test_a_profile_that_the_run_is_too_short_for(text, tmp_path):
     argv = [*TINY, "--data", text, "--out", tmp_path / "run", "--profile"]
-    for n, words in (("10", "there are 12 to make"), ("-1", "profile is -1")):
+    for n, words in (("10", "the run has 12 steps"), ("-1", "profile is -1")):
         done = call("train", *argv, n)
         assert done.code == 2 and words in done.err, done.err
     assert snapshot(tmp_path) == {}

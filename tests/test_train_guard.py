@@ -10,7 +10,7 @@ from programs import TINY, arrays, call, read_lines, same_bits
 
 from gpt import checkpoint
 from gpt.training import train_step
-from gpt.training.nonfinite import BadSteps
+from gpt.training.nonfinite import NonFiniteStreak
 
 RUN = [*TINY, "--eval-every", "100", "--sample-every", "0", "--ema-decay", "0.9"]
 AT, LAYER = 7, 1
@@ -90,14 +90,14 @@ def test_a_signal_at_a_skipped_step_waits_for_one_that_can_be_saved(
 ):
     """A whole interval of steps would be lost otherwise."""
     plant({AT, 99})  # and made good again
-    honest = BadSteps.note
+    honest = NonFiniteStreak.add
 
-    def note(bad, done, skipped):
+    def add(streak, done, skipped):
         if done == AT - 1:  # step AT is on its way by then
             os.kill(os.getpid(), signal.SIGTERM)
-        return honest(bad, done, skipped)
+        return honest(streak, done, skipped)
 
-    monkeypatch.setattr(BadSteps, "note", note)
+    monkeypatch.setattr(NonFiniteStreak, "add", add)
     run = tmp_path / "run"
     done = call("train", *RUN, "--save-every", "10", "--data", text, "--out", run)
     assert done.code == 143 and "not saved" not in done.err

@@ -32,7 +32,7 @@ def test_init_from_takes_weights_and_tokenizer(trained, tmp_path):
     mine, source = arrays(tmp_path / "run", 1), arrays(trained[1], 12)
     weights = [name for name in source if name.startswith("params/")]
     assert weights and all(np.allclose(mine[k], source[k], atol=1e-20, rtol=0) for k in weights)
-    assert int(mine["rest/step"]) == 1
+    assert int(mine["optimizer/step"]) == 1
     assert tokenizers.load(tmp_path / "run" / "tokenizer.json").name == "byte"
 
 

@@ -15,7 +15,7 @@ from programs import (
 )
 
 from gpt.data.tokenizers import encodings
-from gpt.training import train_step
+from gpt.training import run_plan, train_step
 
 
 def wrong_files(folder):
@@ -42,7 +42,7 @@ BAD = {
     "too short": (["--data", "short.txt"], "too few for --seq-len 16"),
     "a missing checkpoint": (["--init-from", "gone"], "no checkpoint in gone"),
     "a half-written one": (["--init-from", "half"], "no checkpoint in half"),
-    "an unknown flag": (["--stepz", "3"], "perhaps you meant --steps"),
+    "an unknown flag": (["--stepz", "3"], "did you mean --steps"),
     "an unknown preset": (["gpt-2"], "gpt-2"),
     "a negative number": (["--steps", "-3"], "steps is -3: expected at least 1"),
     "NaN": (["--learning-rate", "nan"], "learning_rate is nan"),
@@ -72,7 +72,7 @@ def test_a_batch_that_the_mesh_cannot_divide(text, tmp_path, monkeypatch):
     """As with two devices, of which there is one here."""
     honest = train_step.require_fit
     wide = type("Mesh", (), {"shape": {"data": 3, "fsdp": 1, "tensor": 1}})
-    monkeypatch.setattr(train_step, "require_fit", lambda config, mesh: honest(config, wide))
+    monkeypatch.setattr(run_plan, "require_fit", lambda config, mesh: honest(config, wide))
     done = call("train", *TINY, "--data", text, "--out", tmp_path / "run")
     assert done.code == 2 and "does not divide among 3 devices" in done.err
     assert snapshot(tmp_path) == {}

@@ -1,5 +1,6 @@
 """train.py --verify-resume: says what it compared, notices a difference, leaves nothing behind."""
 
+import dataclasses
 import tempfile
 
 import jax
@@ -34,14 +35,14 @@ def test_it_proves_it_on_the_settings_given(argv, tmp_path):
 
 def test_it_notices_what_a_stop_loses(argv, tmp_path, monkeypatch):
     """As if the second moments were not saved, or the noise came from a stream of its own."""
-    honest = resume.load_state
+    honest = resume._load_state
 
     def forgetful(like, folder, at):
         loaded = honest(like, folder, at)
         forget = lambda a: a * np.float32(1 + 1e-6) if a.ndim else a  # noqa: E731
-        return loaded | {"optimizer": jax.tree.map(forget, loaded["optimizer"])}
+        return dataclasses.replace(loaded, opt_state=jax.tree.map(forget, loaded.opt_state))
 
-    monkeypatch.setattr(resume, "load_state", forgetful)
+    monkeypatch.setattr(resume, "_load_state", forgetful)
     done = call("train", *argv, "--verify-resume")
     assert done.code == 1
     assert "NOT verified" in done.err and "differs" in done.err and "Traceback" not in done.err

@@ -19,7 +19,7 @@ from programs import ROOT, TINY, call, write_text
 
 from gpt.compile_log import compilations
 from gpt.sampling import language_model
-from gpt.training import saving
+from gpt.training import resume
 
 CASES = {"train": 100, "sample": 100}  # and ten times as many in make test-all
 NUMBERS = [
@@ -134,7 +134,7 @@ def only_validation(world):
     with (
         open("/dev/null", encoding="utf-8") as nothing,
         pytest.MonkeyPatch.context() as patch,
-        mock.patch.object(saving, "begin", begin),
+        mock.patch.object(resume, "initial_state", begin),
         mock.patch.object(language_model, "load", load),
         mock.patch("sys.stdin", nothing),
     ):

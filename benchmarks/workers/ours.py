@@ -24,7 +24,7 @@ from gpt.config import ONE_DEVICE  # noqa: E402
 from gpt.model import int8, transformer  # noqa: E402
 from gpt.presets import preset  # noqa: E402
 from gpt.sampling.language_model import LanguageModel  # noqa: E402
-from gpt.training import train_step  # noqa: E402
+from gpt.training import train_state, train_step  # noqa: E402
 
 STEPS = {"gpt2": 1, "shakespeare-char": 20}  # training steps a turn
 SEQ_LEN = {"gpt2": 256, "shakespeare-char": 64}
@@ -41,7 +41,7 @@ def train(name: str, batch: int) -> None:
     )
     mesh = sharding.make_decoding_mesh(ONE_DEVICE)
     step, _ = train_step.compile_steps(config, mesh)
-    held = {"state": train_step.make_state(config, mesh)}
+    held = {"state": train_state.make_state(config, mesh)}
     tokens = random_batch(config, mesh)
 
     def work() -> float:

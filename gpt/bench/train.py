@@ -15,7 +15,7 @@ from gpt.bench.measure import peak_bytes
 from gpt.compile_log import Stopwatch
 from gpt.config import TrainConfig
 from gpt.hardware import timed
-from gpt.training import train_step
+from gpt.training import train_state, train_step
 
 STEPS = 10  # a repeat: one step is too short beside what starts it
 
@@ -33,7 +33,7 @@ def measure(config: TrainConfig, mesh: Mesh, repeats: int, ceilings: dict) -> di
     watch = Stopwatch()
     with watch:
         step, _ = train_step.compile_steps(config, mesh)
-        state, tokens = train_step.make_state(config, mesh), random_batch(config, mesh)
+        state, tokens = train_state.make_state(config, mesh), random_batch(config, mesh)
 
     def run(state):
         for _ in range(STEPS):

@@ -15,7 +15,7 @@ from gpt.config import TrainConfig
 from gpt.data import tokenizers
 from gpt.errors import is_out_of_memory
 from gpt.plan import arithmetic, chips, collectives, programs
-from gpt.training import memory_plan, train_step
+from gpt.training import memory_plan, train_state, train_step
 
 MB = 10**6
 PUBLIC_SIZES = {"gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
@@ -70,9 +70,7 @@ def settle(config: TrainConfig, accum_is_free: bool, n_shards: int, dtype: str) 
     sizes = PUBLIC_SIZES | {"bpe": config.vocab_size, "char": config.model.vocab_size}
     name = config.tokenizer
     size = sizes.get(name) or tokenizers.create(name, lambda: (), config.vocab_size).n_vocab
-    dtype = config.dtype or dtype
-    model = dataclasses.replace(config.model, vocab_size=size).computing_in(dtype)
-    config = dataclasses.replace(config, model=model, dtype=dtype)
+    config = config.completed(size, dtype)
     parts = range(config.grad_accum, 0, -1) if accum_is_free else ()
     shared = (n for n in parts if config.batch_size % (n * n_shards) == 0)
     return dataclasses.replace(config, grad_accum=next(shared, config.grad_accum))
@@ -124,8 +122,8 @@ def sampling_program(name, compiled, seconds, flops, predicted, mesh, read=0) ->
 
 def state_bytes(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
     """Bytes on one device of weights, optimizer and average, by the table of shardings."""
-    state = train_step.abstract_state(config, mesh)
-    parts = {"weights": state.params, "optimizer": state.optimizer, "average": state.average}
+    state = train_state.abstract_state(config, mesh)
+    parts = {"weights": state.params, "optimizer": state.opt_state, "average": state.ema_params}
     return {name: programs.bytes_on_device(tree) for name, tree in parts.items() if tree}
 
 

@@ -118,7 +118,7 @@ def load(
         notes = transformer.require_fit(config, devices, fsdp=False)
         params = read_weights(run, step, tree, config, devices, quantize)
         letters = tokenizers.from_json(about["tokenizer"])
-        which = "ema" if tree == "average" else "raw"
+        which = "ema" if tree == "ema_params" else "raw"
         several = devices if devices.size > 1 else None
         return LanguageModel(config, params, letters, step, which, notes, several)
 
@@ -129,6 +129,17 @@ def load(
     return model
 
 
+def from_training(
+    config: ModelConfig, params: dict, tokenizer: tokenizers.Tokenizer, mesh: Mesh | None, step: int
+) -> LanguageModel:
+    """A model in training, to sample from: its stacked weights as they lie on `mesh`, placed for
+    decoding on the same devices (None: on the first device)."""
+    mesh = mesh or sharding.make_decoding_mesh(ONE_DEVICE)
+    unstacked = for_decoding(config, mesh, None, lambda stacked: stacked, params)
+    several = mesh if mesh.size > 1 else None
+    return LanguageModel(config, unstacked, tokenizer, step, mesh=several)
+
+
 def choose_tree(run: str | Path, about: dict[str, Any], weights: Weights | None) -> str:
     """Which tree of a checkpoint holds the weights that are wanted, of what it says of itself.
 
@@ -136,7 +147,7 @@ def choose_tree(run: str | Path, about: dict[str, Any], weights: Weights | None)
     """
     kept = bool(from_json(TrainConfig, about["train"]).ema_decay)
     require(kept or weights != "ema", f"{run} keeps no average of its weights: drop --weights")
-    return "average" if kept and weights != "raw" else "params"
+    return "ema_params" if kept and weights != "raw" else "params"
 
 
 def read_weights(run, step: int, tree: str, config: ModelConfig, mesh: Mesh, quantize) -> dict:

@@ -1,84 +1,87 @@
-"""What a training step takes of a device's memory, and the largest micro-batch that fits.
+"""The memory that a training step takes of a device, before any array is allocated.
 
-Bytes are those of one device. What a step takes is told by XLA, which plans every buffer when it
-compiles; nothing is allocated for it.
+Bytes are those of one device unless said otherwise. XLA plans every buffer of a program when it
+compiles it, so the memory of a training step is known without running it.
 """
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
+from jax.sharding import Mesh
 
-from gpt import hardware
+from gpt import flops, hardware
 from gpt.config import TrainConfig
 from gpt.errors import UserError, is_out_of_memory, require
 
 MIB, GIB = 2**20, 2**30
 ADVICE = "raise --grad-accum, or lower --batch-size, --seq-len, --model.d-model, --model.n-layers"
-HALVING = 2  # the guess that is no line's
-TRIES = 5  # guesses of the largest micro-batch, each compiled to be sure
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes of one device that a compiled training step takes."""
+    """Bytes of one device that a training step takes.
+
+    `state`: what the step is given: weights, optimizer state, average, batch. What it returns takes
+    the place of that. `temporary`: what lives within the step: gradients and activations.
+    """
 
     state: float
-    """Weights, optimizer and average, and the batch: what the step is given."""
     temporary: float
-    """What lives within the step: gradients and activations."""
 
     @property
     def total(self) -> float:
-        """All of it; what the step returns takes the place of what it was given."""
         return self.state + self.temporary
 
 
 def need_of(compiled: jax.stages.Compiled) -> Need:
     """What XLA has planned for a compiled step, on one device."""
-    told = compiled.memory_analysis()
-    given = told.argument_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
-    return Need(given, told.temp_size_in_bytes)
+    plan = compiled.memory_analysis()
+    state = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return Need(state, plan.temp_size_in_bytes)
 
 
-def largest_rows(limit: int, least: int, rows: int, total: Callable[[int], float]) -> int:
-    """The largest micro-batch, a multiple of `least` sequences, of which `total` is within `limit`
-    bytes; 0 if none is. The search begins at `rows`.
+def least_need(config: TrainConfig, mesh: Mesh) -> Need:
+    """What a step takes at the very least: the state, the gradients, and each block's input for the
+    device's share of a micro-batch."""
+    model = config.model
+    weight_shards = mesh.size // mesh.shape["data"]
+    weights = flops.weight_bytes(model)
+    state = weights + optimizer_bytes(config)
+    if config.ema_decay:
+        state += weights
 
-    What a step takes grows about evenly with its rows: a line through two sizes comes close, and
-    halving helps where it does not.
-    """
-    tried = {n: total(n) for n in (least, max(rows, 2 * least))}
-    for turn in range(TRIES):
-        fits = max((n for n, size in tried.items() if size <= limit), default=0)
-        fails = min((n for n, size in tried.items() if size > limit), default=math.inf)
-        if fits + least >= fails:
-            break
-        a, b = (fits, fails) if fails < math.inf else (min(tried), fits)
-        slope = (tried[b] - tried[a]) / (b - a)
-        guess = a + (limit - tried[a]) / slope if slope > 0 else 2 * fits
-        if turn == HALVING and fails < math.inf:
-            guess = (fits + fails) / 2
-        guess = min(max(int(guess) // least * least, fits + least), fails - least)
-        tried[guess] = total(guess)
-    return max((n for n, size in tried.items() if size <= limit), default=0)
+    tokens = config.batch_size // config.grad_accum * config.window
+    item_bytes = flops.ITEM_BYTES[model.compute_dtype or "float32"]
+    batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    block_inputs = tokens * model.d_model * model.n_layers * item_bytes // batch_shards
+    return Need(state // weight_shards, weights // weight_shards + block_inputs)
+
+
+def optimizer_bytes(config: TrainConfig) -> int:
+    """Bytes of the optimizer's moments over all devices: two per weight, but Muon keeps one for a
+    matrix of a block."""
+    model = config.model
+    n_moments = 2 * (flops.weight_bytes(model) // flops.ITEM_BYTES[model.param_dtype])
+    if config.optimizer == "muon":
+        n_moments -= model.n_layers * flops.block_matrices(model)
+    return n_moments * flops.ITEM_BYTES["float32"]
 
 
 def require_room(need: Need) -> None:
-    """UserError if a step takes more than a device has: on a CPU it would be killed for that."""
-    limit, where = hardware.memory()
+    """Raise UserError if a step takes more than a device has: a CPU process would be killed."""
+    limit, source = hardware.memory()
     require(
         need.total <= limit,
-        f"out of memory: a step takes {size(need.total)}, of which weights and optimizer are "
-        f"{size(need.state)}, and there are {size(limit)} ({where}): {ADVICE}",
+        f"out of memory: a step takes {format_bytes(need.total)}, of which weights and optimizer "
+        f"are {format_bytes(need.state)}, and there are {format_bytes(limit)} ({source}): {ADVICE}",
     )
 
 
 @contextlib.contextmanager
-def explained(config: TrainConfig) -> Iterator[None]:
-    """Running out of memory inside is a UserError that names the flags to turn."""
+def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
+    """Turn running out of memory inside into a UserError that names the flags to change."""
     try:
         yield
     except Exception as error:
@@ -91,6 +94,8 @@ def explained(config: TrainConfig) -> Iterator[None]:
         ) from None
 
 
-def size(n_bytes: float) -> str:
+def format_bytes(n_bytes: float) -> str:
     """Bytes as people read them."""
-    return f"{n_bytes / GIB:,.2f} GiB" if n_bytes >= GIB else f"{n_bytes / MIB:,.1f} MiB"
+    if n_bytes >= GIB:
+        return f"{n_bytes / GIB:,.2f} GiB"
+    return f"{n_bytes / MIB:,.1f} MiB"

@@ -1,7 +1,7 @@
-"""Steps whose loss or gradient is no number: counted as they are skipped, and where it began.
+"""Steps whose loss or gradient is not finite: counted, and where the first bad value arose.
 
-`step.train_step` skips the update, on the device. Here the skipped steps in a row are counted, and
-when there are too many the step is computed again, part by part, to find the first bad value.
+The training step itself skips the update of such a step, on the device (train_step.py). When too
+many follow one another the run ends, and the first of them is computed again, part by part.
 """
 
 from collections.abc import Callable
@@ -16,143 +16,147 @@ from gpt.config import ModelConfig, TrainConfig
 from gpt.digest import named_leaves
 from gpt.errors import Failed
 from gpt.model import transformer
-from gpt.training import train_step as steps
 from gpt.training.loss import sequence_losses
+from gpt.training.train_step import dropout_keys, mean_gradients
 
 
-class BadSteps:
-    """Counts the skipped steps in a row. `skipped`: those before the first step, in all.
+class NonFiniteStreak:
+    """Counts consecutive skipped steps. A checkpoint is only saved where `length` is 0.
 
-    `row`: how many; `first`: the first of them. Their number at a checkpoint is always zero.
+    `skipped`: updates that were skipped before the first step, in all.
     """
 
     def __init__(self, config: TrainConfig, skipped: int):
-        self.config = config
-        self.skipped, self.row, self.first = skipped, 0, 0
+        self.limit = config.max_bad_steps
+        self.last_step = config.steps
+        self.skipped = skipped
+        self.length = 0
+        self.first_step = 0
 
     @property
-    def is_last_chance(self) -> bool:
-        """Whether one more ends the run: the next must wait, or it changes what is looked at."""
-        return self.row + 1 >= self.config.max_bad_steps
+    def one_more_ends_the_run(self) -> bool:
+        return self.length + 1 >= self.limit
 
-    def note(self, step: int, skipped: int) -> bool:
-        """Step `step` is done, and by then `skipped` were skipped: whether the run must end.
-
-        That is when too many were in a row, or where the last one was: no next one follows.
-        """
-        self.row = self.row + 1 if skipped > self.skipped else 0
+    def add(self, step: int, skipped: int) -> bool:
+        """Count `step`, by which `skipped` updates were skipped in all. Returns whether the run
+        must end: too many in a row were skipped, or the last step was, which none can follow."""
+        if skipped > self.skipped:
+            self.length += 1
+        else:
+            self.length = 0
         self.skipped = skipped
-        self.first = step - self.row + 1
-        return self.row > 0 and (self.row >= self.config.max_bad_steps or step == self.config.steps)
+        self.first_step = step - self.length + 1
+        return self.length > 0 and (self.length >= self.limit or step == self.last_step)
 
 
-def diverged(
-    config: TrainConfig, bad: BadSteps, out: Path, params: dict, batch: Callable
+def explain_divergence(
+    config: TrainConfig, streak: NonFiniteStreak, out: Path, params: dict, batch: Callable
 ) -> Failed:
-    """What to raise: the first step of those in a row, the layer, what is left and what to do.
+    """The error that ends the run: which step, which layer, what is left and what to do.
 
-    `batch`: the tokens of a step, from 0 on, [A, B, T+1].
+    `batch(index)`: the tokens of a step, counted from 0, [A, B, T+1].
     """
-    step = bad.first - 1
-    where = find_bad(config, params, batch(step), step)
+    index = streak.first_step - 1
+    where = locate_first_nonfinite(config, params, batch(index), index)
     saved = checkpoint.steps(out)
-    good = f"the last good checkpoint is step {saved[-1]}" if saved else "no checkpoint was saved"
+    last_good = "no checkpoint was saved"
+    if saved:
+        last_good = f"the last good checkpoint is step {saved[-1]}"
     return Failed(
-        f"step {bad.first}: the loss or a gradient is not finite, {bad.row} step(s) in a row; "
-        f"{where}; {good}. Train on from its weights more slowly: --init-from {out} --out ANOTHER "
-        "--learning-rate LOWER"
+        f"step {streak.first_step}: the loss or a gradient is not finite, {streak.length} step(s) "
+        f"in a row; {where}; {last_good}. Train on from its weights with a lower learning rate: "
+        f"--init-from {out} --out ANOTHER --learning-rate LOWER"
     )
 
 
-def find_bad(config: TrainConfig, params: dict, tokens_ABU: jax.Array, step: int) -> str:
-    """Where the first value stands that is not finite, when step number `step`, from 0 on, is
-    computed on its batch: looked for in the weights, forward through the layers, and backward."""
-    key_AB = steps.batch_keys(config, jnp.int32(step), *tokens_ABU.shape[:2])
-    where = in_weights(params) or in_outputs(config.model, params, tokens_ABU, key_AB)
-    return where or in_gradient(config, params, tokens_ABU, step)
+def locate_first_nonfinite(
+    config: TrainConfig, params: dict, tokens_ABU: jax.Array, index: int
+) -> str:
+    """Where the first value that is not finite arises in step `index`, counted from 0: looked for
+    in the weights, then forward through the layers, then backward in the gradients."""
+    model = config.model
+    key_AB = dropout_keys(config, jnp.int32(index), *tokens_ABU.shape[:2])
+
+    bad_weights = nonfinite_parts(params)
+    if bad_weights:
+        return f"the first bad value is in the weights of {bad_weights[0]}"
+
+    if not output_is_finite(model, params, tokens_ABU, key_AB, 0):
+        return "the first bad value is in the output of the embedding"
+    for layer in range(model.n_layers):
+        if not output_is_finite(model, params, tokens_ABU, key_AB, layer + 1):
+            return f"the first bad value is in the output of {block_name(model.n_layers, layer)}"
+    if not loss_is_finite(model, params, tokens_ABU, key_AB):
+        return "the first bad value is in the output of the head"
+
+    gradients = jax.jit(mean_gradients, static_argnums=0)
+    _, grads = gradients(config, params, tokens_ABU, jnp.int32(index))
+    bad_gradients = nonfinite_parts(grads)
+    if bad_gradients:
+        return f"the first bad value is in the gradient of {bad_gradients[-1]}"
+    return "all values are finite when the step is computed again"
 
 
-def in_weights(params: dict) -> str:
-    """The first weight that is not finite, as the layers are passed through; "" if all are."""
-    found = bad_parts(params)
-    return f"the first bad value is in the weights of {found[0]}" if found else ""
-
-
-def in_outputs(config: ModelConfig, params: dict, tokens_ABU: jax.Array, key_AB) -> str:
-    """The first layer whose output is not finite; "" if the loss is finite."""
-    for n in range(config.n_layers + 1):
-        if not passes(config, params, tokens_ABU, key_AB, n):
-            layer = block(config.n_layers, n - 1) if n else "the embedding"
-            return f"the first bad value is in the output of {layer}"
-    finite = loss_is_finite(config, params, tokens_ABU, key_AB)
-    return "" if finite else "the first bad value is in the output of the head"
-
-
-def in_gradient(config: TrainConfig, params: dict, tokens_ABU: jax.Array, step: int) -> str:
-    """The first weight whose gradient is not finite, as the layers are passed back through."""
-    gradients = jax.jit(steps.gradients, static_argnums=0)
-    found = bad_parts(gradients(config, params, tokens_ABU, jnp.int32(step))[1])
-    if found:
-        return f"the first bad value is in the gradient of {found[-1]}"
-    return "all is finite when the step is computed again"
-
-
-def bad_parts(tree: dict) -> list[str]:
+def nonfinite_parts(tree: dict) -> list[str]:
     """The parts of a tree of stacked weights that are not finite, in the order of the layers."""
-    found = []
-    for path, finite in named_leaves(jax.device_get(look_at(tree))).items():
-        if path.startswith("blocks/"):
-            bad = [i for i, good in enumerate(finite) if not good]
-            found += [(i, f"{block(len(finite), i)} ({path})") for i in bad]
+    before_blocks = []
+    in_blocks = []
+    after_blocks = []
+    for name, finite in named_leaves(jax.device_get(finite_leaves(tree))).items():
+        if name.startswith("blocks/"):
+            for layer, good in enumerate(finite):
+                if not good:
+                    in_blocks.append((layer, f"{block_name(len(finite), layer)} ({name})"))
         elif not finite:
-            found.append((-1 if path in ("tokens", "positions") else 10**9, path))
-    return [text for _, text in sorted(found)]
+            is_embedding = name.startswith(("tokens", "positions"))
+            (before_blocks if is_embedding else after_blocks).append(name)
+    return before_blocks + [text for _, text in sorted(in_blocks)] + sorted(after_blocks)
 
 
 @jax.jit
-def look_at(tree: dict) -> dict:
-    """Whether each leaf is finite; of stacked ones each layer, bool [L]."""
+def finite_leaves(tree: dict) -> dict:
+    """Whether each leaf is finite; for a stacked one whether each layer is, bool [L]."""
 
-    def layers(leaf):
+    def per_layer(leaf):
         return jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
 
-    blocks = jax.tree.map(layers, tree["blocks"])
-    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree) | {"blocks": blocks}
+    blocks = jax.tree.map(per_layer, tree["blocks"])
+    others = jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
+    return others | {"blocks": blocks}
 
 
-def block(n_layers: int, i: int) -> str:
-    """The name of block `i`."""
-    return f"block {i} of 0 to {n_layers - 1}"
+def block_name(n_layers: int, layer: int) -> str:
+    return f"block {layer} of 0 to {n_layers - 1}"
 
 
 @partial(jax.jit, static_argnums=0)
-def passes(config: ModelConfig, params: dict, tokens_ABU, key_AB, n: int) -> jax.Array:
-    """Whether the residual stream is finite after the first `n` blocks.
+def output_is_finite(config: ModelConfig, params: dict, tokens_ABU, key_AB, n_blocks) -> jax.Array:
+    """Whether the residual stream is finite after the first `n_blocks` blocks.
 
-    The weights of the others are taken as zero: such a block passes on what is bad, and makes
-    nothing bad of its own.
+    The weights of the others are taken as zero: such a block passes on what is bad and adds nothing
+    of its own, so one program serves every number of blocks.
     """
-    runs = jnp.arange(config.n_layers) < n
+    used = jnp.arange(config.n_layers) < n_blocks
 
-    def silence(leaf):
-        return jnp.where(runs.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
+    def zero_unused(leaf):
+        return jnp.where(used.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
 
-    silent = params | {"blocks": jax.tree.map(silence, params["blocks"])}
+    partial_params = params | {"blocks": jax.tree.map(zero_unused, params["blocks"])}
 
-    def look(micro):
-        tokens_BU, key_B = micro
-        x_BTD, _ = transformer.hidden(config, silent, tokens_BU[:, :-1], key_B=key_B)
+    def micro_batch_is_finite(micro_batch):
+        tokens_BU, key_B = micro_batch
+        x_BTD, _ = transformer.hidden(config, partial_params, tokens_BU[:, :-1], key_B=key_B)
         return jnp.isfinite(x_BTD).all()
 
-    return jax.lax.map(look, (tokens_ABU, key_AB)).all()
+    return jax.lax.map(micro_batch_is_finite, (tokens_ABU, key_AB)).all()
 
 
 @partial(jax.jit, static_argnums=0)
 def loss_is_finite(config: ModelConfig, params: dict, tokens_ABU, key_AB) -> jax.Array:
     """Whether the loss of every token is finite."""
 
-    def look(micro):
-        losses = sequence_losses(config, params, *micro)
-        return jnp.array([jnp.isfinite(loss_BT).all() for loss_BT in losses[:2]]).all()
+    def micro_batch_is_finite(micro_batch):
+        loss_BT, log_total_BT, _ = sequence_losses(config, params, *micro_batch)
+        return jnp.isfinite(loss_BT).all() & jnp.isfinite(log_total_BT).all()
 
-    return jax.lax.map(look, (tokens_ABU, key_AB)).all()
+    return jax.lax.map(micro_batch_is_finite, (tokens_ABU, key_AB)).all()

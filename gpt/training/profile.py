@@ -12,34 +12,37 @@ from gpt.errors import require
 WARM_UP = 3  # steps before the trace: the first ones still wait for data and memory
 
 
-def require_steps(n: int, steps: int) -> None:
-    """UserError unless a run of `steps` holds a warm-up and `n` steps to trace."""
-    require(
-        n <= max(steps - WARM_UP, 0),
-        f"--profile {n} traces steps after {WARM_UP} of warm-up, but there are {steps} to make: "
-        "ask for fewer, or for more --steps",
-    )
+class StepProfiler:
+    """Traces `n_steps` steps of a run that starts after `first_step`, soon after its start; none if
+    `n_steps` is 0. Close it."""
 
+    def __init__(self, folder: Path, n_steps: int, first_step: int, log: Callable[[str], None]):
+        self.folder = folder
+        self.log = log
+        self.n_steps = n_steps
+        self.begin = first_step + WARM_UP
+        self.end = self.begin + n_steps
+        self.trace = contextlib.ExitStack()
 
-class Profile:
-    """Traces `n` steps of a run, soon after step `first`, or those that are left; none if `n` is 0.
-    Close it."""
-
-    def __init__(self, folder: Path, n: int, first: int, tell: Callable[[str], None]):
-        self.folder, self.tell, self.n = folder, tell, n
-        self.begin, self.end = first + WARM_UP, first + WARM_UP + n
-        self.tracing = contextlib.ExitStack()
-
-    def note(self, step: int, metrics: Any) -> None:
-        """Step `step` is on its way; `metrics` will be there when it is done."""
-        if self.n and step == self.begin:
+    def after_dispatch(self, step: int, metrics: Any) -> None:
+        """`step` has been handed to the device; `metrics` is ready when it has been computed."""
+        if self.n_steps and step == self.begin:
             jax.block_until_ready(metrics)
-            self.tracing.enter_context(jax.profiler.trace(self.folder))
-        if self.n and step == self.end:
+            self.trace.enter_context(jax.profiler.trace(self.folder))
+        if self.n_steps and step == self.end:
             jax.block_until_ready(metrics)
             self.close()
-            self.tell(f"profile        steps {self.begin + 1} to {step}: xprof {self.folder}")
+            self.log(f"profile        steps {self.begin + 1} to {step}: xprof {self.folder}")
 
     def close(self) -> None:
         """End the trace, if one is being made."""
-        self.tracing.close()
+        self.trace.close()
+
+
+def require_steps(n_steps: int, steps: int) -> None:
+    """Raise UserError unless a run of `steps` has a warm-up and `n_steps` steps to trace."""
+    require(
+        n_steps <= max(steps - WARM_UP, 0),
+        f"--profile {n_steps} traces steps after {WARM_UP} of warm-up, but the run has {steps} "
+        "steps: ask for fewer, or for more --steps",
+    )

@@ -1,155 +1,212 @@
-"""A run's folder met again: what may change when it continues, what goes when it starts afresh."""
+"""Where a run starts: afresh, from the weights of another run, or where it stopped itself."""
 
-import contextlib
 import dataclasses
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import jax
-import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from gpt import checkpoint
 from gpt.config import ModelConfig, TrainConfig, from_json, to_json
-from gpt.errors import UserError, require
+from gpt.data import tokenizers
+from gpt.data.token_files import Dataset
+from gpt.data.tokenizers import Tokenizer
+from gpt.errors import require
+from gpt.training.train_state import TrainState, abstract_state, make_state, start_ema
 
-# These change what is printed, kept or where it is computed, never what is learned.
+# These settings change what is printed, kept, or where it is computed, never what is learned.
 MAY_CHANGE = {
-    "mesh", "grad_accum", "remat", "log_every", "eval_every", "eval_tokens", "sample_every",
-    "save_every", "keep", "keep_best", "keep_going", "max_bad_steps",
-    "seq_len",  # which model.context_length repeats
-}  # fmt: skip
-Loaded = TypeVar("Loaded")
-FILES = ("metrics.jsonl", "samples.jsonl", "tokenizer.json", "loss.png")
-FILES += ("metrics.jsonl.new", "samples.jsonl.new", "loss.new")  # of a process that was killed
-EVENTS, TRACES = "tensorboard/events.out.tfevents.*", "profile/plugins/profile/[0-9]*"
-FOLDERS = ("tensorboard", "profile", "profile/plugins", "profile/plugins/profile")
+    "mesh",
+    "grad_accum",
+    "remat",
+    "unroll",
+    "log_every",
+    "eval_every",
+    "eval_tokens",
+    "sample_every",
+    "save_every",
+    "keep",
+    "keep_best",
+    "keep_going",
+    "max_bad_steps",
+}
 
 
-def differences(saved: dict[str, Any], config: TrainConfig, done: int) -> list[str]:
-    """A line for each setting that differs from the saved ones and may not after `done` steps."""
-    earlier = from_json(TrainConfig, saved)  # a younger field by default
-    lines, before = [], flat(to_json(earlier))
-    free = MAY_CHANGE | ({"steps"} if same_until(earlier, config, done) else set())
-    for name, now in flat(to_json(config)).items():
-        then = before[name]
-        if then != now and name.split(".")[0] not in free:
-            lines.append(f"{name}: the run has {then}, you asked for {now}")
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where the first weights come from.
+
+    `source`: the folder of a run, or None to start afresh. `resuming`: whether it is this very run.
+    `metadata`: what the newest good checkpoint of `source` says of itself.
+    """
+
+    source: Path | None = None
+    resuming: bool = False
+    metadata: dict[str, Any] | None = None
+
+    @property
+    def tokenizer(self) -> dict[str, Any] | None:
+        """The tokenizer that the weights belong to, as JSON."""
+        return self.metadata["tokenizer"] if self.metadata else None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The fingerprint of the text that a run which continues was trained on."""
+        return self.metadata["data"]["fingerprint"] if self.resuming else None
+
+    @property
+    def steps(self) -> list[int]:
+        """The checkpoints to choose from."""
+        return checkpoint.steps(self.source) if self.source else []
+
+
+def find_starting_point(args: Any, out: Path, log: Callable[[str], None]) -> StartingPoint:
+    """Where the run of `args`, the flags of train.py, starts if its folder is `out`.
+
+    `log` is told of each damaged checkpoint that is passed over.
+    """
+    resuming = bool(checkpoint.steps(out)) and not (args.overwrite or args.verify_resume)
+    source = out if resuming else args.init_from
+    if source is None:
+        return StartingPoint()
+    return StartingPoint(source, resuming, newest(source, checkpoint.read_metadata, log))
+
+
+def with_model_of_source(args: Any, out: Path, flags_given: set[str]):
+    """`args` with the model settings of the run that the weights come from, except for those that
+    were given as flags.
+
+    The types stay those of the preset: weights that the other run kept in bfloat16 would hardly
+    learn.
+    """
+    start = find_starting_point(args, out, log=lambda note: None)  # train() logs the same notes
+    source = from_json(ModelConfig, start.metadata["model"])
+    kept = {"param_dtype", "compute_dtype", "cache_dtype"}
+    kept |= {name.removeprefix("model.") for name in flags_given if name.startswith("model.")}
+    own = {name: getattr(args.train.model, name) for name in kept}
+    train = dataclasses.replace(args.train, model=dataclasses.replace(source, **own))
+    return dataclasses.replace(args, train=train)
+
+
+def require_same_settings(start: StartingPoint, config: TrainConfig) -> None:
+    """Raise UserError that lists how `config` differs from the run that is to be continued."""
+    differing = differences(start.metadata["train"], config, start.metadata["step"])
+    listed = "".join(f"\n  {line}" for line in differing)
+    require(
+        not differing,
+        f"{start.source} holds a run that these settings would change:{listed}\n"
+        "Give the run's own settings to continue it, another --out, --overwrite to start afresh, "
+        f"or train on from its weights: --init-from {start.source} --out ANOTHER",
+    )
+
+
+def differences(saved: dict[str, Any], config: TrainConfig, steps_done: int) -> list[str]:
+    """A line for each setting that differs from the saved ones and may not, after `steps_done`
+    steps. A setting that the run is older than had its default."""
+    earlier = from_json(TrainConfig, saved)
+    may_change = set(MAY_CHANGE)
+    if _same_learning_rates(earlier, config, steps_done):
+        may_change.add("steps")
+    before = _flat(to_json(earlier))
+    lines = []
+    for name, now in _flat(to_json(config)).items():
+        if now != before[name] and name.split(".")[0] not in may_change:
+            lines.append(f"{name}: the run has {before[name]}, you asked for {now}")
     return lines
 
 
-def same_until(earlier: TrainConfig, later: TrainConfig, done: int) -> bool:
-    """Whether both prescribe the same learning rates for the `done` steps: wsd, not yet falling."""
-    wsd = earlier.schedule == later.schedule == "wsd"
-    rising = min(earlier.steps, later.steps) > max(earlier.warmup_steps, later.warmup_steps)
-    return wsd and rising and done <= min(earlier.decay_start, later.decay_start)
+def _same_learning_rates(earlier: TrainConfig, later: TrainConfig, steps_done: int) -> bool:
+    """Whether the number of steps may change: both schedules are wsd and not yet falling."""
+    both_wsd = earlier.schedule == later.schedule == "wsd"
+    past_warmup = min(earlier.steps, later.steps) > max(earlier.warmup_steps, later.warmup_steps)
+    not_falling = steps_done <= min(earlier.decay_start, later.decay_start)
+    return both_wsd and past_warmup and not_falling
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name, as the flags spell them; lists as tuples."""
-    out = {}
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name, as flags spell them; lists as tuples."""
+    flat = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            out |= flat(value, f"{prefix}{name}.")
+            flat |= _flat(value, f"{prefix}{name}.")
         else:
-            out[prefix + name] = tuple(value) if isinstance(value, list) else value
-    return out
+            flat[prefix + name] = tuple(value) if isinstance(value, list) else value
+    return flat
 
 
-def require_same_text(about: dict[str, Any], fingerprint: str) -> None:
-    """UserError unless a run that continues was trained on this very text."""
-    require(
-        isinstance(about["data"], dict) and about["data"].get("fingerprint") == fingerprint,
-        "data: the run was trained on other text, or the text has changed; give the same "
-        "--data to continue it, another --out, or --overwrite to start afresh",
-    )
-
-
-def require_same_run(folder, about: dict[str, Any], config: TrainConfig) -> None:
-    """UserError listing what differs between the run in `folder` and what was asked for."""
-    done = about["step"]
-    require(type(done) is int, f"{folder}: its checkpoint says that step {done!r} is done")
-    lines = differences(about["train"], config, done)
-    listed = "".join(f"\n  {line}" for line in lines)
-    require(
-        not lines,
-        f"{folder} holds a run that these settings would change:{listed}\n"
-        "Give the run's own settings to continue it, another --out, --overwrite to start afresh, "
-        f"or train on from its weights: --init-from {folder} --out ANOTHER",
-    )
-
-
-def newest(
-    folder: Path, load: Callable[[Path, int], Loaded], tell: Callable[[str], None]
-) -> Loaded:
-    """What `load` makes of a run's newest whole checkpoint; `tell` hears of each damaged one."""
-    _, loaded, damaged = checkpoint.latest_good(folder, partial(load, folder))
-    for note in damaged:
-        tell(f"note: {note}; an earlier checkpoint is used")
+def newest(folder: Path, load: Callable[[Path, int], Any], log: Callable[[str], None]) -> Any:
+    """`load(folder, step)` of a run's newest good checkpoint; `log` is told of each damaged one."""
+    _, loaded, notes = checkpoint.latest_good(folder, partial(load, folder))
+    for note in notes:
+        log(f"note: {note}; an earlier checkpoint is used")
     return loaded
 
 
-def adopt(default, command, out: Path):
-    """`default`, a command, with the model of the run in --init-from, or of that which continues.
+def initial_state(
+    config: TrainConfig, mesh: Mesh, start: StartingPoint, log: Callable[[str], None]
+) -> TrainState:
+    """The state before the first step: fresh, with the weights of another run, or where this run
+    stopped. Raises UserError if no checkpoint can be used."""
+    if start.source is None:
+        return make_state(config, mesh)
+    like = abstract_state(config, mesh)
+    if start.resuming:
+        return newest(start.source, partial(_load_state, like), log)
+    params = newest(start.source, partial(_load_weights, like), log)
+    state = make_state(config, mesh)
+    return dataclasses.replace(state, params=params, ema_params=start_ema(config, params))
 
-    So what no flag says of the model is as it was when its weights were made. The types of weights
-    and products stay the preset's: weights kept in bfloat16 would hardly learn.
+
+def _load_state(like: TrainState, folder: Path, step: int) -> TrainState:
+    """The whole state saved at `step`, with the shardings of `like`."""
+    counted = {"opt_state": like.opt_state, "step": like.step}
+    counted = checkpoint.restore(folder, step, "optimizer", counted)
+    if int(counted["step"]) != step:
+        raise checkpoint.Damaged(f"{folder}: checkpoint {step} holds step {counted['step']}")
+    params = checkpoint.restore(folder, step, "params", like.params)
+    ema_params = {}
+    if like.ema_params:
+        ema_params = checkpoint.restore(folder, step, "ema_params", like.ema_params)
+    return TrainState(params, counted["opt_state"], counted["step"], ema_params)
+
+
+def _load_weights(like: TrainState, folder: Path, step: int) -> dict:
+    """What a new run starts from: the averaged weights where the other run kept an average."""
+    saved = from_json(TrainConfig, checkpoint.read_metadata(folder, step)["train"])
+    tree = "ema_params" if saved.ema_decay else "params"
+    return checkpoint.restore(folder, step, tree, like.params)
+
+
+def describe_run(
+    args: Any,
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    dataset: Dataset,
+    start: StartingPoint,
+) -> dict[str, Any]:
+    """What a checkpoint says of its run beside the arrays, as JSON: enough to use it alone.
+
+    Types that `args` left open stay open, since another machine fills them in its own way. The
+    paths are as they were typed, so that the command can be repeated.
     """
-    resuming = checkpoint.steps(out) and not (command.overwrite or command.verify_resume)
-    source = out if resuming else command.init_from
-    about = newest(source, checkpoint.read_metadata, lambda note: None)  # it is told later
-    own = default.train.model
-    types = {n: getattr(own, n) for n in ("param_dtype", "compute_dtype", "cache_dtype")}
-    model = dataclasses.replace(from_json(ModelConfig, about["model"]), **types)
-    return dataclasses.replace(default, train=dataclasses.replace(default.train, model=model))
-
-
-def load_weights(like, folder: Path, step: int, tree: str = "params") -> dict[str, Any]:
-    """The weights of a training state, placed as `like` says."""
-    return {"params": checkpoint.restore(folder, step, tree, like.params)}
-
-
-def load_start(like, folder: Path, step: int) -> dict[str, Any]:
-    """What a new run starts from: the average of the earlier one's weights where it kept one."""
-    kept = from_json(TrainConfig, checkpoint.read_metadata(folder, step)["train"]).ema_decay
-    start = load_weights(like, folder, step, "average" if kept else "params")
-    return start | ({"average": jax.tree.map(jnp.copy, start["params"])} if like.average else {})
-
-
-def load_state(like, folder: Path, step: int) -> dict[str, Any]:
-    """All fields of a training state, placed as those of `like`."""
-    rest = {"optimizer": like.optimizer, "step": like.step}
-    rest = checkpoint.restore(folder, step, "rest", rest)
-    if int(rest["step"]) != step:
-        raise checkpoint.Damaged(f"{folder}: checkpoint {step} holds step {rest['step']}")
-    if like.average:
-        rest["average"] = checkpoint.restore(folder, step, "average", like.average)
-    return load_weights(like, folder, step) | rest
-
-
-@contextlib.contextmanager
-def forgiving(forgive: bool, tell: Callable[[str], None]) -> Iterator[None]:
-    """If a checkpoint cannot be written inside, `tell` of it; or UserError, with what to do."""
-    try:
-        yield
-    except checkpoint.Unsaved as error:
-        if not forgive:
-            advice = "make room and give the same command again, or go on unsaved: --keep-going"
-            raise UserError(f"{error}; {advice}") from None
-        tell(f"note: {error}; training goes on")
-
-
-def remove_run(out: Path) -> None:
-    """Remove what a run wrote in its folder, and nothing else."""
-    for step in checkpoint.steps(out):
-        place = checkpoint.place_of(out, step)
-        place.unlink() if place.is_symlink() else shutil.rmtree(place)
-    for path in [*(out / name for name in FILES), *out.glob(EVENTS)]:
-        path.unlink(missing_ok=True)
-    for path in out.glob(TRACES):
-        shutil.rmtree(path)
-    for name in reversed(FOLDERS):
-        with contextlib.suppress(OSError):  # not there, or another's files are in it
-            (out / name).rmdir()
+    model = dataclasses.replace(
+        args.train.model,
+        vocab_size=config.model.vocab_size,
+        context_length=config.model.context_length,
+    )
+    init_from = None if args.init_from is None else str(args.init_from)
+    if start.resuming:
+        init_from = start.metadata["init_from"]  # as when it began
+    return {
+        "model": to_json(model),
+        "train": to_json(config),
+        "tokenizer": tokenizers.to_json(tokenizer),
+        "data": {
+            "fingerprint": dataset.fingerprint,
+            "paths": [str(path) for path in args.data or ()],
+        },
+        "init_from": init_from,
+    }

@@ -1,23 +1,34 @@
-"""Folders held by one process at a time: a run's, the cache's. Knows no checkpoints, no JAX."""
+"""A run's folder: who may use it, and what a run writes there."""
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
+from filelock import FileLock, Timeout
+
+from gpt import checkpoint, distributed
 from gpt.errors import UserError, require
 
-try:
-    import fcntl
-except ImportError:  # Windows: there nobody is refused
-    fcntl = None
-
 LOCK = ".lock"
+FILES = (
+    "metrics.jsonl",
+    "samples.jsonl",
+    "tokenizer.json",
+    "loss.png",
+    # unfinished files of a process that was killed
+    "metrics.jsonl.new",
+    "samples.jsonl.new",
+    "loss.new",
+)
+TENSORBOARD_EVENTS = "tensorboard/events.out.tfevents.*"
+PROFILES = "profile/plugins/profile/[0-9]*"
+FOLDERS = ("profile/plugins/profile", "profile/plugins", "profile", "tensorboard")
 
 
-def require_folder(out: Path) -> None:
-    """UserError unless a run can be kept in `out`, which need not exist yet."""
+def require_writable(out: Path) -> None:
+    """Raise UserError unless a run can be kept in `out`, which need not exist yet."""
     nearest = next(path for path in (out, *out.parents) if path.exists())
     require(
         nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
@@ -26,50 +37,8 @@ def require_folder(out: Path) -> None:
     )
 
 
-@contextlib.contextmanager
-def hold(out: Path) -> Iterator[None]:
-    """Have the folder `out` for this process alone; UserError if another process has it.
-
-    It is made if need be, and gone afterwards if nothing was put there. What a dead process held
-    is free: the system lets go of it.
-    """
-    require_folder(out)
-    made = [path for path in (out, *out.parents) if not path.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    file = lock(out)
-    try:
-        yield
-    finally:
-        (out / LOCK).unlink(missing_ok=True)  # before letting go: no other can hold it yet
-        file.close()
-        with contextlib.suppress(OSError):  # not empty, or gone
-            for path in made:
-                path.rmdir()
-
-
-def lock(out: Path) -> TextIO:
-    """The locked file: open for as long as the lock is to last."""
-    while True:
-        file = (out / LOCK).open("a")  # to write: NFS locks no other
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise UserError(
-                f"another train.py is at work in {out}: wait for it, stop it, or choose another "
-                "--out"
-            ) from None
-        except OSError:
-            return file  # a file system without locks
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(out / LOCK)):
-                return file
-        file.close()  # of one who has just left, and has removed it
-
-
 def require_shared(out: Path) -> None:
-    """UserError unless the folder that the first process of a run has made is seen here too."""
+    """Raise UserError unless this process sees the folder that the first process of a run made."""
     require(
         out.is_dir(),
         f"--out {out} is not seen by all processes of the run: choose a folder on storage that "
@@ -78,15 +47,60 @@ def require_shared(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def wait_for(path: Path) -> Iterator[None]:
-    """Have the lock file `path` alone, when whoever holds it now is done.
+def reserve(out: Path, is_trial: bool) -> Iterator[None]:
+    """Use the folder `out` for the processes of this run alone; a trial only checks that it could.
 
-    It stays, empty. Where none can be made, or the file system has no locks, nobody waits.
+    Raises UserError in all processes if it cannot be used.
     """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(path.open("a"))
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX)
+    if is_trial:
+        require_writable(out)
         yield
+        return
+    with distributed.on_first_process(lock_run(out)):
+        with distributed.exit_together():
+            require_shared(out)
+        yield
+
+
+@contextlib.contextmanager
+def lock_run(out: Path) -> Iterator[None]:
+    """Use the folder `out` in this process alone; raise UserError if another process uses it.
+
+    It is created if need be, and removed afterwards if nothing was put there. The operating system
+    releases the lock of a process that has died.
+    """
+    require_writable(out)
+    created = [path for path in (out, *out.parents) if not path.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(
+            f"another train.py is at work in {out}: wait for it, stop it, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        (out / LOCK).unlink(missing_ok=True)  # before the release: nobody else holds it yet
+        lock.release()
+        with contextlib.suppress(OSError):  # not empty, or removed by somebody else
+            for path in created:
+                path.rmdir()
+
+
+def remove_run(out: Path) -> None:
+    """Remove what a run wrote in its folder, and nothing else."""
+    for step in checkpoint.steps(out):
+        path = checkpoint.place_of(out, step)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+    for path in [*(out / name for name in FILES), *out.glob(TENSORBOARD_EVENTS)]:
+        path.unlink(missing_ok=True)
+    for path in out.glob(PROFILES):
+        shutil.rmtree(path)
+    for name in FOLDERS:
+        with contextlib.suppress(OSError):  # missing, or it holds somebody else's files
+            (out / name).rmdir()

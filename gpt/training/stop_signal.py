@@ -1,4 +1,4 @@
-"""Ending a run early without losing it: signals become an exit code that the loop looks at."""
+"""Ending a run early without losing it: a signal becomes a request that the loop looks at."""
 
 import os
 import signal
@@ -13,69 +13,78 @@ NOTICE = "stopping       the run is saved after this step; Ctrl-C again stops at
 
 
 class StopSignal:
-    """While open, Ctrl-C and SIGTERM become a `code` to leave with: 130 or 143, 0 before.
+    """While open, turns Ctrl-C and SIGTERM into an exit `code`: 130 or 143, 0 before any.
 
-    Until `defer` is called nothing can be lost, and they raise KeyboardInterrupt(code); then they
-    only set `code`, and `tell` hears of it. A second Ctrl-C ends the process at once, whatever
-    the main thread is doing, after a call of `let_go`.
+    Until `defer` is called there is nothing to save, and a signal raises KeyboardInterrupt(code).
+    From then on it only sets `code` and is told to `log`. A second Ctrl-C ends the process at once,
+    whatever the main thread is doing, after calling `before_exit`.
 
-    Of several processes the one that gets a signal lets the others know: SIGTERM is JAX's, whose
-    preemption service chooses the step that all stop at, and Ctrl-C is handed to it as SIGTERM.
+    If several processes train, the one that gets a signal informs the others: JAX's preemption
+    service handles SIGTERM and chooses the step after which all stop; Ctrl-C is passed to it as
+    SIGTERM.
     """
 
-    def __init__(self, tell: Callable[[str], None], let_go: Callable[[], None]):
-        self.tell, self.let_go = tell, let_go
-        self.code, self.deferred, self.first, self.reached = 0, False, 0, False
+    def __init__(self, log: Callable[[str], None], before_exit: Callable[[], None]):
+        self.log = log
+        self.before_exit = before_exit
+        self.code = 0
+        self.deferred = False
+        self.first_step = 0
+        self.reached_sync_point = False
 
     def __enter__(self) -> "StopSignal":
-        self.ours, self.theirs = socket.socketpair()
-        self.theirs.setblocking(False)
-        self.descriptor = signal.set_wakeup_fd(self.theirs.fileno(), warn_on_full_buffer=False)
-        self.thread = threading.Thread(target=self.watch, daemon=True)
+        # Python runs a handler only when the main thread is back in Python, which a compilation
+        # delays for long. So a thread reads the signals from a socket as they come.
+        self.reader, self.writer = socket.socketpair()
+        self.writer.setblocking(False)
+        self.previous_fd = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+        self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
-        ours = SIGNALS[:1] if distributed.is_multi_process() else SIGNALS
-        self.before = {number: signal.signal(number, self.note) for number in ours}
+
+        handled = SIGNALS[:1] if distributed.is_multi_process() else SIGNALS
+        self.previous_handlers = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
-    def defer(self, first: int) -> None:
-        """From now on a signal is only noted; the next step is the one after `first`."""
-        self.deferred, self.first = True, first
+    def defer(self, first_step: int) -> None:
+        """From now on a signal is only noted; the run continues after `first_step`."""
+        self.deferred = True
+        self.first_step = first_step
 
-    def ends(self, step: int) -> bool:
-        """Whether the run ends after `step`, or should have before: the same in all processes, each
-        of which asks."""
+    def requested_by(self, step: int) -> bool:
+        """Whether the run must end after `step`, or should have ended before. All processes of a
+        run ask this after each step, and all get the same answer."""
         if not distributed.is_multi_process():
             return bool(self.code)
-        self.reached |= distributed.preempted(step - self.first)
-        if self.reached and not self.code:
+        self.reached_sync_point |= distributed.preempted(step - self.first_step)
+        if self.reached_sync_point and not self.code:
             self.code = 128 + signal.SIGTERM
-            self.tell(NOTICE)
-        return self.reached
+            self.log(NOTICE)
+        return self.reached_sync_point
 
-    def note(self, number: int, _) -> None:
-        """The handler of both signals. Python runs it when the main thread is back in Python."""
+    def _handle(self, number: int, _frame) -> None:
         self.code = self.code or 128 + number
         if not self.deferred:
             raise KeyboardInterrupt(self.code)
         if distributed.is_multi_process():
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def watch(self) -> None:
-        """See each signal as it comes: compiling keeps the main thread out of Python for long."""
-        seen = 0
-        while number := self.ours.recv(1):
-            if number[0] == signal.SIGINT and seen:
-                self.let_go()
+    def _watch(self) -> None:
+        """Runs in a thread of its own: tell of the first signal, exit on a second Ctrl-C."""
+        n_seen = 0
+        while received := self.reader.recv(1):
+            number = received[0]
+            if number == signal.SIGINT and n_seen:
+                self.before_exit()
                 os._exit(128 + signal.SIGINT)
-            if number[0] in SIGNALS:
-                seen += 1
-                if self.deferred and seen == 1:
-                    self.tell(NOTICE)
+            if number in SIGNALS:
+                n_seen += 1
+                if self.deferred and n_seen == 1:
+                    self.log(NOTICE)
 
     def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self.descriptor)
-        self.theirs.close()
+        signal.set_wakeup_fd(self.previous_fd)
+        self.writer.close()
         self.thread.join()
-        self.ours.close()
+        self.reader.close()

@@ -15,7 +15,7 @@ jax.config.update("jax_disable_most_optimizations", True)  # compiling is all th
 from gpt import sharding  # noqa: E402
 from gpt.config import MeshConfig, ModelConfig, TrainConfig  # noqa: E402
 from gpt.plan import absent, chips, programs  # noqa: E402
-from gpt.training import train_step  # noqa: E402
+from gpt.training import train_state  # noqa: E402
 
 # An untied head: whether a tied one is gathered apart from the lookup's table varies with XLA.
 MODEL = ModelConfig(1000, context_length=128, n_layers=2, n_heads=4, d_model=64, tied=False)
@@ -44,12 +44,12 @@ def report(sizes: tuple[int, int, int], devices: list) -> dict:
     n_devices = sizes[0] * sizes[1] * sizes[2]
     config = replace(CONFIG, mesh=MeshConfig(*sizes))
     mesh = sharding.make_mesh(config.mesh, devices[:n_devices])
-    state = train_step.make_state(config, mesh)
+    state = train_state.make_state(config, mesh)
     weights = programs.abstract_weights(config.model, mesh)
     cache = programs.abstract_cache(config.model, mesh, programs.count_rows(mesh), 128)
     return {
         "planned": absent.state_bytes(config, mesh),
-        "arrays": {"weights": most(state.params), "optimizer": most(state.optimizer)},
+        "arrays": {"weights": most(state.params), "optimizer": most(state.opt_state)},
         "sampling": programs.bytes_on_device((weights, cache)),
         "train": figures(absent.train_program(config, mesh, tpu=False)),
         "prefill": figures(absent.prefill_program(config, mesh)),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gpt import flops, hardware, sharding
 from gpt.config import MeshConfig, ModelConfig, TrainConfig
 from gpt.errors import UserError
-from gpt.training import memory_plan, plan, train_step
+from gpt.training import memory_plan, run_plan, train_state, train_step
 
 MODEL = ModelConfig(300, context_length=32, n_layers=2, n_heads=2, d_model=32)
 CONFIG = TrainConfig(model=MODEL, batch_size=8, steps=5, ema_decay=0.9)
@@ -31,7 +31,7 @@ def mesh():
 )
 def test_the_largest_micro_batch_of_an_even_cost(fixed, a_row, least, begin, limit):
     total = lambda rows: fixed + a_row * rows  # noqa: E731
-    best = memory_plan.largest_rows(limit, least, least * begin, total)
+    best = run_plan.largest_rows(limit, least, least * begin, total)
     assert best % least == 0
     assert best == 0 or total(best) <= limit
     assert total(best + least) > limit
@@ -44,17 +44,17 @@ def test_the_search_holds_where_the_cost_is_uneven():
     def total(rows):
         return tried.setdefault(rows, 1000 + 7 * rows + (3000 if rows > 100 else 0))
 
-    best = memory_plan.largest_rows(2000, 1, 4, total)
+    best = run_plan.largest_rows(2000, 1, 4, total)
     assert tried[best] <= 2000 and best >= 0.9 * 100
-    assert memory_plan.largest_rows(10, 1, 4, total) == 0
+    assert run_plan.largest_rows(10, 1, 4, total) == 0
     no_end = lambda rows: float("inf")  # noqa: E731
-    assert memory_plan.largest_rows(10, 1, 4, no_end) == 0
+    assert run_plan.largest_rows(10, 1, 4, no_end) == 0
 
 
 def test_the_plan_agrees_with_the_arrays_themselves(mesh):
     """What XLA says it is given is weights, optimizer, average, step and batch, to the byte."""
     need = memory_plan.need_of(train_step.compile_train_step(CONFIG, mesh))
-    state = jax.tree.leaves(train_step.abstract_state(CONFIG, mesh))
+    state = jax.tree.leaves(train_state.abstract_state(CONFIG, mesh))
     given = sum(leaf.size * leaf.dtype.itemsize for leaf in state) + 8 * 33 * 4
     assert given <= need.state < given + 1000  # and the metrics that come out
     assert need.temporary > flops.weight_bytes(MODEL)  # the gradients, and then activations
@@ -63,23 +63,24 @@ def test_the_plan_agrees_with_the_arrays_themselves(mesh):
 def test_the_dry_run_tells_what_fits(mesh, monkeypatch):
     """With a step that takes 100 kB a row; tests/test_train.py plans with the compiled one."""
 
-    def need_of(config, mesh):
+    def need_of(config):
         return memory_plan.Need(600_000, 100_000 * config.batch_size // config.grad_accum)
 
-    monkeypatch.setattr(plan, "need_of", need_of)
-    few, more = (plan.describe_memory(CONFIG, mesh, gb) for gb in (0.003, 0.03))
+    monkeypatch.setattr(run_plan, "compile_train_step", lambda config, mesh: config)
+    monkeypatch.setattr(run_plan, "need_of", need_of)
+    few, more = (run_plan.describe_memory(CONFIG, mesh, gb) for gb in (0.003, 0.03))
     assert "up to 24 fit" in few[-1] and "up to 294 fit" in more[-1]
     assert "(--memory-gb)" in few[1] and few[0].startswith("activations ")
-    (none,) = plan.describe_memory(CONFIG, mesh, 1e-4)[-1:]
+    (none,) = run_plan.describe_memory(CONFIG, mesh, 1e-4)[-1:]
     assert "none fits: raise --grad-accum" in none
-    assert "this machine's memory" in plan.describe_memory(CONFIG, mesh, None)[1]
+    assert "this machine's memory" in run_plan.describe_memory(CONFIG, mesh, None)[1]
 
 
 def test_an_absurd_plan_is_refused_before_it_is_compiled(mesh):
     wide = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, d_ff=10**20))
     for absurd in (wide, dataclasses.replace(CONFIG, batch_size=10**20)):
         with pytest.raises(UserError, match=r"no device holds .* GiB"):
-            plan.describe_memory(absurd, mesh, None)
+            run_plan.describe_memory(absurd, mesh, None)
 
 
 def test_memory_is_found():
@@ -88,18 +89,17 @@ def test_memory_is_found():
 
 
 def test_what_cannot_fit_is_refused_before_it_is_made(mesh, monkeypatch):
-    plan.require_room(CONFIG, mesh)
+    memory_plan.require_room(memory_plan.least_need(CONFIG, mesh))
     monkeypatch.setattr(hardware, "memory", lambda: (10**5, "a small machine"))
-    monkeypatch.setattr(train_step, "compile_train_step", lambda *_: pytest.fail("too late"))
     with pytest.raises(
         UserError, match=r"out of memory: .* \(a small machine\): raise --grad-accum"
     ):
-        plan.require_room(CONFIG, mesh)
+        memory_plan.require_room(memory_plan.least_need(CONFIG, mesh))
 
 
 def test_a_step_that_cannot_fit_is_refused_when_it_is_compiled(mesh, monkeypatch):
     monkeypatch.setattr(hardware, "memory", lambda: (10**6, "a small machine"))
-    plan.require_room(CONFIG, mesh)
+    memory_plan.require_room(memory_plan.least_need(CONFIG, mesh))
     with pytest.raises(UserError, match="--batch-size"):
         train_step.compile_steps(CONFIG, mesh)
 
@@ -108,7 +108,7 @@ def test_running_out_of_memory_names_the_flags():
     """What XLA raises, what NumPy raises; any other error is our bug and stays."""
     for take in (lambda: jnp.zeros(10**13), lambda: bytearray(10**18)):
         match = "8 sequences of 32 tokens: raise --grad-accum"
-        with pytest.raises(UserError, match=match), memory_plan.explained(CONFIG):
+        with pytest.raises(UserError, match=match), memory_plan.explain_out_of_memory(CONFIG):
             take()
-    with pytest.raises(ZeroDivisionError), memory_plan.explained(CONFIG):
+    with pytest.raises(ZeroDivisionError), memory_plan.explain_out_of_memory(CONFIG):
         print(1 / 0)

@@ -1,5 +1,6 @@
 """metrics.jsonl survives crashes and resumes, and the terminal is told how the run goes."""
 
+import contextlib
 import io
 import json
 import math
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from gpt.config import ModelConfig, TrainConfig
-from gpt.training import metrics, speed
+from gpt.training import loss_curve, metrics, step_timer
 from gpt.training.metrics import RunLog, open_metrics, read_metrics
 
 CONFIG = TrainConfig(
@@ -31,13 +32,14 @@ def said(console: Console) -> str:
     return console.file.getvalue()
 
 
-def run(path, first=0, console=None, until=40, **more):
+def run(out, first=0, console=None, until=40, **more):
     """A run's log from `first` on, with an evaluation every 20 steps."""
-    with RunLog(path, first, CONFIG, console or plain_console(), **more) as log:
+    log = RunLog(out, first, CONFIG, console or plain_console(), **more)
+    with contextlib.closing(log):
         for step in range(first + 1, until + 1):
-            log.log_train(step, METRICS)
+            log.step(step, METRICS)
             if step % 20 == 0:
-                log.log_eval(step, 3.25, 1.5)
+                log.evaluation(step, 3.25, 1.5)
 
 
 def steps_in(path) -> list[int]:
@@ -45,7 +47,7 @@ def steps_in(path) -> list[int]:
 
 
 def test_each_line_says_all_there_is_to_know(tmp_path):
-    run(tmp_path / "metrics.jsonl")
+    run(tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     first, *_, last = [json.loads(line) for line in lines]
     assert steps_in(tmp_path / "metrics.jsonl") == [10, 20, 20, 30, 40, 40]
@@ -57,8 +59,8 @@ def test_each_line_says_all_there_is_to_know(tmp_path):
 
 
 def test_lines_are_in_the_file_at_once(tmp_path):
-    log = RunLog(tmp_path / "metrics.jsonl", 0, CONFIG, plain_console())
-    log.log_train(10, METRICS)
+    log = RunLog(tmp_path, 0, CONFIG, plain_console())
+    log.step(10, METRICS)
     assert steps_in(tmp_path / "metrics.jsonl") == [10]
     log.close()
 
@@ -66,35 +68,35 @@ def test_lines_are_in_the_file_at_once(tmp_path):
 def test_samples_of_steps_that_are_made_again_are_replaced(tmp_path):
     """A run killed after step 30 that continues from a checkpoint of step 10."""
     path = tmp_path / "samples.jsonl"
-    with RunLog(tmp_path / "metrics.jsonl", 0, CONFIG, plain_console()) as log:
+    with contextlib.closing(RunLog(tmp_path, 0, CONFIG, plain_console())) as log:
         for step in (10, 20, 30):
-            log.log_sample(step, f"今天 {step}")
+            log.sample(step, f"今天 {step}")
     path.write_text(path.read_text() + '{"step": 31, "te')
-    with RunLog(tmp_path / "metrics.jsonl", 10, CONFIG, plain_console()) as log:
-        log.log_sample(20, "again")
+    with contextlib.closing(RunLog(tmp_path, 10, CONFIG, plain_console())) as log:
+        log.sample(20, "again")
     said = [(r["step"], r["text"]) for r in read_metrics(path)]
     assert said == [(10, "今天 10"), (20, "again")]
 
 
 def test_what_is_not_a_number_is_null(tmp_path):
-    with RunLog(tmp_path / "m", 0, CONFIG, plain_console()) as log:
-        log.log_train(10, METRICS | {"loss": jnp.nan, "grad_norm": jnp.inf})
-        log.log_eval(10, math.nan, -math.inf)
-    train, evaluation = read_metrics(tmp_path / "m")
+    with contextlib.closing(RunLog(tmp_path / "m", 0, CONFIG, plain_console())) as log:
+        log.step(10, METRICS | {"loss": jnp.nan, "grad_norm": jnp.inf})
+        log.evaluation(10, math.nan, -math.inf)
+    train, evaluation = read_metrics(tmp_path / "m" / "metrics.jsonl")
     assert (train["loss"], train["grad_norm"], train["learning_rate"]) == (None, None, 1e-3)
     assert (evaluation["val_loss"], evaluation["val_bits_per_byte"]) == (None, None)
-    assert "NaN" not in (tmp_path / "m").read_text()
+    assert "NaN" not in (tmp_path / "m" / "metrics.jsonl").read_text()
 
 
 def test_a_resumed_run_has_every_step_once(tmp_path):
-    path, whole = tmp_path / "metrics.jsonl", tmp_path / "whole.jsonl"
-    run(whole)
-    run(path, until=34)  # dies after the checkpoint of step 20
+    path = tmp_path / "run" / "metrics.jsonl"
+    run(tmp_path / "whole")
+    run(tmp_path / "run", until=34)  # dies after the checkpoint of step 20
     with path.open("a") as file:
         file.write('{"step": 34, "lo')
-    run(path, first=20)
-    assert steps_in(path) == steps_in(whole)
-    assert not list(tmp_path.glob("*.new"))
+    run(tmp_path / "run", first=20)
+    assert steps_in(path) == steps_in(tmp_path / "whole" / "metrics.jsonl")
+    assert not list(tmp_path.glob("*/*.new"))
 
 
 @given(cut=st.integers(0, 400), step=st.integers(0, 60), noise=st.binary(max_size=30))
@@ -114,7 +116,7 @@ def test_any_torn_file_resumes_with_the_whole_lines_up_to_the_step(
 
 
 def test_a_crash_while_resuming_loses_nothing(tmp_path, monkeypatch):
-    run(tmp_path / "metrics.jsonl")
+    run(tmp_path)
     before = (tmp_path / "metrics.jsonl").read_bytes()
 
     def crash(*_):
@@ -135,28 +137,29 @@ def clock(monkeypatch):
     """The time that the log reads; a test moves it."""
     clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr(metrics, "time", clock)
-    monkeypatch.setattr(speed, "time", clock)
+    monkeypatch.setattr(step_timer, "time", clock)
     return clock
 
 
 def test_speed_leaves_out_pauses_and_what_was_before_the_start(tmp_path, clock):
-    with RunLog(tmp_path / "m", 0, CONFIG, plain_console()) as log:
+    with contextlib.closing(RunLog(tmp_path / "m", 0, CONFIG, plain_console())) as log:
         clock.now += 60  # compiling
-        log.speed.start()
+        log.timer.start()
         clock.now += 2
-        with log.speed.pause():
-            clock.now += 30
-        log.log_train(10, METRICS)
-    (line,) = read_metrics(tmp_path / "m")
+        log.timer.pause()
+        clock.now += 30
+        log.timer.resume()
+        log.step(10, METRICS)
+    (line,) = read_metrics(tmp_path / "m" / "metrics.jsonl")
     assert (line["tokens_per_second"], line["seconds"]) == (640, 32)
 
 
 def test_speed_is_of_the_window_alone(tmp_path, clock):
-    with RunLog(tmp_path / "m", 20, CONFIG, plain_console()) as log:
+    with contextlib.closing(RunLog(tmp_path / "m", 20, CONFIG, plain_console())) as log:
         for seconds, step in [(4, 30), (1, 40)]:
             clock.now += seconds
-            log.log_train(step, METRICS)
-    slow, fast = read_metrics(tmp_path / "m")
+            log.step(step, METRICS)
+    slow, fast = read_metrics(tmp_path / "m" / "metrics.jsonl")
     assert (slow["tokens_per_second"], fast["tokens_per_second"]) == (320, 1280)
     assert (slow["tokens"], fast["tokens"]) == (30 * 128, 40 * 128)
 
@@ -166,7 +169,7 @@ def test_without_a_terminal_there_are_a_few_plain_lines(tmp_path):
     run(tmp_path / "m", console=console)
     lines = said(console).splitlines()
     assert lines[0].startswith("step 10/40  loss 3.5000  ") and lines[0].endswith(" left")
-    assert lines[1] == "step 20  validation loss 3.2500, 1.5000 bits a byte"
+    assert lines[1] == "step 20  validation loss 3.2500, 1.5000 bits per byte"
     assert lines[2].startswith("step 40/40  loss 3.5000  ")  # 20 and 30 came too soon after
     assert lines[4].startswith("step time      p50 ") and lines[4].endswith(" ms")
     assert len(lines) == 5 and "\x1b" not in said(console)
@@ -196,9 +199,9 @@ def test_a_run_goes_on_when_nobody_can_hear_it(stream, tmp_path, monkeypatch):
     """A terminal that is gone, a full disk under the log: metrics are kept all the same."""
     monkeypatch.setattr(sys, "stderr", stream())
     console = metrics.make_console(quiet=False)
-    with RunLog(tmp_path / "metrics.jsonl", 0, CONFIG, console) as log:
-        log.log_eval(1, 1.0, 2.0)
-        log.log_eval(2, 1.0, 2.0)
+    with contextlib.closing(RunLog(tmp_path, 0, CONFIG, console)) as log:
+        log.evaluation(1, 1.0, 2.0)
+        log.evaluation(2, 1.0, 2.0)
     sys.stderr.close()  # as at the end of the process
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
@@ -207,24 +210,24 @@ def test_a_run_goes_on_when_nobody_can_hear_it(stream, tmp_path, monkeypatch):
     ("seconds", "text"), [(0.4, "0:00"), (61, "1:01"), (3599.6, "1:00:00"), (90_061, "25:01:01")]
 )
 def test_clock(seconds, text):
-    assert metrics.clock(seconds) == text
+    assert metrics.format_seconds(seconds) == text
 
 
 def test_smoothing_is_centred_and_keeps_a_line_straight():
     line = [float(n) for n in range(200)]
-    assert metrics.smoothed(line) == pytest.approx(line)
-    assert metrics.smoothed([]) == []
-    assert metrics.smoothed([0.0, 1.0] * 100)[100] == pytest.approx(0.5, abs=0.1)
+    assert loss_curve.smoothed(line) == pytest.approx(line)
+    assert loss_curve.smoothed([]) == []
+    assert loss_curve.smoothed([0.0, 1.0] * 100)[100] == pytest.approx(0.5, abs=0.1)
 
 
 def test_the_curves_are_a_labelled_picture(tmp_path, monkeypatch):
     seen = {}
-    draw = metrics.draw_losses
-    monkeypatch.setattr(metrics, "draw_losses", lambda *a: (seen.update(axes=a[0]), draw(*a)))
+    draw = loss_curve.plot_losses
+    monkeypatch.setattr(loss_curve, "plot_losses", lambda *a: (seen.update(axes=a[0]), draw(*a)))
     run(tmp_path / "m")
-    with (tmp_path / "m").open("a") as file:
+    with (tmp_path / "m" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 45, "loss": null}\n{"step": 50, "lo')
-    metrics.draw_curves(tmp_path / "m", tmp_path / "loss.png")
+    loss_curve.save_loss_curve(tmp_path / "m" / "metrics.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     axes = seen["axes"]
     assert "nats" in axes.get_ylabel() and "steps" in axes.get_xlabel()
@@ -234,5 +237,5 @@ def test_the_curves_are_a_labelled_picture(tmp_path, monkeypatch):
 
 
 def test_without_losses_there_is_no_picture(tmp_path):
-    metrics.draw_curves(tmp_path / "absent", tmp_path / "loss.png")
+    loss_curve.save_loss_curve(tmp_path / "absent", tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()

@@ -11,7 +11,8 @@ import pytest
 from gpt import flops, sharding
 from gpt.config import MeshConfig, ModelConfig, TrainConfig
 from gpt.model import layers
-from gpt.training import memory_plan, nonfinite, train_step
+from gpt.training import memory_plan, nonfinite, train_state, train_step
+from gpt.training.nonfinite import locate_first_nonfinite
 
 MODEL = ModelConfig(100, context_length=8, n_layers=4, n_heads=2, d_model=16, dropout=0.1)
 CONFIG = TrainConfig(
@@ -49,7 +50,7 @@ def planted(params, layer, value=np.nan, room="mlp", name="up"):
 
 @functools.cache
 def fresh(config):
-    return jax.jit(train_step.fresh_state, static_argnums=0)(config)
+    return jax.jit(train_state.fresh_state, static_argnums=0)(config)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_a_bad_step_changes_only_the_number_of_steps(choice, monkeypatch):
     not been, but for its data and its noise."""
     config = dataclasses.replace(CONFIG, **CHOICES[choice])
     if choice == NOT_A_CPU:
-        monkeypatch.setattr(train_step, "by_branch", train_step.by_choice)
+        monkeypatch.setattr(train_step, "update_by_branch", train_step.update_by_choice)
     run = jax.jit(train_step.train_step, static_argnums=0)
     state, metrics = run(config, fresh(config), batch())
     assert metrics["skipped"] == 0 and int(state.step) == 1
@@ -73,24 +74,24 @@ def test_a_bad_step_changes_only_the_number_of_steps(choice, monkeypatch):
     assert not np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
     assert (int(metrics["skipped"]), int(after.step)) == (1, 2)
     assert bits(after.params) == bits(bad.params)
-    assert bits((after.optimizer, after.average)) == bits((state.optimizer, state.average))
+    assert bits((after.opt_state, after.ema_params)) == bits((state.opt_state, state.ema_params))
     again = dataclasses.replace(after, params=state.params)
     late, metrics = run(config, again, batch(2))
     assert (int(metrics["skipped"]), int(late.step)) == (1, 3)
-    assert train_step.count_updates(late.optimizer) == 2
+    assert train_step.count_updates(late.opt_state) == 2
     assert bits(late.params) != bits(state.params)
 
 
 def test_a_gradient_alone_is_enough(monkeypatch):
     """A loss that is finite, and an overflow on the way back."""
-    honest = train_step.gradients
+    honest = train_step.mean_gradients
     run = jax.jit(train_step.train_step, static_argnums=0)
 
     def gradients(*args):
         loss, grads = honest(*args)
         return loss, grads | {"tokens": grads["tokens"].at[3, 3].set(jnp.inf)}
 
-    monkeypatch.setattr(train_step, "gradients", gradients)
+    monkeypatch.setattr(train_step, "mean_gradients", gradients)
     config = dataclasses.replace(CONFIG, seed=1)  # which is not compiled yet
     state = fresh(config)
     after, metrics = run(config, state, batch())
@@ -101,12 +102,12 @@ def test_a_gradient_alone_is_enough(monkeypatch):
 def test_the_compiled_step_skips_too():
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     train, _ = train_step.compile_steps(CONFIG, mesh)
-    state = train_step.make_state(CONFIG, mesh)
+    state = train_state.make_state(CONFIG, mesh)
     state = dataclasses.replace(state, params=planted(state.params, 0))
-    before = bits((state.params, state.optimizer, state.average))
+    before = bits((state.params, state.opt_state, state.ema_params))
     after, metrics = train(state, batch())
     assert int(metrics["skipped"]) == int(after.step) == 1
-    assert bits((after.params, after.optimizer, after.average)) == before
+    assert bits((after.params, after.opt_state, after.ema_params)) == before
 
 
 def test_the_guard_takes_no_memory(monkeypatch):
@@ -115,18 +116,18 @@ def test_the_guard_takes_no_memory(monkeypatch):
     model = dataclasses.replace(MODEL, vocab_size=5000)
     config = dataclasses.replace(CONFIG, model=model)
     guarded = memory_plan.need_of(train_step.compile_train_step(config, mesh)).total
-    monkeypatch.setattr(train_step, "by_branch", lambda update, good, state: update(state))
+    monkeypatch.setattr(train_step, "update_by_branch", lambda update, good, state: update(state))
     free = memory_plan.need_of(train_step.compile_train_step(config, mesh)).total
     assert guarded < free + 10_000 < free + flops.weight_bytes(model) // 10
 
 
 def test_bad_steps_in_a_row():
     config = dataclasses.replace(CONFIG, max_bad_steps=2)
-    bad = nonfinite.BadSteps(config, 3)
-    assert [bad.note(n, skipped) for n, skipped in [(8, 3), (9, 4), (10, 4)]] == [False] * 3
-    assert [bad.note(n, skipped) for n, skipped in [(11, 5), (12, 6)]] == [False, True]
-    assert (bad.first, bad.row) == (11, 2)
-    assert not bad.note(19, 6) and bad.note(20, 7)  # the last step has no next one
+    streak = nonfinite.NonFiniteStreak(config, 3)
+    assert [streak.add(n, skipped) for n, skipped in [(8, 3), (9, 4), (10, 4)]] == [False] * 3
+    assert [streak.add(n, skipped) for n, skipped in [(11, 5), (12, 6)]] == [False, True]
+    assert (streak.first_step, streak.length) == (11, 2)
+    assert not streak.add(19, 6) and streak.add(20, 7)  # the last step has no next one
 
 
 def params_of(**more):
@@ -138,13 +139,13 @@ def params_of(**more):
 @pytest.mark.parametrize("layer", [0, 2, 3])
 def test_the_layer_of_a_bad_weight(layer):
     config, params = params_of()
-    said = nonfinite.find_bad(config, planted(params, layer), batch(), 5)
+    said = locate_first_nonfinite(config, planted(params, layer), batch(), 5)
     assert said == (
         f"the first bad value is in the weights of block {layer} of 0 to 3 (blocks/mlp/up)"
     )
     for name in ("tokens", "positions"):
         both = planted(params, layer) | {name: change(params[name], 0, np.inf)}
-        assert nonfinite.find_bad(config, both, batch(), 5).endswith(f"the weights of {name}")
+        assert locate_first_nonfinite(config, both, batch(), 5).endswith(f"the weights of {name}")
 
 
 @pytest.mark.parametrize("norm_place", ["pre", "post"])
@@ -154,26 +155,28 @@ def test_the_layer_of_a_bad_output(layer, norm_place):
     config, params = params_of(norm_place=norm_place)
     params = planted(params, layer, 1e38, "attention", "v_bias")
     params = planted(params, layer, 1e38, "attention", "o")
-    said = nonfinite.find_bad(config, params, batch(), 5)
+    said = locate_first_nonfinite(config, params, batch(), 5)
     assert said.endswith(f"the output of block {layer} of 0 to 3")
 
 
 def test_a_bad_embedding_and_a_bad_head():
     config, params = params_of(tied=False)
     huge = {"tokens": params["tokens"] + 3e38, "positions": params["positions"] + 3e38}
-    assert nonfinite.find_bad(config, params | huge, batch(), 5).endswith(
+    assert locate_first_nonfinite(config, params | huge, batch(), 5).endswith(
         "the output of the embedding"
     )
     head = {"head": params["head"] + 3e38}
-    assert nonfinite.find_bad(config, params | head, batch(), 5).endswith("the output of the head")
+    assert locate_first_nonfinite(config, params | head, batch(), 5).endswith(
+        "the output of the head"
+    )
 
 
 def test_a_bad_gradient_is_met_on_the_way_back(monkeypatch):
     """An activation without a derivative where it is zero: the last block meets it first."""
     config, params = params_of()
-    assert nonfinite.find_bad(config, params, batch(), 5).startswith("all is finite")
+    assert locate_first_nonfinite(config, params, batch(), 5).startswith("all values are finite")
     relu = lambda x: jnp.sqrt(jnp.maximum(x, 0)) ** 2  # noqa: E731
     monkeypatch.setitem(layers.ACTIVATIONS, "gelu_tanh", relu)
     config = dataclasses.replace(config, seed=2)  # which is not compiled yet
-    said = nonfinite.find_bad(config, params, batch(), 5)
+    said = locate_first_nonfinite(config, params, batch(), 5)
     assert "the gradient of block 3 of 0 to 3 (blocks/" in said

@@ -11,7 +11,7 @@ import pytest
 
 from gpt.config import ModelConfig, TrainConfig
 from gpt.model import transformer
-from gpt.training import optimizer, train_step
+from gpt.training import optimizer, train_state, train_step
 
 MODEL = ModelConfig(
     100,
@@ -78,14 +78,14 @@ def test_muon_makes_updates_orthogonal():
 
 
 def test_muon_keeps_one_moment_of_a_matrix():
-    state = jax.eval_shape(lambda: train_step.fresh_state(CONFIG))
+    state = jax.eval_shape(lambda: train_state.fresh_state(CONFIG))
     shape = (3, *(MODEL.d_model, MODEL.ff_width))
-    like_up = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == shape]
+    like_up = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == shape]
     assert len(like_up) == 3  # up, gate, down, once each
     adam = jax.eval_shape(
-        lambda: train_step.fresh_state(dataclasses.replace(CONFIG, optimizer="adamw"))
+        lambda: train_state.fresh_state(dataclasses.replace(CONFIG, optimizer="adamw"))
     )
-    assert len([x for x in jax.tree.leaves(adam.optimizer) if x.shape == shape]) == 6
+    assert len([x for x in jax.tree.leaves(adam.opt_state) if x.shape == shape]) == 6
 
 
 def test_schedules_rise_and_fall_as_named():
@@ -127,10 +127,10 @@ def test_decay_pulls_matrices_alone_and_by_the_rate():
 def test_average_lags_behind_and_starts_quickly():
     config = dataclasses.replace(CONFIG, ema_decay=0.99)
     old, new = {"w": jnp.zeros(3)}, {"w": jnp.ones(3)}
-    at = lambda n: float(train_step.averaged(config, old, new, jnp.int32(n))["w"][0])  # noqa: E731
+    at = lambda n: float(train_step.update_ema(config, old, new, jnp.int32(n))["w"][0])  # noqa: E731
     assert at(0) == 1.0  # the first step's weights are the average
     assert at(9) == pytest.approx(0.5)
     assert at(10**6) == pytest.approx(0.01, rel=1e-4)
-    state = train_step.fresh_state(config)
-    assert optax.tree.norm(state.average) == optax.tree.norm(state.params)
-    assert train_step.fresh_state(CONFIG).average == {}
+    state = train_state.fresh_state(config)
+    assert optax.tree.norm(state.ema_params) == optax.tree.norm(state.params)
+    assert train_state.fresh_state(CONFIG).ema_params == {}

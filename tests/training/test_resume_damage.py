@@ -8,7 +8,7 @@ from programs import TINY, arrays, call, read_lines, same_bits
 
 from gpt import checkpoint, sharding
 from gpt.config import TrainConfig, from_json
-from gpt.training import resume, train_step
+from gpt.training import resume, run_dir, train_state
 
 # pytest undoes the filter that keeps this out of the terminal elsewhere.
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
@@ -26,12 +26,12 @@ def test_each_file_damaged_falls_back_or_changes_nothing(trained, tmp_path):
     """The whole state of the run, weights and optimizer, as it is loaded to continue."""
     run = shutil.copytree(trained[1], tmp_path / "run")
     config = from_json(TrainConfig, checkpoint.read_metadata(run, 12)["train"])
-    like = train_step.abstract_state(config, sharding.make_mesh(config.mesh))
+    like = train_state.abstract_state(config, sharding.make_mesh(config.mesh))
     good, outcomes = arrays(run, 12), []
     random, notes = np.random.default_rng(0), []
 
     def load(folder, at):
-        return at, resume.load_state(like, folder, at)
+        return at, resume._load_state(like, folder, at)
 
     for path in sorted(p for p in checkpoint.place_of(run, 12).rglob("*") if p.is_file()):
         whole = path.read_bytes()
@@ -51,7 +51,7 @@ def test_each_file_damaged_falls_back_or_changes_nothing(trained, tmp_path):
     assert outcomes.count(8) > 20 and len(outcomes) > 40
 
 
-@pytest.mark.parametrize("tree", ["params", "rest", None])
+@pytest.mark.parametrize("tree", ["params", "optimizer", None])
 def test_the_same_command_ends_where_it_would_have(tree, text, trained, tmp_path):
     """What is told is told once, wherever the damage is met."""
     run = shutil.copytree(trained[1], tmp_path / "run")
@@ -72,6 +72,6 @@ def test_overwriting_a_checkpoint_that_is_a_link_leaves_what_it_points_to(finish
     place = finished / "checkpoints" / "8"
     place.rename(tmp_path / "elsewhere")
     place.symlink_to(tmp_path / "elsewhere")
-    resume.remove_run(finished)
+    run_dir.remove_run(finished)
     assert not place.exists() and (tmp_path / "elsewhere").is_dir()
     assert checkpoint.steps(finished) == []

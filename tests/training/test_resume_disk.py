@@ -1,17 +1,20 @@
 """A full disk, and one that cannot be written: said in a sentence, and no checkpoint is harmed."""
 
 import contextlib
+import io
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from programs import TINY, arrays, call, program, read_lines, same_bits, snapshot
+from programs import TINY, arrays, call, read_lines, same_bits, snapshot
+from rich.console import Console
 
 from gpt import checkpoint
-from gpt.presets import PRESETS
-from gpt.training import saving, train_step
+from gpt.config import TrainConfig
 from gpt.training.metrics import RunLog
+from gpt.training.trainer import Recorder
 
 
 def mount(*words) -> None:
@@ -74,30 +77,27 @@ def fill(disk) -> None:
 
 
 def test_who_goes_on_unsaved_has_what_could_be_saved(text, trained, mounted, monkeypatch):
-    """The disk is full from the sample at step 7 until the save of step 8 is seen to have failed,
-    which is at the next."""
+    """The disk is full when step 8 is saved, until the next save notices that this one failed."""
     disk = mounted(64 * 1024)
-    Run, Writer = program("train").Run, checkpoint.Writer
-    sample, wait = Run.show_sample, Writer.wait
+    honest_save, honest_wait = checkpoint.Writer.save, checkpoint.Writer.wait
 
-    def full_from_here(run, *arguments):
-        run.writer.wait()  # on a busy machine step 4 may still be on its way to the disk
-        fill(disk)
-        sample(run, *arguments)
+    def save(writer, step, *arguments, **named):
+        if step == 8:
+            writer.wait()  # on a busy machine step 4 may still be on its way to the disk
+            fill(disk)
+        honest_save(writer, step, *arguments, **named)
 
-    def free_from_here(writer):
+    def wait(writer):
         failing = writer.latest == 8 and writer.pending is not None
         try:
-            wait(writer)
+            honest_wait(writer)
         finally:
             if failing:
                 (disk / "ballast").unlink()
 
-    monkeypatch.setattr(Run, "show_sample", full_from_here)
-    monkeypatch.setattr(Writer, "wait", free_from_here)
+    monkeypatch.setattr(checkpoint.Writer, "save", save)
+    monkeypatch.setattr(checkpoint.Writer, "wait", wait)
     argv = [*TINY, "--data", text, "--out", disk / "run", "--keep-going"]
-    argv[argv.index("--sample-every") + 1] = "7"
-    monkeypatch.setattr(Run, "due", due_until_ten(Run.due))
     done = call("train", *argv)
     assert done.code == 0, done.err
     assert "the checkpoint of step 8 could not be saved" in done.err
@@ -107,20 +107,8 @@ def test_who_goes_on_unsaved_has_what_could_be_saved(text, trained, mounted, mon
     assert all(line in read_lines(trained[1]) for line in read_lines(disk / "run"))
 
 
-def due_until_ten(honest):
-    """No sample at the end of the run: the disk is to stay free."""
-
-    def due(self, done, *intervals):
-        return honest(self, done, *intervals) and (done < 12 or intervals != (7,))
-
-    return due
-
-
 def test_a_line_that_finds_no_room_leaves_no_half(tmp_path, monkeypatch):
     """As /dev/full has none."""
-    from rich.console import Console
-
-    from gpt.config import TrainConfig
 
     class Full:
         name = "metrics.jsonl"
@@ -141,13 +129,13 @@ def test_a_line_that_finds_no_room_leaves_no_half(tmp_path, monkeypatch):
 
     for going_on in (False, True):
         config = TrainConfig(log_every=1, keep_going=going_on)
-        with RunLog(tmp_path / "metrics.jsonl", 0, config, Console(quiet=True)) as log:
-            log.file.close()
-            log.file = Full()
-            told = contextlib.nullcontext() if going_on else pytest.raises(OSError, match="metrics")
-            with told:
-                log.log_train(1, {"loss": 1.0, "skipped": 0})
-            assert log.file.written == b""
+        log = RunLog(tmp_path, 0, config, Console(quiet=True))
+        log.file.close()
+        log.file = Full()
+        expected = pytest.raises(OSError, match="metrics")
+        with contextlib.nullcontext() if going_on else expected:
+            log.step(1, {"loss": 1.0, "skipped": 0})
+        assert log.file.written == b""
 
 
 def test_a_folder_that_cannot_be_written_is_refused_in_a_sentence(text, trained, mounted):
@@ -164,9 +152,9 @@ def test_a_folder_that_cannot_be_written_is_refused_in_a_sentence(text, trained,
     assert snapshot(disk) == before
 
 
-def test_after_a_save_that_failed_the_next_one_is_tried_and_waited_for(monkeypatch):
+def test_after_a_save_that_failed_the_next_one_is_tried_and_waited_for():
     """The disk may have room again: the work since then is not thrown away."""
-    told, saved = [], []
+    saved = []
 
     class Full:
         failed = False
@@ -175,9 +163,16 @@ def test_after_a_save_that_failed_the_next_one_is_tried_and_waited_for(monkeypat
             self.failed = True
             raise checkpoint.Unsaved("the checkpoint of step 10 could not be saved")
 
-        def save(self, step, trees, about, *, loss, wait):
+        def save(self, step, trees, metadata, *, loss, wait):
             saved.append((step, wait))
 
-    monkeypatch.setattr(train_step, "stored", lambda state: {})
-    saving.save(Full(), PRESETS["tiny"], 20, None, {}, None, False, told.append)
-    assert saved == [(20, True)] and "step 10 could not be saved" in told[0]
+    console = Console(file=io.StringIO())
+    recorder = SimpleNamespace(
+        checkpoints=Full(),
+        run=SimpleNamespace(console=console),
+        streak=SimpleNamespace(length=0),
+        metadata={},
+    )
+    state = SimpleNamespace(params={}, opt_state={}, step=20, ema_params={})
+    Recorder.save(recorder, 20, state, None, last=False)
+    assert saved == [(20, True)] and "step 10 could not be saved" in console.file.getvalue()

@@ -12,8 +12,8 @@ from gpt.training import run_dir
 HOLD = """
 import sys, time
 from pathlib import Path
-from gpt.training import lock
-with lock.hold(Path(sys.argv[1])):
+from gpt.training import run_dir
+with run_dir.lock_run(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -59,38 +59,21 @@ def test_a_second_trainer_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path, 
 
 def test_overwriting_does_not_let_go_of_the_folder(tmp_path, elsewhere):
     """The file that is locked is not one that a run writes."""
-    from gpt.training import resume
 
     elsewhere(tmp_path / "run")
-    resume.remove_run(tmp_path / "run")
-    with pytest.raises(UserError, match="at work"), run_dir.hold(tmp_path / "run"):
+    run_dir.remove_run(tmp_path / "run")
+    with pytest.raises(UserError, match="at work"), run_dir.lock_run(tmp_path / "run"):
         pass
 
 
 def test_a_folder_is_held_once_in_one_process_too(tmp_path):
     with (
-        run_dir.hold(tmp_path / "a" / "run"),
+        run_dir.lock_run(tmp_path / "a" / "run"),
         pytest.raises(UserError, match="at work"),
-        run_dir.hold(tmp_path / "a" / "run"),
+        run_dir.lock_run(tmp_path / "a" / "run"),
     ):
         pass
     assert snapshot(tmp_path) == {}  # what was made for it is gone
-    with run_dir.hold(tmp_path / "a" / "run"):
+    with run_dir.lock_run(tmp_path / "a" / "run"):
         (tmp_path / "a" / "run" / "notes").write_text("mine")
     assert snapshot(tmp_path) == {"a": None, "a/run": None, "a/run/notes": b"mine"}
-
-
-def test_a_lock_that_its_holder_removes_meanwhile_is_no_lock(tmp_path, monkeypatch):
-    """Between opening the file and locking it the one before has left, and a third may come."""
-    honest, left = run_dir.fcntl.flock, []
-
-    def flock(file, how):
-        if not left:
-            left.append((tmp_path / run_dir.LOCK).unlink())
-        honest(file, how)
-
-    monkeypatch.setattr(run_dir.fcntl, "flock", flock)
-    with run_dir.hold(tmp_path):
-        assert (tmp_path / run_dir.LOCK).exists()
-        with pytest.raises(UserError, match="at work"), run_dir.hold(tmp_path):
-            pass

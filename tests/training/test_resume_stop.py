@@ -9,7 +9,7 @@ import pytest
 from programs import ROOT, TINY, arrays, call, program, read_lines, same_bits
 
 from gpt import checkpoint
-from gpt.training import metrics, train_step
+from gpt.training import train_step, trainer
 
 SIGNALS = pytest.mark.parametrize(
     ("number", "code"),
@@ -35,10 +35,10 @@ def before(monkeypatch, owner, name, action):
 
 PHASES = {  # what is interrupted, and the step that is saved
     "compiling": (lambda: (train_step, "compile_steps"), 1),
-    "evaluating": (lambda: (train_step, "evaluate"), 4),
-    "sampling": (lambda: (program("train").Run, "show_sample"), 7),
+    "evaluating": (lambda: (train_step, "evaluate"), 5),
+    "sampling": (lambda: (program("train"), "write_sample"), 8),
     "saving": (lambda: (checkpoint.Writer, "save"), 5),
-    "at its end": (lambda: (metrics, "draw_curves"), 12),
+    "at its end": (lambda: (trainer, "save_loss_curve"), 12),
 }
 
 
@@ -67,15 +67,15 @@ sys.path.insert(0, "tests")
 from gpt import cli
 import programs
 from gpt import checkpoint
-from gpt.training import prepare, step
+from gpt.training import train_step, trainer
 
 train = programs.program("train")
 phase, numbers = sys.argv[1], [int(n) for n in sys.argv[2].split()]
 del sys.argv[1:3]
-honest = {"preparing": prepare.read_text, "compiling": step.compile_steps,
+honest = {"preparing": trainer.load_dataset, "compiling": train_step.compile_steps,
           "saving": checkpoint.Writer.wait}[phase]
 
-def stuck(*arguments):
+def stuck(*arguments, **named):
     for number in numbers:
         os.kill(os.getpid(), number)
         time.sleep(0.3)
@@ -83,10 +83,10 @@ def stuck(*arguments):
         import jax  # out of Python, as a compilation is
         jax.jit(lambda x: jax.lax.fori_loop(0, 10**9, lambda i, x: x @ x / 2, x))(
             jax.numpy.eye(500)).block_until_ready()
-    return honest(*arguments)
+    return honest(*arguments, **named)
 
-if phase == "preparing": prepare.read_text = stuck
-if phase == "compiling": step.compile_steps = stuck
+if phase == "preparing": trainer.load_dataset = stuck
+if phase == "compiling": train_step.compile_steps = stuck
 if phase == "saving": checkpoint.Writer.wait = stuck
 cli.run(train.main)
 """
@@ -111,7 +111,7 @@ def test_a_second_ctrl_c_stops_at_once_and_harms_nothing(
 ):
     argv = [*TINY, "--data", text, "--out", tmp_path / "run"]
     terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-    before(monkeypatch, program("train").Run, "show_sample", terminate)
+    before(monkeypatch, program("train"), "write_sample", terminate)
     assert call("train", *argv).code == 143
     monkeypatch.undo()
     (last,) = checkpoint.steps(tmp_path / "run")[-1:]

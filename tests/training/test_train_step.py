@@ -12,7 +12,7 @@ import pytest
 from gpt import sharding
 from gpt.config import MeshConfig, ModelConfig, TrainConfig
 from gpt.model import transformer
-from gpt.training import loss, optimizer, train_step
+from gpt.training import loss, optimizer, train_state, train_step
 
 MODEL = ModelConfig(300, context_length=16, n_layers=2, n_heads=2, d_model=32)
 CONFIG = TrainConfig(model=MODEL, batch_size=8, steps=50, warmup_steps=5)
@@ -26,7 +26,7 @@ def batch(config, micro=1, seed=0, rows=8):
 
 def start(config):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    return train_step.make_state(config, mesh), *train_step.compile_steps(config, mesh)
+    return train_state.make_state(config, mesh), *train_step.compile_steps(config, mesh)
 
 
 def full_losses(config, params, tokens):
@@ -60,7 +60,7 @@ def test_full_logits_never_exist_where_they_are_many(monkeypatch, kept):
     where they are few, all chunks are kept side by side."""
     monkeypatch.setattr(loss, "KEPT_LOGITS", kept)
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, vocab_size=50257))
-    state = jax.eval_shape(lambda: train_step.fresh_state(config))
+    state = jax.eval_shape(lambda: train_state.fresh_state(config))
     jaxpr = str(
         jax.make_jaxpr(lambda s, t: train_step.train_step(config, s, t))(state, batch(config))
     )
@@ -90,7 +90,7 @@ def test_accumulation_equals_the_large_batch(dropout):
     model = dataclasses.replace(MODEL, dropout=dropout)
     config = dataclasses.replace(CONFIG, model=model)
     params = transformer.init(model, jax.random.key(0))
-    grads = jax.jit(train_step.gradients, static_argnums=0)
+    grads = jax.jit(train_step.mean_gradients, static_argnums=0)
     n = jnp.int32(3)
     whole, g1 = grads(config, params, batch(config), n)
     for micro in (2, 4):
@@ -130,8 +130,10 @@ def test_recomputation_changes_no_gradient():
     for remat in (True, False):
         config = dataclasses.replace(CONFIG, model=model, remat=remat)
         args = (params, batch(config), jnp.int32(0))
-        results.append(jax.jit(train_step.gradients, static_argnums=0)(config, *args))
-        programs.append(str(jax.make_jaxpr(train_step.gradients, static_argnums=0)(config, *args)))
+        results.append(jax.jit(train_step.mean_gradients, static_argnums=0)(config, *args))
+        programs.append(
+            str(jax.make_jaxpr(train_step.mean_gradients, static_argnums=0)(config, *args))
+        )
     assert programs[0].count("remat") > programs[1].count("remat")
     for x, y in zip(*map(jax.tree.leaves, results), strict=True):
         assert np.abs(x - y).max() < 1e-6
@@ -167,7 +169,7 @@ def test_objective_against_its_textbook_form(monkeypatch, rows):
     expected = -(targets * logp).sum(-1) + 0.01 * jax.nn.logsumexp(logits, axis=-1) ** 2
     aim, plain = loss.objective(config, params, tokens)
     assert float(aim) == pytest.approx(float(expected.mean()), rel=1e-5)
-    reported, _ = train_step.gradients(config, params, tokens[None], jnp.int32(0))
+    reported, _ = train_step.mean_gradients(config, params, tokens[None], jnp.int32(0))
     for loss_in_nats in (plain, reported):  # what is learned may be smoothed, not what is told
         exact = float(full_losses(MODEL, params, tokens).mean())
         assert float(loss_in_nats) == pytest.approx(exact, rel=1e-5)

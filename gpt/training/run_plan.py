@@ -1,0 +1,130 @@
+"""The plan that train.py prints before it starts: what a run computes, and what it takes."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from jax.sharding import Mesh
+
+from gpt import flops, hardware
+from gpt.config import TrainConfig
+from gpt.errors import is_out_of_memory, require
+from gpt.training.memory_plan import (
+    ADVICE,
+    MIB,
+    Need,
+    format_bytes,
+    least_need,
+    need_of,
+    optimizer_bytes,
+)
+from gpt.training.train_step import compile_train_step, require_fit
+
+TRIES = 5  # sizes of the micro-batch that are compiled in search of the largest that fits
+ABSURD = 2**46  # bytes; far beyond this XLA's own numbers overflow
+
+
+def describe(config: TrainConfig, mesh: Mesh, n_tokens: int) -> list[str]:
+    """The plan as lines: the model, the bytes it needs over all devices, what the run computes.
+
+    `n_tokens`: tokens of the training text. Raises UserError unless the mesh divides the model and
+    its micro-batches.
+    """
+    notes = require_fit(config, mesh)
+    model = config.model
+    weights = flops.weight_bytes(model)
+    flops_per_token = flops.train_flops_per_token(model)
+    tokens_per_step = config.batch_size * config.window
+    tokens = tokens_per_step * config.steps
+    epochs = tokens / max(n_tokens, 1)
+    lines = [
+        *notes,
+        f"model          {model.n_layers} blocks, width {model.d_model}, {model.n_heads} heads "
+        f"({model.kv_heads} key/value heads), context {model.context_length}, vocabulary "
+        f"{model.vocab_size:,}",
+        f"choices        positions {model.positions}, norm {model.norm} {model.norm_place}, mlp "
+        f"{model.mlp}, schedule {config.schedule}",
+        f"parameters     {flops.parameters(model):,}",
+        f"weights        {weights / MIB:,.1f} MiB in {model.param_dtype}",
+        f"gradients      {weights / MIB:,.1f} MiB",
+        f"optimizer      {optimizer_bytes(config) / MIB:,.1f} MiB, {config.optimizer}",
+    ]
+    if config.ema_decay:
+        lines.append(f"average        {weights / MIB:,.1f} MiB, evaluated and sampled from")
+    lines += [
+        f"computation    {model.compute_dtype}, {flops_per_token / 1e6:,.2f} MFLOP per token to "
+        "train",
+        f"batch          {config.batch_size} x {config.window} = {tokens_per_step:,} tokens per "
+        f"step, in {config.grad_accum} micro-batch(es), on {mesh.size} device(s)",
+        f"run            {config.steps:,} steps, {tokens:,} tokens ({epochs:,.2f} epochs), "
+        f"{tokens * flops_per_token:.3g} FLOPs",
+    ]
+    return lines
+
+
+def describe_memory(config: TrainConfig, mesh: Mesh, memory_gb: float | None) -> list[str]:
+    """The memory of one device as lines: what the compiled step takes, and how large a micro-batch
+    would fit. Compiles the step for several sizes.
+
+    `memory_gb`: what a device has, in 10^9 bytes (None: what is found here).
+    """
+    least = least_need(config, mesh).total
+    require(
+        least < ABSURD,
+        f"no device holds {format_bytes(least)}, which a step takes at least: {ADVICE}",
+    )
+    limit, source = hardware.memory()
+    if memory_gb is not None:
+        limit, source = int(memory_gb * 1e9), "--memory-gb"
+
+    def need_with(rows: int) -> Need:
+        """The need with micro-batches of `rows`; infinite where the compiler runs out of memory."""
+        resized = dataclasses.replace(config, batch_size=rows * config.grad_accum)
+        try:
+            return need_of(compile_train_step(resized, mesh))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return Need(math.inf, math.inf)
+
+    rows = config.batch_size // config.grad_accum
+    need = need_with(rows)
+    n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    most = largest_rows(limit, n_shards, rows, lambda rows: need_with(rows).total)
+
+    gradients = flops.weight_bytes(config.model) // (mesh.size // mesh.shape["data"])
+    activations = max(need.temporary - gradients, 0)
+    fits = f"up to {most:,} fit" if most else "none fits"
+    advice = f": {ADVICE}" if rows > most else ""
+    return [
+        f"activations    {format_bytes(activations)} beside the gradients, as XLA plans the "
+        "compiled step",
+        f"in all         {format_bytes(need.total)} on each device, which has "
+        f"{format_bytes(limit)} ({source})",
+        f"micro-batch    {rows} sequences; {fits}{advice}",
+    ]
+
+
+def largest_rows(limit: int, step: int, start: int, total: Callable[[int], float]) -> int:
+    """The largest micro-batch, a multiple of `step` sequences, of which `total(rows)` is within
+    `limit` bytes; 0 if none is. The search begins at `start` and tries a few sizes.
+
+    What a step takes grows about linearly with its rows, so a line through two sizes comes close.
+    """
+    tried = {rows: total(rows) for rows in (step, max(start, 2 * step))}
+    for attempt in range(TRIES):
+        fits = max((rows for rows, size in tried.items() if size <= limit), default=0)
+        fails = min((rows for rows, size in tried.items() if size > limit), default=math.inf)
+        if fits + step >= fails:
+            break
+        if fails < math.inf:
+            low, high = fits, fails
+        else:
+            low, high = min(tried), fits
+        slope = (tried[high] - tried[low]) / (high - low)
+        guess = low + (limit - tried[low]) / slope if slope > 0 else 2 * fits
+        if attempt == 2 and fails < math.inf:
+            guess = (fits + fails) / 2  # the line has not helped
+        guess = min(max(int(guess) // step * step, fits + step), fails - step)
+        tried[guess] = total(guess)
+    return max((rows for rows, size in tried.items() if size <= limit), default=0)

@@ -1,0 +1,103 @@
+"""How fast a run goes: tokens per second, MFU, how evenly. Times come from the host's clock."""
+
+import time
+
+import numpy as np
+
+from gpt import flops
+from gpt.config import TrainConfig
+
+PERCENTILES = (50, 90, 99)
+# What a metrics line says about speed, beside `seconds`. These depend on the machine and the
+# process; everything else in a line is computed.
+SPEED_FIELDS = (
+    "since_step",
+    "tokens_per_second",
+    "mfu",
+    *(f"step_seconds_p{p}" for p in PERCENTILES),
+)
+
+
+class StepTimer:
+    """Times the steps of a run that starts after `first_step`.
+
+    `peak_flops`: FLOP/s of matrix products as measured on all devices; None: MFU is not reported.
+    """
+
+    def __init__(self, config: TrainConfig, first_step: int, peak_flops: float | None):
+        self.tokens_per_step = config.batch_size * config.window
+        self.flops_per_token = flops.train_flops_per_token(config.model)
+        self.peak_flops = peak_flops
+        self.first_step = first_step
+        self.last_step = first_step
+        self.window_first_step = first_step  # of the steps since the last `measure`
+        self.window_seconds: list[float] = []
+        self.earlier_seconds: list[float] = []
+        self.start()
+
+    def start(self) -> None:
+        """Start the clock: when compilation is over and the first step begins."""
+        self.started_at = self.window_started_at = self.last_at = time.perf_counter()
+        self.paused_at = None
+
+    def pause(self) -> None:
+        """Stop the clock until `resume`: an evaluation, a save and a sample are not step time."""
+        self.paused_at = time.perf_counter()
+
+    def resume(self) -> None:
+        if self.paused_at is not None:
+            elapsed = time.perf_counter() - self.paused_at
+            self.window_started_at += elapsed
+            self.last_at += elapsed
+            self.paused_at = None
+
+    def note(self, step: int) -> None:
+        """`step` has been computed."""
+        now = time.perf_counter()
+        n_steps = max(step - self.last_step, 1)
+        self.window_seconds.append((now - self.last_at) / n_steps)
+        self.last_step, self.last_at = step, now
+
+    def measure(self) -> dict[str, float]:
+        """The speed since the last call, and seconds since this process began its first step."""
+        n_tokens = (self.last_step - self.window_first_step) * self.tokens_per_step
+        tokens_per_second = n_tokens / max(self.last_at - self.window_started_at, 1e-9)
+        measured = {
+            "tokens_per_second": tokens_per_second,
+            "seconds": self.last_at - self.started_at,
+            "since_step": self.first_step,
+        }
+        if self.peak_flops:
+            measured["mfu"] = self.mfu(tokens_per_second)
+        measured |= percentiles(self.window_seconds)
+
+        self.earlier_seconds += self.window_seconds
+        self.window_seconds = []
+        self.window_first_step, self.window_started_at = self.last_step, self.last_at
+        return measured
+
+    def mfu(self, tokens_per_second: float) -> float:
+        """Model FLOPs utilization: the arithmetic of the model as a fraction of the peak (Chowdhery
+        et al. 2022, PaLM, appendix B)."""
+        return tokens_per_second * self.flops_per_token / self.peak_flops
+
+    def summary(self) -> str:
+        """A line about all steps so far; "" if there were none."""
+        seconds = self.earlier_seconds + self.window_seconds
+        if not seconds:
+            return ""
+        times = percentiles(seconds)
+        listed = ", ".join(f"p{p} {times[f'step_seconds_p{p}'] * 1e3:,.1f}" for p in PERCENTILES)
+        line = f"step time      {listed} ms"
+        if self.peak_flops:
+            mfu = self.mfu(self.tokens_per_step / float(np.mean(seconds)))
+            line += f"; {mfu:.1%} of the measured peak"
+        return line
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """The step times that half, 90 % and 99 % of the steps do not exceed."""
+    if not seconds:
+        return {}
+    values = np.percentile(seconds, PERCENTILES).tolist()
+    return {f"step_seconds_p{p}": value for p, value in zip(PERCENTILES, values, strict=True)}

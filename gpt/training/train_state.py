@@ -1,0 +1,81 @@
+"""Everything that a training step changes: weights, optimizer state, the number of steps."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from gpt import sharding
+from gpt.config import TrainConfig
+from gpt.model import transformer
+from gpt.training.optimizer import make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """`params`: stacked weights. `opt_state`: of the optimizer. `step`: steps done, int32.
+
+    `ema_params`: an exponential moving average of the weights in float32; empty if none is kept.
+    """
+
+    params: dict
+    opt_state: optax.OptState
+    step: jax.Array
+    ema_params: dict
+
+
+def fresh_state(config: TrainConfig) -> TrainState:
+    """The state before the first step, a function of `config.seed` alone."""
+    params = transformer.init(config.model, jax.random.key(config.seed))
+    return TrainState(
+        params=params,
+        opt_state=make_optimizer(config).init(params),
+        step=jnp.zeros((), jnp.int32),
+        ema_params=start_ema(config, params),
+    )
+
+
+def start_ema(config: TrainConfig, params: dict) -> dict:
+    """The average of the weights before the first step: a copy of them in float32, which small
+    increments would not change in bfloat16. Empty if the config keeps no average."""
+    if not config.ema_decay:
+        return {}
+    return jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+
+
+def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the state on `mesh`; nothing is computed."""
+    shapes = jax.eval_shape(partial(fresh_state, config))
+    axes = transformer.logical_axes(config.model)
+    shardings = sharding.state_shardings(mesh, axes, shapes)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def shardings_of(tree):
+    """The sharding of each array, or abstract array, of a tree."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def make_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """A fresh state, each array created on the devices that keep it."""
+    with sharding.on_mesh(mesh):
+        out_shardings = shardings_of(abstract_state(config, mesh))
+        return jax.jit(partial(fresh_state, config), out_shardings=out_shardings)()
+
+
+def checkpoint_trees(state: TrainState) -> dict[str, dict]:
+    """The trees of a checkpoint of `state`, by name. The weights are a tree of their own, so that
+    sampling reads nothing else."""
+    trees = {
+        "params": state.params,
+        "optimizer": {"opt_state": state.opt_state, "step": state.step},
+    }
+    if state.ema_params:
+        trees["ema_params"] = state.ema_params
+    return trees
