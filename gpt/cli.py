@@ -220,16 +220,19 @@ def _temporary_cache() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="gpt-jax-")
 
 
-def prepare_jax(cache: bool = True) -> None:
+def prepare_jax(cache: bool = True, cache_dir: str | None = None) -> None:
     """Set JAX up through the environment; call this before JAX is imported.
 
-    Variables that the user has set are kept. `cache` keeps compiled programs on disk between runs;
-    without it none are read or written, wherever the user keeps them.
+    Variables that the user has set are kept. `cache` keeps compiled programs on disk between runs,
+    in `cache_dir` if one is named; without it none are read or written, wherever the user keeps
+    them.
     """
     environ = os.environ
     environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's errors, not its warnings
     if cache:
         # Even a small program takes longer to compile than to read.
+        if cache_dir is not None:
+            environ["JAX_COMPILATION_CACHE_DIR"] = cache_dir
         environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
         environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

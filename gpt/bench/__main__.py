@@ -226,11 +226,8 @@ def main(argv: list[str]) -> int:
     if command.compare:
         return compare(command)
     # A cache of its own: what lies in the user's would not show what compiling costs.
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        cli.environment("JAX_COMPILATION_CACHE_DIR", folder),
-    ):
-        cli.prepare_jax()
+    with tempfile.TemporaryDirectory() as folder:
+        cli.prepare_jax(cache_dir=folder)
         result = measure_training(command) if command.train else measure_sampling(command)
     show(command, result)
     return 0

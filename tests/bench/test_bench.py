@@ -139,7 +139,7 @@ DECODE |= {"seconds_per_step_p99", "bytes_per_step", "mbu", "host_seconds_per_st
 def small_preset(monkeypatch):
     monkeypatch.setitem(PRESETS, "small", dataclasses.replace(PRESETS["tiny"], model=CONFIG))
     monkeypatch.setattr(hardware, "ceilings", lambda n_bytes, dtype: CEILINGS)
-    monkeypatch.setattr(bench.cli, "prepare_jax", lambda: None)
+    monkeypatch.setattr(bench.cli, "prepare_jax", lambda cache_dir: None)
 
 
 def output(capsys, *argv):
