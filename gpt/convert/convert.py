@@ -124,7 +124,7 @@ def export_model(
     files = export_tokenizer(tokenizer, config.context_length)
     special_ids = special_ids_of(tokenizer)
     generation = {name: i for name, i in special_ids.items() if name != "pad_token_id"}
-    files.setdefault("generation_config.json", dump(generation))
+    files = {"generation_config.json": dump(generation)} | files
     dtype = export_dtype(about, config)
     values, family = to_hf_config(config)
     values |= {"dtype": DTYPE_NAMES[dtype]} | special_ids

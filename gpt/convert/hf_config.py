@@ -27,33 +27,57 @@ ACTIVATIONS = {  # theirs to ours
     "relu": "relu",
     "relu2": "relu2",
 }
-LARGEST = {int: 2**31 - 1, float: 3e38}  # what int32 and float32 can hold
-REQUIRED: Any = object()
 
-# Fields that change what a model computes, each with the one value that this model implements.
-FIXED = {
-    "add_cross_attention": False,
-    "is_encoder_decoder": False,
-    "partial_rotary_factor": 1.0,
-    "pruned_heads": {},
-    "rope_interleaved": False,
-    "scale_attn_by_inverse_layer_idx": False,
-    "scale_attn_weights": True,
-    "tie_encoder_decoder": False,
-    "use_mrope": False,
+LARGEST = {int: 2**31 - 1, float: 3e38}  # what int32 and float32 can hold
+
+# Fields that mean the same as one of ours: our name, the type, and the value where it is absent.
+REQUIRED: Any = object()
+GPT2_FIELDS = {
+    "vocab_size": ("vocab_size", int, REQUIRED),
+    "n_positions": ("context_length", int, REQUIRED),
+    "n_layer": ("n_layers", int, REQUIRED),
+    "n_head": ("n_heads", int, REQUIRED),
+    "n_embd": ("d_model", int, REQUIRED),
+    "n_inner": ("d_ff", int, None),
+    "layer_norm_epsilon": ("norm_epsilon", float, 1e-5),
+    "tie_word_embeddings": ("tied", bool, True),
+    "initializer_range": ("init_std", float, 0.02),
 }
-# Features of other models, refused wherever they are set: models with code or quantized weights of
-# their own, mixtures of experts, factors and caps on scores and logits, attention of other forms.
+LLAMA_FIELDS = {
+    "vocab_size": ("vocab_size", int, REQUIRED),
+    "max_position_embeddings": ("context_length", int, REQUIRED),
+    "num_hidden_layers": ("n_layers", int, REQUIRED),
+    "num_attention_heads": ("n_heads", int, REQUIRED),
+    "num_key_value_heads": ("n_kv_heads", int, None),
+    "hidden_size": ("d_model", int, REQUIRED),
+    "head_dim": ("d_head", int, None),
+    "intermediate_size": ("d_ff", int, REQUIRED),
+    "rms_norm_eps": ("norm_epsilon", float, 1e-6),
+    "tie_word_embeddings": ("tied", bool, False),
+    "initializer_range": ("init_std", float, 0.02),
+}
+ROPE_SCALING_FIELDS = {
+    "factor": ("rope_factor", float, REQUIRED),
+    "low_freq_factor": ("rope_low", float, REQUIRED),
+    "high_freq_factor": ("rope_high", float, REQUIRED),
+    "original_max_position_embeddings": ("rope_context", int, REQUIRED),
+}
+
+# Features that change what a model computes and that ours has not, refused wherever they are on:
+# code and quantized weights of its own, encoders, mixtures of experts, factors and caps on scores
+# and logits, attention of other forms.
 UNSUPPORTED = re.compile(
-    r"auto_map|quantization_config|.*experts.*|moe_.*|router_.*|.*soft_?cap.*|.*_multiplier|"
-    r"logits?_scal.*|.*embed\w*_scal.*|query_pre_attn_scalar|clip_qkv|qk_layernorm|use_qk_norm|"
-    r"(use_)?alibi|(use_)?parallel_\w+|attention_chunk_size|no_rope_layers?|.*attention_sinks?.*"
+    r"auto_map|quantization_config|pruned_heads|add_cross_attention|is_encoder_decoder|"
+    r"tie_encoder_decoder|scale_attn_by_inverse_layer_idx|rope_interleaved|use_mrope|"
+    r".*experts.*|moe_.*|router_.*|.*soft_?cap.*|.*_multiplier|logits?_scal.*|.*embed\w*_scal.*|"
+    r"query_pre_attn_scalar|clip_qkv|qk_layernorm|use_qk_norm|(use_)?alibi|(use_)?parallel_\w+|"
+    r"attention_chunk_size|no_rope_layers?|.*attention_sinks?.*"
 )
 # Fields that say nothing about the function: names, types, training, and how text is generated.
 IGNORED = re.compile(
     r"architectures|model_type|transformers_version|transformers\.js_config|_name_or_path|dtype|"
     r"torch_dtype|use_cache|(bos|eos|pad|unk|sep)_token_id|attention_dropout|summary_.*|"
-    r"task_specific_params|_num_labels|(id2label|label2id)|output_.*|return_dict|torchscript|"
+    r"task_specific_params|_num_labels|id2label|label2id|output_.*|return_dict|torchscript|"
     r"gradient_checkpointing|pretraining_tp|n_ctx|is_llama_config|max_window_layers"
 )
 
@@ -77,14 +101,19 @@ class Fields:
             return default
         if value is None:
             self.problems.append(f"{name} is missing")
-            return kind()
-        if not is_of(value, kind):
+        elif not is_of(value, kind):
             self.problems.append(f"{name} is {brief(value)}, expected {kind.__name__}")
-            return kind()
-        if kind in LARGEST and not abs(value) <= LARGEST[kind]:  # NaN too
+        elif kind in LARGEST and not abs(value) <= LARGEST[kind]:  # NaN too
             self.problems.append(f"{name} is {brief(value)}, expected a smaller number")
-            return kind()
-        return kind(value)
+        else:
+            return kind(value)
+        return kind()
+
+    def get_all(self, table: dict[str, tuple[str, type, Any]]) -> dict[str, Any]:
+        """The fields of a table, under our names."""
+        return {
+            ours: self.get(theirs, kind, default) for theirs, (ours, kind, default) in table.items()
+        }
 
     def expect(self, name: str, expected: Any) -> None:
         """Add a problem unless the field `name` is null, absent or `expected`."""
@@ -97,11 +126,6 @@ class Fields:
                 f"{name} is {brief(value)}, which changes what the model computes; only "
                 f"{expected!r} is supported"
             )
-
-    def unused(self) -> list[str]:
-        """The fields that nothing has read, without those known to be harmless."""
-        left = [n for n, value in self.values.items() if n not in self.read and value is not None]
-        return [name for name in left if not IGNORED.fullmatch(name)]
 
 
 def brief(value: Any) -> str:
@@ -125,13 +149,14 @@ def read_config(values: dict[str, Any]) -> tuple[ModelConfig, Family, list[str]]
     )
     fields = Fields(values)
     settings = read_gpt2(fields) if kind == "gpt2" else read_llama(fields, kind)
-    settings["init_std"] = fields.get("initializer_range", float, ModelConfig.init_std)
-    for name, expected in FIXED.items():
-        fields.expect(name, expected)
-    unused = fields.unused()
-    for name in unused:
-        if UNSUPPORTED.fullmatch(name) and values[name] not in (False, 0, {}, []):
-            fields.problems.append(f"{name} is {brief(values[name])}, which is not supported")
+    unused = []
+    for name, value in values.items():
+        if name in fields.read or value is None or IGNORED.fullmatch(name):
+            continue
+        if not UNSUPPORTED.fullmatch(name):
+            unused.append(name)
+        elif value not in (False, 0, {}, []):
+            fields.problems.append(f"{name} is {brief(value)}, which is not supported")
     require(
         not fields.problems,
         f"config.json describes a model that cannot be imported: {'; '.join(fields.problems)}",
@@ -140,58 +165,42 @@ def read_config(values: dict[str, Any]) -> tuple[ModelConfig, Family, list[str]]
 
 
 def read_gpt2(f: Fields) -> dict[str, Any]:
+    f.expect("scale_attn_weights", True)
     activation = f.get("activation_function", str, "gelu_new")
     if activation not in ACTIVATIONS:
         f.problems.append(
             f"activation_function is {brief(activation)}, expected one of {', '.join(ACTIVATIONS)}"
         )
+    # One rate for all places is all that ours has; it matters to training alone.
     dropouts = {f.get(f"{place}_pdrop", float, 0.1) for place in ("embd", "attn", "resid")}
-    return {
-        "vocab_size": f.get("vocab_size", int),
-        "context_length": f.get("n_positions", int),
-        "n_layers": f.get("n_layer", int),
-        "n_heads": f.get("n_head", int),
-        "d_model": f.get("n_embd", int),
-        "d_ff": f.get("n_inner", int, None),
-        "mlp": ACTIVATIONS.get(activation),
-        "norm_epsilon": f.get("layer_norm_epsilon", float, 1e-5),
-        "tied": f.get("tie_word_embeddings", bool, True),
-        # One rate for all places is all that ours has; it matters to training alone.
-        "dropout": dropouts.pop() if len(dropouts) == 1 else 0.0,
-    }
+    dropout = dropouts.pop() if len(dropouts) == 1 else 0.0
+    return f.get_all(GPT2_FIELDS) | {"mlp": ACTIVATIONS.get(activation), "dropout": dropout}
 
 
 def read_llama(f: Fields, kind: str) -> dict[str, Any]:
     """The fields of Llama, Mistral, Qwen2 and Qwen3."""
     f.expect("hidden_act", "silu")
-    context_length = f.get("max_position_embeddings", int)
-    check_window(f, kind, context_length)
-    n_heads = f.get("num_attention_heads", int)
+    settings = f.get_all(LLAMA_FIELDS) | read_rope(f)
+    check_window(f, kind, settings["context_length"])
+    if kind != "llama":
+        f.get("num_key_value_heads", int)  # required: transformers' own defaults differ
+    if kind == "qwen3":
+        settings["d_head"] = settings["d_head"] or 128
 
+    # Where Mistral and Qwen2 have biases does not depend on what the file says.
     if kind in ("llama", "qwen3"):
         attention_bias = f.get("attention_bias", bool, False)
     else:
-        f.expect("attention_bias", False)  # these two settle their biases whatever the file says
+        f.expect("attention_bias", False)
         attention_bias = False
-
-    return read_rope(f) | {
-        "vocab_size": f.get("vocab_size", int),
-        "context_length": context_length,
-        "n_layers": f.get("num_hidden_layers", int),
-        "n_heads": n_heads,
-        "n_kv_heads": f.get("num_key_value_heads", int, n_heads if kind == "llama" else REQUIRED),
-        "d_model": f.get("hidden_size", int),
-        "d_head": f.get("head_dim", int, 128 if kind == "qwen3" else None),
-        "d_ff": f.get("intermediate_size", int),
+    return settings | {
         "norm": "rms",
-        "norm_epsilon": f.get("rms_norm_eps", float, 1e-6),
         "mlp": "swiglu",
         "qk_norm": kind == "qwen3",
-        "tied": f.get("tie_word_embeddings", bool, False),
         "bias": False,
         "qkv_bias": attention_bias or kind == "qwen2",
         "out_bias": attention_bias,
-        "mlp_bias": f.get("mlp_bias", bool, False) if kind == "llama" else False,
+        "mlp_bias": kind == "llama" and f.get("mlp_bias", bool, False),
     }
 
 
@@ -202,13 +211,13 @@ def check_window(f: Fields, kind: str, context_length: int) -> None:
         f.problems.append(
             f"layer_types is {brief(layers)}, only 'full_attention' everywhere is supported"
         )
-    # Qwen's window has a switch, off by default; transformers gives Mistral one of 4,096 tokens
-    # where the field is absent.
+    # Qwen's window has a switch, off by default. Mistral's is 4,096 tokens where the field is
+    # absent (not null).
+    switch = f.get("use_sliding_window", bool, False)
     has_switch = kind in ("qwen2", "qwen3")
-    switched_on = f.get("use_sliding_window", bool, not has_switch)
     absent = "sliding_window" not in f.values
     window = f.get("sliding_window", int, 4096 if kind == "mistral" and absent else None)
-    if window is not None and window < context_length and (switched_on or not has_switch):
+    if window is not None and window < context_length and (switch or not has_switch):
         f.problems.append(
             f"sliding_window is {window}, less than max_position_embeddings {context_length}; "
             "only attention over the whole context is supported"
@@ -218,6 +227,7 @@ def check_window(f: Fields, kind: str, context_length: int) -> None:
 def read_rope(f: Fields) -> dict[str, Any]:
     """RoPE's base and scaling: in rope_parameters as transformers 5 writes them, or in rope_theta
     and rope_scaling as before."""
+    f.expect("partial_rotary_factor", 1.0)
     new = f.get("rope_parameters", dict, {})
     old = f.get("rope_scaling", dict, {})
     if new and old and new != old:
@@ -228,15 +238,12 @@ def read_rope(f: Fields) -> dict[str, Any]:
     bases = {one.get("rope_theta", float, None) for one in (f, rope)} - {None}
     if len(bases) > 1:
         f.problems.append(f"there are two values of rope_theta: {brief(sorted(bases))}")
-    settings: dict[str, Any] = {"positions": "rope", "rope_theta": max(bases, default=10_000.0)}
+    settings = {"positions": "rope", "rope_theta": max(bases, default=10_000.0)}
 
     older_name = rope.get("type", str, "default")
     kind = rope.get("rope_type", str, older_name)
     if kind == "llama3":
-        settings["rope_factor"] = rope.get("factor", float)
-        settings["rope_low"] = rope.get("low_freq_factor", float)
-        settings["rope_high"] = rope.get("high_freq_factor", float)
-        settings["rope_context"] = rope.get("original_max_position_embeddings", int)
+        settings |= rope.get_all(ROPE_SCALING_FIELDS)
     elif kind != "default":
         f.problems.append(f"rope_type is {brief(kind)}, expected default or llama3")
     return settings
@@ -252,75 +259,53 @@ def to_hf_config(c: ModelConfig) -> tuple[dict[str, Any], Family]:
     """
     gpt2, llama = gpt2_obstacles(c), llama_obstacles(c)
     if gpt2 and llama:
-        flags = dict.fromkeys(min(gpt2, llama, key=len).values())  # each once
+        flags = dict.fromkeys(flag for _, flag in min(gpt2, llama, key=len))  # each once
         raise UserError(
             "transformers has no form for this model: "
-            f"GPT-2's does not have {', '.join(gpt2)}; Llama's does not have {', '.join(llama)}. "
+            f"GPT-2's does not have {', '.join(reason for reason, _ in gpt2)}; "
+            f"Llama's does not have {', '.join(reason for reason, _ in llama)}. "
             f"A model trained with {' '.join(flags)} can be exported"
         )
-    if not gpt2:
-        kind = "gpt2"
-        values = gpt2_fields(c)
-    else:
-        kind = llama_kind(c)
-        values = llama_fields(c, kind)
-    common = {
-        "architectures": [ARCHITECTURES[kind]],
-        "model_type": kind,
-        "vocab_size": c.vocab_size,
-        "initializer_range": c.init_std,
-        "tie_word_embeddings": c.tied,
-        "use_cache": True,
-    }
-    return common | values, FAMILIES[kind]
+    kind = llama_kind(c) if gpt2 else "gpt2"
+    values = {"architectures": [ARCHITECTURES[kind]], "model_type": kind, "use_cache": True}
+    values |= gpt2_fields(c) if kind == "gpt2" else llama_fields(c, kind)
+    return values, FAMILIES[kind]
 
 
-def gpt2_obstacles(c: ModelConfig) -> dict[str, str]:
-    """What GPT-2's form cannot express, each with the flags without which it is not there.
+def gpt2_obstacles(c: ModelConfig) -> list[tuple[str, str]]:
+    """What `c` has and GPT-2's form has not, each with the flag that would change it.
 
     A bias that the form has and the model lacks is no obstacle: it is written as zeros.
     """
-    found = {}
-    if c.positions != "learned":
-        found[f"{c.positions} positions"] = "--model.positions learned"
-    if c.norm != "layer":
-        found["RMSNorm"] = "--model.norm layer"
-    if c.norm_place != "pre":
-        found["norms after the sums"] = "--model.norm-place pre"
-    if c.mlp == "swiglu":
-        found["SwiGLU"] = "--model.mlp gelu_tanh"
-    if c.kv_heads != c.n_heads:
-        found["shared key/value heads"] = f"--model.n-kv-heads {c.n_heads}"
-    if c.head_width * c.n_heads != c.d_model:
-        found[f"heads of width {c.head_width}"] = "--model.d-head None"
-    if c.qk_norm:
-        found["QK-norm"] = "--model.no-qk-norm"
-    if c.logit_softcap:
-        found["a cap on the logits"] = "--model.logit-softcap 0"
-    return found
+    wide = c.head_width * c.n_heads != c.d_model
+    obstacles = [
+        (c.positions != "learned", f"{c.positions} positions", "--model.positions learned"),
+        (c.norm != "layer", "RMSNorm", "--model.norm layer"),
+        (c.norm_place != "pre", "norms after the sums", "--model.norm-place pre"),
+        (c.mlp == "swiglu", "SwiGLU", "--model.mlp gelu_tanh"),
+        (c.kv_heads != c.n_heads, "shared key/value heads", f"--model.n-kv-heads {c.n_heads}"),
+        (wide, f"heads of width {c.head_width}", "--model.d-head None"),
+        (c.qk_norm, "QK-norm", "--model.no-qk-norm"),
+        (c.logit_softcap != 0, "a cap on the logits", "--model.logit-softcap 0"),
+    ]
+    return [(reason, flag) for holds, reason, flag in obstacles if holds]
 
 
-def llama_obstacles(c: ModelConfig) -> dict[str, str]:
-    """What no form of Llama, Qwen2 or Qwen3 can express, each with the flags to avoid it."""
-    found = {}
-    if c.positions != "rope":
-        found[f"{c.positions} positions"] = "--model.positions rope"
-    if c.norm != "rms":
-        found["LayerNorm"] = "--model.norm rms"
-    if c.biased("norm"):
-        own = c.norm_bias is not None
-        found["biases of the norms"] = "--model.norm-bias False" if own else "--model.no-bias"
-    if c.norm_place != "pre":
-        found["norms after the sums"] = "--model.norm-place pre"
-    if c.mlp != "swiglu":
-        found[f"{c.mlp} without a gate"] = "--model.mlp swiglu"
-    if c.qk_norm and c.biased("mlp"):
-        own = c.mlp_bias is not None
-        flag = "--model.mlp-bias False" if own else "--model.no-bias"
-        found["QK-norm beside biases of the MLP"] = flag
-    if c.logit_softcap:
-        found["a cap on the logits"] = "--model.logit-softcap 0"
-    return found
+def llama_obstacles(c: ModelConfig) -> list[tuple[str, str]]:
+    """What `c` has and no form of Llama, Qwen2 or Qwen3 has, each with the flag to change it."""
+    no_norm_bias = "--model.no-bias" if c.norm_bias is None else "--model.norm-bias False"
+    no_mlp_bias = "--model.no-bias" if c.mlp_bias is None else "--model.mlp-bias False"
+    qwen3_mlp_bias = c.qk_norm and c.biased("mlp")
+    obstacles = [
+        (c.positions != "rope", f"{c.positions} positions", "--model.positions rope"),
+        (c.norm != "rms", "LayerNorm", "--model.norm rms"),
+        (c.biased("norm"), "biases of the norms", no_norm_bias),
+        (c.norm_place != "pre", "norms after the sums", "--model.norm-place pre"),
+        (c.mlp != "swiglu", f"{c.mlp} without a gate", "--model.mlp swiglu"),
+        (qwen3_mlp_bias, "QK-norm beside biases of the MLP", no_mlp_bias),
+        (c.logit_softcap != 0, "a cap on the logits", "--model.logit-softcap 0"),
+    ]
+    return [(reason, flag) for holds, reason, flag in obstacles if holds]
 
 
 def llama_kind(c: ModelConfig) -> str:
@@ -335,52 +320,27 @@ def llama_kind(c: ModelConfig) -> str:
 
 def gpt2_fields(c: ModelConfig) -> dict[str, Any]:
     activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.mlp)
-    return {
-        "activation_function": activation,
-        "n_positions": c.context_length,
-        "n_ctx": c.context_length,
-        "n_layer": c.n_layers,
-        "n_head": c.n_heads,
-        "n_embd": c.d_model,
-        "n_inner": c.d_ff,
-        "layer_norm_epsilon": c.norm_epsilon,
-        "embd_pdrop": c.dropout,
-        "attn_pdrop": c.dropout,
-        "resid_pdrop": c.dropout,
-    }
+    values = {theirs: getattr(c, ours) for theirs, (ours, _, _) in GPT2_FIELDS.items()}
+    values |= {"n_ctx": c.context_length, "activation_function": activation}
+    return values | dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), c.dropout)
 
 
 def llama_fields(c: ModelConfig, kind: str) -> dict[str, Any]:
-    # RoPE in the form that every transformers since 4.43 reads.
-    scaling = None
-    if c.rope_factor != 1:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": c.rope_factor,
-            "low_freq_factor": c.rope_low,
-            "high_freq_factor": c.rope_high,
-            "original_max_position_embeddings": c.rope_context,
-        }
-    values = {
-        "hidden_act": "silu",
-        "max_position_embeddings": c.context_length,
-        "num_hidden_layers": c.n_layers,
-        "num_attention_heads": c.n_heads,
-        "num_key_value_heads": c.kv_heads,
-        "hidden_size": c.d_model,
-        "intermediate_size": c.ff_width,
-        "rms_norm_eps": c.norm_epsilon,
-        "attention_dropout": c.dropout,
-        "rope_theta": c.rope_theta,
-        "rope_scaling": scaling,
-    }
+    c = replace(c, n_kv_heads=c.kv_heads, d_head=c.head_width, d_ff=c.ff_width)
+    values = {theirs: getattr(c, ours) for theirs, (ours, _, _) in LLAMA_FIELDS.items()}
+    values |= {"hidden_act": "silu", "attention_dropout": c.dropout}
     if kind in ("llama", "qwen3"):
         values["attention_bias"] = c.biased("qkv") or c.biased("out")
-        values["head_dim"] = c.head_width
     if kind == "llama":
         values["mlp_bias"] = c.biased("mlp")
     else:
         values["use_sliding_window"] = False
+
+    # RoPE in the form that every transformers since 4.43 reads.
+    values |= {"rope_theta": c.rope_theta, "rope_scaling": None}
+    if c.rope_factor != 1:
+        scaling = {theirs: getattr(c, ours) for theirs, (ours, _, _) in ROPE_SCALING_FIELDS.items()}
+        values["rope_scaling"] = {"rope_type": "llama3"} | scaling
     return values
 
 

@@ -49,7 +49,9 @@ def import_tokenizer(
     config: the folder's config.json. n_vocab: the model's number of ids. UserError if there is a
     tokenizer that cannot be read, or none of its tokens is known to end a text.
     """
-    found = [name for name in ("tokenizer.json", "vocab.json", *OTHER_FORMS) if _is(folder, name)]
+    found = [
+        name for name in ("tokenizer.json", "vocab.json", *OTHER_FORMS) if has_file(folder, name)
+    ]
     if ids_only or not found:
         log("the model comes without a tokenizer: prompts are ids, as in --prompt-ids '1 2 3'")
         ends = [i for i in end_ids(config) if i < n_vocab]
@@ -70,14 +72,18 @@ def read_tokenizer(
     """The tokenizer.json of a folder, with the files that belong to it."""
     if "tokenizer.json" in found:
         content = (folder / "tokenizer.json").read_bytes()
-    elif _is(folder, "vocab.json") and _is(folder, "merges.txt") and config["model_type"] == "gpt2":
+    elif (
+        has_file(folder, "vocab.json")
+        and has_file(folder, "merges.txt")
+        and config["model_type"] == "gpt2"
+    ):
         content = gpt2_tokenizer_json(folder)
     else:
         raise UserError(
             f"{folder} has {', '.join(found)} but no tokenizer.json: load the tokenizer with "
             "AutoTokenizer of transformers, which can save one with save_pretrained(NEW_FOLDER)"
         )
-    files = {name: (folder / name).read_bytes() for name in COMPANIONS if _is(folder, name)}
+    files = {name: (folder / name).read_bytes() for name in COMPANIONS if has_file(folder, name)}
     files["tokenizer.json"] = content
 
     special_ids = {
@@ -132,7 +138,7 @@ def gpt2_tokenizer_json(folder: Path) -> bytes:
     return made.to_str().encode()
 
 
-def _is(folder: Path, name: str) -> bool:
+def has_file(folder: Path, name: str) -> bool:
     return (folder / name).is_file()
 
 

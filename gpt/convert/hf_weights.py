@@ -63,7 +63,7 @@ class Part:
         if self.third is not None:
             theirs = np.split(theirs, 3, axis=-1)[self.third]
         size = dict(zip(letters, ours, strict=True))
-        order = [letter for group in groups for letter in group]
+        order = "".join(groups)
         split = theirs.reshape([size[letter] for letter in order])
         return split.transpose([order.index(letter) for letter in letters])
 
@@ -71,14 +71,14 @@ class Part:
         """Our leaf in one layer as their tensor, or as its third of one."""
         letters, groups = self._parse()
         size = dict(zip(letters, leaf.shape, strict=True))
-        turned = leaf.transpose([letters.index(letter) for group in groups for letter in group])
+        turned = leaf.transpose([letters.index(letter) for letter in "".join(groups)])
         return turned.reshape([math.prod(size[letter] for letter in group) for group in groups])
 
-    def _parse(self) -> tuple[list[str], list[str]]:
-        """Our axes as letters, and their axes as groups of letters."""
+    def _parse(self) -> tuple[str, list[str]]:
+        """Our axes as letters, and their axes as groups of letters: "DNH", ["NH", "D"]."""
         ours, theirs = self.axes.split(" -> ")
-        groups = re.findall(r"\(([^)]*)\)|(\w)", theirs)
-        return ours.split(), [(merged or single).replace(" ", "") for merged, single in groups]
+        groups = re.findall(r"\(.*?\)|\w", theirs)
+        return ours.replace(" ", ""), [re.sub(r"\W", "", group) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -154,34 +154,44 @@ LLAMA = Family(  # matrices are [out, in]
 )
 
 
-def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of our stacked leaves by path."""
-    return {path: leaf.shape for path, leaf in named_leaves(transformer.abstract(config)).items()}
+@dataclass(frozen=True)
+class Leaf:
+    """One of our stacked leaves and the tensors that hold it, one per layer.
+
+    layer_shape: what one tensor holds, without the rows that pad the vocabulary.
+    names: the tensors' names without the family's prefix.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    layer_shape: tuple[int, ...]
+    part: Part
+    names: list[str]
+
+    def layers(self, array: np.ndarray) -> np.ndarray:
+        """The leaf with an axis of layers in front; a leaf outside the blocks has one."""
+        return array if self.path.startswith("blocks/") else array[None]
 
 
-def layers_of(config: ModelConfig, path: str) -> range:
-    """The layers for which a leaf has a tensor each; a leaf outside the blocks has one tensor."""
-    return range(config.n_layers if path.startswith("blocks/") else 1)
-
-
-def shape_in_layer(config: ModelConfig, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The part of a leaf that one tensor holds: one layer, and no padding of the vocabulary."""
-    if path.startswith("blocks/"):
-        return shape[1:]
-    if path in ("tokens", "head"):
-        return (config.vocab_size, *shape[1:])
-    return shape
+def leaves_of(config: ModelConfig, family: Family) -> list[Leaf]:
+    """All leaves of a model of `config`."""
+    leaves = []
+    for path, leaf in named_leaves(transformer.abstract(config)).items():
+        part = family.parts[path]
+        n_layers, layer_shape = 1, leaf.shape
+        if path.startswith("blocks/"):
+            n_layers, layer_shape = leaf.shape[0], leaf.shape[1:]
+        elif path in ("tokens", "head"):
+            layer_shape = (config.vocab_size, *leaf.shape[1:])
+        names = [part.name.format(layer) for layer in range(n_layers)]
+        leaves.append(Leaf(path, leaf.shape, layer_shape, part, names))
+    return leaves
 
 
 def tensor_shapes(config: ModelConfig, family: Family) -> dict[str, tuple[int, ...]]:
     """Names (without the prefix) and shapes of the tensors that hold a model of `config`."""
-    shapes = {}
-    for path, shape in leaf_shapes(config).items():
-        part = family.parts[path]
-        theirs = part.shape(shape_in_layer(config, path, shape))
-        for layer in layers_of(config, path):
-            shapes[part.name.format(layer)] = theirs
-    return shapes
+    leaves = leaves_of(config, family)
+    return {name: leaf.part.shape(leaf.layer_shape) for leaf in leaves for name in leaf.names}
 
 
 # ---------------------------------------------------------------- reading
@@ -227,15 +237,14 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
     UserError if the folder has neither, or a file is damaged, or the shards do not hold what the
     index says. No tensor is read.
     """
-    expected = f"expected a folder with config.json and {WEIGHTS}"
-    require(not folder.is_file(), f"{folder} is a file: {expected}" + pickle_advice(folder))
-    require(folder.is_dir(), f"no folder {folder}: {expected}")
+    expected = f"expected a folder with config.json and {WEIGHTS} or its shards"
+    if not folder.is_dir():
+        what = f"{folder} is a file" if folder.is_file() else f"no folder {folder}"
+        raise UserError(f"{what}: {expected}{pickle_advice([folder])}")
     if (folder / WEIGHTS).exists():
         return read_header(folder / WEIGHTS)
-
     if not (folder / INDEX).exists():
-        pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-        advice = pickle_advice(pickles[0]) if pickles else ""
+        advice = pickle_advice(folder.iterdir())
         raise UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}: {expected}{advice}")
 
     file_of = read_json(folder / INDEX).get("weight_map")
@@ -256,14 +265,13 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def pickle_advice(path: Path) -> str:
-    """What to do about weights in a pickle; nothing for a file of another kind."""
-    if path.suffix not in PICKLE_SUFFIXES:
+def pickle_advice(paths: Iterable[Path]) -> str:
+    """What to do about weights in a pickle, if there are any among `paths`."""
+    if not any(path.suffix in PICKLE_SUFFIXES for path in paths):
         return ""
     return (
-        f"; {path.name} is a pickle, which can run any program when it is opened, so it is never "
-        "opened here. If you trust it, load it with transformers and save it as safetensors with "
-        "model.save_pretrained(NEW_FOLDER)"
+        ". A pickle can run any program when it is opened, so none is opened here: if you trust "
+        "it, load it with transformers and save it with model.save_pretrained(NEW_FOLDER)"
     )
 
 
@@ -346,44 +354,31 @@ def read_params(
     config: ModelConfig, family: Family, tensors: dict[str, StoredTensor]
 ) -> dict[str, Any]:
     """All weights as stacked arrays on the first device; UserError if one is not finite."""
-    shapes = leaf_shapes(config)
-    params: dict[str, Any] = {}
-
     # For a moment there are two copies of a leaf, and one of its tensors. The leaves that need most
     # come first, while memory is empty.
-    def needed(path: str) -> int:
-        tensor = shape_in_layer(config, path, shapes[path])
-        return math.prod(shapes[path]) + math.prod(tensor)
-
-    for path in sorted(shapes, key=needed, reverse=True):
-        *parents, key = path.split("/")
+    leaves = leaves_of(config, family)
+    leaves.sort(key=lambda leaf: -math.prod(leaf.shape) - math.prod(leaf.layer_shape))
+    params: dict[str, Any] = {}
+    for leaf in leaves:
+        *parents, key = leaf.path.split("/")
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        leaf = read_leaf(config, family, tensors, path, shapes[path])
-        node[key] = jax.block_until_ready(jax.device_put(leaf))
+        array = read_leaf(leaf, tensors, PARAM_DTYPES[config.param_dtype])
+        node[key] = jax.block_until_ready(jax.device_put(array))
     return params
 
 
-def read_leaf(
-    config: ModelConfig,
-    family: Family,
-    tensors: dict[str, StoredTensor],
-    path: str,
-    shape: tuple[int, ...],
-) -> np.ndarray:
+def read_leaf(leaf: Leaf, tensors: dict[str, StoredTensor], dtype: np.dtype) -> np.ndarray:
     """One stacked leaf, from a tensor per layer; rows that pad the vocabulary are zero."""
-    part = family.parts[path]
-    ours = shape_in_layer(config, path, shape)
-    leaf = np.empty(shape, PARAM_DTYPES[config.param_dtype])
-    in_layers = leaf if path.startswith("blocks/") else leaf[None]
-    for layer in layers_of(config, path):
-        tensor = tensors[part.name.format(layer)]
-        in_layers[layer][: ours[0]] = part.to_ours(tensor.read(), ours)
-        in_layers[layer][ours[0] :] = 0
-        finite = np.isfinite(in_layers[layer]).all()
-        require(bool(finite), f"{tensor.name} holds NaN or infinity: these weights are damaged")
-    return leaf
+    array = np.empty(leaf.shape, dtype)
+    rows = leaf.layer_shape[0]
+    for in_layer, name in zip(leaf.layers(array), leaf.names, strict=True):
+        in_layer[:rows] = leaf.part.to_ours(tensors[name].read(), leaf.layer_shape)
+        in_layer[rows:] = 0
+        finite = bool(np.isfinite(in_layer).all())
+        require(finite, f"{name} holds NaN or infinity: these weights are damaged")
+    return array
 
 
 # ---------------------------------------------------------------- writing
@@ -396,25 +391,21 @@ def to_tensors(
 
     A bias that `config` has and `params` lacks becomes zeros.
     """
-    leaves = named_leaves(params)
-    shapes = leaf_shapes(config)
-    sources: dict[str, list[tuple[str, int]]] = {}
-    for path in shapes:
-        for layer in layers_of(config, path):
-            sources.setdefault(family.parts[path].name.format(layer), []).append((path, layer))
+    arrays = named_leaves(params)
+    sources: dict[str, list[tuple[Leaf, int]]] = {}
+    for leaf in leaves_of(config, family):
+        for layer, name in enumerate(leaf.names):
+            sources.setdefault(name, []).append((leaf, layer))
 
-    for source in sources.values():
+    for leaves in sources.values():
         thirds = {}
-        for path, layer in source:
-            ours = shape_in_layer(config, path, shapes[path])
-            if path in leaves:
-                leaf = np.asarray(leaves[path])
-                one = leaf[layer] if path.startswith("blocks/") else leaf
-                one = one[: ours[0]].astype(dtype)
+        for leaf, layer in leaves:
+            if leaf.path in arrays:
+                in_layer = leaf.layers(np.asarray(arrays[leaf.path]))[layer]
+                in_layer = in_layer[: leaf.layer_shape[0]].astype(dtype)
             else:
-                one = np.zeros(ours, dtype)
-            part = family.parts[path]
-            thirds[part.third or 0] = part.to_theirs(one)
+                in_layer = np.zeros(leaf.layer_shape, dtype)
+            thirds[leaf.part.third or 0] = leaf.part.to_theirs(in_layer)
         if len(thirds) == 1:
             yield thirds[0]
         else:

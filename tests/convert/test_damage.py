@@ -89,10 +89,9 @@ MUTATIONS = [
 def load(folder):
     """All of a folder; what is not refused must be finite, and encode a text."""
     model = convert.open_model(folder)
-    shapes = hf_weights.leaf_shapes(model.config)
-    for path, shape in shapes.items():
-        leaf = hf_weights.read_leaf(model.config, model.family, model.tensors, path, shape)
-        assert np.isfinite(leaf).all()
+    for leaf in hf_weights.leaves_of(model.config, model.family):
+        array = hf_weights.read_leaf(leaf, model.tensors, np.dtype(np.float32))
+        assert np.isfinite(array).all()
     values = model.values | {"eos_token_id": 0}
     letters = import_tokenizer(folder, values, model.config.vocab_size, False, str)
     letters.decode_bytes(letters.encode_ordinary("the cat 今天"))

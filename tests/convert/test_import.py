@@ -153,8 +153,8 @@ def test_an_index_that_does_not_fit_is_refused(index, reason, tmp_path):
 def test_what_is_not_a_models_folder_is_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
     for source, reason in (
-        (tmp_path, r"neither.*pickle.*save_pretrained"),
-        (tmp_path / "pytorch_model.bin", r"is a file.*pickle.*save_pretrained"),
+        (tmp_path, r"neither.*A pickle.*save_pretrained"),
+        (tmp_path / "pytorch_model.bin", r"is a file.*A pickle.*save_pretrained"),
         (tmp_path / "absent", "no folder"),
     ):
         with pytest.raises(UserError, match=reason):
