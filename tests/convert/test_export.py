@@ -79,9 +79,9 @@ def export(*argv):
 
 def test_the_average_goes_out_unless_the_last_weights_are_asked_for(tmp_path):
     train = TrainConfig(model=SMALL, ema_decay=0.9)
-    trees = {"params": random_weights(SMALL, 1), "average": random_weights(SMALL, 2)}
+    trees = {"params": random_weights(SMALL, 1), "ema_params": random_weights(SMALL, 2)}
     save(tmp_path / "run", SMALL, trees, train)
-    for flags, tree in (((), "average"), (("--weights", "raw"), "params")):
+    for flags, tree in (((), "ema_params"), (("--weights", "raw"), "params")):
         out = tmp_path / tree
         done = export(tmp_path / "run", out, *flags)
         assert (done.code, done.out) == (0, "") and "GPT2LMHeadModel in float32" in done.err
