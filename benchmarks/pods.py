@@ -1,28 +1,32 @@
 """The table of docs/parallelism.md: three models on TPU slices that are not here.
 
-    python benchmarks/pods.py [ROW ...]        needs libtpu, no TPU; some minutes a row
+    python benchmarks/pods.py [ROW ...]        needs libtpu, no TPU; some minutes per row
 
-ROW: model and chips, as gpt2-xl/64 (default: all). Each is compiled by the TPU's own compiler: the
-training step on one mesh, prefill and decode on the one that suits sampling. What is found goes to
-benchmarks/results/pods.json, and the table of all that stands there to standard output.
+ROW is a model and a number of chips, such as gpt2-xl/64 (default: all). The TPU's own compiler
+compiles the training step on one mesh, prefill and decode on the one that suits sampling. Results
+go to benchmarks/results/pods.json, and the table of all results there to standard output.
 """
 
 import dataclasses
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 from gpt import cli
 
 cli.prepare_absent()
+sys.path.insert(0, str(Path(__file__).parent))
 
 import jax  # noqa: E402
+import predicted_bytes  # noqa: E402
 
 from gpt import flops, sharding  # noqa: E402
 from gpt.config import MeshConfig, ModelConfig, TrainConfig  # noqa: E402
 from gpt.errors import is_out_of_memory, require  # noqa: E402
-from gpt.plan import absent, chips  # noqa: E402
+from gpt.plan import absent, devices, programs  # noqa: E402
 from gpt.presets import PRESETS  # noqa: E402
+from gpt.training import train_step  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "pods.json"
 SLICES = {8: "v5e:2x4", 64: "v5e:8x8", 256: "v5e:16x16"}
@@ -62,26 +66,27 @@ HEAD = (
 )
 
 
-def figures(program: absent.Program, chip: chips.Chip) -> dict:
+def figures(program: programs.Program, predicted: Counter, chip: devices.Chip) -> dict:
     """One program as JSON values. Bytes, seconds."""
+    moved = predicted_bytes.moved(program.collectives)
     return {
-        "given": program.given,
+        "given": program.given_bytes,
         "total": program.need.total,
         "flops": program.flops,
-        "sent": program.sent,
-        "moved": [[*row, n] for row, n in program.moved().items()],
-        "predicted": [[*row, n] for row, n in program.predicted.items()],
+        "sent": program.sent_bytes,
+        "moved": [[*row, n] for row, n in moved.items()],
+        "predicted": [[*row, n] for row, n in predicted.items()],
         "work_seconds": program.work_seconds(chip),
-        "link_seconds": program.sent / chip.ring_rate,
+        "link_seconds": program.link_seconds(chip),
         "efficiency": program.efficiency(chip),
-        "compile_seconds": program.seconds,
+        "compile_seconds": program.compile_seconds,
     }
 
 
-def attempt(make, chip: chips.Chip) -> dict:
+def attempt(compile_program, predicted: Counter, chip: devices.Chip) -> dict:
     """The figures of a program, or what it lacks to fit."""
     try:
-        return figures(make(), chip)
+        return figures(compile_program(), predicted, chip)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -91,26 +96,32 @@ def attempt(make, chip: chips.Chip) -> dict:
 def measure(row: str) -> dict:
     """All programs of a row."""
     model, n = row.split("/")
-    devices, chip = chips.topology_devices(SLICES[int(n)])
-    meshes = [sharding.make_mesh(MeshConfig(*sizes), devices) for sizes in MESHES[row]]
-    shards = meshes[0].shape["data"] * meshes[0].shape["fsdp"]
-    asked = MODELS[model]
-    known = dataclasses.replace(asked, tokenizer="char")  # the model's own vocabulary
-    config = absent.settle(known, True, shards, "bfloat16")
-    absent.step.require_fit(config, meshes[0])
+    found, chip = devices.topology_devices(SLICES[int(n)])
+    training, sampling = (sharding.make_mesh(MeshConfig(*sizes), found) for sizes in MESHES[row])
+
+    # The tokenizer that leaves the model its own vocabulary.
+    config = dataclasses.replace(MODELS[model], tokenizer="char")
+    config = absent.completed(config, "bfloat16")
+    config = absent.with_micro_batches_that_divide(config, training)
+    train_step.require_fit(config, training)
+
+    c, n_rows = config.model, programs.count_rows(sampling)
+    by_step = predicted_bytes.training(config, training, tpu=True)
+    by_prefill = predicted_bytes.decoding(c, sampling, n_rows, programs.prompt_length(c))
+    by_decode = predicted_bytes.decoding(c, sampling, n_rows, 1)
     return {
-        "parameters": flops.parameters(config.model),
+        "parameters": flops.parameters(c),
         "grad_accum": config.grad_accum,
-        "state": absent.state_bytes(config, meshes[0]),
-        "train": attempt(lambda: absent.train_program(config, meshes[0], tpu=True), chip),
-        "prefill": attempt(lambda: absent.prefill_program(config, meshes[1]), chip),
-        "decode": attempt(lambda: absent.decode_program(config, meshes[1]), chip),
+        "state": absent.state_bytes(config, training),
+        "train": attempt(lambda: programs.train_program(config, training), by_step, chip),
+        "prefill": attempt(lambda: programs.prefill_program(c, sampling), by_prefill, chip),
+        "decode": attempt(lambda: programs.decode_program(c, sampling), by_decode, chip),
         "jax": jax.__version__,
     }
 
 
 def taken(program: dict) -> str:
-    """MB of a chip, or why it has too few."""
+    """MB taken of a chip, or what it lacks."""
     return program.get("does_not_fit") or f"{program['total'] / 1e6:,.0f}"
 
 
@@ -132,7 +143,7 @@ def line(row: str, found: dict) -> str:
 
 
 def main(rows: list[str]) -> None:
-    """Measure these rows, or all; keep, print."""
+    """Measure the named rows, or all; write the results and print the table."""
     rows = rows or list(MESHES)
     unknown = ", ".join(row for row in rows if row not in MESHES)
     require(not unknown, f"{unknown}: expected rows of {', '.join(MESHES)}")

@@ -37,7 +37,7 @@ def test_a_collective_in_a_loop_counts_for_each_turn():
 
 def test_known_trip_counts_go_before_constants():
     known = LOOP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
-    assert find(known, MESH)[0].turns == 7
+    assert find(known, MESH)[0].n_runs == 7
 
 
 def test_rings_send_all_but_a_devices_own_part():

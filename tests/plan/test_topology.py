@@ -16,7 +16,7 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in OURS} | {"PYTHONP
 
 
 def needs_compiler(test):
-    """A long proof, where libtpu is."""
+    """Slow, and only where libtpu is installed."""
     absent = pytest.mark.skipif(not HAS_COMPILER, reason="needs libtpu: pip install libtpu")
     return pytest.mark.slow(absent(test))
 
@@ -28,8 +28,8 @@ def run(*words):
 
 
 def compiled(*sizes):
-    """What a mesh of 16 chips gave."""
-    done = run(ROOT / "tests" / "pod" / "on_tpu.py", *map(str, sizes))
+    """What on_tpu.py finds for a mesh of 16 chips."""
+    done = run(ROOT / "tests" / "plan" / "on_tpu.py", *map(str, sizes))
     assert done.returncode == 0, done.stderr
     assert "nvoluntary" not in done.stderr
     return json.loads(done.stdout)
@@ -47,9 +47,8 @@ def mixed():
 
 def moved(program, kinds, axes):
     """Bytes of the collectives of these kinds over these axes."""
-    return sum(
-        n * turns for kind, over, n, turns in program["found"] if kind in kinds and over == axes
-    )
+    found = program["found"]
+    return sum(n * n_runs for kind, over, n, n_runs in found if kind in kinds and over == axes)
 
 
 def predicted(program, what, axes):
@@ -58,8 +57,9 @@ def predicted(program, what, axes):
 
 @needs_compiler
 @pytest.mark.parametrize("name", ["fsdp", "mixed"])
-def test_fsdp_gathers_and_scatters_what_arithmetic_says(name, request):
-    """Windowed and fused ones included; small gradients may be reduced whole, which counts too."""
+def test_fsdp_gathers_and_scatters_the_predicted_bytes(name, request):
+    """Windowed and fused collectives included; small gradients may be reduced whole, which counts
+    too."""
     train = request.getfixturevalue(name)["train"]
     gathered = moved(train, ["all-gather"], ["fsdp"])
     assert gathered == pytest.approx(predicted(train, "gather", ["fsdp"]), rel=0.01)
@@ -79,20 +79,21 @@ def test_gradients_of_blocks_are_scattered(fsdp):
 
 
 @needs_compiler
-def test_tensor_parallelism_holds_two_reductions_a_block_forward(mixed):
-    """And two back, one when a block is computed again; prefill has the forward's alone."""
-    stream = 8 * 1024 * 768 * 2
-    kinds = ["all-reduce", "reduce-scatter"]
-    found = mixed["train"]["found"]
-    turns = [
-        t for kind, axes, n, t in found if kind in kinds and axes == ["tensor"] and n == stream
-    ]
-    assert sum(t for t in turns if t == LAYERS) == 5 * LAYERS
-    found = mixed["prefill"]["found"]
-    forward = [
-        t for kind, axes, n, t in found if kind in kinds and axes == ["tensor"] and n == stream
-    ]
-    assert sum(forward) == 2 * LAYERS
+def test_tensor_parallelism_holds_two_reductions_per_block_forward(mixed):
+    """And two back, and one when a block is computed again; prefill has those of forward alone."""
+
+    def reductions_of_the_stream(program):
+        """Runs of each reduction of a whole residual stream over tensor."""
+        stream = 8 * 1024 * 768 * 2
+        kinds = ["all-reduce", "reduce-scatter"]
+        found = mixed[program]["found"]
+        return [
+            t for kind, axes, n, t in found if kind in kinds and (axes, n) == (["tensor"], stream)
+        ]
+
+    in_blocks = [n_runs for n_runs in reductions_of_the_stream("train") if n_runs == LAYERS]
+    assert sum(in_blocks) == 5 * LAYERS
+    assert sum(reductions_of_the_stream("prefill")) == 2 * LAYERS
 
 
 @needs_compiler
@@ -101,7 +102,7 @@ def test_decoding_moves_neither_weights_nor_cache(mixed):
     decode = mixed["decode"]
     logits = 8 * 50_304 * 4
     assert max(n for _, _, n, _ in decode["found"]) <= logits
-    total = sum(n * turns for _, _, n, turns in decode["found"])
+    total = sum(n * n_runs for _, _, n, n_runs in decode["found"])
     assert total == pytest.approx(sum(n for *_, n in decode["predicted"]), rel=0.05)
     assert total < mixed["cache"] / 10 and total < mixed["state"]["weights"] / 10
 
@@ -116,7 +117,7 @@ def test_the_compiler_is_handed_what_was_predicted(mixed):
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_fused_attention_compiles_and_takes_less_memory(sizes):
     """Forward, forward again, and two kernels back; they never meet the scores of all pairs."""
-    done = run(ROOT / "tests" / "pod" / "fused_on_tpu.py", *map(str, sizes))
+    done = run(ROOT / "tests" / "plan" / "fused_on_tpu.py", *map(str, sizes))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["fused"]["kernels"] == [4, 2] and found["plain"]["kernels"] == [0, 0]

@@ -1,0 +1,162 @@
+"""The bytes that a mesh must move in a step, predicted from the config alone.
+
+benchmarks/pods.py and tests/plan/test_predicted_bytes.py hold compiled programs against this. The
+predictions describe what XLA's CPU and TPU compilers of jax 0.10 to 0.12 write.
+
+A row is (what, axes): arrays gathered or reduced over those axes of the mesh. Its bytes are those
+on one device in one step: of the whole array after a gather or before a reduction, whether the
+compiler writes an all-reduce or scatters the sum. Small things (norms, biases, sums of rows) count
+where they are reduced together with large ones.
+Shape letters: see gpt/model/transformer.py.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+
+import jax
+
+from gpt import sharding
+from gpt.config import ModelConfig, TrainConfig
+from gpt.flops import ITEM_BYTES
+from gpt.model import transformer
+from gpt.plan import collectives
+from gpt.training.loss import count_chunks, recomputes_logits
+
+Row = tuple[str, tuple[str, ...]]
+BATCH = ("data", "fsdp")
+WHAT = {
+    "all-gather": "gather",
+    collectives.SUMMED_GATHER: "gather",
+    "all-reduce": "reduce",
+    "reduce-scatter": "reduce",
+}
+
+
+def moved(found: list[collectives.Collective]) -> Counter:
+    """Bytes by row of the collectives of a compiled program."""
+    rows = Counter()
+    for one in found:
+        rows[WHAT.get(one.kind, one.kind), one.axes] += one.n_bytes * one.n_runs
+    return rows
+
+
+class Bytes(Counter):
+    """Bytes by row. Moving something over a single device moves nothing."""
+
+    def __init__(self, mesh: Mapping[str, int]):
+        super().__init__()
+        self.mesh = mesh
+
+    def move(self, what: str, axes: tuple[str, ...], n_bytes: float) -> None:
+        """Count `n_bytes` more as gathered or reduced over `axes`."""
+        several = tuple(name for name in axes if self.mesh[name] > 1)
+        if several:
+            self[what, several] += int(n_bytes)
+
+
+def matrices(config: ModelConfig, mesh) -> dict[str, tuple[int, bool]]:
+    """For each weight, by its path: entries on a device once gathered over fsdp, and whether it is
+    split over fsdp at all."""
+    shapes, axes = transformer.abstract(config), transformer.logical_axes(config)
+    names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
+    found = {}
+    for (path, leaf), named in zip(jax.tree_util.tree_leaves_with_path(shapes), names, strict=True):
+        parts = sharding.fitting(mesh, leaf.shape, named)
+        n_parts = math.prod(mesh.shape[part] for part in parts if part == "tensor")
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found[name] = (math.prod(leaf.shape) // n_parts, "fsdp" in parts)
+    return found
+
+
+def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
+    """Bytes of a training step. `tpu`: as the TPU compiler writes it, else as XLA's CPU compiler.
+
+    The TPU compiler adds up what flows back from several products of one input before it reduces
+    the sum over tensor, and reduces the loss's part of it after the last chunk of the vocabulary.
+    With micro-batches both compilers use the tied table that was gathered for the lookup for the
+    loss too (the CPU's only after jax 0.10.2).
+    """
+    c = config.model
+    item, kept = ITEM_BYTES[c.compute_dtype or "float32"], ITEM_BYTES[c.param_dtype]
+    n_micro_batches = config.grad_accum
+    fsdp = mesh.shape["fsdp"]
+    weights = matrices(c, mesh)
+    rows = Bytes(mesh.shape)
+
+    # Blocks: matrices are gathered for use, and their gradients scattered.
+    for name, (entries, is_split) in weights.items():
+        if name.startswith("blocks/") and is_split:
+            rows.move("gather", ("fsdp",), count_gathers(config, tpu) * entries * item)
+            rows.move("reduce", ("fsdp",), n_micro_batches * entries * item)
+            rows.move("reduce", ("data",), n_micro_batches * entries / fsdp * item)
+        elif name.startswith(("blocks/", "final_norm")):
+            rows.move("reduce", BATCH, n_micro_batches * entries * item)
+
+    # Lookup: the embedding is gathered in the type it is kept in; its gradient is summed whole.
+    for name in ("tokens", "positions"):
+        entries, is_split = weights.get(name, (0, False))
+        if is_split:
+            rows.move("gather", ("fsdp",), entries * kept)
+        rows.move("reduce", BATCH, n_micro_batches * entries * kept)
+
+    # Loss: the table is gathered in the type of the products, and again where the backward pass
+    # computes the logits again.
+    entries, is_split = weights["tokens" if c.tied else "head"]
+    if is_split:
+        n_tokens = config.batch_size // n_micro_batches * config.window  # on all devices
+        n_gathers = 2 if recomputes_logits(n_tokens, c.padded_vocab) else 1
+        shares_lookup = tpu or jax.__version_info__ > (0, 10, 2)
+        if c.tied and n_micro_batches > 1 and shares_lookup:
+            n_gathers = 0
+        rows.move("gather", ("fsdp",), n_gathers * n_micro_batches * entries * item)
+        rows.move("reduce", ("fsdp",), n_micro_batches * entries * kept)
+        rows.move("reduce", ("data",), n_micro_batches * entries / fsdp * item)
+
+    if mesh.shape["tensor"] > 1:
+        add_tensor_parallelism(rows, config, item, kept, tpu)
+    return rows
+
+
+def count_gathers(config: TrainConfig, tpu: bool) -> int:
+    """Gathers of a matrix of a block per step: forward, and again for the way back if blocks are
+    computed again. Otherwise it is kept, and gathered by the CPU's program only once, before all
+    micro-batches."""
+    if config.remat:
+        return 2 * config.grad_accum
+    return config.grad_accum if tpu else 1
+
+
+def add_tensor_parallelism(
+    rows: Bytes, config: TrainConfig, item: int, kept: int, tpu: bool
+) -> None:
+    """Sums over tensor: two per block forward and as many back (Shoeybi et al. 2019, Megatron-LM,
+    section 3), one more where the block is computed again; the lookup; and the loss, whose softmax
+    needs four numbers per token and chunk of the vocabulary."""
+    c, n_micro_batches = config.model, config.grad_accum
+    n_rows = config.batch_size // n_micro_batches // (rows.mesh["data"] * rows.mesh["fsdp"])
+    n_tokens = n_rows * config.window
+    stream = n_tokens * c.d_model  # entries of the residual stream on one device
+    backward = 2
+    if not tpu:
+        backward = 5 if c.mlp == "swiglu" else 4
+    n_sums = 2 + backward + (1 if config.remat else 0)
+    rows.move("reduce", ("tensor",), n_micro_batches * c.n_layers * n_sums * stream * item)
+    rows.move("reduce", ("tensor",), n_micro_batches * stream * kept)
+    n_chunks = count_chunks(c.padded_vocab)
+    loss = stream * item * (1 if tpu else n_chunks) + 4 * n_chunks * n_tokens * 4
+    rows.move("reduce", ("tensor",), n_micro_batches * loss)
+
+
+def decoding(config: ModelConfig, mesh, n_rows: int, n_tokens: int) -> Bytes:
+    """Bytes of reading `n_tokens` tokens of each of `n_rows` rows: two sums per block, the lookup,
+    and the logits of one position of each row, which every device gets for its rows. No weight and
+    nothing of the cache moves if the cache's heads divide among the devices."""
+    rows = Bytes(mesh.shape)
+    n_rows_here = n_rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+    item = ITEM_BYTES[config.compute_dtype or "float32"]
+    stream = n_rows_here * n_tokens * config.d_model
+    rows.move("reduce", ("tensor",), 2 * config.n_layers * stream * item)
+    rows.move("reduce", ("tensor",), stream * ITEM_BYTES[config.param_dtype])
+    rows.move("gather", ("tensor",), n_rows_here * config.padded_vocab * 4)
+    return rows
