@@ -146,6 +146,16 @@ class ModelConfig:
         """Width of the MLP, F."""
         return self.d_ff or 4 * self.d_model
 
+    @property
+    def gated_mlp(self) -> bool:
+        """Whether the MLP has a third matrix, its gate."""
+        return self.mlp == "swiglu"
+
+    @property
+    def residual_std(self) -> float:
+        """Standard deviation of fresh weights that write to the residual stream (GPT-2, 2.3)."""
+        return self.init_std / math.sqrt(2 * self.n_layers)
+
     def biased(self, part: str) -> bool:
         """Whether a part ("norm", "qkv", "out" or "mlp") has biases."""
         parts = {"norm": self.norm_bias, "qkv": self.qkv_bias, "out": self.out_bias}
@@ -239,7 +249,10 @@ class TrainConfig:
     """The run ends after this many consecutive steps whose loss or gradient is not finite; the
     update of such a step is skipped."""
     remat: bool = True
-    """Recompute each block going back: a quarter of the memory, and one program for all."""
+    """Recompute each block in the backward pass: more work for a quarter of the memory."""
+    unroll: bool = False
+    """Compile the blocks one after another instead of one program for all: compiling takes longer,
+    and a CPU that does not recompute trains faster."""
     dtype: Annotated[Dtype | None, optional(DTYPES, BY_PLATFORM)] = None
     """Type of the computation."""
     seed: int = 0

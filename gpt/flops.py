@@ -15,13 +15,13 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 def block_matrices(c: ModelConfig) -> int:
     """Entries of the weight matrices of one block."""
     attention = 2 * c.d_model * c.head_width * (c.n_heads + c.kv_heads)
-    n_mlp_matrices = 3 if c.mlp == "swiglu" else 2
+    n_mlp_matrices = 3 if c.gated_mlp else 2
     return attention + n_mlp_matrices * c.d_model * c.ff_width
 
 
 def mlp_inputs_width(c: ModelConfig) -> int:
     """Outputs of the first layer of the MLP: a gated one has the gate beside the values."""
-    return 2 * c.ff_width if c.mlp == "swiglu" else c.ff_width
+    return 2 * c.ff_width if c.gated_mlp else c.ff_width
 
 
 def qkv_width(c: ModelConfig) -> int:

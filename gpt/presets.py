@@ -102,6 +102,7 @@ PRESETS = {
         tokenizer="char",
         batch_size=12,
         remat=False,
+        unroll=True,
         eval_tokens=0,
     ),
     "gpt2": gpt2(12, 12, 768),

@@ -28,7 +28,10 @@ DECODING = RULES | {"embed": None}  # weights gathered at each step would cost m
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """A mesh of `devices` (default: all) with axes data, fsdp, tensor; UserError if they misfit."""
+    """A mesh of `devices` (default: all) with axes data, fsdp, tensor.
+
+    UserError if the sizes do not multiply to the number of devices.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
     fixed = int(np.prod([n for n in sizes if n != -1]))
@@ -39,8 +42,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         f"a mesh of data {config.data}, fsdp {config.fsdp}, tensor {config.tensor} does not fill "
         f"{len(devices)} devices: change --mesh.data, --mesh.fsdp or --mesh.tensor",
     )
-    grid = np.asarray(devices).reshape(filled)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    # jax.make_mesh lays each axis along a ring of neighbouring devices where the hardware has one.
+    return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def make_decoding_mesh(config: MeshConfig) -> Mesh:
@@ -69,8 +72,11 @@ def fitting(mesh, shape: tuple[int, ...], axes: tuple, rules: dict = RULES) -> P
         return int(np.prod([mesh.shape[name] for name in np.atleast_1d(names)]))
 
     wanted = spec(*axes, rules=rules)
-    pairs = zip(shape, wanted, strict=True)
-    return PartitionSpec(*(n if n and size % parts(n) == 0 else None for size, n in pairs))
+    kept = []
+    for size, names in zip(shape, wanted, strict=True):
+        divides = names is not None and size % parts(names) == 0
+        kept.append(names if divides else None)
+    return PartitionSpec(*kept)
 
 
 def count_parts(axis: str) -> int:
@@ -80,8 +86,10 @@ def count_parts(axis: str) -> int:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x`, partitioned as its logical axes say; unchanged where there is one device, or a mesh that
-    is not ours: pmap's."""
+    """`x`, partitioned as its logical axes say.
+
+    Unchanged where there is one device, or a mesh that is not ours, such as pmap's.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
         return x
@@ -100,13 +108,15 @@ def state_shardings(mesh: Mesh, axes: dict, state, rules: dict = RULES):
     repeat the paths of the weights below a prefix; what matches no weight is replicated. Inference
     by the compiler would replicate the moments too.
     """
-    leaves = tree_leaves_with_path(axes, is_leaf=lambda a: isinstance(a, tuple))
-    weights = {tuple(path): names for path, names in leaves}
+    axes_by_path = {tuple(path): names for path, names in tree_leaves_with_path(axes)}
 
-    def one(path, leaf):
-        tails = (path[start:] for start in range(len(path)))
-        found = (weights[tail] for tail in tails if tail in weights)
-        names = next((n for n in found if len(n) == leaf.ndim), (None,) * leaf.ndim)
+    def sharding_of(path: tuple, leaf) -> NamedSharding:
+        names = (None,) * leaf.ndim
+        for start in range(len(path)):
+            found = axes_by_path.get(path[start:])
+            if found is not None and len(found) == leaf.ndim:
+                names = tuple(found)
+                break
         return NamedSharding(mesh, fitting(mesh, leaf.shape, names, rules))
 
-    return tree_map_with_path(one, state)
+    return tree_map_with_path(sharding_of, state)

@@ -62,12 +62,13 @@ def waves(length, width):
 
 
 def attention(x, w, c):
-    T, (_, n_heads, width) = len(x), w["q"].shape
-    group = n_heads // w["k"].shape[1]
+    T, (_, n_heads, width) = len(x), w["q"]["kernel"].shape
+    group = n_heads // w["k"]["kernel"].shape[1]
     out = np.zeros_like(x)
 
     def project(name, head):
-        return x @ w[name][:, head] + (w[f"{name}_bias"][head] if f"{name}_bias" in w else 0)
+        bias = w[name]["bias"][head] if "bias" in w[name] else 0
+        return x @ w[name]["kernel"][:, head] + bias
 
     for head in range(n_heads):
         q, k = project("q", head), project("k", head // group)
@@ -76,18 +77,21 @@ def attention(x, w, c):
         if c.positions == "rope":
             q, k = turn(q, c), turn(k, c)
         scores = np.where(np.tri(T, dtype=bool), q @ k.T / math.sqrt(width), -np.inf)
-        out += softmax(scores) @ project("v", head // group) @ w["o"][head]
-    return out + w.get("o_bias", 0)
+        out += softmax(scores) @ project("v", head // group) @ w["o"]["kernel"][head]
+    return out + w["o"].get("bias", 0)
 
 
 def mlp(x, w, c):
-    h = x @ w["up"] + w.get("up_bias", 0)
+    def linear(x, name):
+        return x @ w[name]["kernel"] + w[name].get("bias", 0)
+
+    h = linear(x, "up")
     if c.mlp == "swiglu":
-        gate = x @ w["gate"] + w.get("gate_bias", 0)
+        gate = linear(x, "gate")
         h = gate * sigmoid(gate) * h
     else:
         h = ACTIVATIONS[c.mlp](h)
-    return h @ w["down"].T + w.get("down_bias", 0)
+    return linear(h, "down")
 
 
 def forward(params, tokens, c):

@@ -43,7 +43,7 @@ def place(config: ModelConfig, sizes: tuple[int, int, int]):
     n_devices = reduce(int.__mul__, sizes)
     mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:n_devices])
     notes = transformer.require_fit(config, mesh, fsdp=False)
-    params, axes = weights(config, 0, 6.0), transformer.unstacked_axes(config)
+    params, axes = weights(config, 0, 6.0), transformer.logical_axes(config, stacked=False)
     shardings = sharding.state_shardings(mesh, axes, params, sharding.DECODING)
     params = jax.device_put(params, shardings)
     model = types.SimpleNamespace(config=config, params=params, tokenizer=LETTERS, mesh=mesh)

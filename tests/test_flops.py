@@ -90,8 +90,9 @@ def masked_flops(config, n_tokens):
 @pytest.mark.parametrize("n_tokens", [1, 16, 48])
 def test_prefill_flops_are_xlas(config, n_tokens):
     def prefill(params, tokens):
-        x, _ = transformer.hidden(config, params, tokens)
-        return transformer.unembed(config, params, x[:, -1])
+        model = transformer.bind(config, params)
+        x, _ = model.hidden(tokens)
+        return model.unembed(x[:, -1])
 
     tokens = jax.ShapeDtypeStruct((1, n_tokens), jnp.int32)
     counted = xla_flops(prefill, unrolled(config), tokens) - masked_flops(config, n_tokens)
@@ -105,8 +106,9 @@ def test_decode_flops_are_xlas(config):
     """One token on top of a cache in which every slot is visible."""
 
     def decode(params, token, past):
-        x, past = transformer.hidden(config, params, token, past)
-        return transformer.unembed(config, params, x[:, 0]), past
+        model = transformer.bind(config, params)
+        x, past = model.hidden(token, past)
+        return model.unembed(x[:, 0]), past
 
     past = jax.eval_shape(lambda: kv_cache.grow(kv_cache.empty(config, 1), 48))
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)

@@ -67,8 +67,8 @@ def test_weights_are_split_over_tensor_alone(name, parts, eight):
     for path, spec, n_bytes, most in eight[name]["weights"]:
         split = "tensor" in spec
         assert most * (parts if split else 1) == n_bytes, path
-        whole = ("o_bias", "down_bias")
-        inner = ("/q", "/k", "/v", "/o", "/up", "/down", "tokens")  # and not what is added once
+        whole = ("o/bias", "down/bias")
+        inner = ("/q/", "/k/", "/v/", "/o/", "/up/", "/down/", "tokens")  # not what is added once
         assert split == (any(word in path for word in inner) and not path.endswith(whole)), path
 
 

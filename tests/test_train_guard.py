@@ -28,14 +28,14 @@ def plant(monkeypatch):
 
             def watched(state, tokens):
                 made.append(int(state.step) + 1)
-                up = state.params["blocks"]["mlp"]["up"]
+                up = state.params["blocks"]["mlp"]["up"]["kernel"]
                 good = [jnp.copy(up[LAYER]) for _ in range(int(state.step) + 1 in bad)]
                 for _ in good:
-                    state.params["blocks"]["mlp"]["up"] = up.at[LAYER, 0].set(jnp.nan)
+                    state.params["blocks"]["mlp"]["up"]["kernel"] = up.at[LAYER, 0].set(jnp.nan)
                 state, metrics = train_step(state, tokens)
                 if good and int(state.step) != max(bad):
-                    up = state.params["blocks"]["mlp"]["up"]
-                    state.params["blocks"]["mlp"]["up"] = up.at[LAYER].set(good[0])
+                    up = state.params["blocks"]["mlp"]["up"]["kernel"]
+                    state.params["blocks"]["mlp"]["up"]["kernel"] = up.at[LAYER].set(good[0])
                 return jax.block_until_ready(state), metrics
 
             return watched, eval_step
@@ -55,7 +55,7 @@ def test_a_planted_nan_is_reported_with_its_step_and_layer(text, tmp_path, plant
     assert made == list(range(1, AT + 3))  # no step more: the weights are those of the last
     (error,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert f"error: step {AT}: " in error and "3 step(s) in a row; " in error
-    assert f"in the weights of block {LAYER} of 0 to 1 (blocks/mlp/up)" in error
+    assert f"in the weights of block {LAYER} of 0 to 1 (blocks/mlp/up/kernel)" in error
     assert "the last good checkpoint is step 4" in error
     assert checkpoint.steps(run) == [4] and "step 8 is not saved" in done.err
     lines = [line for line in read_lines(run) if "loss" in line]

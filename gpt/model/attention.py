@@ -1,7 +1,7 @@
 """Attention: projections, scores, mask, mix.
 
-`attend` is handed to the forward pass as an argument, so that a fused kernel or a recorder of
-attention maps enters by the same door as the plain einsums below.
+The forward pass takes `attend` as an argument, so that a fused kernel or a recorder of attention
+maps can stand in for the plain einsums below.
 Shape letters: see transformer.py.
 """
 
@@ -14,8 +14,8 @@ from flax import nnx
 
 from gpt.config import ModelConfig
 from gpt.model import kv_cache as kv
-from gpt.model.layers import NORMS, biases, linear, normal, plus, product
-from gpt.model.positions import Place
+from gpt.model.layers import NORMS, Linear, normal
+from gpt.model.positions import Positions, apply_rope
 from gpt.sharding import constrain
 
 Drop = Callable[[jax.Array], jax.Array]
@@ -53,7 +53,8 @@ def attend(
     mask = visible(pos_BT, T, S)[:, None, None]
     scores_BKGTS = jnp.where(mask, scores_BKGTS / math.sqrt(H), MASKED)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
-    weights_BKGTS = weights_BKGTS if drop is None else drop(weights_BKGTS)
+    if drop is not None:
+        weights_BKGTS = drop(weights_BKGTS)
     mix_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v_BKSH.dtype), v_BKSH)
     return mix_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
@@ -64,44 +65,60 @@ class Attention(nnx.Module):
     Fewer key/value heads than query heads: grouped queries (Ainslie et al. 2023).
     """
 
-    def __init__(self, c: ModelConfig, key: jax.Array):
-        D, N, K, H = c.d_model, c.n_heads, c.kv_heads, c.head_width
-        self.head_width, keys = H, jax.random.split(key, 4)
-        self.q = normal(keys[0], (D, N, H), ("embed", "heads", None), c.init_std, c.param_dtype)
-        self.k = normal(keys[1], (D, K, H), ("embed", "kv_heads", None), c.init_std, c.param_dtype)
-        self.v = normal(keys[2], (D, K, H), ("embed", "kv_heads", None), c.init_std, c.param_dtype)
-        std = c.init_std / math.sqrt(2 * c.n_layers)
-        self.o = normal(keys[3], (N, H, D), ("heads", None, "embed"), std, c.param_dtype)
-        bias = biases(c, "qkv")
-        self.q_bias = bias((N, H), ("heads", None))
-        self.k_bias = bias((K, H), ("kv_heads", None))
-        self.v_bias = bias((K, H), ("kv_heads", None))
-        self.o_bias = biases(c, "out")((D,), (None,))
-        self.q_norm = NORMS[c.norm](c, H) if c.qk_norm else None
-        self.k_norm = NORMS[c.norm](c, H) if c.qk_norm else None
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        D, N, K, H = config.d_model, config.n_heads, config.kv_heads, config.head_width
+        q_key, k_key, v_key, o_key = jax.random.split(key, 4)
+        qkv = {
+            "use_bias": config.biased("qkv"),
+            "dtype": config.param_dtype,
+            "kernel_init": normal(config.init_std),
+        }
+        self.q = Linear(q_key, (D,), (N, H), ("embed", "heads", None), **qkv)
+        self.k = Linear(k_key, (D,), (K, H), ("embed", "kv_heads", None), **qkv)
+        self.v = Linear(v_key, (D,), (K, H), ("embed", "kv_heads", None), **qkv)
+        self.o = Linear(
+            o_key,
+            (N, H),
+            (D,),
+            ("heads", None, "embed"),
+            use_bias=config.biased("out"),
+            dtype=config.param_dtype,
+            kernel_init=normal(config.residual_std),
+        )
+        self.q_norm = NORMS[config.norm](config, H) if config.qk_norm else None
+        self.k_norm = NORMS[config.norm](config, H) if config.qk_norm else None
 
-    def project(self, x_BTD: jax.Array):
+    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q_BTNH, k_BTKH, v_BTKH; queries and keys normalised where the model does so."""
-        B, T, D = x_BTD.shape
-        x_MD = x_BTD.reshape(B * T, D)
-        pairs = (self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias)
-        q, k, v = (linear(x_MD, *pair).reshape(B, T, -1, self.head_width) for pair in pairs)
-        if self.q_norm is None:
-            return q, k, v
-        return self.q_norm(q), self.k_norm(k), v
+        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        if self.q_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        return q_BTNH, k_BTKH, v_BTKH
 
-    def merge(self, mix_BTNH: jax.Array) -> jax.Array:
-        """The heads' results back in the residual stream, [B, T, D]."""
-        B, T, N, H = mix_BTNH.shape
-        y_MD = product(mix_BTNH.reshape(B * T, N * H), self.o)
-        return plus(y_MD, self.o_bias).reshape(B, T, -1)
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        past: tuple[jax.Array, jax.Array] | None,
+        positions: Positions,
+        attend: Attend,
+        drop: Drop | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """The mixed values, [B, T, D], and the layer's cached keys and values with these in them.
 
-    def __call__(self, x_BTD, past, place: Place, attend: Attend, drop: Drop | None):
-        """Mixed values, and the layer's keys and values up to here (None where none are kept)."""
+        `past`: keys and values of the layer, [B, K, S, H]; None where none are kept.
+        """
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
-        q_BTNH = constrain(place.rotate(q_BTNH), "batch", None, "heads", None)
-        now = place.rotate(k_BTKH).swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-        if past is not None:
-            now = past = kv.remember(past, now, place.pos_BT)
-        k_BKSH, v_BKSH = (a.astype(q_BTNH.dtype) for a in now)
-        return self.merge(attend(q_BTNH, k_BKSH, v_BKSH, place.pos_BT, drop)), past
+        q_BTNH = constrain(apply_rope(q_BTNH, positions.rope), "batch", None, "heads", None)
+        k_BKTH = apply_rope(k_BTKH, positions.rope).swapaxes(1, 2)
+        v_BKTH = v_BTKH.swapaxes(1, 2)
+
+        # With a cache the tokens read what it holds, themselves included; without, themselves.
+        if past is None:
+            k_BKSH, v_BKSH = k_BKTH, v_BKTH
+        else:
+            past = kv.remember(past, (k_BKTH, v_BKTH), positions.pos_BT)
+            k_BKSH, v_BKSH = past
+
+        k_BKSH, v_BKSH = k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype)
+        mix_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, positions.pos_BT, drop)
+        return self.o(mix_BTNH), past

@@ -8,6 +8,7 @@ Shape letters: see transformer.py.
 """
 
 import math
+import re
 from collections.abc import Callable
 
 import jax
@@ -18,6 +19,7 @@ from gpt.model.attention import Drop
 from gpt.sharding import AXES, fitting
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+BEFORE_AMPERE = re.compile(r"Tesla|TITAN|Quadro|GTX|MX\d|RTX 20\d0|Xavier|\b[KMPVT]\d")
 TILES = (512, 256, 128)  # tokens of a tile on a TPU, as many as divide the sequence
 
 
@@ -36,10 +38,17 @@ def attend(
     return spread(kernel, q_BTNH, k_BKSH, v_BKSH)
 
 
-def platform() -> str:
-    """Of the devices that the program being traced is for: cpu, gpu, tpu."""
+def target_device():
+    """What the program being traced is for, which need not be here; has `platform` and
+    `device_kind`."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    return jax.local_devices()[0] if device is None else device
+
+
+def platform() -> str:
+    """The platform of the devices that the program being traced is for: cpu, gpu, tpu."""
+    name = target_device().platform
+    return "gpu" if name == "cuda" else name  # as topologies of absent devices call it
 
 
 def spread(kernel: Kernel, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
@@ -67,9 +76,18 @@ def by_cudnn(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Arr
 
 
 def fits_cudnn(n_tokens: int, width: int) -> bool:
-    """Heads as it takes them, on a GPU of compute capability 8 or more; others name no number."""
-    capability = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", "")
-    return width % 8 == 0 and width <= 128 and capability[:1].isdigit() and float(capability) >= 8
+    """Whether cuDNN takes heads of this width, on a GPU of NVIDIA's of Ampere or later.
+
+    Told by the name of the GPU, which is all that is known of one that is not here.
+    """
+    kind = target_device().device_kind
+    return width % 8 == 0 and width <= 128 and is_ampere_or_later(kind)
+
+
+def is_ampere_or_later(device_kind: str) -> bool:
+    """Whether a GPU's name is one of NVIDIA's of compute capability 8 or more."""
+    of_nvidia = device_kind.startswith(("NVIDIA", "GeForce", "A100"))
+    return of_nvidia and BEFORE_AMPERE.search(device_kind) is None
 
 
 def by_splash(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:

@@ -5,18 +5,13 @@ Shape letters: see transformer.py; M rows, I inputs, O outputs of a matrix.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 LEVELS = 127  # of each sign: the range is symmetric, -128 is not used
-INPUTS = {  # the axes of a weight that its product contracts; what is not here stays as it is
-    **dict.fromkeys(("q", "k", "v", "up", "gate", "down"), (0,)),
-    "o": (0, 1),
-    **dict.fromkeys(("tokens", "head"), (1,)),
-}
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +23,7 @@ class Int8:
     scale: jax.Array
 
     def __getitem__(self, _) -> "Int8":
-        """Itself: what `weight[...]` gives of a weight in Flax."""
+        """Itself, because Flax reads a parameter's value as `parameter[...]`."""
         return self
 
     def __len__(self) -> int:
@@ -80,23 +75,36 @@ def quantize_matrix(w: jax.Array, inputs: tuple[int, ...]) -> Int8:
     return Int8(ints, scale[..., 0])
 
 
-def by_name(matrix, path: tuple, leaf):
-    """`matrix(leaf, inputs)` for a weight that is quantized, else the leaf."""
-    inputs = INPUTS.get(path[-1].key)
-    return leaf if inputs is None else matrix(leaf, inputs)
+def input_axes(path: tuple) -> tuple[int, ...] | None:
+    """The axes that the product with the weight at `path` contracts; None: not a matrix."""
+    name = path[-1].key
+    if name in ("tokens", "head"):
+        return (1,)
+    if name == "kernel":
+        return (0, 1) if path[-2].key == "o" else (0,)
+    return None
+
+
+def map_matrices(function, tree: dict) -> dict:
+    """`function(leaf, inputs)` for each weight that is quantized; the other leaves as they are."""
+
+    def convert(path: tuple, leaf):
+        inputs = input_axes(path)
+        return leaf if inputs is None else function(leaf, inputs)
+
+    return jax.tree_util.tree_map_with_path(convert, tree)
 
 
 def quantize(params: dict) -> dict:
     """Unstacked weights with every matrix and table as int8; vectors and positions as they are."""
-    return jax.tree_util.tree_map_with_path(partial(by_name, quantize_matrix), params)
+    return map_matrices(quantize_matrix, params)
 
 
 def quantize_axes(axes: dict) -> dict:
     """The logical axes of `quantize(params)`, for those of `params`."""
 
-    def matrix(names: tuple, inputs: tuple[int, ...]) -> Int8:
-        outputs = tuple(name for axis, name in enumerate(names) if axis not in inputs)
-        return Int8((*outputs, names[inputs[0]]), outputs)
+    def convert(names: PartitionSpec, inputs: tuple[int, ...]) -> Int8:
+        outputs = [name for axis, name in enumerate(names) if axis not in inputs]
+        return Int8(PartitionSpec(*outputs, names[inputs[0]]), PartitionSpec(*outputs))
 
-    is_names = lambda a: isinstance(a, tuple)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(partial(by_name, matrix), axes, is_leaf=is_names)
+    return map_matrices(convert, axes)

@@ -1,11 +1,16 @@
-"""Norms, activations and the MLP, and how weights are declared in Flax NNX.
+"""The parts of a block besides attention: linear layers, norms, the MLP, dropout.
 
-Each weight bears the logical axes it is sharded by, under a name of ours that Flax ignores.
-Shape letters: see transformer.py.
+Every weight is an `nnx.Param` that bears the logical axes it is sharded by, as Flax's own
+`out_sharding` metadata: `nnx.get_partition_spec` reads them. Flax must not act on them by itself,
+hence `eager_sharding=False`: the whole state is placed at once, by `sharding.state_shardings`.
+Shape letters: see transformer.py; M rows of activations, I inputs and O outputs of a matrix.
 """
 
+import contextlib
 import functools
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import jax
 import jax.numpy as jnp
@@ -15,43 +20,99 @@ from gpt.config import ModelConfig
 from gpt.model.int8 import Int8
 from gpt.sharding import constrain
 
+Initializer = Callable[[jax.Array, tuple, str], jax.Array]  # key, shape, dtype
 
-def drop(key_B: jax.Array | None, rate: float, place: int, x: jax.Array) -> jax.Array:
-    """Inverted dropout with a key per row, so that no batch split or mesh changes a row's mask."""
+
+def weight(value: jax.Array, axes: tuple[str | None, ...]) -> nnx.Param:
+    """A parameter whose axes have these logical names (None: never split)."""
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
+
+
+def normal(std: float) -> Initializer:
+    """Draws from N(0, std²)."""
+
+    def draw(key: jax.Array, shape: tuple, dtype: str) -> jax.Array:
+        return (jax.random.normal(key, shape) * std).astype(dtype)
+
+    return draw
+
+
+def exact_products(compute_dtype: str | None) -> AbstractContextManager:
+    """While it is in force, products traced in float32 are computed in float32.
+
+    By default GPUs would multiply float32 in TF32 and TPUs in bfloat16. A user's own
+    JAX_DEFAULT_MATMUL_PRECISION wins; a CPU computes the same either way.
+    """
+    chosen_by_user = jax.config.jax_default_matmul_precision is not None
+    if compute_dtype == "bfloat16" or chosen_by_user:
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision("highest")
+
+
+DROPOUT_SITES = {"attention_weights": 0, "attention": 1, "mlp": 2, "embedding": 3}
+
+
+def dropout(x: jax.Array, key_B: jax.Array | None, rate: float, *, site: str) -> jax.Array:
+    """Inverted dropout with a key per row, so that no batch split or mesh changes a row's mask.
+
+    `site` names the place in a block, each of which has random bits of its own. No keys, no
+    dropout.
+    """
     if key_B is None or rate == 0:
         return x
 
-    def row(key, x_row):
-        kept = jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, x_row.shape)
+    def drop_row(key: jax.Array, x_row: jax.Array) -> jax.Array:
+        site_key = jax.random.fold_in(key, DROPOUT_SITES[site])
+        kept = jax.random.bernoulli(site_key, 1 - rate, x_row.shape)
         return jnp.where(kept, x_row / (1 - rate), 0).astype(x.dtype)
 
-    return jax.vmap(row)(key_B, x)
+    return jax.vmap(drop_row)(key_B, x)
 
 
-def normal(key: jax.Array, shape: tuple, axes: tuple, std: float, dtype) -> nnx.Param:
-    """A weight drawn from N(0, std²), with the logical axes it is sharded by."""
-    return nnx.Param((jax.random.normal(key, shape) * std).astype(dtype), axes=axes)
+class Linear(nnx.Module):
+    """y = x W + b over the last axes of x: [..., *inputs] to [..., *outputs].
 
+    `kernel` is [*inputs, *outputs]; it may also be an `Int8` matrix. `bias` is [*outputs] or None.
+    """
 
-def constant(value: float, shape: tuple, axes: tuple, dtype) -> nnx.Param:
-    """A weight that starts at `value` everywhere."""
-    return nnx.Param(jnp.full(shape, value, dtype), axes=axes)
+    def __init__(
+        self,
+        key: jax.Array,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        *,
+        use_bias: bool,
+        dtype: str,
+        kernel_init: Initializer,
+    ):
+        self.inputs, self.outputs = inputs, outputs
+        self.kernel = weight(kernel_init(key, (*inputs, *outputs), dtype), axes)
+        bias_axes = tuple(None if name == "embed" else name for name in axes[len(inputs) :])
+        self.bias = weight(jnp.zeros(outputs, dtype), bias_axes) if use_bias else None
 
-
-def biases(c: ModelConfig, part: str):
-    """What makes the biases of a part of the model: zeros, or None where it has none."""
-    if not c.biased(part):
-        return lambda shape, axes: None
-    return functools.partial(constant, 0, dtype=c.param_dtype)
-
-
-def plus(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    """`y`, shifted if there is a bias."""
-    return y if bias is None else y + bias[...].astype(y.dtype)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # One contracted axis on either side. The backward pass of a product with more axes is
+        # many times slower on a CPU, and contracting two of the kernel's would transpose it at
+        # each call.
+        leading = x.shape[: x.ndim - len(self.inputs)]
+        x_MI = x.reshape(-1, math.prod(self.inputs))
+        kernel = self.kernel[...]
+        if isinstance(kernel, Int8):
+            y_MO = kernel.product(x_MI).astype(x.dtype)
+        else:
+            # Of stacked kernels the metadata names the layers too; here is the one of one layer.
+            axes = self.kernel.out_sharding[-kernel.ndim :]
+            kernel = gather_for_matmul(axes, kernel.astype(x.dtype))
+            y_MO = x_MI @ kernel.reshape(x_MI.shape[1], -1)
+        y = y_MO.reshape(*leading, *self.outputs)
+        if self.bias is None:
+            return y
+        return y + self.bias[...].astype(y.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gather(axes: tuple, matrix: jax.Array) -> jax.Array:
+def gather_for_matmul(axes: tuple[str | None, ...], matrix: jax.Array) -> jax.Array:
     """A matrix of these logical axes, whole over fsdp; its gradient is split as the matrix was.
 
     Left to itself the compiler may gather it once more for the backward pass, or move what it
@@ -60,99 +121,73 @@ def gather(axes: tuple, matrix: jax.Array) -> jax.Array:
     return constrain(matrix, *(None if name == "embed" else name for name in axes))
 
 
-gather.defvjp(
-    lambda axes, matrix: (gather(axes, matrix), None),
+gather_for_matmul.defvjp(
+    lambda axes, matrix: (gather_for_matmul(axes, matrix), None),
     lambda axes, _, gradient: (constrain(gradient, *axes),),
 )
 
 
-def ready(weight: nnx.Param, dtype) -> jax.Array | Int8:
-    """A matrix as a product takes it: int8 as it is, another in `dtype` and whole over fsdp."""
-    matrix = weight[...]
-    if isinstance(matrix, Int8):
-        return matrix
-    return gather(weight.get_metadata()["axes"], matrix.astype(dtype))
-
-
-def product(x_MI: jax.Array, weight: nnx.Param) -> jax.Array:
-    """x W for tokens as rows; W's first axes, as many entries as x is wide, are contracted.
-
-    On rows and over one axis: the backward pass of a three-axis product is many times slower on
-    CPU, and contracting two axes would transpose the weight at each call.
-    """
-    matrix = ready(weight, x_MI.dtype)
-    if isinstance(matrix, Int8):
-        return matrix.product(x_MI).astype(x_MI.dtype)
-    return x_MI @ matrix.reshape(x_MI.shape[1], -1)
-
-
-def linear(x_MD: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-    """x W + b for tokens as rows; W [D, ...] gives [M, ...]."""
-    matrix = weight[...]
-    outputs = matrix.scale.shape if isinstance(matrix, Int8) else matrix.shape[1:]
-    return plus(product(x_MD, weight).reshape(len(x_MD), *outputs), bias)
-
-
-def transposed_product(x_MI: jax.Array, matrix_OI: jax.Array | Int8, dtype) -> jax.Array:
-    """x W in `dtype` for a matrix kept as [out, in]: its backward pass is faster on CPU."""
-    if isinstance(matrix_OI, Int8):
-        return matrix_OI.product(x_MI).astype(dtype)
-    matrix_OI = matrix_OI.astype(x_MI.dtype)
-    if x_MI.dtype != dtype:
-        return widening_product(x_MI, matrix_OI)
-    return jnp.einsum("MI,OI->MO", x_MI, matrix_OI)
+def table_product(x_MI: jax.Array, table_OI: jax.Array | Int8) -> jax.Array:
+    """x table^T in float32, for a table kept as [outputs, inputs]: the head of the model."""
+    if isinstance(table_OI, Int8):
+        return table_OI.product(x_MI)
+    table_OI = table_OI.astype(x_MI.dtype)
+    if x_MI.dtype != jnp.float32:
+        return widening_product(x_MI, table_OI)
+    return jnp.einsum("MI,OI->MO", x_MI, table_OI)
 
 
 @jax.custom_vjp
-def widening_product(x_MI: jax.Array, matrix_OI: jax.Array) -> jax.Array:
-    """x W in float32 of two arrays in bfloat16, and so are those of its backward pass.
+def widening_product(x_MI: jax.Array, table_OI: jax.Array) -> jax.Array:
+    """x table^T in float32 of two bfloat16 arrays, whose gradients are bfloat16 products too.
 
-    JAX's own multiplies the float32 gradient as it is, for which an accelerator takes several times
-    as long.
+    JAX's own gradient multiplies the float32 cotangent as it is, for which an accelerator takes
+    several times as long.
     """
-    return jnp.einsum("MI,OI->MO", x_MI, matrix_OI, preferred_element_type=jnp.float32)
+    return jnp.einsum("MI,OI->MO", x_MI, table_OI, preferred_element_type=jnp.float32)
 
 
-def widening_product_and_factors(x_MI, matrix_OI):
-    """The product, and what its gradients need."""
-    return widening_product(x_MI, matrix_OI), (x_MI, matrix_OI)
+def _widening_forward(x_MI, table_OI):
+    return widening_product(x_MI, table_OI), (x_MI, table_OI)
 
 
-def widening_product_gradients(factors, gradient_MO):
-    """Those of both factors: summed in float32, in the type of the factors."""
-    x_MI, matrix_OI = factors
+def _widening_backward(factors, gradient_MO):
+    # Summed in float32, each in the type of its factor.
+    x_MI, table_OI = factors
     gradient_MO = gradient_MO.astype(x_MI.dtype)
-    sum_up = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    gradient_MI = sum_up("MO,OI->MI", gradient_MO, matrix_OI).astype(x_MI.dtype)
-    return gradient_MI, sum_up("MO,MI->OI", gradient_MO, x_MI).astype(matrix_OI.dtype)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    gradient_MI = product("MO,OI->MI", gradient_MO, table_OI).astype(x_MI.dtype)
+    gradient_OI = product("MO,MI->OI", gradient_MO, x_MI).astype(table_OI.dtype)
+    return gradient_MI, gradient_OI
 
 
-widening_product.defvjp(widening_product_and_factors, widening_product_gradients)
+widening_product.defvjp(_widening_forward, _widening_backward)
 
 
 class LayerNorm(nnx.Module):
     """Zero mean and unit variance over the last axis, then scale and shift (Ba et al. 2016)."""
 
-    def __init__(self, c: ModelConfig, width: int):
-        self.epsilon = c.norm_epsilon
-        self.scale = constant(1, (width,), (None,), c.param_dtype)
-        self.bias = constant(0, (width,), (None,), c.param_dtype) if c.biased("norm") else None
+    def __init__(self, config: ModelConfig, width: int):
+        self.epsilon = config.norm_epsilon
+        self.scale = weight(jnp.ones(width, config.param_dtype), (None,))
+        bias = weight(jnp.zeros(width, config.param_dtype), (None,))
+        self.bias = bias if config.biased("norm") else None
 
-    def centre(self, x: jax.Array) -> jax.Array:
-        """x of zero mean and unit variance."""
+    def standardize(self, x: jax.Array) -> jax.Array:
         return jax.nn.standardize(x, axis=-1, epsilon=self.epsilon)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """In float32, returned in the type of `x`."""
-        y = self.centre(x.astype(jnp.float32)) * self.scale[...].astype(jnp.float32)
-        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+        """Computed in float32, returned in the type of `x`."""
+        y = self.standardize(x.astype(jnp.float32)) * self.scale[...].astype(jnp.float32)
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y.astype(x.dtype)
 
 
 class RMSNorm(LayerNorm):
     """Unit mean square, the mean left as it is (Zhang & Sennrich 2019)."""
 
-    def centre(self, x: jax.Array) -> jax.Array:
-        """x of unit mean square."""
+    def standardize(self, x: jax.Array) -> jax.Array:
         return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
 
 
@@ -167,52 +202,30 @@ ACTIVATIONS = {
 
 
 class MLP(nnx.Module):
-    """Two linear layers around an activation.
+    """Two linear layers around an activation; gated, where the config says so, by a third
+    (Shazeer 2020)."""
 
-    The second is kept as [out, in] where it is `stacked`: its backward pass is faster on CPU. Where
-    it is not, as [in, out]: a few rows are faster.
-    """
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        self.activation = config.mlp
+        D, F = config.d_model, config.ff_width
+        up_key, down_key = jax.random.split(key)
+        options = {"use_bias": config.biased("mlp"), "dtype": config.param_dtype}
+        into = {"kernel_init": normal(config.init_std)} | options
+        self.up = Linear(up_key, (D,), (F,), ("embed", "mlp"), **into)
+        gate_key = jax.random.fold_in(key, 2)
+        gate = Linear(gate_key, (D,), (F,), ("embed", "mlp"), **into) if config.gated_mlp else None
+        self.gate = gate
 
-    def __init__(self, c: ModelConfig, key: jax.Array, stacked: bool):
-        D, F = c.d_model, c.ff_width
-        self.activation, self.stacked = c.mlp, stacked
-        keys = jax.random.split(key)
-        self.up = normal(keys[0], (D, F), ("embed", "mlp"), c.init_std, c.param_dtype)
-        std, order = c.init_std / math.sqrt(2 * c.n_layers), 1 if stacked else -1
-        shape, axes = (D, F)[::order], ("embed", "mlp")[::order]
-        self.down = normal(keys[1], shape, axes, std, c.param_dtype)
-        bias = biases(c, "mlp")
-        self.up_bias, self.down_bias = bias((F,), ("mlp",)), bias((D,), (None,))
+        def draw_down(key: jax.Array, shape: tuple, dtype: str) -> jax.Array:
+            # Drawn as [D, F] and turned, so that a seed gives the weights that it always gave.
+            return normal(config.residual_std)(key, shape[::-1], dtype).T
 
-    def widen(self, x_MD: jax.Array) -> jax.Array:
-        """The inner layer, h_MF."""
-        return ACTIVATIONS[self.activation](linear(x_MD, self.up, self.up_bias))
+        self.down = Linear(down_key, (F,), (D,), ("mlp", "embed"), kernel_init=draw_down, **options)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        B, T, D = x_BTD.shape
-        h_MF = self.widen(x_BTD.reshape(B * T, D))
-        if self.stacked:
-            y_MD = transposed_product(h_MF, ready(self.down, h_MF.dtype), h_MF.dtype)
+        activate = ACTIVATIONS[self.activation]
+        if self.gate is None:
+            h_BTF = activate(self.up(x_BTD))
         else:
-            y_MD = product(h_MF, self.down)
-        return plus(y_MD, self.down_bias).reshape(B, T, D)
-
-
-class GatedMLP(MLP):
-    """The inner layer multiplied by an activated third matrix (Shazeer 2020)."""
-
-    def __init__(self, c: ModelConfig, key: jax.Array, stacked: bool):
-        super().__init__(c, key, stacked)
-        shape, axes = (c.d_model, c.ff_width), ("embed", "mlp")
-        self.gate = normal(jax.random.fold_in(key, 2), shape, axes, c.init_std, c.param_dtype)
-        self.gate_bias = biases(c, "mlp")(shape[1:], axes[1:])
-
-    def widen(self, x_MD: jax.Array) -> jax.Array:
-        """The inner layer times its gate, h_MF."""
-        gate_MF = ACTIVATIONS[self.activation](linear(x_MD, self.gate, self.gate_bias))
-        return gate_MF * linear(x_MD, self.up, self.up_bias)
-
-
-def make_mlp(c: ModelConfig, key: jax.Array, stacked: bool) -> MLP:
-    """The MLP of a block: gated where its activation is a gate's."""
-    return (GatedMLP if c.mlp == "swiglu" else MLP)(c, key, stacked)
+            h_BTF = activate(self.gate(x_BTD)) * self.up(x_BTD)
+        return self.down(h_BTF)

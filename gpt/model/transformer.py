@@ -4,10 +4,13 @@ Shape letters, used as suffixes of arrays and in einsum strings everywhere:
   B batch   T query time   S cache slots   D model width   N query heads   K key/value heads
   G = N/K   H head width   F MLP width     V vocabulary    L layers        M = B*T tokens
 
-Flax NNX declares the weights; what leaves this file is a nested dict of arrays (`params`) and
-functions over it. A `stacked` dict holds each block weight as [L, ...], scanned over in training;
-an unstacked one holds a subtree per layer, which decoding reads faster, and the MLP's second matrix
-the other way round.
+`GPT` is a Flax NNX module: `GPT(config, rngs=nnx.Rngs(0))(tokens)` gives logits. What is compiled
+is functional: weights travel as a nested dict of arrays (`params`), and `bind(config, params)`
+makes them a model again while a program is traced, which costs nothing when it runs.
+
+The weights have two layouts. *Stacked*, as they are trained and saved: each weight of the blocks is
+one array [L, ...], scanned over by one program for all layers. *Unstacked*, for decoding: a subtree
+per layer, because slicing stacked weights at every token would copy them.
 """
 
 import functools
@@ -21,47 +24,61 @@ from jax.sharding import Mesh
 
 from gpt.config import ModelConfig
 from gpt.errors import require
+from gpt.model import flash_attention
 from gpt.model import kv_cache as kv
 from gpt.model.attention import MASKED, Attend, Attention, Drop
-from gpt.model.flash_attention import attend
 from gpt.model.int8 import Int8
-from gpt.model.layers import NORMS, drop, make_mlp, normal, transposed_product
-from gpt.model.positions import ADD, Place, find_place
+from gpt.model.layers import MLP, NORMS, dropout, exact_products, normal, table_product, weight
+from gpt.model.positions import Positions, positions_of, sinusoids
 from gpt.sharding import constrain
 
 
 class Block(nnx.Module):
     """Attention, then the MLP, each added to the residual stream after its own norm (GPT-2)."""
 
-    def __init__(self, c: ModelConfig, key: jax.Array, stacked: bool = True):
-        keys, norm = jax.random.split(key), NORMS[c.norm]
-        self.dropout = c.dropout
-        self.attention_norm, self.attention = norm(c, c.d_model), Attention(c, keys[0])
-        self.mlp_norm, self.mlp = norm(c, c.d_model), make_mlp(c, keys[1], stacked)
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        attention_key, mlp_key = jax.random.split(key)
+        self.dropout = config.dropout
+        self.attention_norm = NORMS[config.norm](config, config.d_model)
+        self.attention = Attention(config, attention_key)
+        self.mlp_norm = NORMS[config.norm](config, config.d_model)
+        self.mlp = MLP(config, mlp_key)
 
-    def weights_drop(self, key_B) -> Drop | None:
-        """What drops attention weights; None where nothing does, which a fused kernel needs."""
-        if key_B is None or not self.dropout:
+    def weights_drop(self, key_B: jax.Array | None) -> Drop | None:
+        """Dropout of attention weights; None where there is none, which a fused kernel needs."""
+        if key_B is None or self.dropout == 0:
             return None
-        return functools.partial(drop, key_B, self.dropout, 0)
+        return functools.partial(dropout, key_B=key_B, rate=self.dropout, site="attention_weights")
 
-    def __call__(self, x_BTD, past, key_B, place: Place, attend: Attend):
-        normed_BTD, weights_drop = self.attention_norm(x_BTD), self.weights_drop(key_B)
-        y_BTD, past = self.attention(normed_BTD, past, place, attend, weights_drop)
-        x_BTD = constrain(x_BTD + drop(key_B, self.dropout, 1, y_BTD), "batch", None, None)
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        past: tuple[jax.Array, jax.Array] | None,
+        key_B: jax.Array | None,
+        positions: Positions,
+        attend: Attend,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """The residual stream after this block, and the layer's keys and values, if kept."""
+        drop = self.weights_drop(key_B)
+        y_BTD, past = self.attention(self.attention_norm(x_BTD), past, positions, attend, drop)
+        x_BTD = x_BTD + dropout(y_BTD, key_B, self.dropout, site="attention")
+        x_BTD = constrain(x_BTD, "batch", None, None)
+
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
-        x_BTD = x_BTD + drop(key_B, self.dropout, 2, y_BTD)
+        x_BTD = x_BTD + dropout(y_BTD, key_B, self.dropout, site="mlp")
         return constrain(x_BTD, "batch", None, None), past
 
 
 class PostNormBlock(Block):
     """The norm after each sum (Vaswani et al. 2017, section 3.1)."""
 
-    def __call__(self, x_BTD, past, key_B, place: Place, attend: Attend):
-        y_BTD, past = self.attention(x_BTD, past, place, attend, self.weights_drop(key_B))
-        x_BTD = x_BTD + drop(key_B, self.dropout, 1, y_BTD)
-        x_BTD = constrain(self.attention_norm(x_BTD), "batch", None, None)
-        x_BTD = self.mlp_norm(x_BTD + drop(key_B, self.dropout, 2, self.mlp(x_BTD)))
+    def __call__(self, x_BTD, past, key_B, positions, attend):
+        y_BTD, past = self.attention(x_BTD, past, positions, attend, self.weights_drop(key_B))
+        x_BTD = self.attention_norm(x_BTD + dropout(y_BTD, key_B, self.dropout, site="attention"))
+        x_BTD = constrain(x_BTD, "batch", None, None)
+
+        y_BTD = self.mlp(x_BTD)
+        x_BTD = self.mlp_norm(x_BTD + dropout(y_BTD, key_B, self.dropout, site="mlp"))
         return constrain(x_BTD, "batch", None, None), past
 
 
@@ -69,154 +86,164 @@ BLOCKS = {"pre": Block, "post": PostNormBlock}
 
 
 class GPT(nnx.Module):
-    """Every weight of the model, declared."""
+    """The model: `GPT(config, rngs=nnx.Rngs(0))(tokens_BT)` gives float32 logits_BTV.
 
-    def __init__(self, c: ModelConfig, key: jax.Array, stacked: bool = True):
-        keys = jax.random.split(key, 4)
-        D, V, S = c.d_model, c.padded_vocab, c.context_length
-        table = functools.partial(normal, std=c.init_std, dtype=c.param_dtype)
-        self.tokens = table(keys[0], (V, D), ("vocab", "embed"))
-        learned = c.positions == "learned"
-        self.positions = table(keys[1], (S, D), (None, "embed")) if learned else None
-        blocks = jax.random.split(keys[2], c.n_layers)
-        block = functools.partial(BLOCKS[c.norm_place], c, stacked=stacked)
-        self.blocks = jax.vmap(block)(blocks) if stacked else nnx.List(map(block, blocks))
-        self.final_norm = NORMS[c.norm](c, D) if c.norm_place == "pre" else None
-        self.head = None if c.tied else table(keys[3], (V, D), ("vocab", "embed"))
-
-
-def init(config: ModelConfig, key: jax.Array) -> dict:
-    """Fresh stacked weights: N(0, init_std²), residual outputs over sqrt(2L) (GPT-2, 2.3)."""
-    return nnx.to_pure_dict(nnx.state(GPT(config, key)))
-
-
-def abstract(config: ModelConfig) -> dict:
-    """Shapes and types of the stacked weights; nothing is computed."""
-    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
-
-
-def logical_axes(config: ModelConfig) -> dict:
-    """The tree of the stacked weights with, for each leaf, the names of its axes."""
-    state = nnx.state(nnx.eval_shape(lambda: GPT(config, jax.random.key(0))))
-    weights = nnx.to_pure_dict(state, extract_fn=lambda variable: variable)
-
-    def axes(variable):
-        names = variable.get_metadata()["axes"]
-        return (None,) * (len(variable.shape) - len(names)) + names
-
-    return jax.tree.map(axes, weights, is_leaf=lambda x: isinstance(x, nnx.Variable))
-
-
-def unstacked_axes(config: ModelConfig) -> dict:
-    """As `logical_axes`, for unstacked weights."""
-    axes = logical_axes(config)
-    layer = jax.tree.map(lambda a: a[1:], axes["blocks"], is_leaf=lambda a: isinstance(a, tuple))
-    layer["mlp"]["down"] = layer["mlp"]["down"][::-1]
-    return axes | {"blocks": dict.fromkeys(range(config.n_layers), layer)}
-
-
-def require_fit(config: ModelConfig, mesh: Mesh, fsdp: bool = True) -> list[str]:
-    """UserError unless the mesh divides the weights; a line for what is kept whole instead.
-
-    `fsdp`: weights are split over that axis too, as in training.
+    Weights are drawn from N(0, init_std²), those of the residual outputs over sqrt(2L) (GPT-2,
+    section 2.3). `stacked`: the layout of the blocks' weights, see above.
     """
-    tensor, c = mesh.shape["tensor"], config
-    for name, size, axis, parts in (
-        ("model.n_heads", c.n_heads, "tensor", tensor),
-        ("the MLP's width", c.ff_width, "tensor", tensor),
-        ("the padded vocabulary", c.padded_vocab, "tensor", tensor),
-        ("model.d_model", c.d_model, "fsdp", mesh.shape["fsdp"] if fsdp else 1),
-    ):
-        require(
-            size % parts == 0,
-            f"{name} is {size}, which --mesh.{axis} {parts} does not divide: choose a divisor",
-        )
-    kept = f"{c.kv_heads} key/value heads do not divide among {tensor} devices: each keeps them all"
-    return [kept] if c.kv_heads % tensor else []
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stacked: bool = True):
+        self.config, self.stacked = config, stacked
+        D, V = config.d_model, config.padded_vocab
+        draw, dtype = normal(config.init_std), config.param_dtype
+        token_key, position_key, block_key, head_key = jax.random.split(rngs.params.key[...], 4)
+
+        self.tokens = weight(draw(token_key, (V, D), dtype), ("vocab", "embed"))
+        learned = config.positions == "learned"
+        table_SD = draw(position_key, (config.context_length, D), dtype) if learned else None
+        self.positions = weight(table_SD, (None, "embed")) if learned else None
+
+        block_keys = jax.random.split(block_key, config.n_layers)
+        make_block = functools.partial(BLOCKS[config.norm_place], config)
+        if stacked:
+            self.blocks = jax.vmap(make_block)(block_keys)
+            # vmap gives the arrays an axis for the layers, of which the metadata knows nothing.
+            for _, node in nnx.iter_graph(self.blocks):
+                if isinstance(node, nnx.Param):
+                    node.set_metadata(out_sharding=(None, *node.out_sharding))
+        else:
+            self.blocks = nnx.List(map(make_block, block_keys))
+
+        pre_norm = config.norm_place == "pre"
+        self.final_norm = NORMS[config.norm](config, D) if pre_norm else None
+        head_VD = None if config.tied else draw(head_key, (V, D), dtype)
+        self.head = None if config.tied else weight(head_VD, ("vocab", "embed"))
+
+    def __call__(self, tokens_BT: jax.Array, **options) -> jax.Array:
+        """logits_BTV of whole sequences, without a cache. `options`: those of `hidden`."""
+        x_BTD, _ = self.hidden(tokens_BT, **options)
+        return self.unembed(x_BTD)
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        cache: kv.KVCache | None = None,
+        *,
+        key_B: jax.Array | None = None,
+        attend: Attend = flash_attention.attend,
+        remat: bool = True,
+        unroll: bool = False,
+    ) -> tuple[jax.Array, kv.KVCache | None]:
+        """The residual stream after the last block and norm, and the cache with these tokens in it.
+
+        Without a cache, token t of each row stands at position t. With one (unstacked weights
+        alone), row b's tokens continue at position `cache.length_B[b]`; the returned cache holds
+        their keys and values, its lengths unchanged: the caller knows how many of the T tokens are
+        real. `key_B`, one key a row, turns dropout on. `remat` and `unroll`: see `scan_blocks`.
+        Returns x_BTD in the compute type. ValueError for a cache and stacked weights.
+        """
+        config, T = self.config, tokens_BT.shape[1]
+        if self.stacked and cache is not None:
+            raise ValueError(
+                "a KV cache needs unstacked weights, and these are stacked: "
+                "pass transformer.unstack(params)"
+            )
+        pos_BT = None
+        if cache is not None and cache.capacity:
+            pos_BT = cache.length_B[:, None] + jnp.arange(T)
+        positions = positions_of(config, pos_BT, T)
+        keys_LB = None if key_B is None else split_rows(key_B, config.n_layers)
+
+        def run(block: Block, x_BTD, past, key_B):
+            return block(x_BTD, past, key_B, positions, attend)
+
+        with exact_products(config.compute_dtype):
+            x_BTD = self.embed(tokens_BT, pos_BT)
+            x_BTD = dropout(x_BTD, key_B, config.dropout, site="embedding")
+            if self.stacked:
+                x_BTD = scan_blocks(run, self.blocks, x_BTD, keys_LB, remat=remat, unroll=unroll)
+            else:
+                x_BTD, cache = loop_blocks(run, self.blocks, x_BTD, cache, keys_LB)
+        if self.final_norm is not None:
+            x_BTD = self.final_norm(x_BTD)
+        return x_BTD, cache
+
+    def embed(self, tokens_BT: jax.Array, pos_BT: jax.Array | None = None) -> jax.Array:
+        """Token embeddings, with positions where they are added; x_BTD in the compute type."""
+        config, table_VD = self.config, self.tokens[...]
+        if isinstance(table_VD, Int8):
+            x_BTD = table_VD.rows(tokens_BT)
+        else:
+            # Gathered over fsdp first: else the partitioner rebuilds the whole table everywhere.
+            x_BTD = constrain(table_VD, "vocab", None)[tokens_BT]
+
+        pos = jnp.arange(tokens_BT.shape[1]) if pos_BT is None else pos_BT
+        if config.positions == "learned":
+            x_BTD = x_BTD + self.positions[...][pos]
+        elif config.positions == "sinusoidal":
+            # Scaled by sqrt(D) before the waves are added (Vaswani et al. 2017, section 3.4).
+            x_BTD = x_BTD * config.d_model**0.5 + sinusoids(pos, config.d_model)
+        return constrain(x_BTD.astype(config.compute_dtype or "float32"), "batch", None, None)
+
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """float32 logits [..., V] of hidden states [..., D]."""
+        config, table_VD = self.config, self.head_table
+        x_MD = x.reshape(-1, x.shape[-1])
+        logits_MV = table_logits(config, x_MD, table_VD, jnp.arange(len(table_VD)))
+        logits_MV = constrain(logits_MV[:, : config.vocab_size], "batch", None)
+        return logits_MV.reshape(*x.shape[:-1], config.vocab_size)
+
+    @property
+    def head_table(self) -> jax.Array | Int8:
+        """The head, [padded V, D]: the token embedding itself where they are tied."""
+        return self.tokens[...] if self.head is None else self.head[...]
 
 
-def unstack(params: dict) -> dict:
-    """One subtree per layer, for decoding."""
-    n_layers = jax.tree.leaves(params["blocks"])[0].shape[0]
-    layers = {i: jax.tree.map(lambda a: a[i], params["blocks"]) for i in range(n_layers)}  # noqa: B023
-    return params | {"blocks": {i: with_down_turned(layer) for i, layer in layers.items()}}
+def table_logits(config: ModelConfig, x_MD: jax.Array, rows_CD, ids_C: jax.Array) -> jax.Array:
+    """float32 logits [M, C] of the tokens `ids_C`, whose rows of the head's table are `rows_CD`.
+
+    Padding rows get a logit that no softmax sees.
+    """
+    with exact_products(config.compute_dtype):
+        logits_MC = table_product(x_MD, rows_CD)
+    if config.logit_softcap:
+        logits_MC = config.logit_softcap * jnp.tanh(logits_MC / config.logit_softcap)
+    return jnp.where(ids_C < config.vocab_size, logits_MC, MASKED)
 
 
-def with_down_turned(layer: dict) -> dict:
-    """A block's weights with the MLP's second matrix, [out, in], as [in, out], or back."""
-    mlp = layer["mlp"]
-    return layer | {"mlp": mlp | {"down": mlp["down"].T}}
+def scan_blocks(run, blocks: Block, x_BTD, keys_LB, *, remat: bool, unroll: bool) -> jax.Array:
+    """The residual stream after stacked blocks, for training: one program for all layers.
+
+    `remat` computes each block again in the backward pass instead of keeping what it needs.
+    `unroll` writes the layers out one after another: longer to compile, and faster on a CPU that
+    keeps activations, which would else be copied into stacked arrays and out of them again.
+    """
+
+    def body(x_BTD, block_and_key):
+        block, key_B = block_and_key
+        x_BTD, _ = run(block, x_BTD, None, key_B)
+        return x_BTD, None
+
+    if remat:
+        # Inside a loop nothing can merge the two computations; written out, the compiler would.
+        body = jax.checkpoint(body, prevent_cse=unroll)
+    x_BTD, _ = jax.lax.scan(body, x_BTD, (blocks, keys_LB), unroll=unroll)
+    return x_BTD
 
 
-def stack(params: dict) -> dict:
-    """The inverse of `unstack`."""
-    layers = map(with_down_turned, params["blocks"].values())
-    return params | {"blocks": jax.tree.map(lambda *a: jnp.stack(a), *layers)}
-
-
-@functools.cache
-def graphdef(config: ModelConfig, stacked: bool) -> nnx.GraphDef:
-    """The model's structure without its arrays."""
-    return nnx.graphdef(nnx.eval_shape(lambda: GPT(config, jax.random.key(0), stacked)))
-
-
-def fold(layer, x, blocks, pasts, keys_LB, remat: bool):
-    """Run x through the blocks: the one place that knows both weight layouts."""
-    if not isinstance(blocks, nnx.List):
-
-        def body(x, block_and_key):
-            block, key_B = block_and_key
-            return layer(x, block, None, key_B)[0], None
-
-        # Unrolled where nothing is computed again: what the backward pass needs of each block
-        # would be copied into stacked arrays and out again, which takes longer than computing it.
-        body = jax.checkpoint(body, prevent_cse=False) if remat else body
-        return jax.lax.scan(body, x, (blocks, keys_LB), unroll=not remat)
-    kept = []
+def loop_blocks(run, blocks: nnx.List, x_BTD, cache: kv.KVCache | None, keys_LB):
+    """The residual stream after a list of blocks, for decoding, and the cache they have written."""
+    keys, values = [], []
     for i, block in enumerate(blocks):
+        past = None if cache is None else (cache.k[i], cache.v[i])
         key_B = None if keys_LB is None else keys_LB[i]
-        x, past = layer(x, block, None if pasts is None else pasts[i], key_B)
-        kept.append(past)
-    return x, kept
-
-
-def hidden(
-    config: ModelConfig,
-    params: dict,
-    tokens_BT: jax.Array,
-    cache: kv.KVCache | None = None,
-    key_B: jax.Array | None = None,
-    attend: Attend = attend,
-    remat: bool = True,
-) -> tuple[jax.Array, kv.KVCache | None]:
-    """The normalised residual stream after the last block, and the cache with these tokens in it.
-
-    Without a cache, token t of each row stands at position t. With one (unstacked weights), row b's
-    tokens continue at position `cache.length_B[b]`; the returned cache holds their keys and values,
-    its lengths unchanged: the caller knows how many of the T tokens are real. `key_B` (one key a
-    row) turns dropout on. `remat` recomputes blocks in the backward pass of stacked weights.
-    Returns x_BTD in the compute type.
-    """
-    model = nnx.merge(graphdef(config, 0 not in params["blocks"]), params)
-    T = tokens_BT.shape[1]
-    pos_BT = None
-    if cache is not None and cache.capacity:
-        pos_BT = cache.length_B[:, None] + jnp.arange(T)
-    keys_LB = None if key_B is None else split_rows(key_B, config.n_layers)
-    x_BTD = embed(config, model, tokens_BT, pos_BT)
-    x_BTD = drop(key_B, config.dropout, 3, x_BTD)
-
-    place = find_place(config, pos_BT, T)
-
-    def layer(x, block, past, key_B):
-        return block(x, past, key_B, place, attend)
-
-    pasts = None if cache is None else list(zip(cache.k, cache.v, strict=True))
-    x_BTD, pasts = fold(layer, x_BTD, model.blocks, pasts, keys_LB, remat)
+        x_BTD, past = run(block, x_BTD, past, key_B)
+        if past is not None:
+            keys.append(past[0])
+            values.append(past[1])
     if cache is not None:
-        k, v = zip(*pasts, strict=True)
-        cache = replace(cache, k=k, v=v)
-    return x_BTD if model.final_norm is None else model.final_norm(x_BTD), cache
+        cache = replace(cache, k=tuple(keys), v=tuple(values))
+    return x_BTD, cache
 
 
 def split_rows(key_B: jax.Array, n: int) -> jax.Array:
@@ -224,45 +251,90 @@ def split_rows(key_B: jax.Array, n: int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.split(key, n), out_axes=1)(key_B)
 
 
-def embed(config: ModelConfig, model: GPT, tokens_BT: jax.Array, pos_BT) -> jax.Array:
-    """Token embeddings, and positions where they are added; x_BTD in the compute type."""
-    # Gathered over fsdp first: else the partitioner rebuilds the whole table on every device.
-    table_VD = model.tokens[...]
-    if isinstance(table_VD, Int8):
-        x_BTD = table_VD.rows(tokens_BT)
-    else:
-        x_BTD = constrain(table_VD, "vocab", None)[tokens_BT]
-    pos = jnp.arange(tokens_BT.shape[1]) if pos_BT is None else pos_BT
-    learned = None if model.positions is None else model.positions[...]
-    x_BTD = ADD[config.positions](config, x_BTD, pos, learned)
-    return constrain(x_BTD.astype(config.compute_dtype or "float32"), "batch", None, None)
+# From weights to a model and back.
 
 
-def unembed_rows(config: ModelConfig, x_MD: jax.Array, rows_CD, ids_C) -> jax.Array:
-    """float32 logits of the vocabulary rows `ids_C`; padding rows get a logit no softmax sees."""
-    logits_MC = transposed_product(x_MD, rows_CD, jnp.float32)
-    if config.logit_softcap:
-        logits_MC = config.logit_softcap * jnp.tanh(logits_MC / config.logit_softcap)
-    return jnp.where(ids_C < config.vocab_size, logits_MC, MASKED)
+def init(config: ModelConfig, key: jax.Array) -> dict:
+    """Fresh stacked weights: those of `GPT(config, rngs=nnx.Rngs(key))`."""
+    return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key))))
 
 
-def unembed(config: ModelConfig, params: dict, x: jax.Array) -> jax.Array:
-    """float32 logits [..., V] of hidden states [..., D]."""
-    rows = x.reshape(-1, x.shape[-1])
-    table_VD = head_table(params)
-    logits = unembed_rows(config, rows, table_VD, jnp.arange(len(table_VD)))
-    logits = constrain(logits[:, : config.vocab_size], "batch", None)
-    return logits.reshape(*x.shape[:-1], config.vocab_size)
-
-
-def head_table(params: dict) -> jax.Array:
-    """The head's table, [padded V, D]: the token embedding itself where they are tied."""
-    return params.get("head", params["tokens"])
+def bind(config: ModelConfig, params: dict) -> GPT:
+    """The model with these weights, stacked or not; called while a program is traced."""
+    return nnx.merge(graphdef(config, is_stacked(params)), params)
 
 
 def forward(config: ModelConfig, params: dict, tokens_BT: jax.Array, **options) -> jax.Array:
-    """logits_BTV of whole sequences, in one pass and without a cache. `options`: as `hidden`."""
-    return unembed(config, params, hidden(config, params, tokens_BT, **options)[0])
+    """logits_BTV, as a function that can be jitted over `params`; `options` as `GPT.hidden`."""
+    return bind(config, params)(tokens_BT, **options)
+
+
+def abstract_model(config: ModelConfig, stacked: bool) -> GPT:
+    """The model with shapes in place of arrays; nothing is computed."""
+    # Not nnx.eval_shape, which under a mesh would take the logical axes for the axes of that mesh.
+    return jax.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), stacked=stacked))
+
+
+@functools.cache
+def graphdef(config: ModelConfig, stacked: bool) -> nnx.GraphDef:
+    """The model's structure without its arrays."""
+    return nnx.graphdef(abstract_model(config, stacked))
+
+
+def abstract(config: ModelConfig) -> dict:
+    """Shapes and types of the stacked weights; nothing is computed."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
+def logical_axes(config: ModelConfig, stacked: bool = True) -> dict:
+    """The tree of the weights with, for each, a PartitionSpec of the logical names of its axes."""
+    specs = nnx.get_partition_spec(nnx.state(abstract_model(config, stacked)))
+    return nnx.to_pure_dict(specs)
+
+
+def is_stacked(params: dict) -> bool:
+    """Whether the blocks' weights are stacked, [L, ...], and not a subtree per layer."""
+    return "attention" in params["blocks"]
+
+
+def unstack(params: dict) -> dict:
+    """Stacked weights as one subtree per layer, for decoding."""
+    n_layers = jax.tree.leaves(params["blocks"])[0].shape[0]
+
+    def layer(i: int) -> dict:
+        return jax.tree.map(lambda leaf: leaf[i], params["blocks"])
+
+    return params | {"blocks": {i: layer(i) for i in range(n_layers)}}
+
+
+def stack(params: dict) -> dict:
+    """The inverse of `unstack`."""
+    layers = params["blocks"].values()
+    return params | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+def require_fit(config: ModelConfig, mesh: Mesh, fsdp: bool = True) -> list[str]:
+    """UserError unless the mesh divides the weights; a line for what is kept whole instead.
+
+    `fsdp`: weights are split over that axis too, as in training.
+    """
+    tensor = mesh.shape["tensor"]
+    for name, size, axis, parts in (
+        ("model.n_heads", config.n_heads, "tensor", tensor),
+        ("the MLP's width", config.ff_width, "tensor", tensor),
+        ("the padded vocabulary", config.padded_vocab, "tensor", tensor),
+        ("model.d_model", config.d_model, "fsdp", mesh.shape["fsdp"] if fsdp else 1),
+    ):
+        require(
+            size % parts == 0,
+            f"{name} is {size}, which --mesh.{axis} {parts} does not divide: choose a divisor",
+        )
+    if config.kv_heads % tensor == 0:
+        return []
+    return [
+        f"{config.kv_heads} key/value heads do not divide among {tensor} devices: each keeps them "
+        "all"
+    ]
 
 
 def count_parameters(config: ModelConfig) -> int:

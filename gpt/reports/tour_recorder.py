@@ -143,8 +143,9 @@ def find_weights(q_BTNH: jax.Array, k_BKSH: jax.Array, pos_BT, drop) -> jax.Arra
 def look_on(config: ModelConfig, params: dict, cache: kv.KVCache, tokens_BT: jax.Array):
     """Read tokens on top of a cache, which is kept: the new cache, logits_BTV, what passed."""
     kept: list[dict] = []
-    x_BTD, cache = transformer.hidden(config, params, tokens_BT, cache, attend=recorder(kept))
-    logits_BTV = transformer.unembed(config, params, x_BTD)
+    model = transformer.bind(config, params)
+    x_BTD, cache = model.hidden(tokens_BT, cache, attend=recorder(kept))
+    logits_BTV = model.unembed(x_BTD)
     layers = jax.tree.map(lambda *arrays: jnp.stack(arrays), *kept)
     return cache.advanced(jnp.int32(tokens_BT.shape[1])), logits_BTV, layers
 

@@ -32,11 +32,11 @@ def bucket(n_tokens: int, context_length: int) -> int:
     return min(size, context_length)
 
 
-def last_logits(config: ModelConfig, params: dict, x_BTD: jax.Array, n_B: jax.Array) -> jax.Array:
+def last_logits(model: transformer.GPT, x_BTD: jax.Array, n_B: jax.Array) -> jax.Array:
     """logits_BV after the last of each row's `n_B` real tokens."""
     last_B = jnp.maximum(n_B - 1, 0)
     last_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
-    return transformer.unembed(config, params, last_BD)
+    return model.unembed(last_BD)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -46,8 +46,9 @@ def prefill(config: ModelConfig, params: dict, tokens_BT: jax.Array, n_B: jax.Ar
     `tokens_BT` is padded on the right; row b holds `n_B[b]` >= 1 tokens. `params` is unstacked.
     """
     empty = kv.empty(config, len(tokens_BT))
-    x_BTD, cache = transformer.hidden(config, params, tokens_BT, empty)
-    return cache.advanced(n_B), last_logits(config, params, x_BTD, n_B)
+    model = transformer.bind(config, params)
+    x_BTD, cache = model.hidden(tokens_BT, empty)
+    return cache.advanced(n_B), last_logits(model, x_BTD, n_B)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -57,8 +58,9 @@ def extend(config: ModelConfig, params: dict, cache: kv.KVCache, tokens_BT, n_B:
     The caller sees to it that they fit: what lies past the capacity is dropped. The logits of a
     row that reads none mean nothing.
     """
-    x_BTD, cache = transformer.hidden(config, params, tokens_BT, cache)
-    return cache.advanced(n_B), last_logits(config, params, x_BTD, n_B)
+    model = transformer.bind(config, params)
+    x_BTD, cache = model.hidden(tokens_BT, cache)
+    return cache.advanced(n_B), last_logits(model, x_BTD, n_B)
 
 
 def read(config: ModelConfig, params: dict, tokens_BT, n_B, piece: int = PIECE):
@@ -85,8 +87,9 @@ def decode_step(config: ModelConfig, params: dict, cache: kv.KVCache, token_B, a
 
     Rows not active are computed like the others and keep their length.
     """
-    x_BTD, cache = transformer.hidden(config, params, token_B[:, None], cache)
-    logits_BV = transformer.unembed(config, params, x_BTD[:, 0])
+    model = transformer.bind(config, params)
+    x_BTD, cache = model.hidden(token_B[:, None], cache)
+    logits_BV = model.unembed(x_BTD[:, 0])
     return cache.advanced(active_B.astype(jnp.int32)), logits_BV
 
 

@@ -168,7 +168,7 @@ def for_decoding(config: ModelConfig, mesh: Mesh, quantize: Quantize | None, sta
         params = transformer.unstack(stacked(*args))
         return int8.quantize(params) if quantize else params
 
-    axes = transformer.unstacked_axes(config)
+    axes = transformer.logical_axes(config, stacked=False)
     axes = int8.quantize_axes(axes) if quantize else axes
     shapes = jax.eval_shape(make, *args)
     out = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING)

@@ -75,11 +75,12 @@ def target_logprobs(config: ModelConfig, params: dict, tokens_BT, targets_BT) ->
 
     The logits of one row at a time: those of all would be larger than the model.
     """
-    x_BTD, _ = transformer.hidden(config, params, tokens_BT)
+    model = transformer.bind(config, params)
+    x_BTD, _ = model.hidden(tokens_BT)
 
     def one(row):
         x_TD, targets_T = row
-        logits_TV = transformer.unembed(config, params, x_TD)
+        logits_TV = model.unembed(x_TD)
         chosen_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
         return chosen_T - jax.nn.logsumexp(logits_TV, axis=-1)
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from gpt import sharding
 from gpt.config import ModelConfig, TrainConfig
 from gpt.model import transformer
+from gpt.model.attention import MASKED
+from gpt.model.transformer import GPT
 
 CHUNK_ROWS = 16_384  # most vocabulary rows at once
 KEPT_LOGITS = 2**25  # most logits kept for the backward pass (128 MiB), not computed again
@@ -32,50 +34,68 @@ def recomputes_logits(n_tokens: int, vocabulary: int) -> bool:
     return n_tokens * vocabulary > KEPT_LOGITS
 
 
-def token_losses(config: ModelConfig, params: dict, x_MD: jax.Array, target_M: jax.Array):
+def token_losses(
+    model: GPT, x_MD: jax.Array, target_M: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of each token, float32 in nats: -log p(target), the log of the softmax's denominator, and
     the mean of -log p over the vocabulary."""
-    table_VD = transformer.head_table(params)
-    V, n = len(table_VD), count_chunks(len(table_VD))
-    # A chunk has its share of each device's rows, so that none are sent; of one device, a slice.
-    rows = V // n // math.gcd(V // n, sharding.count_parts("vocab"))
+    config, table_VD = model.config, model.head_table
+    V = len(table_VD)
+    n_chunks = count_chunks(V)
 
-    def cut(x: jax.Array) -> jax.Array:
-        """[V, ...] in n chunks."""
-        parts = x.reshape(-1, n, rows, *x.shape[1:]).swapaxes(0, 1)
-        return parts.reshape(n, V // n, *x.shape[1:])
+    # The chunks are interleaved: the table is dealt out in runs of `run` rows, run r to chunk
+    # r % n_chunks. The runs are so short that each device of a table split over several holds its
+    # share of every chunk, and no rows are sent. On one device a chunk is a single run, a slice.
+    run = V // n_chunks // math.gcd(V // n_chunks, sharding.count_parts("vocab"))
+
+    def deal(x: jax.Array) -> jax.Array:
+        """[V, ...] as [n_chunks, V / n_chunks, ...]."""
+        runs = x.reshape(-1, n_chunks, run, *x.shape[1:]).swapaxes(0, 1)
+        return runs.reshape(n_chunks, V // n_chunks, *x.shape[1:])
 
     def add_chunk(sums, chunk):
-        """Running max, sum of exp, target's logit and sum of logits (online softmax, Milakov &
-        Gimelshein 2018)."""
-        top_M, total_M, hit_M, sum_M = sums
-        rows_CD, ids_C, c = chunk
-        logits_MC = transformer.unembed_rows(config, x_MD, rows_CD, ids_C)
-        new_M = jax.lax.stop_gradient(jnp.maximum(top_M, logits_MC.max(-1)))
-        total_M = total_M * jnp.exp(top_M - new_M) + jnp.exp(logits_MC - new_M[:, None]).sum(-1)
-        mine_M = target_M // rows % n == c
-        place_M = target_M // (n * rows) * rows + target_M % rows
+        """One step of the online softmax (Milakov & Gimelshein 2018)."""
+        running_max_M, running_sum_M, target_logit_M, logit_sum_M = sums
+        rows_CD, ids_C, chunk_number = chunk
+        logits_MC = transformer.table_logits(config, x_MD, rows_CD, ids_C)
+
+        new_max_M = jax.lax.stop_gradient(jnp.maximum(running_max_M, logits_MC.max(-1)))
+        running_sum_M = running_sum_M * jnp.exp(running_max_M - new_max_M)
+        running_sum_M = running_sum_M + jnp.exp(logits_MC - new_max_M[:, None]).sum(-1)
+        logit_sum_M += jnp.where(ids_C < config.vocab_size, logits_MC, 0).sum(-1)
+
+        # The target's logit, where this chunk has its row.
+        in_chunk_M = target_M // run % n_chunks == chunk_number
+        place_M = target_M // (n_chunks * run) * run + target_M % run
         logit_M = jnp.take_along_axis(logits_MC, place_M[:, None], axis=-1)[:, 0]
-        sum_M += jnp.where(ids_C < config.vocab_size, logits_MC, 0).sum(-1)
-        return (new_M, total_M, hit_M + jnp.where(mine_M, logit_M, 0), sum_M), None
+        target_logit_M = target_logit_M + jnp.where(in_chunk_M, logit_M, 0)
+        return (new_max_M, running_sum_M, target_logit_M, logit_sum_M), None
 
     if recomputes_logits(len(x_MD), V):
         add_chunk = jax.checkpoint(add_chunk)
     zero_M = jnp.zeros(len(x_MD), jnp.float32)
-    start = (zero_M + transformer.MASKED, zero_M, zero_M, zero_M)
-    chunks = cut(table_VD), cut(jnp.arange(V)), jnp.arange(n)
-    (top_M, total_M, hit_M, sum_M), _ = jax.lax.scan(add_chunk, start, chunks)
-    log_total_M = top_M + jnp.log(total_M)
-    return log_total_M - hit_M, log_total_M, log_total_M - sum_M / config.vocab_size
+    start = (zero_M + MASKED, zero_M, zero_M, zero_M)
+    chunks = deal(table_VD), deal(jnp.arange(V)), jnp.arange(n_chunks)
+    (max_M, sum_M, target_logit_M, logit_sum_M), _ = jax.lax.scan(add_chunk, start, chunks)
+
+    log_total_M = max_M + jnp.log(sum_M)
+    return log_total_M - target_logit_M, log_total_M, log_total_M - logit_sum_M / config.vocab_size
 
 
 def sequence_losses(
-    config: ModelConfig, params: dict, tokens_BU: jax.Array, key_B=None, remat: bool = True
+    config: ModelConfig,
+    params: dict,
+    tokens_BU: jax.Array,
+    key_B: jax.Array | None = None,
+    *,
+    remat: bool = True,
+    unroll: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`token_losses`, each [B, T], of predicting tokens 1..T from tokens 0..T-1 (U = T + 1)."""
     inputs_BT, targets_BT = tokens_BU[:, :-1], tokens_BU[:, 1:]
-    x_BTD, _ = transformer.hidden(config, params, inputs_BT, key_B=key_B, remat=remat)
-    losses = token_losses(config, params, x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.ravel())
+    model = transformer.bind(config, params)
+    x_BTD, _ = model.hidden(inputs_BT, key_B=key_B, remat=remat, unroll=unroll)
+    losses = token_losses(model, x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.ravel())
     return tuple(loss_M.reshape(targets_BT.shape) for loss_M in losses)
 
 
@@ -86,7 +106,7 @@ def objective(config: TrainConfig, params: dict, tokens_BU: jax.Array, key_B=Non
     Szegedy et al. 2016), plus z log²(sum of exp) (z-loss, Chowdhery et al. 2022, section 5).
     """
     loss_BT, log_total_BT, even_BT = sequence_losses(
-        config.model, params, tokens_BU, key_B, config.remat
+        config.model, params, tokens_BU, key_B, remat=config.remat, unroll=config.unroll
     )
     aim_BT, e = loss_BT, config.label_smoothing
     if e:

@@ -145,7 +145,7 @@ def output_is_finite(config: ModelConfig, params: dict, tokens_ABU, key_AB, n_bl
 
     def micro_batch_is_finite(micro_batch):
         tokens_BU, key_B = micro_batch
-        x_BTD, _ = transformer.hidden(config, partial_params, tokens_BU[:, :-1], key_B=key_B)
+        x_BTD, _ = transformer.bind(config, partial_params).hidden(tokens_BU[:, :-1], key_B=key_B)
         return jnp.isfinite(x_BTD).all()
 
     return jax.lax.map(micro_batch_is_finite, (tokens_ABU, key_AB)).all()

@@ -1,20 +1,22 @@
 """The optimizer: schedules, which weight is updated how, clipping. Built of optax's parts."""
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from gpt.config import TrainConfig
+from gpt.model.layers import exact_products
 
-# Which axes of a block's matrix it sums over, and which it makes; layers are stacked in front.
-MATRICES = {
+# The input and the output axes of a linear layer's kernel; layers may be stacked in front.
+KERNEL_AXES = {
     "q": MuonDimensionNumbers((-3,), (-2, -1)),
     "k": MuonDimensionNumbers((-3,), (-2, -1)),
     "v": MuonDimensionNumbers((-3,), (-2, -1)),
     "o": MuonDimensionNumbers((-3, -2), (-1,)),
     "up": MuonDimensionNumbers((-2,), (-1,)),
     "gate": MuonDimensionNumbers((-2,), (-1,)),
-    "down": MuonDimensionNumbers((-1,), (-2,)),  # kept as [out, in]
+    "down": MuonDimensionNumbers((-2,), (-1,)),
 }
 
 
@@ -40,25 +42,23 @@ def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Sched
     return optax.join_schedules([rise, rest], [warmup])
 
 
-def name_of(path: tuple) -> str:
-    """A weight's own name, such as `q_bias`: where layers are stacked, its rank tells nothing."""
-    return path[-1].key
-
-
 def decayed(params: dict) -> dict:
-    """True for the weights that decay: matrices and tables, not biases and norms."""
+    """True for the weights that decay: matrices and tables, not biases and norms.
 
-    def is_matrix(path, _):
-        return not (name_of(path).endswith("bias") or name_of(path) == "scale")
+    Told by name: where layers are stacked, biases have the rank of matrices.
+    """
 
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+    def decays(path, _):
+        return path[-1].key not in ("bias", "scale")
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def groups(params: dict) -> dict:
     """Under muon: "muon" for the blocks' matrices, "adamw" for tables, head, norms and biases."""
 
     def group(path, _):
-        return "muon" if name_of(path) in MATRICES else "adamw"
+        return "muon" if path[-1].key == "kernel" else "adamw"
 
     return jax.tree_util.tree_map_with_path(group, params)
 
@@ -67,7 +67,7 @@ def make_muon(config: TrainConfig) -> optax.GradientTransformation:
     """Momentum made orthogonal by Newton-Schulz steps (Jordan et al. 2024), layer by layer."""
 
     def axes(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: MATRICES[name_of(path)], params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: KERNEL_AXES[path[-2].key], params)
 
     schedule = make_schedule(config, config.muon_learning_rate)
     decay = config.weight_decay
@@ -93,6 +93,28 @@ def clipping(config: TrainConfig) -> optax.GradientTransformation:
     return optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
 
 
+def in_float32(
+    optimizer: optax.GradientTransformation, compute_dtype: str | None
+) -> optax.GradientTransformation:
+    """`optimizer`, with moments and arithmetic in float32 whatever the type of the weights.
+
+    In bfloat16 a moving average with a decay of 0.999 stands still: what a step adds rounds away.
+    """
+
+    def widen(tree):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    def init(params):
+        return optimizer.init(widen(params))
+
+    def update(gradients, state, params):
+        with exact_products(compute_dtype):  # Muon multiplies matrices
+            return optimizer.update(widen(gradients), state, widen(params))
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Clipping, then the optimizer of the config."""
-    return optax.chain(clipping(config), OPTIMIZERS[config.optimizer](config))
+    optimizer = optax.chain(clipping(config), OPTIMIZERS[config.optimizer](config))
+    return in_float32(optimizer, config.model.compute_dtype)

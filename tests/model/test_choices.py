@@ -69,7 +69,7 @@ def reached(config, params):
 
     def states(rows):
         table = params["tokens"].at[:12].set(rows)
-        return transformer.hidden(config, params | {"tokens": table}, tokens)[0][0]
+        return transformer.bind(config, params | {"tokens": table}).hidden(tokens)[0][0]
 
     jacobian = jax.jit(jax.jacrev(states))(params["tokens"][:12])
     return np.abs(np.asarray(jacobian)).sum((1, 3)) > 0
@@ -115,7 +115,7 @@ def test_rope_depends_on_distance_alone():
 
     def score(at_q, at_k):
         turned = [
-            positions.find_place(config, jnp.array([[at]]), 1).rotate(x)
+            positions.apply_rope(x, positions.positions_of(config, jnp.array([[at]]), 1).rope)
             for at, x in ((at_q, q), (at_k, k))
         ]
         return float(jnp.sum(turned[0] * turned[1]))
@@ -137,8 +137,8 @@ def test_stretched_rope_equals_numpy():
     assert np.abs(ours - oracle).max() < 2e-5 * max(1, np.abs(oracle).max())
     as_before = numpy_transformer.forward(exact, ids, dataclasses.replace(c, rope_factor=1.0))
     assert np.abs(oracle - as_before).max() > 0.1
-    number = positions.wavenumbers(16, 1000.0)
-    slowed = np.asarray(number / positions.stretched(c, number))
+    frequency = positions.frequencies(16, 1000.0)
+    slowed = np.asarray(frequency / positions.scaled_frequencies(c))
     assert slowed[0] == 1 and slowed[-1] == 8 and any((slowed > 1) & (slowed < 8))
 
 

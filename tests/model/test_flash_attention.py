@@ -73,7 +73,7 @@ def test_the_kernel_of_this_machine_is_attention():
 
 def test_training_and_prefill_choose_the_kernel(seen):
     params = transformer.abstract(CONFIG)
-    jax.eval_shape(functools.partial(transformer.hidden, CONFIG), params, TOKENS)
+    jax.eval_shape(functools.partial(transformer.forward, CONFIG), params, TOKENS)
     assert seen == [((2, 8, 4, 8), (2, 2, 8, 8))]  # blocks are scanned over: traced once
     unstacked = jax.eval_shape(transformer.unstack, params)
     lengths = jnp.ones(2, int)
@@ -110,7 +110,7 @@ def test_a_tpu_needs_whole_tiles_and_no_higher_precision(n_tokens, precision, fi
 def test_dropout_keeps_from_the_kernel_only_where_it_is_on(seen):
     """Evaluation and sampling give no keys."""
     config = dataclasses.replace(CONFIG, dropout=0.5)
-    hidden, params = functools.partial(transformer.hidden, config), transformer.abstract(config)
+    hidden, params = functools.partial(transformer.forward, config), transformer.abstract(config)
     jax.eval_shape(hidden, params, TOKENS, key_B=jax.random.split(jax.random.key(1), 2))
     assert not seen
     jax.eval_shape(hidden, params, TOKENS)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec as P
 from programs import call
 
 from gpt import flops, load
@@ -74,10 +74,7 @@ def test_the_model_computes_with_the_rounded_weights(name):
         outputs = [axis for axis in range(leaf.ndim) if axis not in inputs]
         return back.transpose(np.argsort([*outputs, *inputs]))
 
-    def one(path, leaf):
-        return int8.by_name(rounded, path, leaf)
-
-    like = jax.tree_util.tree_map_with_path(one, params)
+    like = int8.map_matrices(rounded, params)
     forward = jax.jit(transformer.forward, static_argnums=0)
     expected = forward(config, like, tokens_BT)
     found = forward(config, int8.quantize(params), tokens_BT)
@@ -107,15 +104,16 @@ def test_bytes_are_those_of_the_arrays(name):
 def test_each_part_has_the_axes_of_its_weight():
     """Outputs keep theirs, inputs come last; the table splits them like the float weight."""
     config, mesh = CONFIGS["modern"], make_decoding_mesh(MeshConfig(data=1))
-    axes = int8.quantize_axes(transformer.unstacked_axes(config))
+    axes = int8.quantize_axes(transformer.logical_axes(config, stacked=False))
     attention = axes["blocks"][0]["attention"]
-    assert attention["q"] == int8.Int8(("heads", None, "embed"), ("heads", None))
-    assert attention["o"] == int8.Int8(("embed", "heads"), ("embed",))
-    assert axes["blocks"][0]["mlp"]["down"] == int8.Int8(("embed", "mlp"), ("embed",))
-    assert axes["blocks"][0]["mlp"]["up"] == int8.Int8(("mlp", "embed"), ("mlp",))
+    mlp = axes["blocks"][0]["mlp"]
+    assert attention["q"]["kernel"] == int8.Int8(P("heads", None, "embed"), P("heads", None))
+    assert attention["o"]["kernel"] == int8.Int8(P("embed", "heads"), P("embed"))
+    assert mlp["down"]["kernel"] == int8.Int8(P("embed", "mlp"), P("embed"))
+    assert mlp["up"]["kernel"] == int8.Int8(P("mlp", "embed"), P("mlp"))
     params = int8.quantize(weights(config))
     split = state_shardings(mesh, axes, params, DECODING)
-    assert split["blocks"][0]["attention"]["q"].ints.spec == PartitionSpec("tensor", None, None)
+    assert split["blocks"][0]["attention"]["q"]["kernel"].ints.spec == P("tensor", None, None)
 
 
 def test_nothing_in_a_decode_step_is_a_float_copy_of_a_matrix():

@@ -104,13 +104,13 @@ def test_initial_scales_are_gpt2s():
     block, residual = params["blocks"], 0.02 / math.sqrt(2 * config.n_layers)
     for weight, std in [
         (params["tokens"], 0.02),
-        (block["attention"]["q"], 0.02),
-        (block["attention"]["o"], residual),
-        (block["mlp"]["up"], 0.02),
-        (block["mlp"]["down"], residual),
+        (block["attention"]["q"]["kernel"], 0.02),
+        (block["attention"]["o"]["kernel"], residual),
+        (block["mlp"]["up"]["kernel"], 0.02),
+        (block["mlp"]["down"]["kernel"], residual),
     ]:
         assert np.std(weight) == pytest.approx(std, rel=0.05)
-    layers = block["attention"]["q"]
+    layers = block["attention"]["q"]["kernel"]
     assert not np.array_equal(layers[0], layers[1])
 
 
@@ -123,9 +123,10 @@ def test_attend_is_a_door():
         return attention.attend(q, k, v, pos, drop)
 
     params, ids = transformer.unstack(weights(SMALL)), tokens(SMALL)
-    x, _ = transformer.hidden(SMALL, params, ids, attend=recorder)
+    model = transformer.bind(SMALL, params)
+    x, _ = model.hidden(ids, attend=recorder)
     assert seen == [((2, 16, 4, 8), (2, 4, 16, 8))] * 3
-    assert np.array_equal(x, transformer.hidden(SMALL, params, ids)[0])
+    assert np.array_equal(x, model.hidden(ids)[0])
 
 
 @pytest.mark.parametrize("stacked", [True, False])

@@ -66,7 +66,7 @@ def test_without_the_mask_the_next_token_is_seen(ablations, params):
 
 def test_shared_projections_leave_the_keys_unused(ablations, params):
     other = params | {"blocks": jax.tree.map(jnp.copy, params["blocks"])}
-    other["blocks"]["attention"]["k"] *= 2
+    other["blocks"]["attention"]["k"]["kernel"] *= 2
     assert not np.allclose(logits(params), logits(other))
     ablations.share_queries_and_keys()
     assert np.array_equal(logits(params), logits(other))
@@ -74,7 +74,7 @@ def test_shared_projections_leave_the_keys_unused(ablations, params):
 
 def test_unscaled_scores_are_those_of_longer_queries(ablations, params):
     longer = params | {"blocks": jax.tree.map(jnp.copy, params["blocks"])}
-    longer["blocks"]["attention"]["q"] *= CONFIG.head_width**0.5
+    longer["blocks"]["attention"]["q"]["kernel"] *= CONFIG.head_width**0.5
     expected = logits(longer)
     ablations.leave_scores_unscaled()
     assert np.allclose(logits(params), expected, atol=1e-4)

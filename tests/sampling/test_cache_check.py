@@ -51,11 +51,11 @@ def test_contract_holds_in_bfloat16():
 
 
 def test_position_off_by_one(monkeypatch):
-    honest = transformer.embed
+    honest = transformer.GPT.embed
     monkeypatch.setattr(
-        transformer,
+        transformer.GPT,
         "embed",
-        lambda c, m, t, pos: honest(c, m, t, None if pos is None else pos + 1),
+        lambda self, t, pos: honest(self, t, None if pos is None else pos + 1),
     )
     assert not passes(cache_check.check_cached)
 
@@ -94,7 +94,7 @@ def test_neighbour_leaks(monkeypatch):
     def leaky(q, k, v, pos, drop):
         return honest(q, k, v, pos, drop) + 1e-7 * v.mean()
 
-    monkeypatch.setattr(transformer.hidden, "__defaults__", (None, None, leaky, True))
+    monkeypatch.setattr(attention, "attend", leaky)
     assert not passes(cache_check.check_order)
 
 

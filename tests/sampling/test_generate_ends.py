@@ -43,7 +43,7 @@ def test_end_of_text_ends_one_row_and_not_the_others(model):
     eot = model.tokenizer.eot_token
     settings = Settings(max_new_tokens=12, temperature=0)
     before = generate.complete(model, ["abc", "x"], settings)
-    x_row = transformer.hidden(CONFIG, model.params, np.array([[ord("x")]]))[0][0, 0]
+    x_row = transformer.bind(CONFIG, model.params).hidden(np.array([[ord("x")]]))[0][0, 0]
     table = model.params["tokens"].at[eot].set(x_row * 100)
     shouting = types.SimpleNamespace(**vars(model) | {"params": model.params | {"tokens": table}})
     ended = generate.complete(shouting, ["x"], settings)[0]

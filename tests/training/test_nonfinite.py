@@ -42,10 +42,12 @@ def change(array, place, value):
     return copy
 
 
-def planted(params, layer, value=np.nan, room="mlp", name="up"):
+def planted(params, layer, value=np.nan, path=("blocks", "mlp", "up", "kernel")):
     """The weights with one bad value in one layer."""
-    changed = params["blocks"][room] | {name: change(params["blocks"][room][name], layer, value)}
-    return params | {"blocks": params["blocks"] | {room: changed}}
+    name, *rest = path
+    if rest:
+        return params | {name: planted(params[name], layer, value, rest)}
+    return params | {name: change(params[name], layer, value)}
 
 
 @functools.cache
@@ -141,7 +143,7 @@ def test_the_layer_of_a_bad_weight(layer):
     config, params = params_of()
     said = locate_first_nonfinite(config, planted(params, layer), batch(), 5)
     assert said == (
-        f"the first bad value is in the weights of block {layer} of 0 to 3 (blocks/mlp/up)"
+        f"the first bad value is in the weights of block {layer} of 0 to 3 (blocks/mlp/up/kernel)"
     )
     for name in ("tokens", "positions"):
         both = planted(params, layer) | {name: change(params[name], 0, np.inf)}
@@ -153,8 +155,8 @@ def test_the_layer_of_a_bad_weight(layer):
 def test_the_layer_of_a_bad_output(layer, norm_place):
     """Weights of a finite size that are too much for float32 when they are multiplied."""
     config, params = params_of(norm_place=norm_place)
-    params = planted(params, layer, 1e38, "attention", "v_bias")
-    params = planted(params, layer, 1e38, "attention", "o")
+    params = planted(params, layer, 1e38, ("blocks", "attention", "v", "bias"))
+    params = planted(params, layer, 1e38, ("blocks", "attention", "o", "kernel"))
     said = locate_first_nonfinite(config, params, batch(), 5)
     assert said.endswith(f"the output of block {layer} of 0 to 3")
 

@@ -35,16 +35,20 @@ def test_every_parameter_has_its_group():
     """Norms, biases, embeddings and the head go to AdamW; each block's matrices to Muon."""
     found = jax.tree_util.tree_leaves_with_path(optimizer.groups(transformer.abstract(MODEL)))
     by_name = {jax.tree_util.keystr(p, simple=True, separator="/"): group for p, group in found}
-    matrices = {f"blocks/attention/{name}" for name in "qkvo"}
-    matrices |= {f"blocks/mlp/{name}" for name in ("up", "gate", "down")}
+    matrices = {f"blocks/attention/{name}/kernel" for name in "qkvo"}
+    matrices |= {f"blocks/mlp/{name}/kernel" for name in ("up", "gate", "down")}
     assert {name for name, group in by_name.items() if group == "muon"} == matrices
     assert {name for name, group in by_name.items() if group == "adamw"} == {
         *("tokens", "positions", "head", "final_norm/scale", "final_norm/bias"),
         *(f"blocks/{n}_norm/{w}" for n in ("attention", "mlp") for w in ("scale", "bias")),
         *(f"blocks/attention/{n}_norm/{w}" for n in "qk" for w in ("scale", "bias")),
-        *(f"blocks/attention/{n}_bias" for n in "qkvo"),
-        *(f"blocks/mlp/{n}_bias" for n in ("up", "gate", "down")),
+        *(f"blocks/attention/{n}/bias" for n in "qkvo"),
+        *(f"blocks/mlp/{n}/bias" for n in ("up", "gate", "down")),
     }
+
+
+def linear(name, kernel):
+    return {name: {"kernel": kernel}}
 
 
 def test_stacked_matrices_are_updated_like_each_layer_alone():
@@ -58,10 +62,11 @@ def test_stacked_matrices_are_updated_like_each_layer_alone():
         return muon.update(gradients, muon.init(weights), weights)[0]
 
     for room, name in [("attention", n) for n in "qkvo"] + [("mlp", "up"), ("mlp", "down")]:
-        weight, gradient = params["blocks"][room][name], grads["blocks"][room][name]
-        stacked = update({name: weight}, {name: gradient})[name]
+        weight, gradient = (tree["blocks"][room][name]["kernel"] for tree in (params, grads))
+        stacked = update(linear(name, weight), linear(name, gradient))[name]["kernel"]
         for layer in range(MODEL.n_layers):
-            alone = update({name: weight[layer]}, {name: gradient[layer]})[name]
+            one = update(linear(name, weight[layer]), linear(name, gradient[layer]))
+            alone = one[name]["kernel"]
             assert np.abs(stacked[layer] - alone).max() < rounding * np.abs(alone).max()
 
 
@@ -71,7 +76,9 @@ def test_muon_makes_updates_orthogonal():
     gradient = jnp.asarray(np.random.default_rng(1).normal(0, 1, weight.shape), jnp.float32)
     config = dataclasses.replace(CONFIG, warmup_steps=0, weight_decay=0.0, muon_learning_rate=1.0)
     muon = optimizer.make_muon(config)
-    update = muon.update({"q": gradient}, muon.init({"q": weight}), {"q": weight})[0]["q"]
+    weights = linear("q", weight)
+    updates, _ = muon.update(linear("q", gradient), muon.init(weights), weights)
+    update = updates["q"]["kernel"]
     values = np.linalg.svd(np.asarray(update).reshape(32, 32), compute_uv=False)
     raw = np.linalg.svd(np.asarray(gradient).reshape(32, 32), compute_uv=False)
     assert values.max() / values.min() < 3 < raw.max() / raw.min()
@@ -79,13 +86,13 @@ def test_muon_makes_updates_orthogonal():
 
 def test_muon_keeps_one_moment_of_a_matrix():
     state = jax.eval_shape(lambda: train_state.fresh_state(CONFIG))
-    shape = (3, *(MODEL.d_model, MODEL.ff_width))
-    like_up = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == shape]
+    shapes = (3, MODEL.d_model, MODEL.ff_width), (3, MODEL.ff_width, MODEL.d_model)
+    like_up = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape in shapes]
     assert len(like_up) == 3  # up, gate, down, once each
     adam = jax.eval_shape(
         lambda: train_state.fresh_state(dataclasses.replace(CONFIG, optimizer="adamw"))
     )
-    assert len([x for x in jax.tree.leaves(adam.opt_state) if x.shape == shape]) == 6
+    assert len([x for x in jax.tree.leaves(adam.opt_state) if x.shape in shapes]) == 6
 
 
 def test_schedules_rise_and_fall_as_named():
