@@ -282,7 +282,7 @@ def gpt2_obstacles(c: ModelConfig) -> list[tuple[str, str]]:
         (c.positions != "learned", f"{c.positions} positions", "--model.positions learned"),
         (c.norm != "layer", "RMSNorm", "--model.norm layer"),
         (c.norm_place != "pre", "norms after the sums", "--model.norm-place pre"),
-        (c.mlp == "swiglu", "SwiGLU", "--model.mlp gelu_tanh"),
+        (c.gated_mlp, "SwiGLU", "--model.mlp gelu_tanh"),
         (c.kv_heads != c.n_heads, "shared key/value heads", f"--model.n-kv-heads {c.n_heads}"),
         (wide, f"heads of width {c.head_width}", "--model.d-head None"),
         (c.qk_norm, "QK-norm", "--model.no-qk-norm"),
@@ -301,7 +301,7 @@ def llama_obstacles(c: ModelConfig) -> list[tuple[str, str]]:
         (c.norm != "rms", "LayerNorm", "--model.norm rms"),
         (c.biased("norm"), "biases of the norms", no_norm_bias),
         (c.norm_place != "pre", "norms after the sums", "--model.norm-place pre"),
-        (c.mlp != "swiglu", f"{c.mlp} without a gate", "--model.mlp swiglu"),
+        (not c.gated_mlp, f"{c.mlp} without a gate", "--model.mlp swiglu"),
         (qwen3_mlp_bias, "QK-norm beside biases of the MLP", no_mlp_bias),
         (c.logit_softcap != 0, "a cap on the logits", "--model.logit-softcap 0"),
     ]
