@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -111,6 +112,7 @@ def train(args: Args, out: Path, console, stop) -> int:
 
 def fit(run, state, until: int) -> int:
     """Train from `state` until step `until`, or until a signal; the exit code."""
+    from gpt.sampling.language_model import write_sample
     from gpt.training import trainer
     from gpt.training.train_step import evaluate
     from gpt.training.trainer import is_due
@@ -125,45 +127,27 @@ def fit(run, state, until: int) -> int:
             # Reads the previous step's numbers while the device computes this one.
             recorder.step(step, state, metrics)
 
-            last = step == until or run.stop.requested_by(step)
+            ending = step == until or run.stop.requested_by(step)
             evaluates = is_due(config, step, config.eval_every)
-            saves = last or is_due(config, step, config.save_every)
+            saves = is_due(config, step, config.save_every)
             samples = is_due(config, step, config.sample_every)
-            if not (evaluates or saves or samples):
+            if not (ending or evaluates or saves or samples):
                 continue
-            applied = recorder.catch_up(state)
+            # A step whose update was skipped cannot be the last.
+            ending = recorder.catch_up(state) and ending
             weights = state.ema_params or state.params
 
             val_loss = None
-            if evaluates or (config.keep_best and is_due(config, step, config.save_every)):
+            if evaluates or (saves and config.keep_best):
                 val_loss, bits_per_byte = evaluate(config, weights, eval_step, run.dataset.val)
                 recorder.log.evaluation(step, val_loss, bits_per_byte)
-            if saves:
-                recorder.save(step, state, val_loss, last)
+            if ending or saves:
+                recorder.save(step, state, val_loss, wait=ending)
             if samples:
-                write_sample(run, step, weights, recorder.log)
-            if last and applied:
+                recorder.sample(step, partial(write_sample, run, weights))
+            if ending:
                 break
     return trainer.finish(run)
-
-
-def write_sample(run, step: int, weights: dict, log) -> None:
-    """Show what the model writes from nothing. A lack of memory for it does not end the run."""
-    from gpt.errors import UserError, is_out_of_memory
-    from gpt.sampling.language_model import from_training
-
-    # Of several processes the first one samples, on one of its devices.
-    weights = distributed.copy_to_first_process(weights)
-    if weights is None:
-        return
-    mesh = None if distributed.is_multi_process() else run.mesh
-    try:
-        model = from_training(run.config.model, weights, run.tokenizer, mesh, step)
-        log.sample(step, str(model.generate(max_new_tokens=120)))
-    except Exception as error:
-        if not isinstance(error, UserError) and not is_out_of_memory(error):
-            raise
-        run.console.print(f"note: no sample at step {step:,}: {error}")
 
 
 def parse_args(argv: list[str]) -> Args:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt import checkpoint, sharding
+from gpt import checkpoint, distributed, sharding
 from gpt.config import (
     ONE_DEVICE,
     Dtype,
@@ -129,15 +129,24 @@ def load(
     return model
 
 
-def from_training(
-    config: ModelConfig, params: dict, tokenizer: tokenizers.Tokenizer, mesh: Mesh | None, step: int
-) -> LanguageModel:
-    """A model in training, to sample from: its stacked weights as they lie on `mesh`, placed for
-    decoding on the same devices (None: on the first device)."""
-    mesh = mesh or sharding.make_decoding_mesh(ONE_DEVICE)
-    unstacked = for_decoding(config, mesh, None, lambda stacked: stacked, params)
-    several = mesh if mesh.size > 1 else None
-    return LanguageModel(config, unstacked, tokenizer, step, mesh=several)
+def write_sample(run, weights: dict, n_tokens: int = 120) -> str | None:
+    """What a model in training writes from nothing. `run` has `config`, `tokenizer` and `mesh`, on
+    which the stacked `weights` lie.
+
+    If several processes train, the first one samples on one of its devices, and None is returned
+    in the others. Raises UserError if the model or its cache does not fit.
+    """
+    weights = distributed.copy_to_first_process(weights)
+    if weights is None:
+        return None
+    mesh = run.mesh
+    if distributed.is_multi_process():
+        mesh = sharding.make_decoding_mesh(ONE_DEVICE)
+    config = run.config.model
+    params = for_decoding(config, mesh, None, lambda stacked: stacked, weights)
+    mesh = mesh if mesh.size > 1 else None
+    model = LanguageModel(config, params, run.tokenizer, step=0, mesh=mesh)
+    return str(model.generate(max_new_tokens=n_tokens))
 
 
 def choose_tree(run: str | Path, about: dict[str, Any], weights: Weights | None) -> str:

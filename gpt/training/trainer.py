@@ -21,7 +21,7 @@ from gpt.config import TrainConfig
 from gpt.data import batches, tokenizers
 from gpt.data.dataset import load_dataset
 from gpt.data.token_files import Dataset
-from gpt.errors import UserError, require
+from gpt.errors import UserError, is_out_of_memory, require
 from gpt.training import device_batches, run_dir, train_step
 from gpt.training.loss_curve import save_loss_curve
 from gpt.training.metrics import RunLog, require_tensorboard, show_tokenizing
@@ -192,8 +192,23 @@ class Recorder:
                 self.run.config, self.streak, self.run.out, state.params, self.batch
             )
 
-    def save(self, step: int, state: TrainState, val_loss: float | None, last: bool) -> None:
-        """Save a checkpoint in the background; if it is the `last`, wait until it is on disk.
+    def sample(self, step: int, write: Callable[[], str | None]) -> None:
+        """Show what the model writes; a lack of memory for it is noted, and training goes on.
+
+        All processes of the run call this; `write()` returns None in all but one.
+        """
+        try:
+            text = write()
+        except Exception as error:
+            if not isinstance(error, UserError) and not is_out_of_memory(error):
+                raise
+            self.run.console.print(f"note: no sample at step {step:,}: {error}")
+            return
+        if text is not None:
+            self.log.sample(step, text)
+
+    def save(self, step: int, state: TrainState, val_loss: float | None, wait: bool) -> None:
+        """Save a checkpoint in the background; with `wait` return when it is on disk.
 
         `val_loss`: nats per token, which the best checkpoints are chosen by. With `keep_going` a
         checkpoint that cannot be written is noted, and training goes on; else it is a UserError.
@@ -214,10 +229,10 @@ class Recorder:
                 checkpoint_trees(state),
                 self.metadata | {"step": step},
                 loss=val_loss,
-                wait=last or self.checkpoints.failed,
+                wait=wait or self.checkpoints.failed,
             )
         except checkpoint.Unsaved as error:
-            if last or not self.run.config.keep_going:
+            if wait or not self.run.config.keep_going:
                 raise UserError(
                     f"{error}; make room and give the same command again, or train on unsaved: "
                     "--keep-going"

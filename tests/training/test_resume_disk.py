@@ -174,5 +174,5 @@ def test_after_a_save_that_failed_the_next_one_is_tried_and_waited_for():
         metadata={},
     )
     state = SimpleNamespace(params={}, opt_state={}, step=20, ema_params={})
-    Recorder.save(recorder, 20, state, None, last=False)
+    Recorder.save(recorder, 20, state, None, wait=False)
     assert saved == [(20, True)] and "step 10 could not be saved" in console.file.getvalue()

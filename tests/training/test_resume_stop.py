@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from programs import ROOT, TINY, arrays, call, program, read_lines, same_bits
+from programs import ROOT, TINY, arrays, call, read_lines, same_bits
 
 from gpt import checkpoint
+from gpt.sampling import language_model
 from gpt.training import train_step, trainer
 
 SIGNALS = pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def before(monkeypatch, owner, name, action):
 PHASES = {  # what is interrupted, and the step that is saved
     "compiling": (lambda: (train_step, "compile_steps"), 1),
     "evaluating": (lambda: (train_step, "evaluate"), 5),
-    "sampling": (lambda: (program("train"), "write_sample"), 8),
+    "sampling": (lambda: (language_model, "write_sample"), 8),
     "saving": (lambda: (checkpoint.Writer, "save"), 5),
     "at its end": (lambda: (trainer, "save_loss_curve"), 12),
 }
@@ -67,6 +68,7 @@ sys.path.insert(0, "tests")
 from gpt import cli
 import programs
 from gpt import checkpoint
+from gpt.sampling import language_model
 from gpt.training import train_step, trainer
 
 train = programs.program("train")
@@ -111,7 +113,7 @@ def test_a_second_ctrl_c_stops_at_once_and_harms_nothing(
 ):
     argv = [*TINY, "--data", text, "--out", tmp_path / "run"]
     terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-    before(monkeypatch, program("train"), "write_sample", terminate)
+    before(monkeypatch, language_model, "write_sample", terminate)
     assert call("train", *argv).code == 143
     monkeypatch.undo()
     (last,) = checkpoint.steps(tmp_path / "run")[-1:]
