@@ -14,7 +14,7 @@ from programs import (
     write_text,
 )
 
-from gpt.data.tokenizers import encodings
+from gpt.data import tokenizers
 from gpt.training import run_plan, train_step
 
 
@@ -97,7 +97,7 @@ def test_an_encoding_that_is_not_here(text, tmp_path, monkeypatch):
     def no_network(url):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(encodings, "download", no_network)
+    monkeypatch.setattr(tokenizers, "download", no_network)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     argv = [*TINY, "--tokenizer", "gpt2", "--data", text, "--out", tmp_path / "run"]
     done = call("train", *argv)

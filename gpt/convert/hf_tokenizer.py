@@ -161,8 +161,8 @@ def export_tokenizer(tokenizer: tokenizers.Tokenizer, context_length: int) -> di
         sample = tokenizer.characters * 2
     else:
         made = byte_level_tokenizer(tokenizer)
-        end = tokenizer.end
-        tokens = tokenizer._mergeable_ranks
+        end = tokenizers.END_OF_TEXT
+        tokens = tokenizer.ranks
         sample = SAMPLE + " ".join(token.decode("utf-8", "ignore") for token in tokens)
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -185,14 +185,14 @@ def export_tokenizer(tokenizer: tokenizers.Tokenizer, context_length: int) -> di
 
 def byte_level_tokenizer(tokenizer: tokenizers.ByteLevelTokenizer) -> library.Tokenizer:
     """The library's tokenizer for a tiktoken encoding."""
-    ranks = tokenizer._mergeable_ranks
+    ranks = tokenizer.ranks
     merges, ignore_merges = recover_merges(ranks)
 
     def spell(token: bytes) -> str:
         return "".join(CHARACTER_OF_BYTE[byte] for byte in token)
 
     special = {
-        text: i for text, i in tokenizer._special_tokens.items() if not UNUSED.fullmatch(text)
+        text: i for text, i in tokenizer.special_tokens.items() if not UNUSED.fullmatch(text)
     }
     made = library.Tokenizer(
         models.BPE(
@@ -204,7 +204,7 @@ def byte_level_tokenizer(tokenizer: tokenizers.ByteLevelTokenizer) -> library.To
     )
     # Oniguruma reads two things otherwise than tiktoken's engine: "{1,3}+" repeats a repetition
     # (where nothing can fail after it, it may be plain), and "$" also stands before a last newline.
-    pattern = re.sub(r"(\{\d+,\d+\})\+(?=\||$)", r"\1", tokenizer._pat_str)
+    pattern = re.sub(r"(\{\d+,\d+\})\+(?=\||$)", r"\1", tokenizer.pattern)
     pattern = pattern.replace("++$", r"++\z")
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [
