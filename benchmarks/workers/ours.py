@@ -19,7 +19,7 @@ import models  # noqa: E402
 import numpy as np  # noqa: E402
 
 from gpt import sharding  # noqa: E402
-from gpt.bench.train import random_batch  # noqa: E402
+from gpt.bench.measure import random_batch  # noqa: E402
 from gpt.config import ONE_DEVICE  # noqa: E402
 from gpt.model import int8, transformer  # noqa: E402
 from gpt.presets import preset  # noqa: E402

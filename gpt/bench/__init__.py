@@ -1,5 +1,5 @@
-"""What the two regimes cost on this machine: `python -m gpt.bench`.
+"""How fast this machine samples and trains, beside how fast it could: `python -m gpt.bench`.
 
-Prefill and decode are timed apart, compilation apart from both, and each is set against a ceiling
-that was measured here: how fast this machine multiplies, how fast it reads.
+Prefill and decode are timed apart, and compilation apart from both. Each is compared with a ceiling
+measured on the same machine: how fast it multiplies matrices, how fast it reads memory.
 """

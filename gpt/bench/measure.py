@@ -1,31 +1,37 @@
-"""Prefill and decode of one cell (batch, prompt length, new tokens), each timed apart.
+"""What is timed, and how: prefill and decode of a cell, and the training step.
 
-It times what sampling runs: prompts are read by `engine.prefill`, then `decode_chunk` draws the
-tokens, once in chunks as the driver does, once token by token from the host.
+Sampling: prompts are read by `engine.prefill`, then `decode_chunk` draws the tokens, once in chunks
+as `generate` does, once token by token from the host. Training: `compile_steps` on random tokens
+that are already on the devices.
 """
 
+import dataclasses
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from gpt import flops, hardware
+from gpt import flops, hardware, sharding
 from gpt.compile_log import Stopwatch
-from gpt.config import ModelConfig
+from gpt.config import ModelConfig, TrainConfig
 from gpt.errors import require
 from gpt.hardware import timed
 from gpt.sampling import engine, generate
 from gpt.sampling.decode_loop import begin, decode_chunk
 from gpt.sampling.settings import Settings
+from gpt.training import train_state, train_step
 
 NO_EOT = -1  # no token ends a row: every repeat does the same work
+TRAIN_STEPS = 10  # per repeat: one step is too short compared with what it takes to start it
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured: rows, tokens a prompt, tokens drawn a row (the first is prefill's), and
+    """What is measured: rows, tokens per prompt, tokens drawn per row (the first by prefill), and
     whether the weights are int8."""
 
     batch: int
@@ -34,133 +40,160 @@ class Cell:
     int8: bool = False
 
     @property
-    def steps(self) -> int:
+    def n_steps(self) -> int:
         """Decode steps: one for each token but the first."""
         return self.new_tokens - 1
 
 
 @dataclass
 class Times:
-    """Seconds of every repeat: prefill, then up to the first token, a decode step in the device's
-    loop (mean of a repeat), and each single step driven from the host."""
+    """Seconds, repeat by repeat."""
 
     prefill: list[float] = field(default_factory=list)
-    first: list[float] = field(default_factory=list)
+    first_token: list[float] = field(default_factory=list)
+    """Prefill and drawing the first token."""
     step: list[float] = field(default_factory=list)
+    """A decode step of the device's loop: the mean of a repeat."""
     host_step: list[float] = field(default_factory=list)
+    """Every single step driven from the host."""
 
 
-def require_room(config: ModelConfig, cell: Cell) -> None:
-    """UserError if weights and cache of the largest cell exceed the memory that is there, or the
-    weights while they are quantized: floats and int8 lie there together."""
+def describe_machine(
+    name: str, config: ModelConfig, ceilings: dict, n_cores: int | None, int8: bool = False
+) -> dict:
+    """The result without its cells, as JSON values."""
+    device = jax.local_devices()[0]
+    cores = f", {n_cores} cores" if device.platform == "cpu" else ""
+    return {
+        "device": f"{device.device_kind}{cores}",
+        "precision": config.compute_dtype,
+        "model": name,
+        "parameters": flops.parameters(config),
+        "weights": "int8" if int8 else config.param_dtype,
+        "weight_bytes": flops.weight_bytes(config, int8=int8),
+        "jax": jax.__version__,
+        "ceilings": ceilings,
+    }
+
+
+def require_memory(config: ModelConfig, cell: Cell) -> None:
+    """UserError if the largest cell needs more memory than there is: weights and cache, and during
+    quantization the weights as floats and as int8 together."""
     slots = engine.bucket(cell.prompt_length + cell.new_tokens, config.context_length)
     weights = flops.weight_bytes(config, int8=cell.int8)
-    need = weights + flops.cache_bytes(config, cell.batch, slots)
-    both = weights + flops.weight_bytes(config) if cell.int8 else 0
-    have, whose = hardware.memory()
+    available, of_what = hardware.memory()
+    if cell.int8:
+        both = weights + flops.weight_bytes(config)
+        require(
+            both <= available,
+            f"quantizing the weights takes {both / 1e9:.1f} GB, but {of_what} is "
+            f"{available / 1e9:.1f} GB: choose a smaller model",
+        )
+    needed = weights + flops.cache_bytes(config, cell.batch, slots)
     require(
-        both <= have,
-        f"quantizing the weights takes {both / 1e9:.1f} GB, and {whose} is {have / 1e9:.1f} GB: "
-        "choose a smaller model",
-    )
-    require(
-        need <= have,
-        f"{cell.batch} rows of {slots} tokens take {need / 1e9:.1f} GB with the weights, and "
-        f"{whose} is {have / 1e9:.1f} GB: choose smaller --batch-sizes or --prompt-lengths",
+        needed <= available,
+        f"{cell.batch} rows of {slots} tokens and the weights take {needed / 1e9:.1f} GB, but "
+        f"{of_what} is {available / 1e9:.1f} GB: choose smaller --batch-sizes or --prompt-lengths",
     )
 
 
-def read_prompts(config: ModelConfig, params: dict, cell: Cell, times: Times):
-    """Prefill and the first token; the loop to go on with, and the rows' settings."""
-    ids = np.random.default_rng(0).integers(
-        config.vocab_size, size=(cell.batch, cell.prompt_length)
-    )
-    tokens_BT, n_B = generate.pad_prompts(ids, config.context_length)
-    rows = generate.row_settings([Settings(temperature=0)] * cell.batch, config.vocab_size, NO_EOT)
-    left_B = np.full(cell.batch, cell.new_tokens, np.int32)
-    seen_BV, dropped_B = np.zeros((cell.batch, config.vocab_size), bool), np.zeros_like(left_B)
-    prefill, (cache, logits_BV) = timed(engine.prefill, config, params, tokens_BT, n_B)
-    drawing, (loop, _) = timed(begin, cache, logits_BV, rows, left_B, seen_BV, dropped_B, NO_EOT)
-    times.prefill.append(prefill)
-    times.first.append(prefill + drawing)
-    return loop, rows
+def measure_cell(
+    config: ModelConfig, params: dict, cell: Cell, repeats: int, ceilings: dict
+) -> dict:
+    """The figures of one cell as JSON values: medians of `repeats` repeats, and each repeat's own.
 
-
-def decode(config: ModelConfig, params: dict, loop, rows, size: int) -> list[float]:
-    """Run `loop` to its end, at most `size` steps a call; the seconds of each call.
-
-    Growing the cache counts: whoever samples waits for it too.
+    `params` is unstacked. `compile_seconds` is for programs that no earlier cell has compiled,
+    `cached_compile_seconds` for reading the same programs from the compilation cache (None without
+    a cache).
     """
-
-    going_B = np.ones(len(loop.token_B), bool)
-
-    def advance(loop):
-        roomy = generate.with_room(config, loop)
-        return decode_chunk(config, params, roomy, rows, going_B, NO_EOT, size)
-
-    seconds = []
-    while np.any(np.asarray(loop.left_B) > 0):
-        spent, (loop, *_) = timed(advance, loop)
-        seconds.append(spent)
-    return seconds
-
-
-def repeat(config: ModelConfig, params: dict, cell: Cell, times: Times) -> None:
-    """One repeat: read and decode in chunks, then read and decode token by token."""
-    loop, rows = read_prompts(config, params, cell, times)
-    times.step.append(sum(decode(config, params, loop, rows, generate.CHUNK)) / cell.steps)
-    loop, rows = read_prompts(config, params, cell, times)
-    times.host_step += decode(config, params, loop, rows, 1)
-
-
-def measure(config: ModelConfig, params: dict, cell: Cell, repeats: int, ceilings: dict) -> dict:
-    """The figures of one cell as JSON values: medians over `repeats`, and each repeat's own.
-
-    `params` is unstacked. `compile_seconds` are those of programs no earlier cell had compiled,
-    `cached_compile_seconds` those of reading the same programs from the compilation cache: None
-    where there is none.
-    """
-    first, again, times = Stopwatch(), Stopwatch(), Times()
-    with first:
+    compiling, reading_cache = Stopwatch(), Stopwatch()
+    with compiling:
         repeat(config, params, cell, Times())
     if jax.config.jax_compilation_cache_dir:
         jax.clear_caches()
-        with again:
+        with reading_cache:
             repeat(config, params, cell, Times())
+
+    times = Times()
     for _ in range(repeats):
         repeat(config, params, cell, times)
     return {
         "batch": cell.batch,
         "prompt_length": cell.prompt_length,
         "new_tokens": cell.new_tokens,
-        "compile_seconds": first.compile_seconds,
-        "cached_compile_seconds": again.compile_seconds if again.programs else None,
-        "ttft_seconds": statistics.median(times.first),
+        "compile_seconds": compiling.compile_seconds,
+        "cached_compile_seconds": reading_cache.compile_seconds if reading_cache.programs else None,
+        "ttft_seconds": statistics.median(times.first_token),
         "prefill": prefill_figures(config, cell, times, ceilings),
         "decode": decode_figures(config, cell, times, ceilings),
         "peak_bytes": peak_bytes(),
     }
 
 
+def repeat(config: ModelConfig, params: dict, cell: Cell, times: Times) -> None:
+    """One repeat: read and decode in chunks, then read and decode token by token."""
+    state, rows = read_prompts(config, params, cell, times)
+    chunks = decode(config, params, state, rows, generate.CHUNK)
+    times.step.append(sum(chunks) / cell.n_steps)
+    state, rows = read_prompts(config, params, cell, times)
+    times.host_step += decode(config, params, state, rows, 1)
+
+
+def read_prompts(config: ModelConfig, params: dict, cell: Cell, times: Times):
+    """Prefill and draw the first token: the state to decode from, and the rows' settings."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(config.vocab_size, size=(cell.batch, cell.prompt_length))
+    tokens_BT, n_B = generate.pad_prompts(prompts, config.context_length)
+    rows = generate.row_settings([Settings(temperature=0)] * cell.batch, config.vocab_size, NO_EOT)
+    left_B = np.full(cell.batch, cell.new_tokens, np.int32)
+    seen_BV = np.zeros((cell.batch, config.vocab_size), bool)
+    dropped_B = np.zeros_like(left_B)
+
+    prefill, (cache, logits_BV) = timed(engine.prefill, config, params, tokens_BT, n_B)
+    drawing, (state, _) = timed(begin, cache, logits_BV, rows, left_B, seen_BV, dropped_B, NO_EOT)
+    times.prefill.append(prefill)
+    times.first_token.append(prefill + drawing)
+    return state, rows
+
+
+def decode(config: ModelConfig, params: dict, state, rows, chunk: int) -> list[float]:
+    """Decode to the end, at most `chunk` steps per call; the seconds of each call.
+
+    Growing the cache counts: it is part of what sampling waits for.
+    """
+    active_B = np.ones(len(state.token_B), bool)
+
+    def advance(state):
+        with_room = generate.with_room(config, state)
+        return decode_chunk(config, params, with_room, rows, active_B, NO_EOT, chunk)
+
+    seconds = []
+    while np.any(np.asarray(state.left_B) > 0):
+        spent, (state, *_) = timed(advance, state)
+        seconds.append(spent)
+    return seconds
+
+
 def prefill_figures(config: ModelConfig, cell: Cell, times: Times, ceilings: dict) -> dict:
-    """Reading the prompts. `mfu`: share of the matrix product's rate, padding counted as waste."""
+    """Of reading the prompts. `mfu`: share of the rate of matrix products; padding is no work."""
     seconds = statistics.median(times.prefill)
-    total = cell.batch * flops.forward_flops(config, cell.prompt_length, n_logit_positions=1)
+    n_flops = cell.batch * flops.forward_flops(config, cell.prompt_length, n_logit_positions=1)
     return {
         "seconds": seconds,
         "tokens_per_second": cell.batch * cell.prompt_length / seconds,
-        "flops": total,
+        "flops": n_flops,
         "bytes": flops.prefill_bytes(config, cell.batch, cell.prompt_length, cell.int8),
-        "mfu": total / seconds / ceilings["matmul_flops_per_second"],
+        "mfu": n_flops / seconds / ceilings["matmul_flops_per_second"],
         "seconds_of_repeats": times.prefill,
     }
 
 
 def decode_figures(config: ModelConfig, cell: Cell, times: Times, ceilings: dict) -> dict:
-    """Tokens after the first. The rate and `mbu` (share of the read rate) are those of the device's
-    loop, percentiles those of steps driven from the host, `host_seconds_per_step` what it adds."""
+    """Of the tokens after the first. The rate and `mbu` (share of the read rate) are those of the
+    device's loop, the percentiles those of steps driven from the host, and `host_seconds_per_step`
+    is what driving from the host adds."""
     seconds = statistics.median(times.step)
-    n_bytes, flops = step_cost(config, cell)
+    n_bytes, n_flops = step_cost(config, cell)
     p50, p90, p99 = np.percentile(times.host_step, [50, 90, 99]).tolist()
     return {
         "tokens_per_second": cell.batch / seconds,
@@ -169,7 +202,7 @@ def decode_figures(config: ModelConfig, cell: Cell, times: Times, ceilings: dict
         "seconds_per_step_p90": p90,
         "seconds_per_step_p99": p99,
         "bytes_per_step": n_bytes,
-        "flops_per_step": flops,
+        "flops_per_step": n_flops,
         "mbu": n_bytes / seconds / ceilings["read_bytes_per_second"],
         "host_seconds_per_step": p50 - seconds,
         "seconds_per_step_of_repeats": times.step,
@@ -178,19 +211,73 @@ def decode_figures(config: ModelConfig, cell: Cell, times: Times, ceilings: dict
 
 def step_cost(config: ModelConfig, cell: Cell) -> tuple[int, int]:
     """Bytes and FLOPs of the mean decode step of a cell: only filled slots of the cache count."""
-    filled = cell.prompt_length + (cell.steps - 1) // 2
+    filled = cell.prompt_length + (cell.n_steps - 1) // 2
     n_bytes = flops.decode_bytes(config, cell.batch, filled, cell.int8)
     return n_bytes, cell.batch * flops.forward_flops(config, 1, filled, 1)
 
 
+def random_batch(config: TrainConfig, mesh: Mesh) -> jax.Array:
+    """Tokens of one training step on their devices, [grad_accum, rows, T+1] int32."""
+    shape = (config.grad_accum, config.batch_size // config.grad_accum, config.window + 1)
+    ids = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
+    return jax.device_put(ids, sharding.rows(mesh, axis=1))
+
+
+def measure_train_step(config: TrainConfig, mesh: Mesh, repeats: int, ceilings: dict) -> dict:
+    """The figures of one batch size as JSON values: medians of `repeats` repeats."""
+    train_step.require_fit(config, mesh)
+    compiling = Stopwatch()
+    with compiling:
+        step, _ = train_step.compile_steps(config, mesh)
+        state = train_state.make_state(config, mesh)
+        tokens_ABU = random_batch(config, mesh)
+
+    def run(state):
+        for _ in range(TRAIN_STEPS):
+            state, metrics = step(state, tokens_ABU)
+            jax.block_until_ready(metrics)  # at most one step ahead, as in training
+        return state
+
+    _, state = timed(run, state)  # not counted: the first steps are slower
+    seconds = []
+    for _ in range(repeats):
+        spent, state = timed(run, state)
+        seconds.append(spent / TRAIN_STEPS)
+    return {
+        "batch": config.batch_size,
+        "seq_len": config.window,
+        "compile_seconds": compiling.compile_seconds,
+        "train": train_figures(config, seconds, ceilings, mesh.size),
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def train_figures(
+    config: TrainConfig, seconds: Sequence[float], ceilings: dict, n_devices: int
+) -> dict:
+    """Of steps that took `seconds`. `mfu`: share of the rate of matrix products of all devices;
+    recomputation is no work."""
+    n_tokens = config.batch_size * config.window
+    model = dataclasses.replace(config.model, context_length=config.window)
+    n_flops = n_tokens * flops.train_flops_per_token(model)
+    median = statistics.median(seconds)
+    return {
+        "seconds_per_step": median,
+        "tokens_per_second": n_tokens / median,
+        "flops": n_flops,
+        "mfu": n_flops / median / (n_devices * ceilings["matmul_flops_per_second"]),
+        "seconds_of_repeats": seconds,
+    }
+
+
 def peak_bytes() -> int | None:
-    """The most memory so far: the device's, or this process's where the device does not tell."""
-    device = jax.local_devices()[0].memory_stats()
-    if device:
-        return device["peak_bytes_in_use"]
+    """Peak memory so far: the device's, or this process's where the device does not report it."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
+        return stats["peak_bytes_in_use"]
     try:
         import resource
     except ImportError:  # Windows
         return None
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else resident * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux

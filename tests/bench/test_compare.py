@@ -1,4 +1,4 @@
-"""Two results side by side: noise is no difference, a tenth slower is one."""
+"""Two results side by side, the roofline, and the vendors' figures. Nothing here is timed."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpt.bench import __main__ as bench
-from gpt.bench import compare, roofline, vendor
+from gpt.bench import report
 from gpt.errors import UserError
 
 NOISE = 0.03  # spread of the repeats, as a share
@@ -14,68 +14,61 @@ NOISE = 0.03  # spread of the repeats, as a share
 
 def result(rng, slower=1.0, repeats=5):
     """A result of two cells whose decode steps are `slower` times as long."""
-
-    def times(seconds):
-        return (seconds * rng.lognormal(0, NOISE, repeats)).tolist()
-
     cells = []
     for batch in (1, 8):
-        prefill, decode = times(0.01 * batch), times(0.001 * slower)
+        prefill = 0.01 * batch * rng.lognormal(0, NOISE, repeats)
+        decode = 0.001 * slower * rng.lognormal(0, NOISE, repeats)
         cells.append(
             {
                 "batch": batch,
                 "prompt_length": 128,
                 "new_tokens": 64,
                 "prefill": {
-                    "seconds_of_repeats": prefill,
+                    "seconds_of_repeats": prefill.tolist(),
                     "seconds": 0.01 * batch,
                     "flops": 1e9,
                     "bytes": 1e7,
                 },
                 "decode": {
-                    "seconds_per_step_of_repeats": decode,
+                    "seconds_per_step_of_repeats": decode.tolist(),
                     "seconds_per_step": 0.001,
                     "flops_per_step": 1e6 * batch,
                     "bytes_per_step": 1e6,
                 },
             }
         )
-    rates = {"matmul_flops_per_second": 1e12, "read_bytes_per_second": 1e11}
-    return {"cells": cells, "device": "cpu", "precision": "float32", "model": "m", "jax": "1"} | {
-        "ceilings": rates
+    return {
+        "cells": cells,
+        "device": "cpu",
+        "precision": "float32",
+        "model": "m",
+        "jax": "1",
+        "ceilings": {"matmul_flops_per_second": 1e12, "read_bytes_per_second": 1e11},
     }
 
 
-def test_two_samples_of_one_distribution_are_no_difference_19_times_in_20():
+def test_noise_is_called_a_difference_once_in_twenty():
     rng = np.random.default_rng(0)
-    chances = [
-        compare.permutation_test(rng.lognormal(0, NOISE, 5), rng.lognormal(0, NOISE, 5))
-        for _ in range(1000)
-    ]
-    assert 0.03 < np.mean(np.array(chances) < compare.LEVEL) < 0.07
+    pairs = rng.lognormal(0, NOISE, (1000, 2, 5))
+    changes = [report.change("cell", "figure", old, new) for old, new in pairs]
+    assert 0.03 < np.mean([change.exceeds_noise for change in changes]) < 0.07
 
 
-@pytest.mark.parametrize("repeats", [5, 12])
-def test_a_tenth_slower_is_a_difference(repeats):
-    """In the figure that is slower, and no more often than chance in the other."""
+def test_the_ratio_is_of_medians_and_the_spread_of_quartiles():
+    change = report.change("cell", "figure", [1.0, 2.0, 3.0, 4.0, 90.0], [8.0, 8.0, 8.0, 9.0, 90.0])
+    assert change.ratio == 8 / 3 and change.spread == pytest.approx(2 / 3 + 1 / 8)
+    assert change.verdict == "slower"
+
+
+@pytest.mark.parametrize(("slower", "verdict"), [(1.15, "slower"), (0.87, "faster")])
+def test_a_changed_figure_is_told_from_one_that_is_not(slower, verdict):
     rng = np.random.default_rng(1)
-    decode, prefill = [], []
+    verdicts = {"decode step": [], "prefill": []}
     for _ in range(50):
-        old, new = result(rng, repeats=repeats), result(rng, 1.1, repeats)
-        for change in compare.compare(old, new):
-            (decode if change.name == "decode step" else prefill).append(change)
-    assert np.mean([change.verdict == "slower" for change in decode]) > 0.95
-    assert np.mean([change.differs for change in prefill]) < 0.12
-    assert all(change.low < change.ratio < change.high for change in decode)
-
-
-def test_faster_is_not_slower():
-    rng = np.random.default_rng(2)
-    changes = list(compare.compare(result(rng), result(rng, 0.7)))
-    assert {c.verdict for c in changes if c.name == "decode step"} == {"faster"}
-    assert compare.too_slow(changes, 0.0) == [] or all(
-        c.name == "prefill" for c in compare.too_slow(changes, 0.0)
-    )
+        for change in report.changes_between(result(rng), result(rng, slower)):
+            verdicts[change.name].append(change.verdict)
+    assert np.mean([v == verdict for v in verdicts["decode step"]]) > 0.95
+    assert np.mean([v != "no difference" for v in verdicts["prefill"]]) < 0.12
 
 
 @pytest.fixture
@@ -94,48 +87,65 @@ def test_the_exit_code_says_whether_it_became_slower(files, capsys):
     assert bench.main(["--compare", old, slow]) == 0
     assert bench.main(["--compare", old, slow, "--fail-if-slower", "50%"]) == 0
     assert bench.main(["--compare", old, slow, "--fail-if-slower", "5%"]) == 1
-    said = capsys.readouterr()
-    assert "no difference" in said.out and "slower" in said.out
-    assert "decode step is slower by 3" in said.err
+    printed = capsys.readouterr()
+    assert "no difference" in printed.out and "slower" in printed.out
+    assert "decode step is slower by 3" in printed.err
 
 
-def test_other_circumstances_are_told(files, capsys):
-    other = json.loads(files[1].read_text()) | {"device": "another"}
-    files[1].write_text(json.dumps(other))
-    bench.main(["--compare", str(files[0]), str(files[1])])
-    assert "device: cpu before, another after" in capsys.readouterr().err
+def test_a_changed_machine_is_the_first_thing_said(files, capsys):
+    old, new = str(files[0]), files[1]
+    bench.main(["--compare", old, str(new)])
+    assert capsys.readouterr().out.startswith("the machine is the same within 5%: ")
+    other = json.loads(new.read_text()) | {"device": "another"}
+    other["ceilings"]["read_bytes_per_second"] *= 0.8
+    new.write_text(json.dumps(other))
+    bench.main(["--compare", old, str(new)])
+    printed = capsys.readouterr()
+    assert printed.out.startswith("the machine CHANGED")
+    assert "reading memory 0.80x as fast" in printed.out.splitlines()[0]
+    assert "device: cpu before, another now" in printed.err
 
 
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "{}", '{"cells": []}', '{"cells": [{"prefill": {}}]}', "[" * 9999]
 )
-def test_a_file_that_is_no_result_is_refused(files, content):
+def test_a_file_that_is_not_a_result_is_refused(files, content):
     files[1].write_text(content)
-    with pytest.raises(UserError, match=r"1\.json is no result|no cell in common"):
-        bench.main(["--compare", str(files[0]), str(files[1])])
+    with pytest.raises(UserError, match=r"1\.json is not a result"):
+        report.read_result(files[1])
+
+
+def test_results_that_cannot_be_compared_are_refused(files):
     with pytest.raises(UserError, match="there is no file"):
-        bench.main(["--compare", str(files[0]), str(files[0]) + "x"])
+        report.read_result(files[0].with_name("none.json"))
+    one = report.read_result(files[0])
+    with pytest.raises(UserError, match="no cell in common"):
+        report.changes_between(one, one | {"cells": []})
 
 
 @pytest.mark.parametrize("share", ["-1", "five", "nan", "-3%", "%"])
-def test_a_share_that_is_none_is_refused(files, share):
+def test_a_share_that_is_not_one_is_refused(share):
     with pytest.raises(UserError, match="--fail-if-slower"):
-        bench.main(["--compare", str(files[0]), str(files[1]), f"--fail-if-slower={share}"])
+        report.parse_share(share)
 
 
-def test_the_roof_tells_the_regimes(tmp_path):
-    """Balance 10 FLOP a byte: prefill at 100 is above it, decode at 1 and 8 below."""
-    told = result(np.random.default_rng(4))
-    assert roofline.balance(told) == 10
-    assert roofline.regime(told, "prefill").endswith("bound by arithmetic")
-    assert "1.0 to 8.0 FLOP a byte" in roofline.regime(told, "decode")
-    assert roofline.regime(told, "decode").endswith("bound by memory")
+def test_the_roofline_shows_what_limits_each_phase(tmp_path):
+    """Balance 10 FLOP per byte: prefill at 100 is above it, decode at 1 and 8 below."""
+    measured = result(np.random.default_rng(4))
+    assert report.balance(measured) == 10
+    assert report.regime(measured, "prefill").endswith("bound by arithmetic")
+    assert "1.0 to 8.0 FLOP per byte" in report.regime(measured, "decode")
+    assert report.regime(measured, "decode").endswith("bound by memory")
     for name in ("roof.png", "roof.svg"):
-        roofline.draw(told, tmp_path / name)
+        report.draw_roofline(measured, tmp_path / name)
         assert (tmp_path / name).stat().st_size > 5000
 
 
 def test_the_vendor_is_quoted_or_unknown():
-    assert vendor.find("NVIDIA H200") == (989e12, 4.8e12)
-    assert "989 TFLOP/s" in vendor.describe("NVIDIA H200")
-    assert vendor.describe("cpu, 2 cores").endswith("unknown")
+    assert "989 TFLOP/s in bfloat16 and 4.80 TB/s" in report.vendor_peak("NVIDIA H200")
+    assert report.vendor_peak("cpu, 2 cores").endswith("unknown")
+
+
+def test_a_wide_spread_is_marked():
+    assert report.milliseconds([1.0, 1.05, 0.98]) == "1000.00 ±4%"
+    assert report.milliseconds([1.0, 1.5, 0.9]).endswith("±30%!")

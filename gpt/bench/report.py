@@ -1,0 +1,371 @@
+"""A result as people read it: card and table, the roofline drawing, and two results compared.
+
+A result is the JSON that `python -m gpt.bench --json` writes. Nothing here needs JAX.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+
+from gpt.errors import UserError, require
+
+WIDTH = 124  # a narrower terminal wraps; a truncated figure would be lost
+WIDE_SPREAD = 0.1  # half the range of the repeats, as a share of the median, that is marked with !
+SAMPLING_COLUMNS = [
+    "\nbatch",
+    "\nprompt",
+    "compile\ns, cached",
+    "1st tok.\nms",
+    "prefill\nms",
+    "\ntokens/s",
+    "\nMFU",
+    "decode\nms",
+    "\ntokens/s",
+    "\nMBU",
+    "p50 / p90 / p99\nms",
+    "peak\nGB",
+]
+TRAIN_COLUMNS = ["\nbatch", "\ntokens", "compile\ns", "step\nms", "\ntokens/s", "\nMFU", "peak\nGB"]
+
+# Dense bfloat16 FLOP/s and memory bytes/s by the data sheets of NVIDIA and Google Cloud of 2025.
+# They are shown beside what was measured, never in place of it.
+VENDOR_PEAKS = {
+    "H200": (989e12, 4.8e12),
+    "H100 80GB HBM3": (989e12, 3.35e12),
+    "H100 PCIe": (756e12, 2.0e12),
+    "A100-SXM4-80GB": (312e12, 2.039e12),
+    "A100-SXM4-40GB": (312e12, 1.555e12),
+    "L4": (121e12, 0.3e12),
+    "TPU v4": (275e12, 1.228e12),
+    "TPU v5 lite": (197e12, 0.819e12),
+    "TPU v5p": (459e12, 2.765e12),
+    "TPU v6 lite": (918e12, 1.64e12),
+}
+
+
+# --- card and table ---
+
+
+def card(result: dict) -> Group:
+    """Card and table, ready to be printed."""
+    c = result["ceilings"]
+    lines = [
+        f"{result['model']}: {result['parameters'] / 1e6:.1f} M parameters, "
+        f"{result['weight_bytes'] / 1e6:.1f} MB of {result['weights']} weights, "
+        f"computing in {result['precision']}",
+        f"{result['device']}, jax {result['jax']}; measured at best: "
+        f"{c['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s, reading "
+        f"{c['read_bytes_per_second'] / 1e9:,.1f} GB/s, copying "
+        f"{c['copy_bytes_per_second'] / 1e9:,.1f} GB/s; {vendor_peak(result['device'])}",
+        f"(measured like a cell, a bare matrix product reaches {c['bare_matmul_mfu']:.0%} MFU, a "
+        f"bare product of matrix and vector {c['bare_matvec_mbu']:.0%} MBU)",
+        f"Medians ± half the range of {result['repeats']} repeats, compilation apart; ! marks more "
+        f"than {WIDE_SPREAD:.0%}: measure again on a quiet machine.",
+    ]
+    cells = result["cells"]
+    if "train" in cells[0]:
+        lines.append("MFU: share of the measured matrix rate; recomputation is not counted.")
+        table = make_table(TRAIN_COLUMNS, [train_row(cell) for cell in cells])
+    else:
+        lines += [regime(result, "prefill"), regime(result, "decode")]
+        lines.append(
+            "Decode is a step of the device's loop; p50 to p99 are steps driven from the host. MFU "
+            "and MBU: shares of the measured rates of matrix products and of reading."
+        )
+        table = make_table(SAMPLING_COLUMNS, [sampling_row(cell) for cell in cells])
+    return Group(Panel("\n".join(lines), expand=False), table)
+
+
+def make_table(columns: list[str], rows: list[list[str]]) -> Table:
+    """Right-aligned columns."""
+    table = Table(box=SIMPLE, collapse_padding=True, pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def sampling_row(cell: dict) -> list[str]:
+    """The line of a cell of sampling."""
+    prefill, decode = cell["prefill"], cell["decode"]
+    compile_seconds = f"{cell['compile_seconds']:.1f}"
+    if cell["cached_compile_seconds"] is not None:
+        compile_seconds += f", {cell['cached_compile_seconds']:.1f}"
+    percentiles = [decode[f"seconds_per_step_p{p}"] * 1e3 for p in (50, 90, 99)]
+    return [
+        str(cell["batch"]),
+        str(cell["prompt_length"]),
+        compile_seconds,
+        f"{cell['ttft_seconds'] * 1e3:.1f}",
+        milliseconds(prefill["seconds_of_repeats"]),
+        f"{prefill['tokens_per_second']:,.0f}",
+        f"{prefill['mfu']:.0%}",
+        milliseconds(decode["seconds_per_step_of_repeats"]),
+        f"{decode['tokens_per_second']:,.0f}",
+        f"{decode['mbu']:.0%}",
+        " / ".join(f"{p:.2f}" for p in percentiles),
+        gigabytes(cell["peak_bytes"]),
+    ]
+
+
+def train_row(cell: dict) -> list[str]:
+    """The line of a batch size of training."""
+    train = cell["train"]
+    return [
+        str(cell["batch"]),
+        str(cell["seq_len"]),
+        f"{cell['compile_seconds']:.1f}",
+        milliseconds(train["seconds_of_repeats"]),
+        f"{train['tokens_per_second']:,.0f}",
+        f"{train['mfu']:.0%}",
+        gigabytes(cell["peak_bytes"]),
+    ]
+
+
+def milliseconds(repeats: Sequence[float]) -> str:
+    """The median, and half the range as a share of it; ! if that is wide."""
+    median = statistics.median(repeats)
+    spread = (max(repeats) - min(repeats)) / 2 / median
+    mark = "!" if spread > WIDE_SPREAD else ""
+    return f"{median * 1e3:.2f} ±{spread:.0%}{mark}"
+
+
+def gigabytes(peak: int | None) -> str:
+    """Peak memory, where it is known."""
+    return "unknown" if peak is None else f"{peak / 1e9:.2f}"
+
+
+def vendor_peak(device_kind: str) -> str:
+    """What the vendor of a device states."""
+    for name, (n_flops, n_bytes) in VENDOR_PEAKS.items():
+        if device_kind.endswith(name):
+            return (
+                f"the vendor states {n_flops / 1e12:,.0f} TFLOP/s in bfloat16 and "
+                f"{n_bytes / 1e12:,.2f} TB/s"
+            )
+    return "the vendor's peak: unknown"
+
+
+# --- the roofline (Williams et al. 2009, section 3): min(peak FLOP/s, bytes/s x FLOP per byte) ---
+
+
+@dataclass(frozen=True)
+class Point:
+    """One phase of one cell under the roofline."""
+
+    phase: str
+    cell: str
+    flops_per_byte: float
+    flops_per_second: float
+
+
+def points(result: dict) -> list[Point]:
+    """Prefill and decode of each cell."""
+    found = []
+    for cell in result["cells"]:
+        name = f"{cell['batch']} x {cell['prompt_length']}"
+        prefill, decode = cell["prefill"], cell["decode"]
+        found.append(
+            Point(
+                "prefill",
+                name,
+                prefill["flops"] / prefill["bytes"],
+                prefill["flops"] / prefill["seconds"],
+            )
+        )
+        found.append(
+            Point(
+                "decode",
+                name,
+                decode["flops_per_step"] / decode["bytes_per_step"],
+                decode["flops_per_step"] / decode["seconds_per_step"],
+            )
+        )
+    return found
+
+
+def balance(result: dict) -> float:
+    """FLOP per byte at which both limits meet: below it memory is the limit, above it arithmetic."""
+    ceilings = result["ceilings"]
+    return ceilings["matmul_flops_per_second"] / ceilings["read_bytes_per_second"]
+
+
+def regime(result: dict, phase: str) -> str:
+    """One line on what limits a phase: its FLOP per byte against the balance point."""
+    intensities = [p.flops_per_byte for p in points(result) if p.phase == phase]
+    low, high, limit = min(intensities), max(intensities), balance(result)
+    if low > limit:
+        bound = "bound by arithmetic"
+    elif high < limit:
+        bound = "bound by memory"
+    else:
+        bound = "small cells are bound by memory, large ones by arithmetic"
+    span = f"{low:,.1f}"
+    if high >= 1.05 * low:
+        span = f"{low:,.1f} to {high:,.1f}"
+    return f"{phase}: {span} FLOP per byte against a balance of {limit:,.1f}: {bound}"
+
+
+def draw_roofline(result: dict, path: Path) -> None:
+    """The picture, in the format that the file's suffix names."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    found = points(result)
+    peak = result["ceilings"]["matmul_flops_per_second"]
+    rate = result["ceilings"]["read_bytes_per_second"]
+    intensities = [point.flops_per_byte for point in found] + [balance(result)]
+    x = np.geomspace(min(intensities) / 3, max(intensities) * 3, 200)
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    axes.loglog(x, np.minimum(peak, rate * x), color="0.3", label="measured roof")
+    for phase, marker, color in (("prefill", "o", "tab:blue"), ("decode", "s", "tab:orange")):
+        of_phase = [point for point in found if point.phase == phase]
+        xs = [point.flops_per_byte for point in of_phase]
+        ys = [point.flops_per_second for point in of_phase]
+        axes.plot(xs, ys, marker, color=color, label=f"{phase} (batch x prompt)")
+        for point in of_phase:
+            at = (point.flops_per_byte, point.flops_per_second)
+            axes.annotate(point.cell, at, xytext=(5, -9), textcoords="offset points", size=8)
+    axes.set_xlabel("arithmetic intensity, FLOP per byte")
+    axes.set_ylabel("FLOP/s")
+    axes.set_title(f"{result['model']} on {result['device']}, {result['precision']}")
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# --- two results compared ---
+
+MACHINE_TOLERANCE = 0.05  # ceilings that differ by less are those of the same machine
+CEILINGS = {
+    "matmul_flops_per_second": "matrix products",
+    "read_bytes_per_second": "reading memory",
+}
+SETTINGS = ("device", "precision", "weights", "model", "jax")
+REPEATS = {
+    "prefill": ("prefill", "seconds_of_repeats"),
+    "decode step": ("decode", "seconds_per_step_of_repeats"),
+    "training step": ("train", "seconds_of_repeats"),
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure of one cell in two results. `ratio`: new median over old (above 1: slower).
+    `spread`: the interquartile ranges of both, as shares of their medians, added."""
+
+    cell: str
+    name: str
+    ratio: float
+    spread: float
+
+    @property
+    def exceeds_noise(self) -> bool:
+        """Of five repeats of the same program, one pair in twenty differs this much by chance."""
+        return abs(self.ratio - 1) > self.spread
+
+    @property
+    def verdict(self) -> str:
+        if not self.exceeds_noise:
+            return "no difference"
+        return "slower" if self.ratio > 1 else "faster"
+
+
+def read_result(path: Path) -> dict:
+    """A result from its file; UserError if it is not one."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if min(result["ceilings"][name] for name in CEILINGS) <= 0:
+            raise ValueError
+        for cell in result["cells"]:
+            times = [cell[phase][key] for phase, key in REPEATS.values() if phase in cell]
+            if not times or any(len(repeats) < 2 or min(repeats) <= 0 for repeats in times):
+                raise ValueError
+        return result
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}: expected a result of --json") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(
+            f"{path} is not a result of `python -m gpt.bench --json` with at least two repeats"
+        ) from None
+
+
+def machine_change(old: dict, new: dict) -> str:
+    """One line: whether the machine itself changed, by the ceilings of both runs."""
+    changes, changed = [], False
+    for key, name in CEILINGS.items():
+        ratio = new["ceilings"][key] / old["ceilings"][key]
+        changes.append(f"{name} {ratio:.2f}x as fast")
+        changed |= abs(ratio - 1) > MACHINE_TOLERANCE
+    if changed:
+        return f"the machine CHANGED between the runs: {', '.join(changes)} as before"
+    return f"the machine is the same within {MACHINE_TOLERANCE:.0%}: {', '.join(changes)} as before"
+
+
+def setting_changes(old: dict, new: dict) -> list[str]:
+    """A line for each setting that differs."""
+    names = [name for name in SETTINGS if old.get(name) != new.get(name)]
+    return [f"{name}: {old.get(name)} before, {new.get(name)} now" for name in names]
+
+
+def changes_between(old: dict, new: dict) -> list[Change]:
+    """Each figure of each cell that both results have."""
+    before = {cell_name(cell): cell for cell in old["cells"]}
+    common = [cell for cell in new["cells"] if cell_name(cell) in before]
+    require(bool(common), "the two results have no cell in common: measure the same sizes twice")
+    changes = []
+    for cell in common:
+        old_cell = before[cell_name(cell)]
+        for name, (phase, key) in REPEATS.items():
+            if phase in cell and phase in old_cell:
+                changes.append(
+                    change(cell_name(cell), name, old_cell[phase][key], cell[phase][key])
+                )
+    return changes
+
+
+def change(cell: str, name: str, old: Sequence[float], new: Sequence[float]) -> Change:
+    """The change of one figure, from the seconds of its repeats."""
+    old_q1, old_median, old_q3 = np.percentile(old, [25, 50, 75]).tolist()
+    new_q1, new_median, new_q3 = np.percentile(new, [25, 50, 75]).tolist()
+    spread = (old_q3 - old_q1) / old_median + (new_q3 - new_q1) / new_median
+    return Change(cell, name, new_median / old_median, spread)
+
+
+def cell_name(cell: dict) -> str:
+    """What a cell was measured with."""
+    keys = [key for key in ("batch", "prompt_length", "new_tokens", "seq_len") if key in cell]
+    return ", ".join(f"{key.replace('_', ' ')} {cell[key]}" for key in keys)
+
+
+def change_table(changes: Sequence[Change]) -> Table:
+    table = Table(box=SIMPLE, collapse_padding=True, pad_edge=False)
+    for name in ("cell", "figure", "new / old", "spread", "verdict"):
+        table.add_column(name, no_wrap=True)
+    for c in changes:
+        table.add_row(c.cell, c.name, f"{c.ratio:.3f}", f"±{c.spread:.3f}", c.verdict)
+    return table
+
+
+def parse_share(text: str) -> float:
+    """`5%` or `0.05` as 0.05; UserError for anything else."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    require(0 <= share < math.inf, f"--fail-if-slower {text}: expected a share such as 5%")
+    return share
