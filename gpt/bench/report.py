@@ -195,7 +195,7 @@ def points(result: dict) -> list[Point]:
 
 
 def balance(result: dict) -> float:
-    """FLOP per byte at which both limits meet: below it memory is the limit, above it arithmetic."""
+    """FLOP per byte at which both limits meet: below it memory limits, above it arithmetic."""
     ceilings = result["ceilings"]
     return ceilings["matmul_flops_per_second"] / ceilings["read_bytes_per_second"]
 
