@@ -1,11 +1,12 @@
-"""Digests of arrays, computed where they live, the same on any mesh. Knows nothing of files."""
+"""Digests of arrays, computed where they live: the same number on any mesh, without a gather."""
 
+import functools
 import math
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -18,31 +19,37 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def digest(tree: Any) -> dict[str, int]:
-    """A 32-bit digest of each array by name, computed where the array lives, whatever its mesh.
+    """A 32-bit digest of each array, by name.
 
     One changed element always changes the digest; several escape with probability 2^-32.
     """
-    named = named_leaves(tree)
-    if not named:
+    arrays = named_leaves(tree)
+    if not arrays:
         return {}
-    arrays = list(named.values())
-    sums = jax.device_get(digest_arrays(arrays, tuple(whole_axis(x) for x in arrays)))
-    return dict(zip(named, sums.tolist(), strict=True))
+    # Replicated by name: each of several processes needs the sums, and may fetch no other's part.
+    sharding = next(iter(arrays.values())).sharding
+    named = isinstance(sharding, NamedSharding)
+    replicated = NamedSharding(sharding.mesh, PartitionSpec()) if named else None
+    whole_axes = tuple(whole_axis(x) for x in arrays.values())
+    sums = jax.device_get(digest_program(replicated)(list(arrays.values()), whole_axes))
+    return dict(zip(arrays, sums.tolist(), strict=True))
 
 
-@partial(jax.jit, static_argnames="axes")
-def digest_arrays(arrays: list[jax.Array], axes: tuple[int | None, ...]) -> jax.Array:
-    """Digests of `arrays`, uint32 [len(arrays)]: one program, so that one fetch brings them.
+@functools.cache
+def digest_program(replicated: Sharding | None):
+    """One compiled program for all arrays, so that one fetch brings all digests."""
 
-    `axes`: for each array one that lies whole on every device, or None.
-    """
-    return jnp.stack([digest_array(x, axis) for x, axis in zip(arrays, axes, strict=True)])
+    def digest_arrays(arrays, whole_axes):
+        pairs = zip(arrays, whole_axes, strict=True)
+        return jnp.stack([digest_array(x, axis) for x, axis in pairs])
+
+    return jax.jit(digest_arrays, static_argnums=1, out_shardings=replicated)
 
 
 def whole_axis(x: jax.Array) -> int | None:
     """The first axis of an array that is not split among devices; None for a vector."""
-    here = x.sharding.shard_shape(x.shape)
-    whole = [axis for axis in range(x.ndim) if here[axis] == x.shape[axis]]
+    local = x.sharding.shard_shape(x.shape)
+    whole = [axis for axis in range(x.ndim) if local[axis] == x.shape[axis]]
     return whole[0] if x.ndim > 1 and x.size and whole else None
 
 
@@ -50,7 +57,7 @@ def digest_array(x: jax.Array, axis: int | None = None) -> jax.Array:
     """Sum over the elements, modulo 2^32, of a bijective mix of their bits with their index.
 
     A sum has no order, so shards add up to the same number in any layout and nothing is gathered.
-    It goes along `axis` slice by slice: XLA's own sum on a CPU first writes all that it adds up.
+    It runs along `axis` slice by slice: XLA's own sum on a CPU first writes all that it adds up.
     """
     sizes = [1 if i == axis else n for i, n in enumerate(x.shape)]
     strides = [jnp.uint32(math.prod(x.shape[i + 1 :]) % 2**32) for i in range(x.ndim)]
@@ -72,9 +79,9 @@ def digest_array(x: jax.Array, axis: int | None = None) -> jax.Array:
 
 
 def mix(bits: jax.Array, index: jax.Array) -> jax.Array:
-    """The bits of elements mixed with their places."""
+    """The bits of elements mixed with their indices; ends as MurmurHash3 does."""
     h = bits ^ (index * jnp.uint32(0x9E3779B1))
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)  # murmur3's finaliser
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     return h ^ (h >> 16)
 

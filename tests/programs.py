@@ -128,6 +128,6 @@ def same_losses(a: Path, b: Path) -> bool:
 def damage(folder, *steps):
     """Cut the largest file of each checkpoint in half."""
     for saved in steps:
-        files = [p for p in checkpoint.place_of(folder, saved).rglob("*") if p.is_file()]
+        files = [p for p in checkpoint.step_dir(folder, saved).rglob("*") if p.is_file()]
         largest = max(files, key=lambda path: path.stat().st_size)
         largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])

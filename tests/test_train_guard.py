@@ -77,7 +77,7 @@ def test_a_few_bad_steps_are_skipped_and_shown(text, tmp_path, plant):
     assert rates[AT - 1] == rates[AT]  # it waits with the moments
     weights = arrays(tmp_path / "run", 12)
     for saved in checkpoint.steps(tmp_path / "run")[1:]:
-        checkpoint.place_of(tmp_path / "run", saved).rename(tmp_path / str(saved))
+        checkpoint.step_dir(tmp_path / "run", saved).rename(tmp_path / str(saved))
     plant({20})
     done = call("train", *RUN, "--data", text, "--out", tmp_path / "run")
     assert done.code == 0 and "continues" in done.err

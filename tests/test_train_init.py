@@ -39,7 +39,7 @@ def test_init_from_takes_weights_and_tokenizer(trained, tmp_path):
 def test_a_run_continued_without_the_flag_remembers_what_it_began_from(text, trained, tmp_path):
     argv = [*TINY, "--data", text, "--out", tmp_path / "run"]
     assert call("train", *argv, "--init-from", trained[1]).code == 0
-    shutil.rmtree(checkpoint.place_of(tmp_path / "run", 12))
+    shutil.rmtree(checkpoint.step_dir(tmp_path / "run", 12))
     done = call("train", *argv)
     assert done.code == 0 and "continues" in done.err, done.err
     assert checkpoint.read_metadata(tmp_path / "run", 12)["init_from"] == str(trained[1])

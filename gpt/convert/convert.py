@@ -87,7 +87,7 @@ def import_model(source: Path, dest: Path, ids_only: bool, log: Log) -> ModelCon
         "step": 0,
     }
     with new_folder(dest) as folder:
-        with checkpoint.sparing(), checkpoint.Writer(folder, keep=1) as writer:
+        with checkpoint.CheckpointManager(folder, keep=1, low_memory=True) as writer:
             writer.save(0, {"params": params}, about, wait=True)
         tokenizers.save(tokenizer, folder / "tokenizer.json")
     return config

@@ -92,7 +92,7 @@ def lock_run(out: Path) -> Iterator[None]:
 def remove_run(out: Path) -> None:
     """Remove what a run wrote in its folder, and nothing else."""
     for step in checkpoint.steps(out):
-        path = checkpoint.place_of(out, step)
+        path = checkpoint.step_dir(out, step)
         if path.is_symlink():
             path.unlink()
         else:

@@ -134,7 +134,7 @@ class Recorder:
         run, config, first_step = self.run, self.run.config, self.first_step
         is_first = distributed.is_first()  # of several processes, the one that writes
         log = run.console.print
-        self.checkpoints = checkpoint.Writer(
+        self.checkpoints = checkpoint.CheckpointManager(
             run.out, config.keep, config.keep_best, resumed=first_step or None
         )
         self.log = RunLog(
@@ -220,7 +220,7 @@ class Recorder:
             return
         try:
             self.checkpoints.wait()
-        except checkpoint.Unsaved as error:
+        except checkpoint.SaveFailed as error:
             # An earlier save has failed. There may be room again, so this one is tried anyway.
             log(f"note: {error}; training goes on")
         try:
@@ -231,7 +231,7 @@ class Recorder:
                 loss=val_loss,
                 wait=wait or self.checkpoints.failed,
             )
-        except checkpoint.Unsaved as error:
+        except checkpoint.SaveFailed as error:
             if wait or not self.run.config.keep_going:
                 raise UserError(
                     f"{error}; make room and give the same command again, or train on unsaved: "

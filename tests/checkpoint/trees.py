@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from gpt import checkpoint
-from gpt.checkpoint import Writer
+from gpt.checkpoint import CheckpointManager
 
 METADATA = {"text": "今天", "none": None, "fraction": 0.1, "nested": {"list": [1, 2]}}
 
@@ -55,7 +55,7 @@ def same_bits(a, b) -> bool:
 
 
 def save(folder, *steps, keep=10):
-    with Writer(folder, keep) as writer:
+    with CheckpointManager(folder, keep) as writer:
         for step in steps:
             writer.save(step, state(step), METADATA | {"step": step})
 
@@ -68,7 +68,7 @@ def restore_all(folder, step):
 
 
 def files_of(folder, step):
-    return sorted(p for p in checkpoint.place_of(folder, step).rglob("*") if p.is_file())
+    return sorted(p for p in checkpoint.step_dir(folder, step).rglob("*") if p.is_file())
 
 
 def run_python(code: str, *arguments) -> subprocess.CompletedProcess:

@@ -68,7 +68,7 @@ def save(folder, config, trees=None, train=None):
         "step": 3,
     }
     trees = trees or {"params": random_weights(config)}
-    with checkpoint.Writer(folder, keep=1) as writer:
+    with checkpoint.CheckpointManager(folder, keep=1) as writer:
         writer.save(3, trees, about, wait=True)
     return trees
 

@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_nothing_behind(program, imported, tmp_path, monkeypa
     def fail(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.Writer, "save", fail)
+    monkeypatch.setattr(checkpoint.CheckpointManager, "save", fail)
     monkeypatch.setattr(hf_weights, "write_safetensors", fail)
     done = command(program, source, tmp_path / "out")
     assert done.code == 2

@@ -33,13 +33,13 @@ def test_each_file_damaged_falls_back_or_changes_nothing(trained, tmp_path):
     def load(folder, at):
         return at, resume._load_state(like, folder, at)
 
-    for path in sorted(p for p in checkpoint.place_of(run, 12).rglob("*") if p.is_file()):
+    for path in sorted(p for p in checkpoint.step_dir(run, 12).rglob("*") if p.is_file()):
         whole = path.read_bytes()
         for data in damages(whole, random):
             path.unlink() if data is None else path.write_bytes(data)
             notes.clear()
             at, _ = resume.newest(run, load, notes.append)
-            with checkpoint.Writer(run, 5, 5, resumed=at):
+            with checkpoint.CheckpointManager(run, 5, 5, resumed=at):
                 pass  # whatever it looks at
             if at == 12:
                 assert not notes and same_bits(arrays(run, 12), good), path
@@ -55,7 +55,7 @@ def test_each_file_damaged_falls_back_or_changes_nothing(trained, tmp_path):
 def test_the_same_command_ends_where_it_would_have(tree, text, trained, tmp_path):
     """What is told is told once, wherever the damage is met."""
     run = shutil.copytree(trained[1], tmp_path / "run")
-    place = checkpoint.place_of(run, 12)
+    place = checkpoint.step_dir(run, 12)
     files = [place / "_CHECKPOINT_METADATA"]
     if tree:
         files = [p for p in (place / tree).rglob("*") if p.is_file() and p.parent.name == "d"]

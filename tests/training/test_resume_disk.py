@@ -79,7 +79,7 @@ def fill(disk) -> None:
 def test_who_goes_on_unsaved_has_what_could_be_saved(text, trained, mounted, monkeypatch):
     """The disk is full when step 8 is saved, until the next save notices that this one failed."""
     disk = mounted(64 * 1024)
-    honest_save, honest_wait = checkpoint.Writer.save, checkpoint.Writer.wait
+    honest_save, honest_wait = checkpoint.CheckpointManager.save, checkpoint.CheckpointManager.wait
 
     def save(writer, step, *arguments, **named):
         if step == 8:
@@ -95,8 +95,8 @@ def test_who_goes_on_unsaved_has_what_could_be_saved(text, trained, mounted, mon
             if failing:
                 (disk / "ballast").unlink()
 
-    monkeypatch.setattr(checkpoint.Writer, "save", save)
-    monkeypatch.setattr(checkpoint.Writer, "wait", wait)
+    monkeypatch.setattr(checkpoint.CheckpointManager, "save", save)
+    monkeypatch.setattr(checkpoint.CheckpointManager, "wait", wait)
     argv = [*TINY, "--data", text, "--out", disk / "run", "--keep-going"]
     done = call("train", *argv)
     assert done.code == 0, done.err
@@ -161,7 +161,7 @@ def test_after_a_save_that_failed_the_next_one_is_tried_and_waited_for():
 
         def wait(self):
             self.failed = True
-            raise checkpoint.Unsaved("the checkpoint of step 10 could not be saved")
+            raise checkpoint.SaveFailed("the checkpoint of step 10 could not be saved")
 
         def save(self, step, trees, metadata, *, loss, wait):
             saved.append((step, wait))

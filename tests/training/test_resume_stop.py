@@ -38,7 +38,7 @@ PHASES = {  # what is interrupted, and the step that is saved
     "compiling": (lambda: (train_step, "compile_steps"), 1),
     "evaluating": (lambda: (train_step, "evaluate"), 5),
     "sampling": (lambda: (language_model, "write_sample"), 8),
-    "saving": (lambda: (checkpoint.Writer, "save"), 5),
+    "saving": (lambda: (checkpoint.CheckpointManager, "save"), 5),
     "at its end": (lambda: (trainer, "save_loss_curve"), 12),
 }
 
@@ -75,7 +75,7 @@ train = programs.program("train")
 phase, numbers = sys.argv[1], [int(n) for n in sys.argv[2].split()]
 del sys.argv[1:3]
 honest = {"preparing": trainer.load_dataset, "compiling": train_step.compile_steps,
-          "saving": checkpoint.Writer.wait}[phase]
+          "saving": checkpoint.CheckpointManager.wait}[phase]
 
 def stuck(*arguments, **named):
     for number in numbers:
@@ -89,7 +89,7 @@ def stuck(*arguments, **named):
 
 if phase == "preparing": trainer.load_dataset = stuck
 if phase == "compiling": train_step.compile_steps = stuck
-if phase == "saving": checkpoint.Writer.wait = stuck
+if phase == "saving": checkpoint.CheckpointManager.wait = stuck
 cli.run(train.main)
 """
 

@@ -1,0 +1,388 @@
+"""Checkpoints: named trees of arrays and some JSON, each with a digest; orbax does the writing.
+
+A run's folder holds `checkpoints/STEP`. Writing happens in the background and is atomic. Reading
+verifies, because orbax loads a flipped bit without complaint. Arrays are stored under plain names
+(`blocks/q`), so that what is on disk depends on no Python class and on no mesh.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import math
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from gpt import distributed
+from gpt.digest import digest, named_leaves
+from gpt.errors import UserError, require
+
+T = TypeVar("T")
+Tree = Any  # a pytree of jax arrays, or of ShapeDtypeStructs
+FORMAT = 2  # raise it whenever older checkpoints can no longer be read
+PARTIAL = ".orbax-checkpoint-tmp"  # orbax writes to a folder with this suffix, then renames it
+
+
+class Damaged(UserError):
+    """A checkpoint cannot be read as it was written; the message names it and the reason."""
+
+
+class SaveFailed(UserError):
+    """A checkpoint could not be written, perhaps for lack of space; earlier ones are intact."""
+
+
+def steps(folder: str | Path) -> list[int]:
+    """The steps saved in a run's folder, ascending, without partly written ones."""
+    found = (Path(folder) / "checkpoints").glob("*")
+    return sorted(int(path.name) for path in found if path.name.isdecimal() and path.is_dir())
+
+
+def step_dir(folder: str | Path, step: int) -> Path:
+    """The absolute path of one step's checkpoint."""
+    return Path(folder).absolute() / "checkpoints" / str(step)
+
+
+# Writing
+
+
+class CheckpointManager:
+    """Saves a run's checkpoints in the background; keeps the latest `keep` and the best.
+
+    `keep_best`: how many of those with the lowest loss are kept as well. `resumed`: the step this
+    run was restored from. Later steps in the folder were damaged and passed over; the next save
+    replaces them. `low_memory`: write each array in files of 32 MiB as they are made, where orbax
+    would first gather the whole save, compressed, in memory. Close it, or use it in a `with`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int,
+        keep_best: int = 0,
+        *,
+        resumed: int | None = None,
+        low_memory: bool = False,
+    ):
+        found = steps(folder)
+        self.folder = folder
+        self.latest = max(found, default=None) if resumed is None else resumed
+        self.abandoned = [s for s in found if self.latest is not None and s > self.latest]
+        self.failed = False  # whether the previous save failed
+        self._pending = None  # the save in the background
+        self._losses: dict[int, float | None] = {}
+        for step in found if keep_best else []:
+            with contextlib.suppress(Damaged):
+                self._losses[step] = read_record(folder, step)["loss"]
+        self._context = ocp.Context()
+        if low_memory:
+            self._context.array.saving.storage_options.chunk_byte_size = 2**25
+            self._context.array.saving.use_ocdbt = False
+        with self._context, _quiet_orbax():
+            self._orbax = ocp.training.Checkpointer(
+                Path(folder).absolute() / "checkpoints",
+                preservation_policy=_LatestAndBest(keep, keep_best, self._losses),
+                cleanup_tmp_directories=True,
+            )
+
+    def save(
+        self,
+        step: int,
+        trees: Mapping[str, Tree],
+        metadata: dict[str, Any],
+        *,
+        loss: float | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Save named `trees` and JSON `metadata` as `step`; does nothing if it is the latest.
+
+        `loss` is what the best are chosen by. The arrays may be donated as soon as this returns.
+        A save that fails in the background raises SaveFailed from the next `save`, `wait` or
+        `close`.
+        """
+        if step != self.latest:
+            self.wait()
+            if self.failed:  # a slow thread of that save may have written more since
+                self._discard_partial()
+                self.failed = False
+            arrays = {name: named_leaves(tree) for name, tree in trees.items()}
+            self._losses[step] = loss if loss is not None and math.isfinite(loss) else None
+            record = {
+                "format": FORMAT,
+                "step": step,
+                "loss": self._losses[step],
+                "metadata": metadata,
+                "arrays": {name: _describe(tree) for name, tree in arrays.items()},
+            }
+            with self._raising_save_failed(step), self._context:
+                for abandoned in self.abandoned:
+                    self._orbax.delete(abandoned)
+                self.abandoned, self.latest = [], step
+                self._pending = self._orbax.save_checkpointables_async(
+                    step,
+                    {name: full for name, tree in arrays.items() if (full := _non_empty(tree))},
+                    force=True,  # the caller decides when to save
+                    custom_metadata=record | {"sha256": _sha256(record)},
+                )
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return once the save in the background is on disk; SaveFailed if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with self._raising_save_failed(self.latest):
+                pending.result()
+
+    def close(self) -> None:
+        """Wait for the save in the background and release the folder."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(OSError, ValueError), _quiet_orbax():
+                self._orbax.close()  # raises again what `wait` has already raised
+
+    def __enter__(self) -> "CheckpointManager":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _raising_save_failed(self, step: int) -> Iterator[None]:
+        """Turn orbax's errors into SaveFailed, after removing what was partly written."""
+        with _quiet_orbax():
+            try:
+                yield
+            except (OSError, ValueError) as error:  # tensorstore's errors are ValueErrors
+                self.failed = True
+                with contextlib.suppress(OSError, ValueError):
+                    self._orbax.wait()  # or it would raise the same error at the next save
+                self._discard_partial()
+                self._orbax.reload()
+                self.latest = max(steps(self.folder), default=None)
+                kept = "there is no other"
+                if self.latest is not None:
+                    kept = f"the last good one is step {self.latest}"
+                raise SaveFailed(
+                    f"the checkpoint of step {step} could not be saved in {self.folder}; {kept}: "
+                    f"{_reason(error)}"
+                ) from None
+
+    def _discard_partial(self) -> None:
+        """Remove partly written checkpoints: they take the space that the next save needs.
+
+        Orbax raises the first error while other threads go on writing: wait until nothing new
+        has come for a while.
+        """
+        if not distributed.is_first():
+            return
+        deadline, unchanged = time.monotonic() + 3, 0
+        while unchanged < 3 and time.monotonic() < deadline:
+            partial = list((Path(self.folder) / "checkpoints").glob(f"*{PARTIAL}"))
+            for path in partial:
+                shutil.rmtree(path, ignore_errors=True)
+            unchanged = 0 if partial else unchanged + 1
+            time.sleep(0.05)
+
+
+@dataclass
+class _LatestAndBest:
+    """Which checkpoints orbax keeps.
+
+    Orbax's own BestN reads losses from a file without a digest, and fails if that is damaged.
+    """
+
+    keep: int
+    keep_best: int
+    losses: dict[int, float | None]
+
+    def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
+        saved = sorted(checkpoint.step for checkpoint in checkpoints)
+        latest = saved[-self.keep :]
+        rated = [step for step in saved if self.losses.get(step) is not None]
+        best = sorted(rated, key=lambda step: (self.losses[step], -step))[: self.keep_best]
+        return [checkpoint.step in {*latest, *best} for checkpoint in checkpoints]
+
+
+def _describe(arrays: dict[str, jax.Array]) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and digest of each array: what it is checked against when it is read back."""
+    digests = digest(arrays)
+    return {
+        name: {"shape": list(x.shape), "dtype": x.dtype.name, "digest": digests[name]}
+        for name, x in arrays.items()
+    }
+
+
+def _non_empty(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Orbax refuses arrays without elements; they are made anew when they are read."""
+    return {name: x for name, x in arrays.items() if math.prod(x.shape)}
+
+
+# Reading
+
+
+def read_record(folder: str | Path, step: int) -> dict[str, Any]:
+    """All that `save` wrote beside the arrays: format, step, loss, metadata, and arrays, which has
+    shape, dtype and digest by tree and name. Damaged if anything of it has changed."""
+    path = step_dir(folder, step)
+    require(path.is_dir(), f"no checkpoint of step {step} in {folder}: it has {steps(folder)}")
+    with _raising_damaged(path):
+        record = dict(ocp.checkpointables_metadata(path).custom_metadata)
+    if record.pop("sha256", None) != _sha256(record):
+        raise Damaged(f"{path} is damaged: its metadata differ from their digest")
+    require(
+        record.get("format") == FORMAT,
+        f"{path} was made by {'a later' if record.get('format', 0) > FORMAT else 'an earlier'} "
+        "version of this project, which this one cannot read: train again, or use that version",
+    )
+    if record["step"] != step:
+        raise Damaged(f"{path} is damaged: it was saved as step {record['step']}")
+    return record
+
+
+def read_metadata(folder: str | Path, step: int) -> dict[str, Any]:
+    """The JSON saved with `step`, verified, without reading an array."""
+    return read_record(folder, step)["metadata"]
+
+
+def read_shapes(folder: str | Path, step: int, name: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the tree saved as `name`, by leaf, without reading an array."""
+    described = read_record(folder, step)["arrays"].get(name, {})
+    return {k: jax.ShapeDtypeStruct(d["shape"], d["dtype"]) for k, d in described.items()}
+
+
+def restore(folder: str | Path, step: int, name: str, like: Tree) -> Tree:
+    """The tree saved as `name`, verified; the other trees are not read.
+
+    `like`: ShapeDtypeStructs; the result has their shardings (any mesh; default: the first
+    device) and dtypes. UserError lists the leaves that are missing, unknown or of another shape;
+    Damaged names those that cannot be read or differ from their digest. Of several processes all
+    raise, or none: none may fall back alone to an earlier checkpoint.
+    """
+    path = step_dir(folder, step) / name
+    elsewhere = Damaged(f"{path} cannot be read by another process")
+    wanted = named_leaves(like)
+    with distributed.all_or_none(elsewhere):
+        described = read_record(folder, step)["arrays"].get(name, {})
+        stored_shapes = {leaf: tuple(d["shape"]) for leaf, d in described.items()}
+        shapes = {leaf: tuple(x.shape) for leaf, x in wanted.items()}
+        lines = [
+            f"\n  {leaf}: stored {stored_shapes.get(leaf, 'none')}, "
+            f"expected {shapes.get(leaf, 'none')}"
+            for leaf in shapes | stored_shapes
+            if stored_shapes.get(leaf) != shapes.get(leaf)
+        ]
+        require(not lines, f"{path} does not fit this configuration:{''.join(lines)}")
+
+    # Each array in the dtype it was saved in, which its digest is of.
+    first_device = SingleDeviceSharding(jax.devices()[0])
+    saved_as = {}
+    for leaf, x in wanted.items():
+        sharding = getattr(x, "sharding", None) or first_device
+        saved_as[leaf] = jax.ShapeDtypeStruct(x.shape, described[leaf]["dtype"], sharding=sharding)
+    stored = _non_empty(saved_as)
+    with distributed.all_or_none(elsewhere), _raising_damaged(path):
+        arrays = ocp.load_checkpointables(path.parent, {name: stored})[name] if stored else {}
+    for leaf in saved_as.keys() - stored.keys():
+        x = saved_as[leaf]
+        arrays[leaf] = jnp.zeros(x.shape, x.dtype, device=x.sharding)
+
+    found = digest(arrays)
+    changed = [leaf for leaf in wanted if found[leaf] != described[leaf]["digest"]]
+    if changed:
+        raise Damaged(f"{path} is damaged: {', '.join(changed)}: not what was saved")
+    leaves = [arrays[leaf].astype(x.dtype) for leaf, x in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def latest_good(folder: str | Path, load: Callable[[int], T]) -> tuple[int, T, list[str]]:
+    """The newest step that `load` can read, what it returned, and a line per damaged newer one.
+
+    UserError if there is no checkpoint, or none that is intact.
+    """
+    found = steps(folder)
+    require(bool(found), f"no checkpoint in {folder}: expected a run's folder made by train.py")
+    damaged: list[str] = []
+    for step in reversed(found):
+        try:
+            return step, load(step), damaged
+        except Damaged as error:
+            damaged.append(str(error))
+    raise UserError(f"no checkpoint in {folder} is whole: " + "; ".join(damaged))
+
+
+# Shared by both
+
+
+def _sha256(record: dict[str, Any]) -> str:
+    """Digest of a JSON object's canonical text: orbax adds none."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _raising_damaged(path: Path) -> Iterator[None]:
+    """Turn whatever orbax raises for an unreadable file into Damaged."""
+    with _quiet_orbax():
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise  # these say nothing about the files
+        except Exception as error:
+            raise Damaged(f"{path} is damaged: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause of an error of orbax, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).split(" [tensorstore_spec")[0]
+    return f"{type(error).__name__}: {' '.join(text.split())[:400]}"
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Keep orbax's own reports, which go through absl, from the terminal: every failure it meets
+    is raised as well."""
+    _ignore_abandoned_reads()
+    loggers = {
+        logging.getLogger("absl"): lambda record: "orbax" not in record.pathname,
+        logging.getLogger("asyncio"): lambda record: "never retrieved" not in str(record.msg),
+    }
+    for logger, keep in loggers.items():
+        logger.addFilter(keep)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            yield
+    finally:
+        for logger, keep in loggers.items():
+            logger.removeFilter(keep)
+
+
+@functools.cache
+def _ignore_abandoned_reads() -> None:
+    """From the first use of orbax on, keep one kind of traceback from the terminal.
+
+    Besides a read that fails orbax abandons others, which complain from their own threads at any
+    time later. So this, unlike the rest, cannot be confined to a call.
+    """
+    report = sys.unraisablehook
+
+    def report_others(unraisable: Any) -> None:
+        abandoned = ("Event loop is closed", "TensorStore")
+        if not any(words in str(unraisable.exc_value) for words in abandoned):
+            report(unraisable)
+
+    sys.unraisablehook = report_others
