@@ -1,9 +1,9 @@
-"""Write docs/benchmark.md: cards, tables and roofs of the demo's model and of gpt2 on this machine.
+"""Write docs/benchmark.md: cards, tables and rooflines of the demo's model and gpt2 on this machine.
 
     python benchmarks/document.py runs/tiny
 
-Runs `python -m gpt.bench` in processes of their own, one after the other, and quotes what they
-print; adds the table of benchmarks/peers.py if it has been measured.
+Runs `python -m gpt.bench` once per section, one after the other, and quotes its output. Adds the
+table of benchmarks/peers.py if it has been measured.
 """
 
 import datetime
@@ -23,9 +23,10 @@ import peers
 ROOT = Path(__file__).parent.parent
 HEAD = """# Benchmark
 
-Made by `python benchmarks/document.py RUN` on {date}: {machine}, Python {python}. What each column
-means is said on the card; how FLOPs and bytes are counted, by `python -m gpt.bench --formulas`.
-Prefill and decode are apart everywhere: decode tokens/s never contain the reading of the prompt.
+Made by `python benchmarks/document.py RUN` on {date}: {machine}, Python {python}. The card
+says what each column means; `python -m gpt.bench --formulas` prints how FLOPs and bytes are
+counted. Prefill and decode are apart everywhere: the tokens per second of decode never include
+reading the prompt.
 """
 
 
@@ -40,14 +41,15 @@ class Command:
 
 
 def bench(title: str, words: list[str], repeats: int, plot: str | None = None) -> str:
-    """A section: the command, what it prints but for its last line, and its picture."""
+    """A section: the command, its output without the last line, and its picture."""
     command = [*words, "--repeats", str(repeats)]
-    command += ["--plot", f"docs/{plot}"] if plot else []
+    if plot:
+        command += ["--plot", f"docs/{plot}"]
     run = [sys.executable, "-m", "gpt.bench", *command]
     done = subprocess.run(run, check=True, capture_output=True, text=True, cwd=ROOT)
     said = done.stdout.rstrip("\n").rsplit("\n", 1)[0]
     said = "\n".join(line.rstrip() for line in said.splitlines())
-    picture = f"\n![{title} under the measured roof]({plot})\n" if plot else ""
+    picture = f"\n![{title} under the measured roofline]({plot})\n" if plot else ""
     shown = " ".join(word if " " not in word else repr(word) for word in command)
     return f"## {title}\n\n`python -m gpt.bench {shown}`\n\n```\n{said}\n```\n{picture}"
 
@@ -60,7 +62,7 @@ def peers_section() -> str:
     results = json.loads(path.read_text())["results"]
     known = {f"{r['machine']}, {r['date']}, Python {r['python']}" for r in results}
     command = f"`make bench-peers NANOGPT=FOLDER` ({'; '.join(sorted(known))})"
-    return f"## Beside what people use\n\n{command}\n\n{peers.table(results)}\n"
+    return f"## Compared with what people use\n\n{command}\n\n{peers.table(results)}\n"
 
 
 def main() -> None:
