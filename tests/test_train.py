@@ -240,7 +240,7 @@ def test_prepared_tokens_without_a_tokenizer_ask_for_one(tmp_path):
     done = call("train", "tiny", "--data", tmp_path, "--out", tmp_path / "run")
     assert done.code == 2 and "--tokenizer" in done.err
     two = call("train", "tiny", "--data", tmp_path, tmp_path, "--out", tmp_path / "run")
-    assert two.code == 2 and "stand alone" in two.err
+    assert two.code == 2 and "name them alone" in two.err
 
 
 def test_changed_data_are_refused(finished, tmp_path):

@@ -51,7 +51,7 @@ BAD = {
     "a mesh that is not there": (["--mesh.data", "3"], "does not fill"),
     "a file as --out": (["--out", "good.txt"], "--out good.txt cannot be used"),
     "a file above --out": (["--out", "good.txt/run"], "--out good.txt/run cannot be used"),
-    "an unknown tokenizer": (["--tokenizer", "words"], "no tokenizer is called 'words'"),
+    "an unknown tokenizer": (["--tokenizer", "words"], "'words' is neither a tokenizer nor a file"),
 }
 
 

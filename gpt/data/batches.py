@@ -1,7 +1,7 @@
 """Batches: which tokens a step sees, as a pure function of the seed and the step.
 
-An epoch cuts the tokens into windows of T+1 at stride T, from a starting offset of its own, and
-visits each once in an order of its own. Nothing is shuffled or remembered: the order is a keyed
+Each epoch cuts the tokens into windows of T+1 at stride T, from its own starting offset, and visits
+each window once, in its own order. Nothing is shuffled or remembered: the order is a keyed
 permutation computed for the rows at hand, so a step number is all there is to resume from.
 Knows nothing of files or text, nor of JAX.
 """
@@ -18,7 +18,7 @@ from gpt.errors import require
 
 Made = TypeVar("Made")
 ROUNDS = 6  # of the Feistel network
-PHASE = 2**32 - 1  # stands where a round's number stands, for the epoch's offset
+PHASE = 2**32 - 1  # used in place of a round's number to draw the epoch's offset
 
 
 def require_length(tokens: Tokens, seq_len: int) -> None:
@@ -26,7 +26,7 @@ def require_length(tokens: Tokens, seq_len: int) -> None:
     require(
         len(tokens) > seq_len,
         f"the text has {len(tokens):,} tokens to train on, too few for --seq-len {seq_len}: "
-        f"it takes {seq_len + 1:,}, so give it more text or a smaller --seq-len",
+        f"at least {seq_len + 1:,} are needed, so give it more text or a smaller --seq-len",
     )
 
 
@@ -40,9 +40,8 @@ def batch(
 ) -> np.ndarray:
     """The sequences of step `step`: int32 [rows, T+1], each overlapping its targets by one.
 
-    `rows` selects some of the `batch_size` rows, or their numbers, for a process that holds only
-    those. Raises
-    UserError if the text is shorter than one sequence.
+    `rows` selects some of the `batch_size` rows, for a process that holds only those: a slice of
+    them or their numbers. Raises UserError if the text is shorter than one sequence.
     """
     require_length(tokens, seq_len)
     n_windows, n_phases = windows(len(tokens), seq_len)
@@ -56,7 +55,7 @@ def batch(
 
 
 def windows(n_tokens: int, seq_len: int) -> tuple[int, int]:
-    """Windows in an epoch, and the offsets from which that many always fit."""
+    """How many windows an epoch has, and from how many offsets that many fit."""
     n_windows = max(1, (n_tokens - seq_len) // seq_len)
     return n_windows, min(seq_len, n_tokens - n_windows * seq_len)
 
@@ -72,13 +71,14 @@ def gather(array: np.ndarray, starts: np.ndarray, seq_len: int) -> np.ndarray:
 def permute(place: np.ndarray, key: np.ndarray, size: int) -> np.ndarray:
     """Where a permutation of range(size), one for each key, sends each place: uint64 arrays.
 
-    A Feistel network over pairs of digits in base ceil(sqrt(size)), where adding modulo the base
-    is what undoes; the few results outside the range walk on until they are inside.
+    A Feistel network over pairs of digits in base ceil(sqrt(size)): each round adds to one digit
+    modulo the base, which can be undone, so the network is a bijection of range(base * base). The
+    few results outside range(size) go through it again until they are inside (cycle walking).
     """
     base = np.uint64(max(1, int(np.ceil(np.sqrt(size)))))
     place = feistel(place, key, base)
-    while (outside := place >= size).any():
-        place = np.where(outside, feistel(place, key, base), place)
+    while (place >= size).any():
+        place = np.where(place >= size, feistel(place, key, base), place)
     return place
 
 
@@ -96,7 +96,7 @@ def keyed(key: np.ndarray, number: int, value: np.ndarray) -> np.ndarray:
 
 
 def mix(bits: np.ndarray) -> np.ndarray:
-    """SplitMix64's step: every bit of the input changes half of the output's."""
+    """SplitMix64's step: flipping any bit of the input changes about half of the output's."""
     bits = bits + np.uint64(0x9E3779B97F4A7C15)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -106,11 +106,11 @@ def mix(bits: np.ndarray) -> np.ndarray:
 def evaluation_windows(
     tokens: Tokens, seq_len: int, max_tokens: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Always the same windows: int32 [B, T+1] tokens, and float32 [B, T] weights of the targets.
+    """The windows an evaluation reads: int32 [B, T+1] tokens and float32 [B, T] target weights.
 
-    With `max_tokens` 0, or enough of them, every token but the first is a target of weight 1 just
-    once; else whole windows, evenly spread. Weight 0 marks what was counted before or pads the
-    last batch: all are of one shape.
+    With `max_tokens` 0, or as many as there are, every token but the first is a target of weight 1
+    exactly once; otherwise whole windows are taken, evenly spread. Weight 0 marks targets that were
+    counted before and the padding of the last batch: all batches have one shape.
     """
     starts, fresh = choose_windows(len(tokens) - 1, seq_len, max_tokens)
     padded = np.pad(tokens.array, (0, seq_len)) if len(tokens) <= seq_len else tokens.array
@@ -146,8 +146,8 @@ def prefetch(
 ) -> Iterator[Made]:
     """make(step) for each step from `first_step` up to, not including, `last_step`.
 
-    One background thread keeps `depth` of them ready; what it raises is raised here, in its
-    turn. Closing the generator ends the thread.
+    One background thread keeps `depth` of them ready; an exception in it is raised here, when its
+    step is due. Closing the generator ends the thread.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     ahead = range(first_step, last_step)

@@ -1,8 +1,8 @@
 """Text to train on: found in files and folders, read in order, in pieces of bounded size.
 
-Knows nothing of tokens. Text is whatever decodes as UTF-8 and holds no zero character: plain
-files of any extension, `.jsonl` files with a `text` field on each line, and either of them
-gzipped. It is read twice on purpose: once to measure it and take its fingerprint, once to use it.
+Knows nothing of tokens. Text is whatever decodes as UTF-8 and holds no zero byte: plain files of
+any extension, `.jsonl` files with a `text` field on each line, and either of them gzipped. It is
+read twice on purpose: once to measure it and take its fingerprint, once to use it.
 """
 
 import gzip
@@ -21,7 +21,7 @@ from pathlib import Path
 from gpt.data.tokenizers import without_lone_surrogates
 from gpt.errors import require
 
-PIECE = 2**20  # characters read at once; no piece of a text file is twice as long
+PIECE = 2**20  # characters read at once; no piece of a text is twice as long
 UNREADABLE = (ValueError, OSError, EOFError, RecursionError, zlib.error)
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 EXPECTED = "expected UTF-8 text, .jsonl with a text field on each line, or .gz of either"
@@ -29,7 +29,12 @@ EXPECTED = "expected UTF-8 text, .jsonl with a text field on each line, or .gz o
 
 @dataclass(frozen=True)
 class Source:
-    """One file; `origin` is the path the user named, `name` the same wherever that lies."""
+    """One file of text.
+
+    name: its path from the folder the user named, that folder's name first: it decides the
+        fingerprint, so it is the same wherever the folder lies.
+    origin: the path the user named.
+    """
 
     path: Path
     name: str
@@ -38,7 +43,7 @@ class Source:
 
 @dataclass
 class Measure:
-    """What one reading of some text shows."""
+    """What one reading of some text yields: see the fields of Corpus."""
 
     hashes: array = field(default_factory=lambda: array("Q"))
     lengths: array = field(default_factory=lambda: array("Q"))
@@ -53,20 +58,22 @@ class Measure:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Documents in a fixed order, with their measure."""
+    """Documents in a fixed order.
+
+    skipped: names of the files in folders that are not text.
+    fingerprint: SHA-256 in hex of names and contents.
+    hashes: 64 bits of each document's SHA-256.
+    lengths: characters in each document.
+    size_bytes: bytes of the text in UTF-8.
+    """
 
     description: str
     sources: tuple[Source, ...] = field(repr=False)
     skipped: tuple[str, ...]
-    """Names of the files in the folders that are no text."""
     fingerprint: str
-    """SHA-256, in hex, over names and contents."""
     hashes: array = field(repr=False)
-    """64 bits of each document's SHA-256."""
     lengths: array = field(repr=False)
-    """Characters in each document."""
     size_bytes: int
-    """Bytes of the text in UTF-8."""
 
     @property
     def n_documents(self) -> int:
@@ -74,20 +81,21 @@ class Corpus:
         return len(self.hashes)
 
     def pieces(self) -> Iterator[tuple[str, bool]]:
-        """Text in order, about a megabyte at a time, and whether a document ends with it."""
+        """The text in order, about a megabyte at a time, and whether a document ends with it."""
         for source in self.sources:
             yield from read_pieces(source.path)
 
     def documents(self) -> Iterator[str]:
         """The texts in order, long ones in pieces of about a megabyte cut at line ends."""
-        return (text for text, _ in self.pieces())
+        for text, _ in self.pieces():
+            yield text
 
 
 def read_corpus(paths: Sequence[Path | str]) -> Corpus:
-    """The text of files and of folders, whose hidden files are passed over.
+    """The text of files and folders; hidden files in folders are passed over.
 
-    What is no text is skipped by name in a folder. UserError for a path that is missing, for a
-    named file that is empty or no text, and for a folder without any text.
+    Files in folders that are not text are skipped and listed in `skipped`. UserError for a path
+    that is missing, a named file that is empty or not text, and a folder without any text.
     """
     origins = [Path(path) for path in paths]
     require(bool(origins), "no text was named: pass a text file or a folder of text")
@@ -111,8 +119,10 @@ def standard_library() -> Corpus:
 
 
 def find(origin: Path) -> list[Source]:
-    """The file `origin`, or the visible files below the folder `origin`, sorted by name; what runs
-    have written there is no text."""
+    """The file `origin`, or the visible files below the folder `origin`, sorted by name.
+
+    What training runs have written there is left out.
+    """
     require(
         os.path.exists(origin), f"{origin} does not exist: {EXPECTED}, or a folder of such files"
     )
@@ -121,34 +131,40 @@ def find(origin: Path) -> list[Source]:
     found = []
     for folder, inside, files in os.walk(origin):
         if {"checkpoints", "tokenizer.json"} <= {*inside, *files}:
-            inside[:], files = [], []  # a run, which changes as it goes
+            inside.clear()  # a run's folder changes as it trains
+            continue
         inside[:] = [name for name in inside if not name.startswith(".")]
         found += [Path(folder, name) for name in files if not name.startswith(".")]
-    found = [path for path in found if path.is_file()]  # a pipe would never end
+    found = [path for path in found if path.is_file()]  # reading a pipe would never end
     names = sorted(path.relative_to(origin).as_posix() for path in found)
     return [Source(origin / name, f"{origin.resolve().name}/{name}", origin) for name in names]
 
 
 def measure(sources: list[Source], title: str) -> Corpus:
     """The corpus of those `sources` that hold text; UserError for a named file that does not."""
-    used, skipped, total, fingerprint = [], [], Measure(), hashlib.sha256()
+    used = []
+    skipped = []
+    total = Measure()
+    fingerprint = hashlib.sha256()
     for source in sources:
         try:
             scanned, digest = scan(source.path)
         except UNREADABLE as error:
+            reason = str(error)
+            if isinstance(error, UnicodeDecodeError):
+                reason = f"bytes that are not valid UTF-8, {error.object[error.start]:#04x} first"
             named = source.path == source.origin
-            require(not named, f"{source.path} cannot be read as text ({error}): {EXPECTED}")
+            require(not named, f"{source.path} cannot be read as text ({reason}): {EXPECTED}")
             skipped.append(source.name)
             continue
         if scanned.hashes:
             used.append(source)
             total.add(scanned)
-            fingerprint.update(
-                f"{len(source.name)} {source.name} {digest}\n".encode("utf-8", "replace")
-            )
-    size = f"{len(used):,} file{'s' * (len(used) != 1)}, {total.n_bytes / 1e6:.1f} MB"
+            line = f"{len(source.name)} {source.name} {digest}\n"
+            fingerprint.update(line.encode("utf-8", "replace"))
+    files = "1 file" if len(used) == 1 else f"{len(used):,} files"
     return Corpus(
-        description=f"{title}: {size}",
+        description=f"{title}: {files}, {total.n_bytes / 1e6:.1f} MB",
         sources=tuple(used),
         skipped=tuple(skipped),
         fingerprint=fingerprint.hexdigest(),
@@ -159,9 +175,11 @@ def measure(sources: list[Source], title: str) -> Corpus:
 
 
 def scan(path: Path) -> tuple[Measure, str]:
-    """The measure of one file's documents, and a digest of them all; UNREADABLE for no text."""
-    found, everything = Measure(), hashlib.sha256()
-    document, length = hashlib.sha256(), 0
+    """The measure of one file's documents and a digest of them all; UNREADABLE if not text."""
+    found = Measure()
+    everything = hashlib.sha256()
+    document = hashlib.sha256()
+    length = 0
     for text, last in read_pieces(path):
         content = text.encode()
         document.update(content)
@@ -172,18 +190,21 @@ def scan(path: Path) -> tuple[Measure, str]:
             found.hashes.append(int.from_bytes(digest[:8], "little"))
             found.lengths.append(length)
             everything.update(digest)
-            document, length = hashlib.sha256(), 0
+            document = hashlib.sha256()
+            length = 0
     return found, everything.hexdigest()
 
 
 def read_pieces(path: Path) -> Iterator[tuple[str, bool]]:
-    """A file's text in pieces, and whether a document ends with each; UNREADABLE for no text."""
-    suffixes = path.suffixes
-    opened = gzip.open if suffixes[-1:] == [".gz"] else open
-    lines = ".jsonl" in (suffixes[-2:-1] if opened is gzip.open else suffixes[-1:])
-    with opened(path, "rt", encoding="utf-8-sig", newline="\n") as stream:
-        for text, last in read_lines(stream) if lines else read_text(stream):
-            if "\0" in text and not lines:
+    """A file's text in pieces, and whether a document ends with each; UNREADABLE if not text."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    uncompressed = path.with_suffix("") if path.suffix == ".gz" else path
+    with opener(path, "rt", encoding="utf-8-sig", newline="\n") as stream:
+        if uncompressed.suffix == ".jsonl":
+            yield from read_json_lines(stream)
+            return
+        for text, last in read_text(stream):
+            if "\0" in text:
                 raise ValueError("it holds zero bytes")
             yield text, last
 
@@ -199,8 +220,8 @@ def read_text(stream: io.TextIOBase) -> Iterator[tuple[str, bool]]:
         yield text, True
 
 
-def read_lines(stream: io.TextIOBase) -> Iterator[tuple[str, bool]]:
-    """A document from each line of JSON, long ones in pieces."""
+def read_json_lines(stream: io.TextIOBase) -> Iterator[tuple[str, bool]]:
+    """A document from the `text` field of each line, long ones in pieces."""
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue

@@ -1,14 +1,19 @@
-"""The text of a run as tokens: from what the user asked for to a tokenizer and a dataset."""
+"""From what the user asked for to a tokenizer and a dataset: text or prepared tokens."""
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from filelock import FileLock
 
-from gpt.data import corpus, token_files, tokenizers
-from gpt.errors import require
+from gpt.data import token_files, tokenizers
+from gpt.data.corpus import Corpus, read_corpus, standard_library
+from gpt.data.token_files import Dataset
+from gpt.data.tokenizers import Tokenizer
+from gpt.errors import UserError, require
+
+MAX_NAMES = 5  # of skipped files that are listed
 
 
 def load_dataset(  # noqa: PLR0913 - each is one decision of the user
@@ -21,51 +26,85 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
     cache_dir: Path | None,
     log: Callable[[str], None],
     progress: Callable[[int, int], None] | None = None,
-):
-    prepared = any(token_files.is_prepared(path) for path in paths)
-    require(
-        not prepared or len(paths) == 1,
-        "--data holds prepared tokens beside other paths: they stand alone, since text cannot be "
-        "added to them",
-    )
-    if prepared:
-        folder = paths[0]
+) -> tuple[Tokenizer, Dataset]:
+    """The tokenizer and the tokens of `paths`, or of Python's standard library if there are none.
+
+    paths: files and folders of text, or alone a folder of prepared tokens.
+    tokenizer, vocab_size: as of `tokenizers.create`, for a run that has no tokenizer yet.
+    saved_tokenizer: the tokenizer of an earlier run as JSON, which is used instead.
+    expected_fingerprint: the dataset's fingerprint when a run is resumed.
+    cache_dir: where tokens are kept; None leaves nothing behind.
+    progress: called now and then with the bytes of text tokenized and those in all.
+
+    Raises UserError for text or tokens that cannot be read, and if they are not those expected.
+    """
+
+    def choose_tokenizer(documents: Callable[[], Iterable[str]]) -> Tokenizer:
         if saved_tokenizer:
-            made = tokenizers.from_json(saved_tokenizer)
-        elif (folder / "tokenizer.json").exists():
-            made = tokenizers.load(folder / "tokenizer.json")
+            return tokenizers.from_json(saved_tokenizer)
+        return tokenizers.create(tokenizer, documents, vocab_size)
+
+    # Tokens that were prepared before come with their tokenizer, unless they are nanoGPT's.
+    if any(token_files.is_prepared(path) for path in paths):
+        require(
+            len(paths) == 1,
+            "--data names prepared tokens beside other paths: text cannot be added to them, "
+            "so name them alone",
+        )
+        (path,) = paths
+        beside = token_files.folder_of(path) / "tokenizer.json"
+        if beside.exists() and not saved_tokenizer:
+            chosen = tokenizers.load(beside)
         else:
             require(
-                tokenizer != "bpe",
-                "--data has no tokenizer beside its tokens, and none can be trained on them: name "
-                "the one that made them with --tokenizer",
+                tokenizer not in ("bpe", "char") or bool(saved_tokenizer),
+                f"--data has no tokenizer beside its tokens, and a {tokenizer} tokenizer cannot be "
+                "trained on tokens: name the one that made them with --tokenizer",
             )
-            made = tokenizers.create(tokenizer, lambda: (), vocab_size)
-        dataset = token_files.open_prepared(folder, made)
+            chosen = choose_tokenizer(lambda: ())
+        dataset = token_files.open_prepared(path, chosen)
         require_same(expected_fingerprint, dataset.fingerprint)
-        return made, dataset
-    text = corpus.read_corpus(paths) if paths else corpus.standard_library()
+        return chosen, dataset
+
+    text = read_corpus(paths) if paths else standard_library()
+    hint = "" if paths else "; for your own: --data PATH"
     log(
         f"text           {text.description}, {text.n_documents:,} document(s), "
-        f"fingerprint {text.fingerprint[:12]}" + ("" if paths else "; for your own: --data PATH")
+        f"fingerprint {text.fingerprint[:12]}{hint}"
     )
-    if text.skipped:
-        names = ", ".join(text.skipped[:5]) + (", ..." if len(text.skipped) > 5 else "")
-        log(f"skipped        {len(text.skipped):,} file(s), not text: {names}")
-    if saved_tokenizer:
-        made = tokenizers.from_json(saved_tokenizer)
-    else:
-        made = tokenizers.create(tokenizer, text.documents, vocab_size)
-    fingerprint = token_files.fingerprint_of(text, made)
+    log_skipped(text, log)
+    chosen = choose_tokenizer(text.documents)
+
+    # Text that has changed is refused before it is tokenized, which may take minutes.
+    fingerprint = token_files.fingerprint_of(text, chosen)
     require_same(expected_fingerprint, fingerprint)
+
+    # On POSIX the tokens stay readable after their files are gone: they are mapped into memory.
     kept = contextlib.nullcontext(cache_dir) if cache_dir else tempfile.TemporaryDirectory()
     with kept as folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with FileLock(Path(folder) / f".{fingerprint[:32]}.lock"):
-            return made, token_files.tokenize(text, made, Path(folder), progress)
+        # One process tokenizes, and others that want the same tokens wait for it.
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            lock = FileLock(Path(folder) / f".{fingerprint[:32]}.lock").acquire()
+        except OSError as error:
+            raise UserError(f"cannot write tokens to {folder}: {error}") from None
+        with lock:
+            return chosen, token_files.tokenize(text, chosen, Path(folder), progress)
+
+
+def log_skipped(text: Corpus, log: Callable[[str], None]) -> None:
+    """Name the files that were passed over."""
+    count = len(text.skipped)
+    if count == 0:
+        return
+    names = ", ".join(text.skipped[:MAX_NAMES])
+    more = ", ..." if count > MAX_NAMES else ""
+    files = "1 file that is" if count == 1 else f"{count:,} files that are"
+    log(f"skipped        {files} not text: {names}{more}")
 
 
 def require_same(expected: str | None, fingerprint: str) -> None:
+    """Raise UserError if a resumed run would go on with other text."""
     require(
         expected in (None, fingerprint),
         "data: the run was trained on other text, or the text has changed; give the same "

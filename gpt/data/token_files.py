@@ -2,7 +2,7 @@
 
 A folder of shards holds both (little-endian uint16, or uint32 where the vocabulary is larger),
 `tokens.json`, which says what they are, and the tokenizer that made them. nanoGPT's folders are
-read as well: the same two files with no header. Knows nothing of batches, nor of JAX.
+read as well: the same two files with no header. Knows nothing of batches or JAX.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ HEADER = "tokens.json"
 MAGIC = "gpt token shards"
 VERSION = 1
 SPLITS = ("train", "val")
-MANY = 20  # documents from which on whole ones are held out
-HELD_OUT = 0.05  # of the documents, where there are many
-TAIL = 0.1  # of the text, where there are few
+MIN_DOCUMENTS = 20  # with at least this many, whole documents are held out
+HELD_OUT_DOCUMENTS = 0.05  # fraction of the documents, where there are many
+HELD_OUT_TAIL = 0.1  # fraction of the characters, where there are few
 THREADS = min(os.cpu_count() or 1, 16)
-SAMPLE = 2**26  # tokens looked at in a file that has no header
+SAMPLE = 2**26  # tokens checked in a file that has no header
 
 Report = Callable[[int, int], None]
 
@@ -64,12 +64,12 @@ def fingerprint_of(corpus: Corpus, tokenizer: Tokenizer) -> str:
 def tokenize(
     corpus: Corpus, tokenizer: Tokenizer, cache_folder: Path, report: Report | None = None
 ) -> Dataset:
-    """The corpus as tokens, from `cache_folder` if they were ever made there.
+    """The corpus as tokens, read from `cache_folder` if they were made there before.
 
     End-of-text follows each document, unless there is only one. Where there are many, one in
-    twenty is held out, chosen by a hash of its content; else the last tenth of all characters.
-    `report` is called now and then with the bytes of text done and those in all. UserError if
-    the text is too small for two splits, or the folder cannot be written.
+    twenty is held out, chosen by a hash of its content; otherwise the last tenth of all characters.
+    `report` is called now and then with the bytes of text done and the total. UserError if the
+    text is too small for two splits, or the folder cannot be written.
     """
     fingerprint = fingerprint_of(corpus, tokenizer)
     folder = cache_folder / fingerprint[:32]
@@ -77,7 +77,7 @@ def tokenize(
         try:
             build(corpus, tokenizer, fingerprint, folder, report or (lambda done, total: None))
         except OSError as error:
-            raise UserError(f"cannot make token shards in {cache_folder}: {error}") from None
+            raise UserError(f"cannot write tokens to {cache_folder}: {error}") from None
     return open_shards(folder, tokenizer)
 
 
@@ -110,7 +110,7 @@ def build(
 
 
 def token_type(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest type of ours that holds every id."""
+    """uint16 if it holds every id, else uint32; little-endian."""
     return np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
 
 
@@ -120,7 +120,8 @@ def write_tokens(
     """Encode the corpus into train.bin and val.bin; the tokens and bytes of text in each."""
     counts = {split: {"tokens": 0, "text_bytes": 0} for split in SPLITS}
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-        files, done = {"train": train, "val": val}, 0
+        files = {"train": train, "val": val}
+        done = 0
         for group in groups(assign(corpus), THREADS * PIECE):
             for split, tokens, n_bytes in encode(group, tokenizer, corpus.n_documents > 1):
                 tokens.tofile(files[split])
@@ -129,11 +130,11 @@ def write_tokens(
                 done += n_bytes
             report(done, corpus.size_bytes)
     require(done == corpus.size_bytes, "the text changed while it was read: start again")
-    for split in SPLITS:
+    for split, purpose in (("train", "training"), ("val", "validation")):
         require(
             counts[split]["tokens"] >= 2,
             f"the text is too small: its {sum(corpus.lengths):,} characters leave fewer than two "
-            f"tokens for {'training' if split == 'train' else 'validation'}, give it more text",
+            f"tokens for {purpose}, give it more text",
         )
     return counts
 
@@ -144,40 +145,50 @@ Part = tuple[str, str, bool]  # split, text, whether a document ends here
 def assign(corpus: Corpus) -> Iterator[Part]:
     """Every piece of the corpus, in order, with its split."""
     held_out = choose_documents(corpus)
-    cut = int(sum(corpus.lengths) * (1 - TAIL))
-    position = document = 0
+    cut = int(sum(corpus.lengths) * (1 - HELD_OUT_TAIL))
+    document = 0  # number of the one at hand
+    position = 0  # characters before the piece at hand
     for text, last in corpus.pieces():
-        head = max(cut - position, 0)
+        head = cut - position  # characters of this piece before the cut
         if held_out is not None:
-            yield SPLITS[held_out[document]], text, last
-        elif 0 < head < len(text):
+            yield ("val" if held_out[document] else "train"), text, last
+        elif head <= 0:
+            yield "val", text, last
+        elif head >= len(text):
+            yield "train", text, last
+        else:
             yield "train", text[:head], False
             yield "val", text[head:], last
-        else:
-            yield ("train" if head else "val"), text, last
         position += len(text)
-        document += last
+        if last:
+            document += 1
 
 
 def choose_documents(corpus: Corpus) -> np.ndarray | None:
-    """Which documents are held out; None where they are few, or would be a poor sample."""
-    if corpus.n_documents < MANY:
+    """Which documents are held out, as booleans; None if there are few or they are a poor sample.
+
+    The choice depends on a document's content alone, so a corpus that grows moves none of its
+    held-out documents into training.
+    """
+    if corpus.n_documents < MIN_DOCUMENTS:
         return None
-    held_out = np.array(corpus.hashes, np.uint64) < np.uint64(HELD_OUT * 2**64)
+    held_out = np.array(corpus.hashes, np.uint64) < np.uint64(HELD_OUT_DOCUMENTS * 2**64)
     lengths = np.array(corpus.lengths)
     fair = 0.01 <= lengths[held_out].sum() / lengths.sum() <= 0.2
-    return held_out.astype(int) if fair else None
+    return held_out if fair else None
 
 
 def groups(parts: Iterable[Part], size: int) -> Iterator[list[Part]]:
     """Consecutive parts, together about `size` characters."""
-    group, length = [], 0
+    group = []
+    length = 0
     for part in parts:
         group.append(part)
         length += len(part[1])
         if length >= size:
             yield group
-            group, length = [], 0
+            group = []
+            length = 0
     if group:
         yield group
 
@@ -207,16 +218,21 @@ def is_prepared(path: Path) -> bool:
     return shards or (path / HEADER).is_file()
 
 
+def folder_of(path: Path) -> Path:
+    """The folder of prepared tokens that `path` names, itself or by a file in it."""
+    return path.parent if path.is_file() else path
+
+
 def open_prepared(path: Path, tokenizer: Tokenizer) -> Dataset:
     """The dataset at a path that is_prepared; UserError unless `tokenizer` made its tokens."""
-    folder = Path(path).parent if Path(path).is_file() else Path(path)
+    folder = folder_of(path)
     if (folder / HEADER).is_file():
         return open_shards(folder, tokenizer)
     return open_headerless(folder, tokenizer)
 
 
 def open_shards(folder: Path, tokenizer: Tokenizer) -> Dataset:
-    """The dataset of a folder of ours; UserError if damaged or made by another tokenizer."""
+    """The dataset `build` wrote; UserError if it is damaged or was made by another tokenizer."""
     header = read_header(folder)
     require(
         header["tokenizer_digest"] == tokenizers.digest(tokenizer),
@@ -226,14 +242,15 @@ def open_shards(folder: Path, tokenizer: Tokenizer) -> Dataset:
     splits = {}
     for split in SPLITS:
         tokens = map_tokens(folder / f"{split}.bin", token_type(tokenizer))
-        count, n_bytes = header["splits"][split]["tokens"], header["splits"][split]["text_bytes"]
+        count = header["splits"][split]["tokens"]
+        n_bytes = header["splits"][split]["text_bytes"]
         require(len(tokens) == count, f"{damaged(folder)}: {split}.bin is not {count} tokens long")
         splits[split] = Tokens(tokens, n_bytes)
     return Dataset(**splits, fingerprint=header["fingerprint"])
 
 
 def damaged(folder: Path) -> str:
-    """The beginning of a message about shards that cannot be used."""
+    """How a message about tokens that cannot be used begins."""
     return f"the tokens in {folder} are damaged, delete the folder to have them made again"
 
 
@@ -242,12 +259,16 @@ def read_header(folder: Path) -> dict[str, Any]:
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
         known = header["magic"] == MAGIC and header["version"] == VERSION
-        texts = [header["fingerprint"], header["tokenizer_digest"]]
-        numbers = [header["splits"][s][n] for s in SPLITS for n in ("tokens", "text_bytes")]
+        strings = [header["fingerprint"], header["tokenizer_digest"]]
+        counts = [header["splits"][s][n] for s in SPLITS for n in ("tokens", "text_bytes")]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{damaged(folder)}: {HEADER} cannot be read ({error!r})") from None
-    sound = all(type(t) is str for t in texts) and all(type(n) is int and n > 0 for n in numbers)
-    require(known and sound, f"{damaged(folder)}: {HEADER} is not version {VERSION} of its format")
+    well_typed = all(type(text) is str for text in strings)
+    positive = all(type(count) is int and count > 0 for count in counts)
+    require(
+        known and well_typed and positive,
+        f"{damaged(folder)}: {HEADER} is not version {VERSION} of its format",
+    )
     return header
 
 
@@ -263,10 +284,11 @@ def map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:
 
 
 def open_headerless(folder: Path, tokenizer: Tokenizer) -> Dataset:
-    """nanoGPT's folder: uint16 ids, of which a wide sample is held against the vocabulary."""
+    """A folder of nanoGPT's: uint16 ids, a sample of which is checked against the vocabulary."""
     lengths = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)])
     lengths[tokenizer.eot_token] = 0
-    splits, digest = {}, hashlib.sha256()
+    splits = {}
+    digest = hashlib.sha256()
     for split in SPLITS:
         array = map_tokens(folder / f"{split}.bin", np.dtype("<u2"))
         sample = array[:: 1 + len(array) // SAMPLE]

@@ -149,7 +149,7 @@ def test_too_little_text_is_refused(text, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match=r"cannot make token shards in .*cache"):
+    with pytest.raises(UserError, match=r"cannot write tokens to .*cache"):
         tokenize(write(tmp_path / "text", "hello" * 20), BYTE, tmp_path / "cache")
 
 
