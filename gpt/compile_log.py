@@ -1,4 +1,8 @@
-"""Seconds of work with the seconds of compilation taken out. Knows nothing but jax's own events."""
+"""What this process has compiled, and a stopwatch that leaves compilation out.
+
+Both listen to jax's monitoring events, whose names are jax's own affair: pyproject.toml bounds its
+version, and a test sees to it that a compilation is noticed.
+"""
 
 import contextlib
 import time
@@ -7,45 +11,49 @@ from dataclasses import dataclass, field
 
 import jax
 
-COMPILE_EVENTS = "/jax/core/compile/"  # tracing, lowering and compiling, one event each
-COMPILED = COMPILE_EVENTS + "backend_compile_duration"
-FOUND = "/jax/compilation_cache/cache_hits"  # comes before the COMPILED of the same program
+COMPILE_EVENTS = "/jax/core/compile/"  # one event each for tracing, lowering and compiling
+COMPILED = COMPILE_EVENTS + "backend_compile_duration"  # the last of them
+CACHE_HIT = "/jax/compilation_cache/cache_hits"  # comes before COMPILED of the same program
 
 
 @dataclass(frozen=True)
 class Program:
-    """One that was compiled: the name of its function, seconds from tracing on, and whether it was
-    found in the cache on disk, whole. `sizes`: what it is for, such as "batch 2, bucket 32"."""
+    """A compiled program."""
 
     name: str
+    """Of its function."""
     seconds: float
+    """Of tracing, lowering and compiling."""
     cached: bool
+    """Whether it was found in the cache on disk."""
     sizes: str = ""
+    """What it was compiled for, such as "batch 2, bucket 32"."""
 
 
 @dataclass
 class Compilations:
-    """What this process has compiled so far: programs and seconds, and each one in turn."""
+    """What this process has compiled so far: programs and seconds in total, and each in turn."""
 
     programs: int = 0
     seconds: float = 0.0
     each: list[Program] = field(default_factory=list)
     unfinished: dict[str, float] = field(default_factory=dict, repr=False)  # seconds, by name
-    found: bool = field(default=False, repr=False)
+    cache_hit: bool = field(default=False, repr=False)  # for the program that comes next
     sizes: dict[str, int] = field(default_factory=dict, repr=False)
 
     @contextlib.contextmanager
     def of(self, **sizes: int) -> Iterator[None]:
-        """Programs that are compiled within are noted as those for these sizes and the ones around
-        them; 0 is left out."""
-        before, self.sizes = self.sizes, self.sizes | sizes
+        """Note these sizes with each program compiled in the block, beside those of blocks
+        around it; sizes of 0 are left out."""
+        outer = self.sizes
+        self.sizes = outer | sizes
         try:
             yield
         finally:
-            self.sizes = before
+            self.sizes = outer
 
-    def record(self, event: str, seconds: float, fun_name: str = "", **_) -> None:
-        """Listener of jax's duration events."""
+    def on_duration(self, event: str, seconds: float, fun_name: str = "", **_) -> None:
+        """Listener for jax's duration events."""
         if not event.startswith(COMPILE_EVENTS):
             return
         self.seconds += seconds
@@ -54,24 +62,26 @@ class Compilations:
         if event == COMPILED:
             self.programs += 1
             sizes = ", ".join(f"{size} {n}" for size, n in self.sizes.items() if n)
-            self.each.append(Program(name, self.unfinished.pop(name), self.found, sizes))
-            self.found = False
+            self.each.append(Program(name, self.unfinished.pop(name), self.cache_hit, sizes))
+            self.cache_hit = False
 
-    def notice(self, event: str, **_) -> None:
-        """Listener of jax's other events."""
-        self.found |= event == FOUND
+    def on_event(self, event: str, **_) -> None:
+        """Listener for jax's events without a duration."""
+        if event == CACHE_HIT:
+            self.cache_hit = True
 
 
 compilations = Compilations()
-jax.monitoring.register_event_duration_secs_listener(compilations.record)
-jax.monitoring.register_event_listener(compilations.notice)
+jax.monitoring.register_event_duration_secs_listener(compilations.on_duration)
+jax.monitoring.register_event_listener(compilations.on_event)
 
 
 @dataclass
 class Stopwatch:
-    """`with watch:` adds to `seconds` the time spent inside, less what went into compiling.
+    """`with watch:` adds the seconds spent inside to `seconds`, without those of compilation.
 
-    `compile_seconds` and `programs` hold what was taken out. The caller waits for the device.
+    `compile_seconds` and `programs` hold what was left out. Block until the device is ready inside
+    the `with`, or its work is not measured.
     """
 
     seconds: float = 0.0
@@ -84,8 +94,9 @@ class Stopwatch:
         return self
 
     def __exit__(self, *_) -> None:
-        begun, compile_seconds, programs = self.started
+        start, compile_seconds, programs = self.started
+        elapsed = time.perf_counter() - start
         compiled = compilations.seconds - compile_seconds
         self.compile_seconds += compiled
         self.programs += compilations.programs - programs
-        self.seconds += max(time.perf_counter() - begun - compiled, 0.0)
+        self.seconds += max(elapsed - compiled, 0.0)

@@ -1,4 +1,4 @@
-"""Compilations, told by jax's own events."""
+"""Compilations, as jax's monitoring events report them."""
 
 import contextlib
 
@@ -29,7 +29,7 @@ def kept_in(folder):
 
 
 def test_each_program_has_its_name_its_seconds_and_its_origin(tmp_path):
-    """Compiled, then found on disk once the process has forgotten it."""
+    """Compiled, then found on disk. If jax renamed its events, this would notice nothing."""
 
     def stranger(x):
         return (x @ x).sum()
@@ -49,11 +49,11 @@ def test_each_program_has_its_name_its_seconds_and_its_origin(tmp_path):
 def test_the_seconds_of_a_program_are_its_own():
     """Tracing, lowering and compiling; not those of one that was only traced."""
     seen, name = Compilations(), "/jax/core/compile/"
-    seen.record(name + "jaxpr_trace_duration", 5.0, fun_name="shapes_alone")
-    seen.record(name + "jaxpr_trace_duration", 1.0, fun_name="step")
-    seen.record(name + "jaxpr_to_mlir_module_duration", 2.0, fun_name="jit(step)")
-    seen.record("/jax/somewhere/else", 9.0, fun_name="step")
-    seen.record(name + "backend_compile_duration", 4.0, fun_name="jit(step)")
+    seen.on_duration(name + "jaxpr_trace_duration", 5.0, fun_name="shapes_alone")
+    seen.on_duration(name + "jaxpr_trace_duration", 1.0, fun_name="step")
+    seen.on_duration(name + "jaxpr_to_mlir_module_duration", 2.0, fun_name="jit(step)")
+    seen.on_duration("/jax/somewhere/else", 9.0, fun_name="step")
+    seen.on_duration(name + "backend_compile_duration", 4.0, fun_name="jit(step)")
     (made,) = seen.each
     assert (made.name, made.seconds, made.cached) == ("step", 7.0, False)
     assert (seen.programs, seen.seconds) == (1, 12.0)
@@ -65,3 +65,10 @@ def test_what_runs_again_compiles_nothing():
     with Stopwatch() as watch:
         double(np.zeros(3))
     assert watch.programs == 0
+
+
+def test_sizes_are_noted_with_what_is_compiled_for_them():
+    seen = Compilations()
+    with seen.of(batch=2, top=0), seen.of(bucket=32):
+        seen.on_duration("/jax/core/compile/backend_compile_duration", 1.0, fun_name="jit(prefill)")
+    assert seen.each[0].sizes == "batch 2, bucket 32" and seen.sizes == {}
