@@ -1,4 +1,4 @@
-"""The arithmetic of gpt/flops.py against real arrays and against XLA's own count."""
+"""The arithmetic of gpt/flops.py against the shapes of real arrays and against XLA's own count."""
 
 import dataclasses
 
@@ -23,14 +23,27 @@ VARIANTS = {
 CONFIGS = {name: train.model for name, train in PRESETS.items()} | VARIANTS
 
 
+def n_bytes(tree):
+    """Bytes of arrays of these shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def cache_bytes(config, batch, slots):
+    """Bytes of the keys and values of a real cache's shapes."""
+    cache = jax.eval_shape(lambda: kv_cache.grow(kv_cache.empty(config, batch), slots))
+    return n_bytes((cache.k, cache.v))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weights_are_the_real_arrays(name):
     """Every array's entries and bytes, less the rows that only pad the vocabulary."""
     config = CONFIGS[name]
-    leaves = jax.tree.leaves(transformer.abstract(config))
-    padding = (config.padded_vocab - config.vocab_size) * config.d_model
-    assert flops.parameters(config) == sum(leaf.size for leaf in leaves) - padding
-    assert flops.weight_bytes(config) == sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    shapes = transformer.abstract(config)
+    n_tables = 1 if config.tied else 2
+    padding = n_tables * (config.padded_vocab - config.vocab_size) * config.d_model
+    entries = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert flops.parameters(config) == entries - padding
+    assert flops.weight_bytes(config) == n_bytes(shapes)
 
 
 def test_bytes_of_a_named_type():
@@ -38,27 +51,20 @@ def test_bytes_of_a_named_type():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_bytes_of_arrays_in_memory(name):
+def test_what_sampling_moves(name):
+    """All weights but the positions that are not read, the cache so far, and what is written."""
     config = VARIANTS[name]
-    params = transformer.init(config, jax.random.key(0))
-    assert flops.weight_bytes(config) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    filled = kv_cache.grow(kv_cache.empty(config, 3), 48)
-    held = sum(leaf.nbytes for leaf in (*filled.k, *filled.v))
-    assert flops.cache_bytes(config, 3, 48) == held
+    shapes = transformer.abstract(config)
+    row_bytes = n_bytes(shapes["positions"]) // config.context_length
 
-
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("batch", [1, 3, 100])
-def test_a_decode_step_moves_what_it_must(name, batch):
-    """All weights but unread positions, the cache so far, and one new position of it."""
-    config = VARIANTS[name]
-    params = transformer.init(config, jax.random.key(0))
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    unread = params["positions"][batch:].nbytes
-    held = kv_cache.grow(kv_cache.empty(config, batch), 21)
-    assert flops.decode_bytes(config, batch, 20) == weights - unread + sum(
-        leaf.nbytes for leaf in (*held.k, *held.v)
-    )
+    assert flops.cache_bytes(config, 3, 48) == cache_bytes(config, 3, 48)
+    for batch in (1, 3, 100):
+        unread = max(config.context_length - batch, 0) * row_bytes
+        moved = n_bytes(shapes) - unread + cache_bytes(config, batch, 21)
+        assert flops.decode_bytes(config, batch, 20) == moved
+    unread = (config.context_length - 20) * row_bytes
+    moved = n_bytes(shapes) - unread + cache_bytes(config, 3, 20)
+    assert flops.prefill_bytes(config, 3, 20) == moved
 
 
 # Wide, so that norms and activations, which XLA counts and flops.py leaves out, are within 1 %.
@@ -87,46 +93,37 @@ def masked_flops(config, n_tokens):
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("n_tokens", [1, 16, 48])
-def test_prefill_flops_are_xlas(config, n_tokens):
+def test_flops_are_xlas(config):
+    """Of prefill, of decode with a cache in which every slot is visible, and of training."""
+
     def prefill(params, tokens):
         model = transformer.bind(config, params)
         x, _ = model.hidden(tokens)
         return model.unembed(x[:, -1])
-
-    tokens = jax.ShapeDtypeStruct((1, n_tokens), jnp.int32)
-    counted = xla_flops(prefill, unrolled(config), tokens) - masked_flops(config, n_tokens)
-    assert flops.forward_flops(config, n_tokens, n_logit_positions=1) == pytest.approx(
-        counted, rel=0.01
-    )
-
-
-@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
-def test_decode_flops_are_xlas(config):
-    """One token on top of a cache in which every slot is visible."""
 
     def decode(params, token, past):
         model = transformer.bind(config, params)
         x, past = model.hidden(token, past)
         return model.unembed(x[:, 0]), past
 
-    past = jax.eval_shape(lambda: kv_cache.grow(kv_cache.empty(config, 1), 48))
-    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    counted = xla_flops(decode, unrolled(config), token, past)
-    assert flops.forward_flops(config, 1, n_before=47, n_logit_positions=1) == pytest.approx(
-        counted, rel=0.01
-    )
-
-
-@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
-def test_training_flops_are_xlas(config):
     def total(params, tokens):
         return jnp.sum(transformer.forward(config, params, tokens) ** 2)
 
-    T = config.context_length
+    params, T = unrolled(config), config.context_length
+    for n in (1, 16):
+        tokens = jax.ShapeDtypeStruct((1, n), jnp.int32)
+        counted = xla_flops(prefill, params, tokens) - masked_flops(config, n)
+        ours = flops.forward_flops(config, n, n_logit_positions=1)
+        assert ours == pytest.approx(counted, rel=0.01)
+
+    past = jax.eval_shape(lambda: kv_cache.grow(kv_cache.empty(config, 1), T))
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    counted = xla_flops(decode, params, token, past)
+    ours = flops.forward_flops(config, 1, n_before=T - 1, n_logit_positions=1)
+    assert ours == pytest.approx(counted, rel=0.01)
+
     tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
-    counted = xla_flops(jax.value_and_grad(total), unrolled(config), tokens)
-    counted -= 3 * masked_flops(config, T)
+    counted = xla_flops(jax.value_and_grad(total), params, tokens) - 3 * masked_flops(config, T)
     assert flops.train_flops_per_token(config) * T == pytest.approx(counted, rel=0.01)
 
 
@@ -134,15 +131,3 @@ def test_reading_in_pieces_costs_as_much_as_at_once():
     pieces = [(0, 5), (5, 1), (6, 42)]
     apart = sum(flops.forward_flops(WIDE, n, n_before=before) for before, n in pieces)
     assert apart == flops.forward_flops(WIDE, 48)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_reading_prompts_moves_weights_and_what_is_kept(name):
-    """All weights but positions past the prompt, and the keys and values of its tokens."""
-    config = VARIANTS[name]
-    params = transformer.init(config, jax.random.key(0))
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    held = kv_cache.grow(kv_cache.empty(config, 3), 20)
-    expected = weights - params["positions"][20:].nbytes
-    expected += sum(leaf.nbytes for leaf in (*held.k, *held.v))
-    assert flops.prefill_bytes(config, 3, 20) == expected
