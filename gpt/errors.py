@@ -1,4 +1,7 @@
-"""What a user can get wrong, told in one message. Knows nothing of the rest of the project."""
+"""Errors that are shown to the user as one line, and checks that raise them.
+
+Knows nothing of the rest of the project.
+"""
 
 import math
 from collections.abc import Callable
@@ -6,21 +9,21 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
-    """The input was wrong: the message names the thing, what was expected and what to do.
+    """The input was wrong: the message says what, what was expected and what to do.
 
     Entry points print it as one `error: ` line and leave with exit code 2, without a traceback.
     """
 
 
 class Failed(Exception):
-    """The input was right, but what was done with it did not go well: a run that diverged.
+    """The input was right, but the work failed: a run diverged, for example.
 
     Entry points print it as one `error: ` line and leave with exit code 1, without a traceback.
     """
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether Python, NumPy or XLA says by `error` that there is not memory enough."""
+    """Whether Python, NumPy or XLA reports by `error` that memory ran out."""
     from_xla = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")  # as older JAX says
     return isinstance(error, MemoryError) or (from_xla and "RESOURCE_EXHAUSTED" in str(error))
 
@@ -32,7 +35,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_names(config: object, prefix: str = "") -> None:
-    """Raise UserError unless each Literal field of a dataclass has a value that it names."""
+    """Raise UserError unless each Literal field of a dataclass has one of its values."""
     for name, kind in get_type_hints(type(config)).items():
         kinds = (kind,) if get_origin(kind) is Literal else get_args(kind)
         names = [word for k in kinds if get_origin(k) is Literal for word in get_args(k)]
@@ -42,7 +45,7 @@ def check_names(config: object, prefix: str = "") -> None:
 
 
 def construct(kind: type, values: dict[str, Any]) -> Any:
-    """A dataclass `kind` of these fields; UserError unless each is of the type it declares."""
+    """The dataclass `kind` with these fields; UserError unless each has its declared type."""
     hints = get_type_hints(kind)
     for name, value in values.items():
         good = is_of(value, hints[name])
@@ -54,7 +57,7 @@ def construct(kind: type, values: dict[str, Any]) -> Any:
 
 
 def is_of(value: Any, kind: Any) -> bool:
-    """Whether a value is one that a Literal names, of a class, or of one of a union's kinds."""
+    """Whether `value` is of type `kind`: a class, a Literal, or a union of these."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_args(kind):
@@ -63,7 +66,10 @@ def is_of(value: Any, kind: Any) -> bool:
 
 
 def each(check: Callable[[str, Any], None], config: object, names: str, prefix: str = "") -> None:
-    """`check` the fields of a config that `names` lists, spaces between, unless they are open."""
+    """Call `check` on the fields of a config listed in `names`, except those that are None.
+
+    `names` is separated by spaces.
+    """
     for name in names.split():
         value = getattr(config, name)
         if value is not None:

@@ -24,7 +24,7 @@ def gpt2(n_layers: int, n_heads: int, d_model: int) -> TrainConfig:
 
 
 def transformer_2017() -> TrainConfig:
-    """The decoder of Vaswani et al. 2017, base model: waves added, ReLU, norm after each sum."""
+    """The decoder of Vaswani et al. 2017, base model: sinusoidal positions, ReLU, post-norm."""
     base = gpt2(6, 8, 512)
     model = ModelConfig(
         50257,
@@ -54,7 +54,7 @@ def transformer_2017() -> TrainConfig:
 
 
 def modern() -> TrainConfig:
-    """About 125M weights as small models of the 2020s have them."""
+    """About 125M parameters, with the choices of small models of the 2020s."""
     model = ModelConfig(
         50257,
         1024,

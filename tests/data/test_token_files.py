@@ -183,6 +183,9 @@ def test_another_tokenizers_shards_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
+        "[]",
+        "{",
+        "",
         {"magic": "x"},
         {"version": 2},
         {"splits": {}},
@@ -193,17 +196,11 @@ def test_another_tokenizers_shards_are_refused(tmp_path):
 )
 def test_a_wrong_header_is_refused(change, tmp_path):
     path = prepared(tmp_path) / "tokens.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    if isinstance(change, dict):
+        change = json.dumps(json.loads(path.read_text()) | change)
+    path.write_text(change)
     with pytest.raises(UserError, match="damaged, delete the folder"):
         token_files.open_prepared(path.parent, BYTE)
-
-
-@pytest.mark.parametrize("damage", ["[]", "{", "", "null"])
-def test_damaged_shards_are_refused(damage, tmp_path):
-    folder = prepared(tmp_path)
-    (folder / "tokens.json").write_text(damage)
-    with pytest.raises(UserError, match="damaged, delete the folder"):
-        token_files.open_prepared(folder, BYTE)
 
 
 def test_truncated_or_missing_token_files_are_refused(tmp_path):
