@@ -22,7 +22,7 @@ def count_up(n: int) -> Tokens:
 
 
 @given(size=st.integers(1, 3000), seed=SEEDS, epoch=st.integers(0, 2**40))
-@settings(deadline=None)
+@settings(max_examples=30)
 def test_the_permutation_is_a_bijection(size, seed, epoch):
     key = batches.mix(np.full(size, seed ^ epoch, np.uint64))
     images = batches.permute(np.arange(size, dtype=np.uint64), key, size)
@@ -44,7 +44,7 @@ def test_the_permutation_mixes_and_depends_on_its_key():
 @given(
     seq_len=st.integers(1, 20), extra=st.integers(1, 300), batch_size=st.integers(1, 9), seed=SEEDS
 )
-@settings(deadline=None)
+@settings(max_examples=30)
 def test_every_window_of_an_epoch_is_seen_once(seq_len, extra, batch_size, seed):
     tokens = count_up(seq_len + extra)
     n_windows, _ = batches.windows(len(tokens), seq_len)
@@ -101,7 +101,7 @@ def test_text_shorter_than_a_sequence_is_refused_with_its_length():
 
 
 @given(n=st.integers(2, 200), seq_len=st.integers(1, 40), batch_size=st.integers(1, 7))
-@settings(deadline=None)
+@settings(max_examples=30)
 def test_evaluation_counts_every_target_once(n, seq_len, batch_size):
     seen = np.zeros(n)
     for tokens, weights in batches.evaluation_windows(count_up(n), seq_len, 0, batch_size):
@@ -114,7 +114,7 @@ def test_evaluation_counts_every_target_once(n, seq_len, batch_size):
 
 
 @given(n=st.integers(60, 3000), max_tokens=st.integers(1, 3000), batch_size=st.integers(1, 7))
-@settings(deadline=None)
+@settings(max_examples=30)
 def test_a_bounded_evaluation_reads_whole_windows_spread_evenly(n, max_tokens, batch_size):
     found = list(batches.evaluation_windows(count_up(n), 16, max_tokens, batch_size))
     counted = sum(weights.sum() for _, weights in found)
