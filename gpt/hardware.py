@@ -143,3 +143,8 @@ def ceilings(n_bytes: int, dtype: str) -> dict[str, float]:
         "bare_matvec_mbu": bytes_read / read_seconds / best_read,
         "bare_matmul_mfu": flops / multiply_seconds / best_matmul,
     }
+
+
+def default_dtype() -> str:
+    """The dtype to compute in where nothing says otherwise: only accelerators gain by bfloat16."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
