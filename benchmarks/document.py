@@ -1,4 +1,4 @@
-"""Write docs/benchmark.md: cards, tables and rooflines of the demo's model and gpt2 on this machine.
+"""Write docs/benchmark.md: cards, tables and rooflines of two models on this machine.
 
     python benchmarks/document.py runs/tiny
 

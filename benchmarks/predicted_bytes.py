@@ -139,7 +139,7 @@ def add_tensor_parallelism(
     stream = n_tokens * c.d_model  # entries of the residual stream on one device
     backward = 2
     if not tpu:
-        backward = 5 if c.mlp == "swiglu" else 4
+        backward = 5 if c.gated_mlp else 4
     n_sums = 2 + backward + (1 if config.remat else 0)
     rows.move("reduce", ("tensor",), n_micro_batches * c.n_layers * n_sums * stream * item)
     rows.move("reduce", ("tensor",), n_micro_batches * stream * kept)
