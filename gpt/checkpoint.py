@@ -80,7 +80,7 @@ class CheckpointManager:
         self.latest = max(found, default=None) if resumed is None else resumed
         self.abandoned = [s for s in found if self.latest is not None and s > self.latest]
         self.failed = False  # whether the previous save failed
-        self._pending = None  # the save in the background
+        self.pending = None  # the save in the background
         self._losses: dict[int, float | None] = {}
         for step in found if keep_best else []:
             with contextlib.suppress(Damaged):
@@ -89,6 +89,8 @@ class CheckpointManager:
         if low_memory:
             self._context.array.saving.storage_options.chunk_byte_size = 2**25
             self._context.array.saving.use_ocdbt = False
+        self._quiet = contextlib.ExitStack()  # until `close`: background threads log at any time
+        self._quiet.enter_context(_quiet_logs())
         with self._context, _quiet_orbax():
             self._orbax = ocp.training.Checkpointer(
                 Path(folder).absolute() / "checkpoints",
@@ -111,36 +113,43 @@ class CheckpointManager:
         A save that fails in the background raises SaveFailed from the next `save`, `wait` or
         `close`.
         """
-        if step != self.latest:
-            self.wait()
-            if self.failed:  # a slow thread of that save may have written more since
-                self._discard_partial()
-                self.failed = False
-            arrays = {name: named_leaves(tree) for name, tree in trees.items()}
-            self._losses[step] = loss if loss is not None and math.isfinite(loss) else None
-            record = {
-                "format": FORMAT,
-                "step": step,
-                "loss": self._losses[step],
-                "metadata": metadata,
-                "arrays": {name: _describe(tree) for name, tree in arrays.items()},
-            }
-            with self._raising_save_failed(step), self._context:
-                for abandoned in self.abandoned:
-                    self._orbax.delete(abandoned)
-                self.abandoned, self.latest = [], step
-                self._pending = self._orbax.save_checkpointables_async(
-                    step,
-                    {name: full for name, tree in arrays.items() if (full := _non_empty(tree))},
-                    force=True,  # the caller decides when to save
-                    custom_metadata=record | {"sha256": _sha256(record)},
-                )
+        self.wait()
+        if step == self.latest:
+            return
+        if self.failed:  # a slow thread of that save may have written more since
+            self._discard_partial()
+            self.failed = False
+
+        # What is said of the arrays goes into one JSON record, with a digest of its own.
+        arrays = {name: named_leaves(tree) for name, tree in trees.items()}
+        self._losses[step] = loss if loss is not None and math.isfinite(loss) else None
+        record = {
+            "format": FORMAT,
+            "step": step,
+            "loss": self._losses[step],
+            "metadata": metadata,
+            "arrays": {name: _describe(tree) for name, tree in arrays.items()},
+        }
+        record["sha256"] = _sha256(record)
+        stored = {name: _non_empty(tree) for name, tree in arrays.items()}
+
+        with self._raising_save_failed(step), self._context:
+            for abandoned in self.abandoned:
+                self._orbax.delete(abandoned)
+            self.abandoned = []
+            self.latest = step
+            self.pending = self._orbax.save_checkpointables_async(
+                step,
+                {name: tree for name, tree in stored.items() if tree},
+                force=True,  # the caller decides when to save
+                custom_metadata=record,
+            )
         if wait:
             self.wait()
 
     def wait(self) -> None:
         """Return once the save in the background is on disk; SaveFailed if it failed."""
-        pending, self._pending = self._pending, None
+        pending, self.pending = self.pending, None
         if pending is not None:
             with self._raising_save_failed(self.latest):
                 pending.result()
@@ -152,6 +161,7 @@ class CheckpointManager:
         finally:
             with contextlib.suppress(OSError, ValueError), _quiet_orbax():
                 self._orbax.close()  # raises again what `wait` has already raised
+            self._quiet.close()
 
     def __enter__(self) -> "CheckpointManager":
         return self
@@ -356,6 +366,13 @@ def _quiet_orbax() -> Iterator[None]:
     """Keep orbax's own reports, which go through absl, from the terminal: every failure it meets
     is raised as well."""
     _ignore_abandoned_reads()
+    with _quiet_logs(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_logs() -> Iterator[None]:
     loggers = {
         logging.getLogger("absl"): lambda record: "orbax" not in record.pathname,
         logging.getLogger("asyncio"): lambda record: "never retrieved" not in str(record.msg),
@@ -363,9 +380,7 @@ def _quiet_orbax() -> Iterator[None]:
     for logger, keep in loggers.items():
         logger.addFilter(keep)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-            yield
+        yield
     finally:
         for logger, keep in loggers.items():
             logger.removeFilter(keep)

@@ -147,13 +147,12 @@ from gpt import checkpoint
 
 folder = sys.argv[1]
 t.save(folder, 1, 2, 3, keep=2)
-names = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
-chosen = [path for path in t.files_of(folder, 3) if path.name in names or path.parent.name == "d"]
-for path in chosen[:: len(chosen) // 3]:  # each makes orbax stumble at another place
+for name in ("opt/_METADATA", "params/manifest.ocdbt"):  # orbax fails early, or among many reads
+    path = checkpoint.step_dir(folder, 3) / name
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     step, _, damaged = checkpoint.latest_good(folder, lambda s: t.restore_all(folder, s))
-    assert step == 3 - len(damaged), (step, damaged)
+    assert step == 2 and len(damaged) == 1, (step, damaged)
     path.write_bytes(whole)
 """
 
@@ -166,7 +165,7 @@ def test_orbax_reaches_the_terminal_neither_in_success_nor_in_damage(tmp_path):
 # A save that fails, and one that is killed
 
 FULL = """
-import os, resource, signal, sys
+import os, resource, signal, sys, time
 import jax
 from gpt import checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -176,7 +175,9 @@ with checkpoint.CheckpointManager(sys.argv[1], keep=1) as manager:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     for step in (2, 3):
         try:
-            manager.save(step, trees, {}, wait=True)
+            manager.save(step, trees, {})
+            time.sleep(0.5)  # for threads in the background to log what they meet
+            manager.wait()
         except checkpoint.SaveFailed as error:
             assert f"step {step} could not be saved" in str(error), error
             assert "the last good one is step 1" in str(error), error
