@@ -59,7 +59,7 @@ def matrices(config: ModelConfig, mesh) -> dict[str, tuple[int, bool]]:
     """For each weight, by its path: entries on a device once gathered over fsdp, and whether it is
     split over fsdp at all."""
     shapes, axes = transformer.abstract(config), transformer.logical_axes(config)
-    names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
+    names = jax.tree.leaves(axes)
     found = {}
     for (path, leaf), named in zip(jax.tree_util.tree_leaves_with_path(shapes), names, strict=True):
         parts = sharding.fitting(mesh, leaf.shape, named)
