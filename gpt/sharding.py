@@ -42,8 +42,13 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         f"a mesh of data {config.data}, fsdp {config.fsdp}, tensor {config.tensor} does not fill "
         f"{len(devices)} devices: change --mesh.data, --mesh.fsdp or --mesh.tensor",
     )
-    # jax.make_mesh lays each axis along a ring of neighbouring devices where the hardware has one.
-    return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    axis_types = (AxisType.Auto,) * 3
+    try:
+        # Lays each axis along a ring of neighbouring devices where the hardware has one.
+        return jax.make_mesh(filled, AXES, axis_types=axis_types, devices=devices)
+    except (NotImplementedError, AssertionError, ValueError):
+        # No such rings: several slices, a part of one, or an axis that is none of the hardware's.
+        return Mesh(np.reshape(devices, filled), AXES, axis_types=axis_types)
 
 
 def make_decoding_mesh(config: MeshConfig) -> Mesh:

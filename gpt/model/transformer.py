@@ -14,7 +14,6 @@ per layer, because slicing stacked weights at every token would copy them.
 """
 
 import functools
-import math
 from dataclasses import replace
 
 import jax
@@ -335,10 +334,3 @@ def require_fit(config: ModelConfig, mesh: Mesh, fsdp: bool = True) -> list[str]
         f"{config.kv_heads} key/value heads do not divide among {tensor} devices: each keeps them "
         "all"
     ]
-
-
-def count_parameters(config: ModelConfig) -> int:
-    """Weights of the model, vocabulary padding left out."""
-    tables = 1 if config.tied else 2
-    padding = (config.padded_vocab - config.vocab_size) * config.d_model * tables
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config))) - padding

@@ -6,7 +6,6 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from gpt.config import TrainConfig
-from gpt.model.layers import exact_products
 
 # The input and the output axes of a linear layer's kernel; layers may be stacked in front.
 KERNEL_AXES = {
@@ -93,9 +92,7 @@ def clipping(config: TrainConfig) -> optax.GradientTransformation:
     return optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
 
 
-def in_float32(
-    optimizer: optax.GradientTransformation, compute_dtype: str | None
-) -> optax.GradientTransformation:
+def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """`optimizer`, with moments and arithmetic in float32 whatever the type of the weights.
 
     In bfloat16 a moving average with a decay of 0.999 stands still: what a step adds rounds away.
@@ -108,13 +105,11 @@ def in_float32(
         return optimizer.init(widen(params))
 
     def update(gradients, state, params):
-        with exact_products(compute_dtype):  # Muon multiplies matrices
-            return optimizer.update(widen(gradients), state, widen(params))
+        return optimizer.update(widen(gradients), state, widen(params))
 
     return optax.GradientTransformation(init, update)
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Clipping, then the optimizer of the config."""
-    optimizer = optax.chain(clipping(config), OPTIMIZERS[config.optimizer](config))
-    return in_float32(optimizer, config.model.compute_dtype)
+    return in_float32(optax.chain(clipping(config), OPTIMIZERS[config.optimizer](config)))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from programs import ROOT
 
 from gpt.config import ModelConfig
@@ -133,3 +133,27 @@ def test_each_device_of_a_mesh_does_its_rows_and_heads(heads, kv_heads, q_shape,
     with jax.sharding.use_abstract_mesh(mesh):
         mix = jax.eval_shape(lambda q, k, v: flash_attention.attend(q, k, v, None, None), *arrays)
     assert mix.shape == shapes[0] and seen == [(q_shape, k_shape)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits"),
+    [
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA A100-SXM4-40GB", True),
+        ("NVIDIA GeForce RTX 3090", True),
+        ("NVIDIA L4", True),
+        ("NVIDIA GeForce RTX 2080 Ti", False),
+        ("Tesla T4", False),
+        ("Tesla V100-SXM2-16GB", False),
+        ("AMD Instinct MI300X", False),
+    ],
+)
+def test_cudnn_is_chosen_by_the_gpu_that_is_compiled_for(kind, fits):
+    """Which need not be here, as when a plan is made for it: no GPU of this machine is asked."""
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+    types = (AxisType.Auto,) * 3
+    mesh = AbstractMesh((1, 1, 1), AXES, axis_types=types, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert flash_attention.platform() == "gpu"
+        assert flash_attention.fits_cudnn(1024, 64) == fits
+        assert not flash_attention.fits_cudnn(1024, 60)

@@ -1,6 +1,7 @@
 """The forward pass: against an independent form, causal, initialised as GPT-2 is."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -8,10 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_transformer
 import pytest
+from flax import nnx
+from jax.extend import core
+from jax.sharding import PartitionSpec as P
 
+from gpt import flops
 from gpt.config import ModelConfig
-from gpt.model import attention, transformer
+from gpt.model import attention, kv_cache, transformer
 from gpt.presets import PRESETS
+from gpt.training import loss
 
 SMALL = ModelConfig(300, context_length=24, n_layers=3, n_heads=4, d_model=32)
 
@@ -49,6 +55,70 @@ def test_both_layouts_agree_and_convert_exactly():
     again = transformer.stack(unstacked)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(params)))
+
+
+def test_the_model_is_a_flax_module(capsys):
+    """Called, displayed and asked for its partition as Flax's guides do; as the functional form."""
+    model = transformer.GPT(SMALL, rngs=nnx.Rngs(3))
+    params = nnx.to_pure_dict(nnx.state(model))
+    drawn = transformer.init(SMALL, jax.random.key(3))
+    assert all(map(np.array_equal, jax.tree.leaves(params), jax.tree.leaves(drawn)))
+    assert np.array_equal(model(tokens(SMALL)), transformer.forward(SMALL, drawn, tokens(SMALL)))
+
+    nnx.display(model)
+    assert "kernel=Param" in capsys.readouterr().out
+
+    for stacked, layers in ((True, (None,)), (False, ())):
+        axes = transformer.logical_axes(SMALL, stacked)
+        block = axes["blocks"] if stacked else axes["blocks"][2]
+        assert block["attention"]["q"]["kernel"] == P(*layers, "embed", "heads", None)
+        assert block["mlp"]["down"]["kernel"] == P(*layers, "mlp", "embed")
+        assert axes["tokens"] == P("vocab", "embed")
+    assert transformer.logical_axes(SMALL) == nnx.to_pure_dict(
+        nnx.get_partition_spec(nnx.state(model))
+    )
+
+
+def test_a_cache_needs_unstacked_weights():
+    model = transformer.bind(SMALL, weights(SMALL))
+    with pytest.raises(ValueError, match=r"needs unstacked weights.* transformer\.unstack"):
+        model.hidden(tokens(SMALL), kv_cache.empty(SMALL, 2))
+
+
+def products(jaxpr):
+    """Every dot_general of a traced function, those of inner functions too."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn
+        for inner in core.jaxprs_in_params(eqn.params):
+            yield from products(inner)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float32_is_full_float32_on_accelerators_too(dtype):
+    """Which would multiply float32 in TF32 or bfloat16: in the loss and in its gradient."""
+    config = SMALL.computing_in(dtype)
+
+    def loss_of(params):
+        return loss.sequence_losses(config, params, tokens(SMALL))[0].mean()
+
+    with jax.default_matmul_precision(None):  # as a user has it; the tests themselves set another
+        traced = jax.make_jaxpr(jax.grad(loss_of))(transformer.abstract(config))
+    found = [eqn.params["precision"] for eqn in products(traced.jaxpr)]
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert len(found) > 20 and set(found) == ({highest} if dtype == "float32" else {None})
+
+
+@pytest.mark.parametrize(("remat", "unroll"), [*itertools.product([True, False], repeat=2)])
+def test_recomputing_and_unrolling_are_two_choices(remat, unroll):
+    params, ids = transformer.abstract(SMALL), tokens(SMALL)
+
+    def total(params):
+        return transformer.forward(SMALL, params, ids, remat=remat, unroll=unroll).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(total))(params))
+    assert ("remat" in text) == remat
+    assert (f"unroll={SMALL.n_layers}" in text or "unroll=True" in text) == unroll
 
 
 def test_no_future_by_perturbation():
@@ -93,9 +163,7 @@ def test_vocabulary_padding_is_never_seen():
 )
 def test_presets_have_gpt2s_size(name, millions):
     """Parameter counts of the published checkpoints."""
-    assert transformer.count_parameters(PRESETS[name].model) / 1e6 == pytest.approx(
-        millions, abs=0.05
-    )
+    assert flops.parameters(PRESETS[name].model) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
 def test_initial_scales_are_gpt2s():
@@ -114,7 +182,7 @@ def test_initial_scales_are_gpt2s():
     assert not np.array_equal(layers[0], layers[1])
 
 
-def test_attend_is_a_door():
+def test_a_recorder_can_stand_in_for_attention():
     """A recorder passed as `attend` sees every layer's queries and changes nothing."""
     seen = []
 

@@ -58,6 +58,7 @@ def test_stacked_matrices_are_updated_like_each_layer_alone():
     muon = optimizer.make_muon(CONFIG)
     rounding = 3.4445**5 * 2**-24  # five Newton-Schulz steps multiply a small value by that much
 
+    @jax.jit
     def update(weights, gradients):
         return muon.update(gradients, muon.init(weights), weights)[0]
 
@@ -122,12 +123,11 @@ def test_decay_pulls_matrices_alone_and_by_the_rate():
     zeros = jax.tree.map(jnp.zeros_like, params)
     config = dataclasses.replace(CONFIG, optimizer="adamw", weight_decay=0.5, warmup_steps=0)
     tx = optimizer.make_optimizer(config)
-    updates, _ = tx.update(zeros, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
     for (path, update), weight in zip(
         jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True
     ):
-        name = path[-1].key
-        decays = not (name.endswith("bias") or name == "scale")
+        decays = path[-1].key not in ("bias", "scale")
         assert np.allclose(update, -1e-3 * 0.5 * weight if decays else 0, atol=1e-9), path
 
 
@@ -141,3 +141,23 @@ def test_average_lags_behind_and_starts_quickly():
     state = train_state.fresh_state(config)
     assert optax.tree.norm(state.ema_params) == optax.tree.norm(state.params)
     assert train_state.fresh_state(CONFIG).ema_params == {}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_of_bfloat16_weights_are_float32(name):
+    """In bfloat16 what a step adds to a moving average would round away; weights keep their type,
+    and the moments are those of float32 gradients."""
+    config = dataclasses.replace(CONFIG, optimizer=name)
+    params = transformer.init(MODEL, jax.random.key(0))
+    narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    tx = optimizer.make_optimizer(config)
+    state = tx.init(narrow)
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert floats and all(x.dtype == jnp.float32 for x in floats)
+    update = jax.jit(tx.update)
+    updates, after = update(narrow, state, narrow)
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), narrow)
+    _, exact = update(wide, tx.init(wide), wide)
+    assert all(map(np.array_equal, jax.tree.leaves(after), jax.tree.leaves(exact)))
+    trained = optax.apply_updates(narrow, updates)
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(trained))

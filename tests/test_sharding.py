@@ -1,0 +1,101 @@
+"""The mesh and the table of axes, where they need no devices: see test_mesh.py for those."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from gpt import sharding
+from gpt.checkpoint import named_leaves
+from gpt.config import MeshConfig, ModelConfig, TrainConfig
+from gpt.errors import UserError
+from gpt.model import transformer
+from gpt.training import train_state
+
+MODEL = ModelConfig(300, context_length=16, n_layers=2, n_heads=4, d_model=32)
+CONFIG = TrainConfig(model=MODEL, ema_decay=0.9)
+
+
+class FakeTpu:
+    """A chip of a TPU v5e as far as JAX's arrangement of devices asks."""
+
+    platform, device_kind, client = "tpu", "TPU v5 lite", None
+    process_index = slice_index = core_on_chip = 0
+
+    def __init__(self, number, coords):
+        self.id, self.coords = number, coords
+
+
+def tpu_slice(*shape):
+    """The chips of a slice in the order in which JAX lists them: x runs fastest."""
+    coords = [(x, y, 0) for y in range(shape[1]) for x in range(shape[0])]
+    return [FakeTpu(number, place) for number, place in enumerate(coords)]
+
+
+def mesh_of(*sizes):
+    return AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def test_an_axis_is_a_ring_of_neighbours():
+    """Listed in order, the eight chips of a 4 x 2 slice jump back at the end of each row."""
+    mesh = sharding.make_mesh(MeshConfig(fsdp=8), tpu_slice(4, 2))
+    ring = [device.coords for device in mesh.devices.flat]
+    for a, b in itertools.pairwise([*ring, ring[0]]):
+        assert np.abs(np.subtract(a, b)).sum() == 1
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+
+
+def test_devices_without_rings_make_a_mesh_all_the_same():
+    part = tpu_slice(4, 2)[:6]
+    assert list(sharding.make_mesh(MeshConfig(fsdp=6), part).devices.flat) == part
+
+
+def test_a_mesh_that_does_not_fill_its_devices_is_refused():
+    with pytest.raises(UserError, match=r"fsdp 3, .* does not fill 8 devices"):
+        sharding.make_mesh(MeshConfig(fsdp=3), tpu_slice(4, 2))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2), (4, 1, 2)])
+def test_weights_moments_and_average_lie_as_the_table_says(sizes):
+    state = train_state.abstract_state(CONFIG, mesh_of(*sizes))
+    axes = named_leaves(transformer.logical_axes(MODEL))
+    counted = 0
+    for path, leaf in named_leaves(state).items():
+        weight = next((name for name in axes if path.endswith(name) and leaf.ndim), None)
+        wanted = sharding.spec(*axes[weight]) if weight else P()
+        assert list(leaf.sharding.spec) == list(wanted), path
+        counted += weight is not None
+    assert counted == 4 * len(axes)
+
+
+def test_fsdp_keeps_an_eighth_of_nearly_everything_on_each_device():
+    leaves = jax.tree.leaves(train_state.abstract_state(CONFIG, mesh_of(1, 8, 1)))
+    parts = [np.prod(leaf.sharding.shard_shape(leaf.shape)) / leaf.size for leaf in leaves]
+    assert set(parts) == {1, 1 / 8}
+    split = sum(leaf.size for leaf, part in zip(leaves, parts, strict=True) if part < 1)
+    assert split > 0.95 * sum(leaf.size for leaf in leaves)
+
+
+@pytest.mark.parametrize("fsdp", [True, False])
+def test_heads_that_do_not_divide_are_kept_whole_and_told(fsdp):
+    few = ModelConfig(300, context_length=16, n_layers=2, n_heads=4, n_kv_heads=2, d_model=32)
+    mesh = mesh_of(1, 1, 4)
+    assert transformer.require_fit(few, mesh, fsdp) == [
+        "2 key/value heads do not divide among 4 devices: each keeps them all"
+    ]
+    state = train_state.abstract_state(TrainConfig(model=few), mesh)
+    attention = state.params["blocks"]["attention"]
+    split = {name: "tensor" in attention[name]["kernel"].sharding.spec for name in "qkvo"}
+    assert split == {"q": True, "k": False, "v": False, "o": True}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [((1, 1, 3), "model.n_heads is 4, which --mesh.tensor 3"), ((1, 5, 1), "--mesh.fsdp 5")],
+)
+def test_weights_that_do_not_divide_are_refused(sizes, message):
+    with pytest.raises(UserError, match=message):
+        transformer.require_fit(MODEL, mesh_of(*sizes))
