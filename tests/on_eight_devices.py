@@ -1,9 +1,9 @@
 """Meshes of eight virtual devices against one device; run by test_mesh.py in its own process.
 
-    python on_eight_devices.py FOLDER TEXT [STEPS]
+    python on_eight_devices.py meshes NAME...       a few steps on each of these meshes
+    python on_eight_devices.py run FOLDER TEXT FLAG...   train.py on mesh (2, 2, 2), into FOLDER
 
-Prints one JSON object: what each mesh gave. Leaves a run of mesh (2, 2, 2) in FOLDER; with STEPS
-that run alone, and so long.
+Prints one JSON object: what each mesh gave, or how the run ended.
 """
 
 import json
@@ -101,38 +101,28 @@ def layout(tree) -> dict[str, dict]:
 
 
 def report(name: str) -> dict:
-    """What a mesh gave."""
-    losses, state, eval_step, notes = train(CONFIG, MESHES[name])
-    found = {"losses": losses, "notes": notes, "params": layout(state.params)}
-    found |= {"optimizer": layout(state.opt_state)}
-    if name in ("one", "all"):
-        total, _ = eval_step(state.params, tokens(99)[0], np.ones((8, 16), np.float32))
-        found["evaluation"] = float(total)
-    return found
-
-
-def report_few_heads() -> dict:
-    """Two key/value heads on four devices, and on one."""
-    one, *_ = train(FEW_HEADS, MESHES["one"])
-    losses, state, _, notes = train(FEW_HEADS, MESHES["tensor"])
-    return {"one": one, "losses": losses, "notes": notes, "params": layout(state.params)}
+    """What a mesh gave; the last two names stand for other ways to train."""
+    if name == "pmap":
+        return {"losses": train_by_pmap()}
+    few = name.startswith("few heads")
+    sizes = MESHES[name.removeprefix("few heads, ")]
+    losses, state, eval_step, notes = train(FEW_HEADS if few else CONFIG, sizes)
+    total, _ = eval_step(state.params, tokens(99)[0], np.ones((8, 16), np.float32))
+    arrays = {"params": layout(state.params), "opt_state": layout(state.opt_state)}
+    found = {"losses": losses, "notes": notes, "evaluation": float(total)}
+    return found | arrays | {"mesh": dict(zip(sharding.AXES, sizes, strict=True))}
 
 
 def main() -> None:
-    """All meshes, then a whole run of train.py on the mixed one."""
-    folder, text, *long = sys.argv[1:]
+    what, *words = sys.argv[1:]
     keep_compiled()
+    if what == "meshes":
+        print(json.dumps({name: report(name) for name in words}))
+        return
+    folder, text, *flags = words
     mesh = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
     argv = [*TINY, "--batch-size", "8", *mesh, "--data", text, "--out", folder]
-    if long:
-        seldom = ["--save-every", *long, "--eval-every", "100", "--sample-every", "0"]
-        print(json.dumps(vars(call("train", *argv, "--steps", *long, *seldom))))
-        return
-    found = {"meshes": {name: report(name) for name in MESHES}}
-    found |= {"pmap": train_by_pmap(), "few heads": report_few_heads()}
-    found["refused"] = vars(call("train", *argv, "--grad-accum", "8"))
-    found["ran"] = vars(call("train", *argv))
-    print(json.dumps(found))
+    print(json.dumps(vars(call("train", *argv, *flags))))
 
 
 if __name__ == "__main__":

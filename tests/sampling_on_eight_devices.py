@@ -1,7 +1,12 @@
 """Sampling, scoring and searching on meshes of eight virtual devices against one; run by
-test_mesh_sampling.py in its own process. Prints one JSON object: what each mesh gave."""
+test_mesh_sampling.py in its own process.
+
+    python sampling_on_eight_devices.py NAME...
+
+Prints one JSON object: what each of these meshes gave."""
 
 import json
+import sys
 import types
 from dataclasses import replace
 from functools import reduce
@@ -87,4 +92,4 @@ def report(sizes: tuple[int, int, int]) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: report(sizes) for name, sizes in MESHES.items()}))
+    print(json.dumps({name: report(MESHES[name]) for name in sys.argv[1:]}))
