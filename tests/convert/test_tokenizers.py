@@ -166,9 +166,18 @@ def test_vocab_and_merges_of_an_old_gpt2(tmp_path):
         read(folder, {"model_type": "gpt2"})
 
 
-@pytest.mark.parametrize("name", ["byte", "char", "bpe"])
+def make_ours(name):
+    """One of our tokenizers; of OpenAI's encodings the pattern, with the tokens of a trained BPE."""
+    if name not in tokenizers.OPENAI_ENCODINGS:
+        return tokenizers.create(name, lambda: standin_tokenizers.TEXT, 500)
+    trained = tokenizers.create("bpe", lambda: standin_tokenizers.TEXT, 500)
+    tokens = sorted(trained.ranks, key=trained.ranks.__getitem__)
+    return tokenizers.byte_level(name, tokenizers.OPENAI_ENCODINGS[name].pattern, tokens)
+
+
+@pytest.mark.parametrize("name", ["byte", "char", "bpe", *tokenizers.OPENAI_ENCODINGS])
 def test_our_own_go_out_as_a_tokenizer_json(name, tmp_path):
-    ours = tokenizers.create(name, lambda: standin_tokenizers.TEXT, 500)
+    ours = make_ours(name)
     (tmp_path / "out").mkdir()
     for file, content in export_tokenizer(ours, 64).items():
         (tmp_path / "out" / file).write_bytes(content)
