@@ -58,7 +58,8 @@ class HFTokenizer:
         self._ordinary = self._load(special_as_text=True)
         description = json.loads(self.files[FILE])
         self._decoders = _steps(description.get("decoder"))
-        self._droppable = self._find_droppable(description["model"])
+        self._is_byte_level = any(step["type"] == "ByteLevel" for step in self._decoders)
+        self._may_drop_characters = self._find_whether_it_drops(description["model"])
 
     def _load(self, special_as_text: bool) -> library.Tokenizer:
         """UserError if the library cannot read the file."""
@@ -109,28 +110,19 @@ class HFTokenizer:
         """The special tokens that transformers puts around a text, and that are not added here."""
         return self._with_special.encode("", add_special_tokens=True).tokens
 
-    def _find_droppable(self, model: dict[str, Any]) -> bool:
-        """Whether there may be characters that the library leaves out without a word.
-
-        A BPE without a token for what is unknown does that, unless it falls back to bytes, or its
-        vocabulary holds every byte.
-        """
-        if (
-            model.get("type", "BPE") != "BPE"
-            or model.get("unk_token")
-            or model.get("byte_fallback")
-        ):
+    def _find_whether_it_drops(self, model: dict[str, Any]) -> bool:
+        """Whether the library may leave out characters without a word: a BPE does that if it has
+        neither a token for the unknown, nor a fallback to bytes, nor every byte."""
+        if model.get("type", "BPE") != "BPE":
             return False
-        vocabulary = model["vocab"]
-        return not (self._is_byte_level and vocabulary.keys() >= set(CHARACTER_OF_BYTE.values()))
-
-    @property
-    def _is_byte_level(self) -> bool:
-        return any(step["type"] == "ByteLevel" for step in self._decoders)
+        if model.get("unk_token") or model.get("byte_fallback"):
+            return False
+        has_all_bytes = model["vocab"].keys() >= set(CHARACTER_OF_BYTE.values())
+        return not (self._is_byte_level and has_all_bytes)
 
     def _require_tokens(self, text: str) -> None:
         """UserError if a character of `text` would be left out."""
-        if not self._droppable:
+        if not self._may_drop_characters:
             return
         normalizer = self._ordinary.normalizer
         if normalizer is not None:
