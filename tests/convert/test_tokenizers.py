@@ -167,7 +167,7 @@ def test_vocab_and_merges_of_an_old_gpt2(tmp_path):
 
 
 def make_ours(name):
-    """One of our tokenizers; of OpenAI's encodings the pattern, with the tokens of a trained BPE."""
+    """One of our tokenizers; for OpenAI's encodings, their pattern with a trained BPE's tokens."""
     if name not in tokenizers.OPENAI_ENCODINGS:
         return tokenizers.create(name, lambda: standin_tokenizers.TEXT, 500)
     trained = tokenizers.create("bpe", lambda: standin_tokenizers.TEXT, 500)
