@@ -1,9 +1,9 @@
-"""Fused attention against the plain form, in bfloat16, on the device that is here.
+"""Fused attention compared with the plain form, in bfloat16, on the device of this machine.
 
     python benchmarks/parity.py
 
-A line for each size; exit code 1 where they differ by more than bfloat16 rounds. Where the platform
-has no kernel of its own there is nothing to compare, which it says.
+Prints a line per size; exit code 1 if they differ by more than bfloat16 rounding explains. On a
+platform without a kernel of its own there is nothing to compare, and it says so.
 """
 
 import functools
@@ -25,7 +25,7 @@ plain = functools.partial(attention.attend, pos_BT=None, drop=None)
 
 
 def inputs(T: int, N: int, K: int, H: int, B: int = 2) -> list[jax.Array]:
-    """q_BTNH, k_BKSH, v_BKSH of normal numbers, in bfloat16."""
+    """Random q_BTNH, k_BKSH, v_BKSH in bfloat16."""
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (B, T, N, H), (B, K, T, H), (B, K, T, H)
     pairs = zip(keys, shapes, strict=True)
@@ -33,7 +33,7 @@ def inputs(T: int, N: int, K: int, H: int, B: int = 2) -> list[jax.Array]:
 
 
 def with_gradients(attend: Callable, q, k, v) -> list[np.ndarray]:
-    """What `attend` makes of them, and three gradients; float32."""
+    """The output of `attend` and the gradients of its three inputs, in float32."""
 
     @jax.jit
     def run(*args):
@@ -44,8 +44,10 @@ def with_gradients(attend: Callable, q, k, v) -> list[np.ndarray]:
 
 
 def compare(kernel: Callable, q, k, v) -> list[tuple[float, float]]:
-    """Of the mix and each gradient, the root mean square errors of the kernel and of the plain
-    form, over the root mean square of what float32 gives."""
+    """Relative errors of the kernel and of the plain form, for the output and each gradient.
+
+    Root mean square of the difference from the plain form in float32, over that of its values.
+    """
     with jax.default_matmul_precision("highest"):
         exact = with_gradients(plain, *(a.astype(jnp.float32) for a in (q, k, v)))
 
@@ -57,25 +59,30 @@ def compare(kernel: Callable, q, k, v) -> list[tuple[float, float]]:
 
 
 def agree(pairs: list[tuple[float, float]]) -> bool:
-    """Whether the kernel is as near to float32 as the plain form is, within a factor of two."""
+    """Whether the kernel's errors are at most twice those of the plain form."""
     return all(ours <= 2 * theirs and theirs < 0.02 for ours, theirs in pairs)
 
 
 def main() -> int:
-    """The exit code."""
-    here = flash_attention.platform()
-    kernel, fits = flash_attention.KERNELS.get(here, (None, None))
-    good = True
+    """Compare all sizes; returns the exit code."""
+    platform = flash_attention.platform()
+    kernel, fits = flash_attention.KERNELS.get(platform, (None, None))
+    all_agree = True
     for sizes in SIZES:
-        if kernel is None or not fits(sizes[0], sizes[3]):
-            print(f"no fused kernel on {here} for {sizes}")
+        n_tokens, width = sizes[0], sizes[3]
+        if kernel is None or not fits(n_tokens, width):
+            print(f"no fused kernel on {platform} for {sizes}")
             continue
         pairs = compare(kernel, *inputs(*sizes))
-        good &= agree(pairs)
+        verdict = "agree" if agree(pairs) else "DIFFER"
+        if not agree(pairs):
+            all_agree = False
         listed = zip(PARTS, pairs, strict=True)
-        errors = ", ".join(f"{part} {ours:.1e} ({theirs:.1e})" for part, (ours, theirs) in listed)
-        print(f"{sizes}: {'agree' if agree(pairs) else 'DIFFER'}: {errors}")
-    return 0 if good else 1
+        errors = ", ".join(
+            f"{part} {fused:.1e} ({unfused:.1e})" for part, (fused, unfused) in listed
+        )
+        print(f"{sizes}: {verdict}: {errors}")
+    return 0 if all_agree else 1
 
 
 if __name__ == "__main__":
