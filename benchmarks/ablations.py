@@ -56,9 +56,9 @@ def leave_out_residuals() -> None:
     from gpt.model import transformer
 
     class Bare(transformer.Block):
-        def __call__(self, x_BTD, past, key_B, place, attend):
+        def __call__(self, x_BTD, past, key_B, positions, attend):
             drop = self.weights_drop(key_B)
-            x_BTD, past = self.attention(self.attention_norm(x_BTD), past, place, attend, drop)
+            x_BTD, past = self.attention(self.attention_norm(x_BTD), past, positions, attend, drop)
             return self.mlp(self.mlp_norm(x_BTD)), past
 
     transformer.BLOCKS["pre"] = Bare
