@@ -1,6 +1,7 @@
 """train.py and sample.py, called in this process as a shell would call them; a small text."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import io
@@ -16,8 +17,8 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from gpt import checkpoint, cli, distributed
-from gpt.training import step_timer
+from gpt import checkpoint, cli, distributed, hardware
+from gpt.training import step_timer, train_step
 
 ROOT = Path(__file__).parent.parent
 SHAPE = [
@@ -60,6 +61,31 @@ def keep_compiled() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     compilation_cache.reset_cache()  # which has noticed, by now, that there was none
+
+
+# Settings that change nothing in the compiled steps: runs that differ in them share their steps.
+NOT_COMPILED = {
+    "log_every": 1,
+    "eval_every": 1,
+    "eval_tokens": 0,
+    "sample_every": 0,
+    "save_every": 1,
+    "keep": 1,
+    "keep_best": 0,
+    "keep_going": False,
+    "max_bad_steps": 1,
+}
+compile_steps_anew = functools.cache(train_step.compile_steps)
+
+
+def compile_steps(config, mesh):
+    """The steps of a run, compiled once for all runs of these tests that have the same."""
+    return compile_steps_anew(dataclasses.replace(config, **NOT_COMPILED), mesh)
+
+
+train_step.compile_steps = compile_steps
+# Measuring it takes seconds, and only a share of it is shown.
+hardware.matmul_rate = lambda dtype: 1e13
 
 
 def call(name: str, *argv) -> Done:
