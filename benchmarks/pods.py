@@ -10,7 +10,9 @@ go to benchmarks/results/pods.json, and the table of all results there to standa
 import dataclasses
 import json
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from gpt import cli
@@ -20,15 +22,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import jax  # noqa: E402
 import predicted_bytes  # noqa: E402
+from jax.sharding import Mesh  # noqa: E402
 
 from gpt import flops, sharding  # noqa: E402
 from gpt.config import MeshConfig, ModelConfig, TrainConfig  # noqa: E402
 from gpt.errors import is_out_of_memory, require  # noqa: E402
-from gpt.plan import absent, devices, programs  # noqa: E402
+from gpt.plan import absent, collectives, devices, programs  # noqa: E402
 from gpt.presets import PRESETS  # noqa: E402
-from gpt.training import train_step  # noqa: E402
+from gpt.training import memory_plan, train_step  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "pods.json"
+# A v5e by its vendor (docs.cloud.google.com/tpu/docs/v5e). A ring uses two of its four links, one
+# each way: together as much as one link carries in both directions.
+FLOPS_PER_SECOND = 197e12  # in bfloat16
+READ_BYTES_PER_SECOND = 819e9
+RING_BYTES_PER_SECOND = 400e9 / 4
 SLICES = {8: "v5e:2x4", 64: "v5e:8x8", 256: "v5e:16x16"}
 LLAMA = ModelConfig(
     32_000,
@@ -66,37 +74,52 @@ HEAD = (
 )
 
 
-def figures(program: programs.Program, predicted: Counter, chip: devices.Chip) -> dict:
-    """One program as JSON values. Bytes, seconds."""
-    moved = predicted_bytes.moved(program.collectives)
-    return {
-        "given": program.given_bytes,
-        "total": program.need.total,
-        "flops": program.flops,
-        "sent": program.sent_bytes,
-        "moved": [[*row, n] for row, n in moved.items()],
-        "predicted": [[*row, n] for row, n in predicted.items()],
-        "work_seconds": program.work_seconds(chip),
-        "link_seconds": program.link_seconds(chip),
-        "efficiency": program.efficiency(chip),
-        "compile_seconds": program.compile_seconds,
-    }
+def figures(
+    compile_program: Callable[[], jax.stages.Compiled],
+    mesh: Mesh,
+    n_flops: float,
+    predicted: Counter,
+    read_bytes: int = 0,
+) -> dict:
+    """One program as JSON values, or what it lacks to fit. Bytes of one chip, and seconds.
 
-
-def attempt(compile_program, predicted: Counter, chip: devices.Chip) -> dict:
-    """The figures of a program, or what it lacks to fit."""
+    `n_flops`: on all chips. `read_bytes`: what a chip must at least read from its memory, where
+    that and not the arithmetic takes the time.
+    """
+    begun = time.perf_counter()
     try:
-        return figures(compile_program(), predicted, chip)
+        compiled = compile_program()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return {"does_not_fit": absent.shortfall(str(error))}
+    compile_seconds = time.perf_counter() - begun
+
+    # The time of the work at the chip's peak, and of sending everything over one ring: without any
+    # overlap of the two they add up, with full overlap the longer one counts.
+    n_flops /= mesh.size
+    sent = sum(one.sent_bytes for one in collectives.find(compiled.as_text(), mesh.shape))
+    work = max(n_flops / FLOPS_PER_SECOND, read_bytes / READ_BYTES_PER_SECOND)
+    links = sent / RING_BYTES_PER_SECOND
+    moved = predicted_bytes.moved(compiled, mesh)
+    return {
+        "given": compiled.memory_analysis().argument_size_in_bytes,
+        "total": memory_plan.need_of(compiled).total,
+        "flops": n_flops,
+        "sent": sent,
+        "moved": [[*row, n] for row, n in moved.items()],
+        "predicted": [[*row, n] for row, n in predicted.items()],
+        "work_seconds": work,
+        "link_seconds": links,
+        "efficiency": [work / (work + links), work / max(work, links)],
+        "compile_seconds": compile_seconds,
+    }
 
 
 def measure(row: str) -> dict:
     """All programs of a row."""
     model, n = row.split("/")
-    found, chip = devices.topology_devices(SLICES[int(n)])
+    found, _ = devices.topology_devices(SLICES[int(n)])
     training, sampling = (sharding.make_mesh(MeshConfig(*sizes), found) for sizes in MESHES[row])
 
     # The tokenizer that leaves the model its own vocabulary.
@@ -104,18 +127,37 @@ def measure(row: str) -> dict:
     config = absent.completed(config, "bfloat16")
     config = absent.with_micro_batches_that_divide(config, training)
     train_step.require_fit(config, training)
+    c = config.model
+    train = figures(
+        lambda: train_step.compile_train_step(config, training),
+        training,
+        config.batch_size * config.window * flops.train_flops_per_token(c),
+        predicted_bytes.training(config, training, tpu=True),
+    )
 
-    c, n_rows = config.model, programs.count_rows(sampling)
-    by_step = predicted_bytes.training(config, training, tpu=True)
-    by_prefill = predicted_bytes.decoding(c, sampling, n_rows, programs.prompt_length(c))
-    by_decode = predicted_bytes.decoding(c, sampling, n_rows, 1)
+    n_rows, length = programs.count_rows(sampling), programs.prompt_length(c)
+    prefill = figures(
+        lambda: programs.compile_prefill(c, sampling),
+        sampling,
+        n_rows * flops.forward_flops(c, length, n_logit_positions=1),
+        predicted_bytes.decoding(c, sampling, n_rows, length),
+    )
+    weights = programs.abstract_weights(c, sampling)
+    cache = programs.abstract_cache(c, sampling)
+    decode = figures(
+        lambda: programs.compile_decode(c, sampling),
+        sampling,
+        n_rows * flops.forward_flops(c, 1, c.context_length - 1, n_logit_positions=1),
+        predicted_bytes.decoding(c, sampling, n_rows, 1),
+        read_bytes=programs.bytes_on_device((weights, cache)),
+    )
     return {
         "parameters": flops.parameters(c),
         "grad_accum": config.grad_accum,
         "state": absent.state_bytes(config, training),
-        "train": attempt(lambda: programs.train_program(config, training), by_step, chip),
-        "prefill": attempt(lambda: programs.prefill_program(c, sampling), by_prefill, chip),
-        "decode": attempt(lambda: programs.decode_program(c, sampling), by_decode, chip),
+        "train": train,
+        "prefill": prefill,
+        "decode": decode,
         "jax": jax.__version__,
     }
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 import jax
+from jax.sharding import Mesh
 
 from gpt import sharding
 from gpt.config import ModelConfig, TrainConfig
@@ -25,18 +26,13 @@ from gpt.training.loss import count_chunks, recomputes_logits
 
 Row = tuple[str, tuple[str, ...]]
 BATCH = ("data", "fsdp")
-WHAT = {
-    "all-gather": "gather",
-    collectives.SUMMED_GATHER: "gather",
-    "all-reduce": "reduce",
-    "reduce-scatter": "reduce",
-}
+WHAT = {"all-gather": "gather", "all-reduce": "reduce", "reduce-scatter": "reduce"}
 
 
-def moved(found: list[collectives.Collective]) -> Counter:
+def moved(compiled: jax.stages.Compiled, mesh: Mesh) -> Counter:
     """Bytes by row of the collectives of a compiled program."""
     rows = Counter()
-    for one in found:
+    for one in collectives.find(compiled.as_text(), mesh.shape):
         rows[WHAT.get(one.kind, one.kind), one.axes] += one.n_bytes * one.n_runs
     return rows
 
@@ -120,11 +116,13 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
 
 def count_gathers(config: TrainConfig, tpu: bool) -> int:
     """Gathers of a matrix of a block per step: forward, and again for the way back if blocks are
-    computed again. Otherwise it is kept, and gathered by the CPU's program only once, before all
-    micro-batches."""
+    computed again. If they are not but written out, the CPU's program gathers each matrix only
+    once, before all micro-batches."""
     if config.remat:
         return 2 * config.grad_accum
-    return config.grad_accum if tpu else 1
+    if config.unroll and not tpu:
+        return 1
+    return config.grad_accum
 
 
 def add_tensor_parallelism(

@@ -1,7 +1,4 @@
-"""What a run would take of devices that are not here: compiled for them, counted, not run.
-
-This package knows training and sampling. It allocates nothing and runs no model.
-"""
+"""What a run would take of devices that are not here: compiled for them, counted, not run."""
 
 from gpt.errors import positive, require
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
 
+import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -13,8 +15,8 @@ from gpt import flops, sharding
 from gpt.config import TrainConfig
 from gpt.data import tokenizers
 from gpt.errors import is_out_of_memory
-from gpt.plan import devices, programs
-from gpt.training import train_state, train_step
+from gpt.plan import collectives, devices, programs
+from gpt.training import memory_plan, train_state, train_step
 
 MB = 10**6
 PUBLIC_SIZES = {"gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
@@ -28,13 +30,15 @@ def print_plan(args, preset_config: TrainConfig) -> int:
     log = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True).print
 
     # The mesh, and a config as text and machine would complete it.
-    chip = None
+    limit = None  # bytes of memory of a device
     if args.topology:
-        found, chip = devices.topology_devices(args.topology)
+        found, limit = devices.topology_devices(args.topology)
     else:
         found = devices.virtual_devices(args.devices)
+    if args.memory_gb:
+        limit = int(args.memory_gb * devices.GB)
     mesh = sharding.make_mesh(args.train.mesh, found)
-    config = completed(args.train, "bfloat16" if chip else "float32")
+    config = completed(args.train, "bfloat16" if args.topology else "float32")
     if args.train.grad_accum == preset_config.grad_accum:
         config = with_micro_batches_that_divide(config, mesh)
     notes = train_step.require_fit(config, mesh)
@@ -43,50 +47,24 @@ def print_plan(args, preset_config: TrainConfig) -> int:
         log(line)
 
     # Each program, as soon as it is compiled.
-    limit = chip.memory_bytes if chip else None
-    if args.memory_gb:
-        limit = int(args.memory_gb * devices.GB)
-    for compile_program in (
-        partial(programs.train_program, config, mesh),
-        partial(programs.prefill_program, config.model, mesh),
-        partial(programs.decode_program, config.model, mesh),
+    for name, compile_program in (
+        ("training step", partial(train_step.compile_train_step, config, mesh)),
+        ("prefill", partial(programs.compile_prefill, config.model, mesh)),
+        ("decode step", partial(programs.compile_decode, config.model, mesh)),
     ):
+        begun = time.perf_counter()
         try:
-            program = compile_program()
+            compiled = compile_program()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            log(f"DOES NOT FIT: {shortfall(str(error))}")
+            log(f"{name:14} DOES NOT FIT: {shortfall(str(error))}")
             continue
-        log(memory_line(program, limit))
-        for line in traffic_lines(program):
+        seconds = time.perf_counter() - begun
+        log(f"{name:14} {memory_line(compiled, limit)}; compiled in {seconds:.0f} s")
+        for line in traffic_lines(compiled, mesh):
             log(line)
-        if chip:
-            log(expectation(program, chip))
     return 0
-
-
-def run_lines(args, config: TrainConfig, mesh: Mesh) -> Iterator[str]:
-    """Lines about the devices and the run."""
-    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    n_tokens = config.batch_size * config.window
-    yield f"devices        {mesh.size} ({args.topology or 'virtual, of this CPU'}): {sizes}"
-    yield (
-        f"model          {flops.parameters(config.model):,} parameters, vocabulary "
-        f"{config.model.vocab_size:,}, products in {config.model.compute_dtype}"
-    )
-    yield (
-        f"batch          {config.batch_size} x {config.window} = {n_tokens:,} tokens per step, in "
-        f"{config.grad_accum} micro-batch(es)"
-    )
-    if config.grad_accum != args.train.grad_accum:
-        n_rows = config.batch_size // args.train.grad_accum
-        yield (
-            f"note: the preset's {args.train.grad_accum} micro-batches of {n_rows} sequences do "
-            f"not divide among the devices; train with --grad-accum {config.grad_accum}"
-        )
-    parts = state_bytes(config, mesh).items()
-    yield "on a device    " + ", ".join(f"{name} {n / MB:,.1f} MB" for name, n in parts)
 
 
 def completed(config: TrainConfig, default_dtype: str) -> TrainConfig:
@@ -115,33 +93,48 @@ def state_bytes(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
     return {name: programs.bytes_on_device(tree) for name, tree in parts.items() if tree}
 
 
-def shortfall(message: str) -> str:
-    """What a compiler says about missing memory, in few words."""
-    sizes = re.search(r"\((\S+)\) exceeds available HBM \((\S+)\)", message)
-    if sizes is None:
-        sizes = re.search(r"Used (\S+) of (\S+) hbm", message)
-    if sizes is None:
-        return message.splitlines()[0]
-    return f"takes {sizes[1]}iB of {sizes[2]}iB"
-
-
-def memory_line(program: programs.Program, limit: int | None) -> str:
-    """What a program takes of a device, and whether that is within `limit` bytes."""
-    need, verdict = program.need, ""
-    if limit is not None:
-        fits = "fits" if need.total <= limit else "DOES NOT FIT"
-        verdict = f" of {limit / MB:,.0f} MB: {fits}"
-    return (
-        f"{program.name:14} given {program.given_bytes / MB:,.1f} MB, temporaries "
-        f"{need.temporary / MB:,.1f} MB, in all {need.total / MB:,.1f} MB{verdict}; "
-        f"{program.flops / 1e9:,.2f} GFLOP; compiled in {program.compile_seconds:.0f} s"
+def run_lines(args, config: TrainConfig, mesh: Mesh) -> Iterator[str]:
+    """Lines about the devices and the run."""
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    n_tokens = config.batch_size * config.window
+    yield f"devices        {mesh.size} ({args.topology or 'virtual, of this CPU'}): {sizes}"
+    yield (
+        f"model          {flops.parameters(config.model):,} parameters, vocabulary "
+        f"{config.model.vocab_size:,}, products in {config.model.compute_dtype}"
     )
+    yield (
+        f"batch          {config.batch_size} x {config.window} = {n_tokens:,} tokens per step, in "
+        f"{config.grad_accum} micro-batch(es)"
+    )
+    if config.grad_accum != args.train.grad_accum:
+        n_rows = config.batch_size // args.train.grad_accum
+        yield (
+            f"note: the preset's {args.train.grad_accum} micro-batches of {n_rows} sequences do "
+            f"not divide among the devices; train with --grad-accum {config.grad_accum}"
+        )
+    parts = state_bytes(config, mesh).items()
+    yield "on a device    " + ", ".join(f"{name} {n / MB:,.1f} MB" for name, n in parts)
 
 
-def traffic_lines(program: programs.Program) -> Iterator[str]:
+def memory_line(compiled: jax.stages.Compiled, limit: int | None) -> str:
+    """What a program takes of a device, and whether that is within `limit` bytes."""
+    given = compiled.memory_analysis().argument_size_in_bytes
+    need = memory_plan.need_of(compiled)
+    line = (
+        f"given {given / MB:,.1f} MB, temporaries {need.temporary / MB:,.1f} MB, in all "
+        f"{need.total / MB:,.1f} MB"
+    )
+    if limit is None:
+        return line
+    verdict = "fits" if need.total <= limit else "DOES NOT FIT"
+    return f"{line} of {limit / MB:,.0f} MB: {verdict}"
+
+
+def traffic_lines(compiled: jax.stages.Compiled, mesh: Mesh) -> Iterator[str]:
     """What a program sends over each axis of the mesh, or set of axes; most first."""
-    sent, kinds = Counter(), defaultdict(Counter)
-    for one in program.collectives:
+    sent: Counter[str] = Counter()
+    kinds: dict[str, Counter[str]] = defaultdict(Counter)
+    for one in collectives.find(compiled.as_text(), mesh.shape):
         axes = "+".join(one.axes) or "none"
         sent[axes] += one.sent_bytes
         kinds[axes][one.kind] += one.n_runs
@@ -150,11 +143,11 @@ def traffic_lines(program: programs.Program) -> Iterator[str]:
         yield f"  sends over {axes}: {n_bytes / MB:,.3f} MB ({listed})"
 
 
-def expectation(program: programs.Program, chip: devices.Chip) -> str:
-    """How well a chip would be used, by its vendor's figures."""
-    least, most = program.efficiency(chip)
-    return (
-        f"  expected: work {program.work_seconds(chip) * 1e3:,.3f} ms at the chip's peak, "
-        f"{program.sent_bytes / MB:,.1f} MB sent in {program.link_seconds(chip) * 1e3:,.3f} ms: "
-        f"efficiency {least:.0%} (no overlap) to {most:.0%} (full overlap)"
-    )
+def shortfall(message: str) -> str:
+    """What a compiler says about missing memory, in few words."""
+    sizes = re.search(r"\((\S+)\) exceeds available HBM \((\S+)\)", message)
+    if sizes is None:
+        sizes = re.search(r"Used (\S+) of (\S+) hbm", message)
+    if sizes is None:
+        return message.splitlines()[0]
+    return f"takes {sizes[1]}iB of {sizes[2]}iB"

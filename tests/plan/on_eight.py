@@ -1,44 +1,39 @@
-"""Plans for meshes of eight virtual devices beside the real arrays; run by test_plan.py in a
-process of its own.
+"""The plans that train.py prints for eight virtual devices, beside predictions and real arrays; run
+by test_plan.py in a process of its own.
 
-    python on_eight.py MESH ...      as 2-2-2, or kept: a step over fsdp without recomputation
+    python on_eight.py MESH ...        as 2-2-2 or, without recomputation, 1-8-1-no-remat
 
 Prints one JSON object. The partitioner's complaints go to standard error.
 """
 
+import contextlib
+import io
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
+from gpt import cli
+
+cli.prepare_absent()
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "0"  # the partitioner's warnings too
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiling is all that takes time
 
 import predicted_bytes  # noqa: E402
 
-from gpt import sharding  # noqa: E402
-from gpt.config import MeshConfig, ModelConfig, TrainConfig  # noqa: E402
+import train  # noqa: E402
 from gpt.plan import absent, devices, programs  # noqa: E402
-from gpt.training import train_state  # noqa: E402
+from gpt.training import train_state, train_step  # noqa: E402
 
 # An untied head: whether a tied one is gathered apart from the lookup's table varies with XLA.
-MODEL = ModelConfig(1000, context_length=128, n_layers=2, n_heads=4, d_model=64, tied=False)
-CONFIG = TrainConfig(model=MODEL.computing_in("float32"), batch_size=64, grad_accum=2)
-
-
-def figures(program: programs.Program, predicted: dict) -> dict:
-    """One program as JSON values."""
-    moved = predicted_bytes.moved(program.collectives)
-    return {
-        "moved": {"/".join([what, *axes]): n for (what, axes), n in moved.items()},
-        "predicted": {"/".join([what, *axes]): n for (what, axes), n in predicted.items()},
-        "given": program.given_bytes,
-    }
+MODEL = ["--model.n-layers", "2", "--model.d-model", "64", "--model.n-heads", "4"]
+MODEL += ["--model.no-tied", "--tokenizer", "bpe", "--vocab-size", "1000", "--seq-len", "128"]
+FLAGS = {"no-remat": ["--no-remat", "--unroll"]}
 
 
 def most(tree) -> int:
@@ -50,36 +45,62 @@ def most(tree) -> int:
     return max(held.values())
 
 
-def train_figures(config: TrainConfig, mesh) -> dict:
-    predicted = predicted_bytes.training(config, mesh, tpu=False)
-    return figures(programs.train_program(config, mesh), predicted)
-
-
-def report(name: str, found: list) -> dict:
-    """What is planned for a mesh, and what its arrays are."""
-    if name == "kept":
-        config = replace(CONFIG, mesh=MeshConfig(1, 8, 1), remat=False, unroll=True)
-        return {"train": train_figures(config, sharding.make_mesh(config.mesh, found))}
-
-    data, fsdp, tensor = map(int, name.split("-"))
-    config = replace(CONFIG, mesh=MeshConfig(data, fsdp, tensor))
-    mesh = sharding.make_mesh(config.mesh, found[: data * fsdp * tensor])
-    state = train_state.make_state(config, mesh)
-    c, n_rows = config.model, programs.count_rows(mesh)
-    weights = programs.abstract_weights(c, mesh)
-    cache = programs.abstract_cache(c, mesh, n_rows, 128)
-    by_prefill = predicted_bytes.decoding(c, mesh, n_rows, programs.prompt_length(c))
-    by_decode = predicted_bytes.decoding(c, mesh, n_rows, 1)
+def figures(compiled: jax.stages.Compiled, mesh, predicted: dict) -> dict:
+    """One program as JSON values."""
+    moved = predicted_bytes.moved(compiled, mesh)
     return {
+        "moved": {"/".join([what, *axes]): n for (what, axes), n in moved.items()},
+        "predicted": {"/".join([what, *axes]): n for (what, axes), n in predicted.items()},
+        "given": compiled.memory_analysis().argument_size_in_bytes,
+    }
+
+
+def report(name: str) -> dict:
+    """What is planned for a mesh, what is predicted, and what its arrays are."""
+    data, fsdp, tensor, *setting = name.split("-", 3)
+    n_devices = int(data) * int(fsdp) * int(tensor)
+    flags = ["--dry-run", "--devices", str(n_devices), "--batch-size", "64", "--grad-accum", "2"]
+    flags += ["--mesh.data", data, "--mesh.fsdp", fsdp, "--mesh.tensor", tensor]
+
+    # The command line, and the programs that it compiles.
+    compiled = {}
+
+    def recorded(module, function: str):
+        honest = getattr(module, function)
+
+        def compile_program(config, mesh):
+            compiled[function] = config, mesh, honest(config, mesh)
+            return compiled[function][-1]
+
+        return mock.patch.object(module, function, compile_program)
+
+    said = io.StringIO()
+    with (
+        contextlib.redirect_stderr(said),
+        recorded(train_step, "compile_train_step"),
+        recorded(programs, "compile_prefill"),
+        recorded(programs, "compile_decode"),
+    ):
+        assert train.main(["gpt2", *MODEL, *flags, *FLAGS.get("".join(setting), [])]) == 0
+    config, mesh, step = compiled["compile_train_step"]
+    c, _, prefill = compiled["compile_prefill"]
+    _, _, decode = compiled["compile_decode"]
+
+    state = train_state.make_state(config, mesh)
+    sampling = programs.abstract_weights(c, mesh), programs.abstract_cache(c, mesh)
+    n_rows, length = programs.count_rows(mesh), programs.prompt_length(c)
+    return {
+        "said": said.getvalue(),
         "planned": absent.state_bytes(config, mesh),
         "arrays": {"weights": most(state.params), "optimizer": most(state.opt_state)},
-        "sampling": programs.bytes_on_device((weights, cache)),
-        "train": train_figures(config, mesh),
-        "prefill": figures(programs.prefill_program(c, mesh), by_prefill),
-        "decode": figures(programs.decode_program(c, mesh), by_decode),
+        "sampling": programs.bytes_on_device(sampling),
+        "train": figures(step, mesh, predicted_bytes.training(config, mesh, tpu=False)),
+        "prefill": figures(prefill, mesh, predicted_bytes.decoding(c, mesh, n_rows, length)),
+        "decode": figures(decode, mesh, predicted_bytes.decoding(c, mesh, n_rows, 1)),
     }
 
 
 if __name__ == "__main__":
     eight = devices.virtual_devices(8)
-    print(json.dumps({name: report(name, eight) for name in sys.argv[1:]}))
+    devices.virtual_devices = lambda n: eight[:n]  # once JAX has started, their number is fixed
+    print(json.dumps({name: report(name) for name in sys.argv[1:]}))

@@ -22,15 +22,20 @@ import predicted_bytes  # noqa: E402
 
 from gpt import sharding  # noqa: E402
 from gpt.config import MeshConfig  # noqa: E402
-from gpt.plan import absent, devices, programs  # noqa: E402
+from gpt.plan import absent, collectives, devices, programs  # noqa: E402
 from gpt.presets import preset  # noqa: E402
+from gpt.training import train_step  # noqa: E402
 
 
-def figures(program: programs.Program, predicted: dict) -> dict:
+def figures(compiled, mesh, predicted: dict) -> dict:
     """One program as JSON values."""
-    found = [[c.kind, list(c.axes), c.n_bytes, c.n_runs] for c in program.collectives]
-    expected = [[what, list(axes), n] for (what, axes), n in predicted.items()]
-    return {"found": found, "predicted": expected, "given": program.given_bytes}
+    sent = collectives.find(compiled.as_text(), mesh.shape)
+    given = compiled.memory_analysis().argument_size_in_bytes
+    return {
+        "found": [[c.kind, list(c.axes), c.n_bytes, c.n_runs] for c in sent],
+        "predicted": [[what, list(axes), n] for (what, axes), n in predicted.items()],
+        "given": given,
+    }
 
 
 def main() -> None:
@@ -41,22 +46,17 @@ def main() -> None:
     config = absent.completed(config, "bfloat16")
     mesh = sharding.make_mesh(MeshConfig(*map(int, sys.argv[1:])), found)
     c, n_rows = config.model, programs.count_rows(mesh)
-    cache = programs.abstract_cache(c, mesh, n_rows, c.context_length)
+    by_step = predicted_bytes.training(config, mesh, tpu=True)
     result = {
         "state": absent.state_bytes(config, mesh),
-        "cache": programs.bytes_on_device(cache),
-        "train": figures(
-            programs.train_program(config, mesh), predicted_bytes.training(config, mesh, tpu=True)
-        ),
+        "cache": programs.bytes_on_device(programs.abstract_cache(c, mesh)),
+        "train": figures(train_step.compile_train_step(config, mesh), mesh, by_step),
     }
     if mesh.shape["tensor"] > 1:  # else nothing moves
-        length = programs.prompt_length(c)
-        result["prefill"] = figures(
-            programs.prefill_program(c, mesh), predicted_bytes.decoding(c, mesh, n_rows, length)
-        )
-        result["decode"] = figures(
-            programs.decode_program(c, mesh), predicted_bytes.decoding(c, mesh, n_rows, 1)
-        )
+        by_prefill = predicted_bytes.decoding(c, mesh, n_rows, programs.prompt_length(c))
+        by_decode = predicted_bytes.decoding(c, mesh, n_rows, 1)
+        result["prefill"] = figures(programs.compile_prefill(c, mesh), mesh, by_prefill)
+        result["decode"] = figures(programs.compile_decode(c, mesh), mesh, by_decode)
     print(json.dumps(result))
 
 
