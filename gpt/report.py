@@ -3,8 +3,8 @@
     python -m gpt.report runs/tiny --out report.html
     python -m gpt.report runs/a runs/b --out both.html --png pictures
 
-Curves of all runs in one picture each, what they wrote as they learned, their settings and the
-command that makes them again. A run may still be going.
+The curves of all runs in the same pictures, the samples they wrote, their settings, and the command
+that repeats each of them. A run may still be training.
 """
 
 from dataclasses import dataclass
@@ -18,18 +18,17 @@ from gpt.errors import require
 
 @dataclass(frozen=True)
 class Command:
-    """Which runs to report on, and where to."""
+    """Which runs to report on, and where to write it."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs, as train.py made them."""
     out: Path | None = None
     """The HTML file to write."""
     png: Path | None = None
-    """A folder for the pictures alone; it is made if need be."""
+    """A folder for the charts as PNG files; it is made if need be."""
 
 
 def main(argv: list[str]) -> None:
-    """Read the runs, write what was asked for."""
     command = cli.parse(Command, argv, program="python -m gpt.report", description=__doc__)
     require(bool(command.runs), "no run given: expected one or more folders made by train.py")
     require(
@@ -37,22 +36,19 @@ def main(argv: list[str]) -> None:
         "nothing to write: expected --out FILE.html, --png DIR or both",
     )
     cli.prepare_jax()
-    from gpt.reports import chart, html, run_report
-    from gpt.reports.runs import read_runs
+    from gpt.reports import html, run_report
 
     if command.out:
-        html.require_place("--out", command.out)
+        html.require_file_path("--out", command.out)
     if command.png:
-        html.require_folder("--png", command.png)
-    runs = read_runs(command.runs)
+        html.require_folder_path("--png", command.png)
+    runs = run_report.read_runs(command.runs)
     if command.out:
-        html.write(command.out, run_report.build(runs, cli.interpreter()))
+        html.write(command.out, run_report.build_report(runs, cli.interpreter()))
         print(f"report         {command.out} ({command.out.stat().st_size / 1e6:.2f} MB)")
     if command.png:
-        command.png.mkdir(parents=True, exist_ok=True)
-        names = [run.name for run in runs]
-        for panel in run_report.panels(runs):
-            print(f"picture        {chart.save_picture(panel, names, command.png)}")
+        for path in run_report.save_pngs(runs, command.png):
+            print(f"picture        {path}")
 
 
 if __name__ == "__main__":

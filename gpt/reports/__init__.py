@@ -1,5 +1,5 @@
-"""Pages to look at: a run as it learns (report), a prompt on its way through the model (tour).
+"""HTML pages: how runs learned (run_report.py), and what a model does with a prompt (tour.py).
 
-One self-contained file each: no network, no server. Numbers come from runs and from the model's
-own forward pass; nothing here computes a Transformer of its own.
+Each page is one self-contained file, without network or server. Its numbers come from the logs of
+the runs and from the model's own forward pass.
 """

@@ -1,10 +1,55 @@
+"use strict";
 /* The tour: attention maps, the scores of one token, the logit lens, the steps of the cache. */
+const data = JSON.parse(document.getElementById("data").textContent);
+const $ = (id) => document.getElementById(id);
 
-/** Numbers that Python packed: their shape, and `at(i)`, `row(i, n)` in flat order. */
+/** A new element; children are nodes or texts, never HTML. */
+function make(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+/** A style variable of the page as it is now, light or dark. */
+const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+/** Paint now, and again when the color scheme or the width changes. */
+function keepPainted(paint) {
+  paint();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
+  let width = innerWidth;
+  addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; paint(); } });
+}
+
+/** Buttons of which one is chosen: by a click, or the arrow keys once one has the focus. */
+function choose(buttons, across, picked) {
+  const select = (i, focus) => {
+    buttons.forEach((button, j) => {
+      button.setAttribute("aria-checked", String(i === j));
+      button.tabIndex = i === j ? 0 : -1;
+    });
+    if (focus) buttons[i].focus();
+    picked(i);
+  };
+  const moves = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -across, ArrowDown: across };
+  buttons.forEach((button, i) => {
+    button.addEventListener("click", () => select(i));
+    button.addEventListener("keydown", (event) => {
+      if (!(event.key in moves)) return;
+      event.preventDefault();
+      const next = i + moves[event.key];
+      if (next >= 0 && next < buttons.length) select(next, true);
+    });
+  });
+  return select;
+}
+
+/** Numbers packed by html.py: their shape, and `at(i)`, `row(i, n)` in flat order. */
 function unpack(packed) {
   const bytes = Uint8Array.from(atob(packed.data), (letter) => letter.charCodeAt(0));
   const view = new DataView(bytes.buffer);
-  const at = (i) => packed.least + view.getUint16(2 * i, true) * packed.width / 65535;
+  const at = (i) => packed.low + view.getUint16(2 * i, true) * packed.width / 65535;
   return { shape: packed.shape, at, row: (i, n) => Array.from({ length: n }, (_, j) => at(i + j)) };
 }
 const [q, k, v, mix, scores, weights] = ["q", "k", "v", "mix", "scores", "weights"].map((name) => unpack(data[name]));
@@ -31,7 +76,7 @@ function strongest() {
   return best;
 }
 
-/** The head in which the picked token looks hardest at one earlier token: where to begin. */
+/** The head in which the picked token gives the largest weight to one earlier token: where to begin. */
 function mostPointed() {
   let best = 0, most = -1;
   for (let i = 0; i < L * N; i++) {
@@ -44,9 +89,9 @@ function mostPointed() {
 }
 
 /* Tokens */
-let asked = null;  // the key under the pointer, when it brings another token with it
+let pointedKey = null;  // the key under the pointer, when moving there also changes the query
 const buttons = data.tokens.map(([text, half, whole], i) => {
-  const kind = `chip${half ? " bytes" : ""}${i >= T ? " drawn" : ""}`;
+  const kind = `chip${half ? " bytes" : ""}${i >= T ? " sampled" : ""}`;
   const node = make("button", { type: "button", role: "radio", class: kind }, text);
   if (whole) node.title = `part of ${whole}`;
   $("tokens").append(node);
@@ -56,7 +101,7 @@ const pickToken = choose(buttons, 1, (i) => {
   const box = $("tokens"), button = buttons[i];  // scrolled to, where there are several lines
   box.scrollTop = button.offsetTop - (box.clientHeight - button.offsetHeight) / 2;
   picked.token = i;
-  picked.key = asked ?? strongest();
+  picked.key = pointedKey ?? strongest();
   show();
 });
 
@@ -168,9 +213,9 @@ function cellAt(event) {
 function moveTo(cell) {
   if (!cell || (cell.token === picked.token && cell.key === picked.key)) return;
   const other = cell.token !== picked.token;
-  picked.key = asked = cell.key;
+  picked.key = pointedKey = cell.key;
   if (other) pickToken(cell.token); else { paintMap(); sayCell(); markKey(); }
-  asked = null;
+  pointedKey = null;
 }
 map.addEventListener("pointermove", (event) => { if (event.pointerType === "mouse") moveTo(cellAt(event)); });
 map.addEventListener("pointerdown", (event) => moveTo(cellAt(event)));
@@ -182,7 +227,7 @@ map.addEventListener("keydown", (event) => {
   moveTo({ token, key: Math.max(0, Math.min(token, picked.key + move[1])) });
 });
 
-/* One token asks */
+/* The scores of one query */
 /** Numbers as a strip of colours: one hue below zero, another above. */
 function strip(values, most) {
   const canvas = make("canvas", { class: "strip", width: values.length, height: 1, role: "img" });
@@ -203,7 +248,7 @@ function showScores() {
   const slots = Array.from({ length: P }, (_, s) => s).filter((s) => exists(token, s));
   const keys = slots.map((s) => vectors(k, s)), values = slots.map((s) => vectors(v, s));
   const most = { k: largest(...keys), v: largest(...values) };
-  $("question").textContent = `Layer ${layer + 1}, head ${head + 1}: what does ${quote(token)} ask, and who answers?`;
+  $("question").textContent = `Layer ${layer + 1}, head ${head + 1}: where does ${quote(token)} look?`;
   $("query").replaceChildren(make("p", {}, "its query q, ", String(H), " numbers: "), strip(query, largest(query)));
   const names = ["token", "key k", "q·k", "q·k / √H", "after mask", "softmax", "value v"];
   const head_ = make("tr", {}, ...names.map((name) => make("th", { scope: "col" }, name)));
@@ -218,7 +263,7 @@ function showScores() {
     rows.push(make("tr", { class: kind, "data-key": s }, ...cells.map((cell) => make("td", { class: "cell" }, cell))));
   }
   $("scores").replaceChildren(make("table", {}, make("thead", {}, head_), make("tbody", {}, ...rows)));
-  $("answer").replaceChildren(make("p", {}, "the answer: values in these shares, added up: "),
+  $("answer").replaceChildren(make("p", {}, "the output of this head: the sum of the values, weighted by softmax: "),
     strip(mix.row(((layer * P + token) * N + head) * H, H), most.v));
   markKey();
 }
@@ -269,4 +314,4 @@ function show() {
 pickHead(mostPointed());
 pickToken(picked.token);
 pickStep(0);
-whenever(() => { paintThumbs(); show(); });
+keepPainted(() => { paintThumbs(); show(); });

@@ -1,8 +1,8 @@
-"""A prompt on its way through the model, written down by the forward pass itself.
+"""Records a prompt on its way through a model, from the forward pass itself.
 
-Nothing is computed a second time in another way: a recorder enters by the `attend` door, calls the
-model's own attention and keeps what passed. Shape letters: see model/transformer.py; P counts the
-positions that were read, by prefill and then by decode steps.
+The model's own attention is called through the `attend` argument of the forward pass and its inputs
+and outputs are kept. Shape letters: see model/transformer.py; P counts the positions that were
+read, first by prefill, then by decode steps.
 """
 
 import math
@@ -24,29 +24,31 @@ from gpt.sampling.sampler import Draw
 from gpt.sampling.settings import Settings
 
 LENS_TOP = 5  # likeliest tokens kept of each layer's prediction
-MOST_BYTES = 14_000_000  # of recorded numbers, as a page holds them
+MAX_BYTES = 14_000_000  # of recorded arrays, as a page holds them
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One call of the model. `kept`: q_LTNH, k_LKSH, v_LKSH, scores_LTNS, weights_LTNS, mix_LTNH.
+class ModelCall:
+    """One call of the model: the prefill, or a decode step.
 
-    `logits_TV` of each token that was read; `written`: the cache's slots that it changed.
+    `arrays`, of every layer: q_LTNH, k_LKSH, v_LKSH, scores_LTNS, weights_LTNS, mix_LTNH.
+    `logits_TV`: of each token that was read. `written_slots`: the slots of the cache that changed.
     """
 
     tokens: list[int]
-    first: int  # position of the first of the tokens
-    kept: dict[str, np.ndarray]
+    first_position: int
+    arrays: dict[str, np.ndarray]
     logits_TV: np.ndarray
-    written: list[int]
+    written_slots: list[int]
     capacity: int
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How a token was drawn. `stages`: probabilities [V] as each setting left them, by name.
+class SampledToken:
+    """How a token was chosen.
 
-    `uniform`: the number that picked it, None where the likeliest was taken.
+    `stages`: the probabilities [V] that the model gave, then as each setting left them, by name.
+    `uniform`: the random number that picked the token; None where the likeliest was taken.
     """
 
     token: int
@@ -55,68 +57,162 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Journey:
-    """All of it: a prefill and decode steps, what was drawn after each, the logit lens.
+class TourRecord:
+    """The prefill and the decode steps, the token sampled after each, and the logit lens.
 
-    `lens_ids`, `lens_probs` [layers, P, K]: what the residual stream would predict after each
-    layer; `lens_layers` names them, 0 for the embedding. `by_ids`: the prompt was given as ids,
-    and `prompt` is what they spell.
+    `prompt_is_ids`: the prompt was given as token ids, and `prompt` is their text.
+    `lens_ids`, `lens_probs` [layers, P, LENS_TOP]: what the residual stream predicts after each of
+    `lens_layers`, where 0 is the embedding.
     """
 
     config: ModelConfig
     prompt: str
     prompt_ids: list[int]
-    readings: list[Reading]
-    drawings: list[Drawing]
+    prompt_is_ids: bool
+    calls: list[ModelCall]
+    sampled: list[SampledToken]
     lens_layers: list[int]
     lens_ids: np.ndarray
     lens_probs: np.ndarray
-    by_ids: bool = False
 
     @property
     def read_ids(self) -> list[int]:
-        """Tokens that the model has read, P of them."""
-        return [token for reading in self.readings for token in reading.tokens]
+        """The tokens that the model has read, P of them."""
+        return [token for call in self.calls for token in call.tokens]
 
-    def joined(self, name: str) -> np.ndarray:
-        """`q` or `mix`, [L, P, N, H], of all readings."""
-        return np.concatenate([reading.kept[name] for reading in self.readings], axis=1)
+    def by_position(self, name: str) -> np.ndarray:
+        """`q` or `mix` of all calls, [L, P, N, H]."""
+        return np.concatenate([call.arrays[name] for call in self.calls], axis=1)
 
     def cached(self, name: str) -> np.ndarray:
-        """`k` or `v`, [L, K, P, H], as the last reading found them in the cache."""
-        return self.readings[-1].kept[name][:, :, : len(self.read_ids)]
+        """`k` or `v` as the last call read them from the cache, [L, K, P, H]."""
+        return self.calls[-1].arrays[name][:, :, : len(self.read_ids)]
 
-    def map(self, name: str) -> np.ndarray:
-        """`scores` or `weights`, [L, N, P, P]; 0 where a key did not exist yet."""
+    def attention_map(self, name: str) -> np.ndarray:
+        """`scores` or `weights`, [L, N, P, P]; 0 where the key did not exist yet."""
         P = len(self.read_ids)
-        parts = []
-        for reading in self.readings:
-            part_LTNS = reading.kept[name][..., :P]
-            parts.append(np.pad(part_LTNS, [(0, 0)] * 3 + [(0, P - part_LTNS.shape[-1])]))
-        return np.concatenate(parts, axis=1).transpose(0, 2, 1, 3)
+        rows = []
+        for call in self.calls:
+            rows_LTNS = call.arrays[name][..., :P]
+            missing = P - rows_LTNS.shape[-1]
+            rows.append(np.pad(rows_LTNS, [(0, 0), (0, 0), (0, 0), (0, missing)]))
+        return np.concatenate(rows, axis=1).transpose(0, 2, 1, 3)
 
 
-def recorder(kept: list) -> Attend:
-    """The model's attention, which also appends to `kept` what it was given and what it made."""
+def record_tour(model, prompt: generate.Prompt, settings: Settings) -> TourRecord:
+    """Read `prompt`, text or token ids, and sample up to `settings.max_new_tokens` after it.
 
-    def look(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop):
+    `model`: as `gpt.load` returns it, on one device. UserError if the text exceeds the model's
+    context or what a page can hold, or if the model's output is not finite.
+    """
+    config, params = model.config, model.params
+    context, eot = config.context_length, model.tokenizer.eot_token
+    text, prompt_ids, _ = generate.read_prompt(model, prompt)
+    T = len(prompt_ids)
+    fits = len(prompt_ids) <= context
+    require(
+        fits,
+        f"the prompt has {T} tokens: expected at most the model's context of {context}",
+    )
+    n_new = min(settings.max_new_tokens, context + 1 - T)
+    require_page_size(config, T + n_new - 1)
+
+    # Prefill, then room in the cache for all that follows.
+    call, cache = call_model(config, params, kv.empty(config, 1), prompt_ids)
+    cache = engine.grow(cache, engine.bucket(T + n_new - 1, context))
+    calls, sampled = [call], []
+
+    # Sample a token and read it, until the last one.
+    params_of_row = generate.row_settings([settings], config.vocab_size, eot)
+    stage_names = active_settings(settings)
+    seen_V = np.zeros(config.vocab_size, bool)
+    seen_V[prompt_ids] = True
+    while True:
+        require(
+            bool(np.isfinite(call.logits_TV).all()),
+            "the model's output is not a number: its training diverged or its weights are damaged; "
+            "take another checkpoint",
+        )
+        position = T + len(sampled)
+        logits_V = call.logits_TV[-1]
+        sampled.append(sample_token(logits_V, params_of_row, stage_names, seen_V, position))
+        token = sampled[-1].token
+        if token == eot or len(sampled) == n_new:
+            break
+        seen_V[token] = True
+        call, cache = call_model(config, params, cache, [token])
+        calls.append(call)
+
+    read_ids = [token for call in calls for token in call.tokens]
+    lens = logit_lens(config, params, read_ids)
+    return TourRecord(config, text, prompt_ids, not isinstance(prompt, str), calls, sampled, *lens)
+
+
+def require_page_size(config: ModelConfig, n_positions: int) -> None:
+    """UserError if the arrays of so many positions are too large for a page."""
+    L, N, K, H = config.n_layers, config.n_heads, config.kv_heads, config.head_width
+
+    def size(P: int) -> float:  # two bytes per number, as base64
+        return L * P * (2 * N * P + (N + 2 * K) * H) * 2 * 4 / 3
+
+    fitting = max((P for P in range(1, 1024) if size(P) <= MAX_BYTES), default=1)
+    require(
+        n_positions <= fitting,
+        f"the prompt and the new tokens take {n_positions} positions: a page of this model holds "
+        f"{fitting}; give a shorter prompt or a smaller --max-new-tokens",
+    )
+
+
+# A call of the model
+
+
+def call_model(config: ModelConfig, params: dict, cache: kv.KVCache, tokens: Sequence[int]):
+    """Read `tokens` after what `cache` holds: a ModelCall, and the cache afterwards."""
+    tokens_BT = jnp.array([tokens], jnp.int32)
+    new_cache, logits_BTV, arrays = forward_recording(config, params, cache, tokens_BT)
+    call = ModelCall(
+        tokens=list(tokens),
+        first_position=int(cache.length_B[0]),
+        arrays={name: np.asarray(array) for name, array in arrays.items()},
+        logits_TV=np.asarray(logits_BTV[0]),
+        written_slots=changed_slots(cache, new_cache),
+        capacity=new_cache.capacity,
+    )
+    return call, new_cache
+
+
+@partial(jax.jit, static_argnames="config")
+def forward_recording(config: ModelConfig, params: dict, cache: kv.KVCache, tokens_BT: jax.Array):
+    """The forward pass: the new cache, logits_BTV, and the arrays of every layer."""
+    layers: list[dict] = []
+    model = transformer.bind(config, params)
+    x_BTD, cache = model.hidden(tokens_BT, cache, attend=recording_attention(layers))
+    logits_BTV = model.unembed(x_BTD)
+    arrays = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+    return cache.advanced(jnp.int32(tokens_BT.shape[1])), logits_BTV, arrays
+
+
+def recording_attention(layers: list[dict]) -> Attend:
+    """The model's attention, which also appends its inputs and outputs to `layers`."""
+
+    def attend_recording(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop):
         mix_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
-        seen = {
+        arrays = {
             "q": q_BTNH,
             "k": k_BKSH,
             "v": v_BKSH,
-            "scores": dot(q_BTNH, k_BKSH),
-            "weights": find_weights(q_BTNH, k_BKSH, pos_BT, drop),
+            "scores": dot_products(q_BTNH, k_BKSH),
+            "weights": attention_weights(q_BTNH, k_BKSH, pos_BT, drop),
             "mix": mix_BTNH,
         }
-        kept.append({name: array[0].astype(jnp.float32) for name, array in seen.items()})
+        layers.append({name: array[0].astype(jnp.float32) for name, array in arrays.items()})
         return mix_BTNH
 
-    return look
+    return attend_recording
 
 
-def dot(q_BTNH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
-    """q k for every query and key, before scale and mask, [B, T, N, S] in float32."""
+def dot_products(q_BTNH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
+    """Every query times every key, before scale and mask: float32 [B, T, N, S]."""
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
@@ -124,168 +220,115 @@ def dot(q_BTNH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
     return scores.reshape(B, T, N, S)
 
 
-def find_weights(q_BTNH: jax.Array, k_BKSH: jax.Array, pos_BT, drop) -> jax.Array:
-    """The weights that `attend` mixes values by, [B, T, N, S].
+def attention_weights(q_BTNH: jax.Array, k_BKSH: jax.Array, pos_BT, drop) -> jax.Array:
+    """The weights [B, T, N, S] by which the model's attention mixes values.
 
-    They are what it makes of values that are the rows of an identity: slot s alone has a 1 in
-    column s. As many columns at a time as a head is wide.
+    Its output for values that are rows of the identity matrix is the weights. Values are as wide as
+    a head, so the identity is taken in that many columns at a time.
     """
     S, H = k_BKSH.shape[2:]
-    identity_SC = jnp.eye(S, math.ceil(S / H) * H, dtype=k_BKSH.dtype)
+    n_parts = math.ceil(S / H)
+    identity = jnp.eye(S, n_parts * H, dtype=k_BKSH.dtype)
     parts = [
-        attend(q_BTNH, k_BKSH, jnp.broadcast_to(part_SH, k_BKSH.shape), pos_BT, drop)
-        for part_SH in jnp.split(identity_SC, identity_SC.shape[1] // H, axis=1)
+        attend(q_BTNH, k_BKSH, jnp.broadcast_to(columns_SH, k_BKSH.shape), pos_BT, drop)
+        for columns_SH in jnp.split(identity, n_parts, axis=1)
     ]
     return jnp.concatenate(parts, axis=-1)[..., :S]
 
 
-@partial(jax.jit, static_argnames="config")
-def look_on(config: ModelConfig, params: dict, cache: kv.KVCache, tokens_BT: jax.Array):
-    """Read tokens on top of a cache, which is kept: the new cache, logits_BTV, what passed."""
-    kept: list[dict] = []
-    model = transformer.bind(config, params)
-    x_BTD, cache = model.hidden(tokens_BT, cache, attend=recorder(kept))
-    logits_BTV = model.unembed(x_BTD)
-    layers = jax.tree.map(lambda *arrays: jnp.stack(arrays), *kept)
-    return cache.advanced(jnp.int32(tokens_BT.shape[1])), logits_BTV, layers
-
-
-def read(config: ModelConfig, params: dict, cache: kv.KVCache, tokens: Sequence[int]):
-    """A Reading of `tokens`, and the cache after it."""
-    first = int(cache.length_B[0])
-    after, logits_BTV, kept = look_on(config, params, cache, jnp.array([tokens], jnp.int32))
-    kept = {name: np.asarray(array) for name, array in kept.items()}
-    written = changed(cache, after)
-    logits_TV = np.asarray(logits_BTV[0])
-    return Reading(list(tokens), first, kept, logits_TV, written, after.capacity), after
-
-
-def changed(before: kv.KVCache, after: kv.KVCache) -> list[int]:
-    """The slots of row 0 in which two caches differ, in any layer; all, if there were none."""
+def changed_slots(before: kv.KVCache, after: kv.KVCache) -> list[int]:
+    """The slots of row 0 whose key or value differs in any layer; all if `before` had none."""
     if not before.capacity:
         return list(range(after.capacity))
-    pairs = zip((*before.k, *before.v), (*after.k, *after.v), strict=True)
-    differ_S = sum(np.asarray(jnp.any(a[0] != b[0], axis=(0, 2))).astype(int) for a, b in pairs)
-    return np.flatnonzero(differ_S).tolist()
+    changed_S = np.zeros(after.capacity, bool)
+    for old, new in zip((*before.k, *before.v), (*after.k, *after.v), strict=True):
+        changed_S |= np.any(np.asarray(old[0]) != np.asarray(new[0]), axis=(0, 2))
+    return np.flatnonzero(changed_S).tolist()
 
 
-def draw_one(
+# A sampled token
+
+
+def sample_token(
     logits_V: np.ndarray, rows: Draw, names: tuple[str, ...], seen_V: np.ndarray, position: int
-) -> Drawing:
-    """Draw the token at `position` of the text as sample.py does, and note each stage."""
-    batch = logits_V[None], rows, seen_V[None], np.array([position], np.int32)
-    token, uniform, stages = jax.device_get(draw_noting(*batch, names))
+) -> SampledToken:
+    """Sample the token at `position` of the text as sample.py does, and record each stage."""
+    position_B = np.array([position], np.int32)
+    token, uniform, stages = jax.device_get(
+        sample_recording(logits_V[None], rows, seen_V[None], position_B, names)
+    )
     greedy = float(rows.temperature[0]) == 0
-    shares = dict(zip(("the model", *names), stages, strict=True))
-    return Drawing(int(token), shares, None if greedy else float(uniform))
+    return SampledToken(
+        token=int(token),
+        stages=dict(zip(("the model", *names), stages, strict=True)),
+        uniform=None if greedy else float(uniform),
+    )
 
 
 @partial(jax.jit, static_argnames="names")
-def draw_noting(logits_BV, rows: Draw, seen_BV, position_B, names: tuple[str, ...]):
-    """The token drawn in row 0, the number that picked it, and probabilities: the model's own,
-    then after each of the settings `names`."""
+def sample_recording(logits_BV, rows: Draw, seen_BV, position_B, names: tuple[str, ...]):
+    """The token of row 0, the random number that picked it, and the probabilities [V] before and
+    after each of the settings `names`."""
     token_B = sampler.sample(logits_BV, rows, seen_BV, position_B)
     adjusted_BV = sampler.adjust(logits_BV, rows, seen_BV)
-    now = replace(rows, top_k=rows.top_k * 0, top_p=rows.top_p * 0 + 1, min_p=rows.min_p * 0)
+
+    # Turn the filters on one after the other.
+    off = {"top_k": rows.top_k * 0, "top_p": rows.top_p * 0 + 1, "min_p": rows.min_p * 0}
+    filters = replace(rows, **off)
     stages = [logits_BV]
     for name in names:
         field = name.replace("-", "_")
-        if name in ("top-k", "top-p", "min-p"):
-            now = replace(now, **{field: getattr(rows, field)})
-        stages.append(adjusted_BV if name == "penalty" else sampler.filtered(adjusted_BV, now))
-    shares = [jax.nn.softmax(stage_BV[0]) for stage_BV in stages]
-    return token_B[0], sampler.uniform(rows, position_B)[0], shares
+        if field in off:
+            filters = replace(filters, **{field: getattr(rows, field)})
+        if name == "penalty":
+            stages.append(adjusted_BV)
+        else:
+            stages.append(sampler.filtered(adjusted_BV, filters))
+    probs = [jax.nn.softmax(stage_BV[0]) for stage_BV in stages]
+    return token_B[0], sampler.uniform(rows, position_B)[0], probs
 
 
-def stages_of(settings: Settings) -> tuple[str, ...]:
-    """The settings that change the distribution before the draw, in their order."""
+def active_settings(settings: Settings) -> tuple[str, ...]:
+    """The settings that change the distribution, in the order in which they are applied."""
     s = settings
-    names = ["penalty"] if s.repetition_penalty != 1 or s.logit_bias or s.ignore_eos else []
-    if s.temperature == 0:
-        return tuple(names)
-    on = {"temperature": s.temperature != 1, "top-k": s.top_k > 0, "top-p": s.top_p < 1}
-    on |= {"min-p": s.min_p > 0}
-    return (*names, *(name for name, wanted in on.items() if wanted))
+    active = {
+        "penalty": s.repetition_penalty != 1 or bool(s.logit_bias) or s.ignore_eos,
+        "temperature": s.temperature not in (0, 1),
+        "top-k": s.temperature != 0 and s.top_k > 0,
+        "top-p": s.temperature != 0 and s.top_p < 1,
+        "min-p": s.temperature != 0 and s.min_p > 0,
+    }
+    return tuple(name for name, is_active in active.items() if is_active)
 
 
-def require_size(config: ModelConfig, n_positions: int) -> None:
-    """UserError if so many positions make more numbers than a page should hold."""
-    L, N, K, H = config.n_layers, config.n_heads, config.kv_heads, config.head_width
-
-    def size(P: int) -> float:
-        return L * P * (2 * N * P + (N + 2 * K) * H) * 2 * 4 / 3
-
-    fits = max((P for P in range(1, 1024) if size(P) <= MOST_BYTES), default=1)
-    require(
-        n_positions <= fits,
-        f"the prompt and what is drawn make {n_positions} positions: a page of this model holds "
-        f"{fits}; give a shorter prompt or a smaller --max-new-tokens",
-    )
+# The logit lens (nostalgebraist 2020)
 
 
-def take_tour(model, prompt: generate.Prompt, settings: Settings) -> Journey:
-    """Read `prompt`, text or token ids, draw up to `settings.max_new_tokens` after it, and write
-    all of it down.
+def logit_lens(config: ModelConfig, params: dict, tokens: Sequence[int]):
+    """What the head makes of the residual stream after each layer: the layers, and ids and
+    probabilities [layers, P, LENS_TOP] of the likeliest next tokens.
 
-    `model`: as `gpt.load` returns it, on one device. UserError if it does not fit the context or
-    a page, or gives no numbers.
-    """
-    config, params, eot = model.config, model.params, model.tokenizer.eot_token
-    text, ids, _ = generate.read_prompt(model, prompt)
-    room, T = config.context_length, len(ids)
-    fits = len(ids) <= room
-    require(fits, f"the prompt has {T} tokens: expected at most the model's context of {room}")
-    n_new = min(settings.max_new_tokens, room + 1 - T)
-    require_size(config, T + n_new - 1)
-    rows = generate.row_settings([settings], config.vocab_size, eot)
-    seen_V = np.zeros(config.vocab_size, bool)
-    seen_V[ids] = True
-    reading, cache = read(config, params, kv.empty(config, 1), ids)
-    readings, drawings = [reading], []
-    cache = engine.grow(cache, engine.bucket(T + n_new - 1, room))
-    while True:
-        require(
-            bool(np.isfinite(reading.logits_TV).all()),
-            "the model's output is not a number: its training diverged or its weights are damaged; "
-            "take another checkpoint",
-        )
-        place = T + len(drawings)
-        drawing = draw_one(reading.logits_TV[-1], rows, stages_of(settings), seen_V, place)
-        drawings.append(drawing)
-        if drawing.token == eot or len(drawings) == n_new:
-            break
-        seen_V[drawing.token] = True
-        reading, cache = read(config, params, cache, [drawing.token])
-        readings.append(reading)
-    read_ids = [token for reading in readings for token in reading.tokens]
-    lens = look_through(config, params, read_ids)
-    return Journey(config, text, ids, readings, drawings, *lens, not isinstance(prompt, str))
-
-
-def look_through(config: ModelConfig, params: dict, tokens: Sequence[int]):
-    """The logit lens (nostalgebraist 2020): layers, ids and probabilities of their predictions.
-
-    The same forward pass, ended early: a model of the first n blocks.
+    With post-norm there is no residual stream before the first layer.
     """
     tokens_BT = jnp.array([tokens], jnp.int32)
-    layers = list(range(0 if config.norm_place == "pre" else 1, config.n_layers + 1))
-    found = [end_early(config, params, tokens_BT, n) for n in layers]
-    ids, probs = (np.stack([np.asarray(part) for part in parts]) for parts in zip(*found))  # noqa: B905
+    first = 0 if config.norm_place == "pre" else 1
+    layers = list(range(first, config.n_layers + 1))
+    predictions = [predict_after(config, params, tokens_BT, n) for n in layers]
+    ids = np.stack([np.asarray(ids_TK) for ids_TK, _ in predictions])
+    probs = np.stack([np.asarray(probs_TK) for _, probs_TK in predictions])
     return layers, ids, probs
 
 
-def end_early(config: ModelConfig, params: dict, tokens_BT: jax.Array, n_layers: int):
-    """Likeliest next tokens after the first `n_layers` blocks: ids and probabilities [T, K].
+def predict_after(config: ModelConfig, params: dict, tokens_BT: jax.Array, n_layers: int):
+    """The likeliest next tokens after the first `n_layers` blocks: ids and probabilities [T, K].
 
-    Not compiled as a whole: that would be a program for each number of layers. After none: one
-    block whose weights are zero, which adds nothing to the embedding.
+    It is not compiled as a whole, since each number of layers would be another program.
     """
     blocks = {i: params["blocks"][i] for i in range(max(n_layers, 1))}
-    if not n_layers:
+    if n_layers == 0:  # a block of zeros adds nothing to the embedding
         blocks = jax.tree.map(jnp.zeros_like, blocks)
-    short = replace(config, n_layers=len(blocks))
-    logits_BTV = transformer.forward(short, params | {"blocks": blocks}, tokens_BT)
-    probs_TK, ids_TK = jax.lax.top_k(
-        jax.nn.softmax(logits_BTV[0]), min(LENS_TOP, config.vocab_size)
-    )
+    shorter = replace(config, n_layers=len(blocks))
+    logits_BTV = transformer.forward(shorter, params | {"blocks": blocks}, tokens_BT)
+    probs_TV = jax.nn.softmax(logits_BTV[0])
+    probs_TK, ids_TK = jax.lax.top_k(probs_TV, min(LENS_TOP, config.vocab_size))
     return ids_TK, probs_TK

@@ -1,4 +1,4 @@
-"""What the tour writes down is what the forward pass computed, and draws what sample.py draws."""
+"""The recorder keeps what the forward pass computed, and samples what sample.py samples."""
 
 import math
 
@@ -12,124 +12,113 @@ from gpt.config import ModelConfig
 from gpt.errors import UserError
 from gpt.model import transformer
 from gpt.reports import tour_recorder
+from gpt.reports.tour_recorder import record_tour
 from gpt.sampling import generate
 from gpt.sampling.settings import Settings
 
-PLAIN = ModelConfig(257, 64, n_layers=1, n_heads=2, d_model=16)
 MODERN = ModelConfig(
     257, 64, n_layers=2, n_heads=4, n_kv_heads=2, d_model=24, positions="rope", norm="rms",
     mlp="swiglu", qk_norm=True, tied=False,
 )  # fmt: skip
 POST = ModelConfig(257, 64, n_layers=2, n_heads=1, d_model=16, norm_place="post", d_head=6)
+TIED = ModelConfig(257, 32, n_layers=1, n_heads=2, d_model=64, positions="rope")
 SETTINGS = Settings(
-    max_new_tokens=6, temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, seed=3
+    max_new_tokens=4, temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, seed=3
 )
 PROMPT = "今天 fish"
 
 
 @pytest.fixture(scope="module", params=[MODERN, POST], ids=["modern", "post"])
-def journey(request):
-    """A model and what the tour of a prompt noted."""
+def recorded(request):
+    """A model, and the record of a tour."""
     model = byte_models.make_model(request.param, loudness=3)
-    return model, tour_recorder.take_tour(model, PROMPT, SETTINGS)
+    return model, record_tour(model, PROMPT, SETTINGS)
 
 
-def test_the_recorded_logits_are_the_forward_pass(journey):
-    """Recorded through `attend`, in prefill and in each decode step, against one plain pass."""
-    model, noted = journey
-    tokens_BT = jnp.array([noted.read_ids])
-    plain_TV = transformer.forward(model.config, model.params, tokens_BT)[0]
-    recorded_PV = np.concatenate([reading.logits_TV for reading in noted.readings])
-    assert np.allclose(recorded_PV, plain_TV, atol=2e-5 * max(1, float(plain_TV.std())))
+@pytest.fixture(scope="module")
+def tied():
+    return byte_models.make_model(TIED)
 
 
-def test_recorded_attention_makes_the_recorded_output(journey):
-    """softmax(q k / sqrt(H)) over what is visible gives the weights; they and the values, the
-    mix."""
-    model, noted = journey
-    c = model.config
-    q, mix = noted.joined("q"), noted.joined("mix")
-    k, v = (np.repeat(noted.cached(n), c.n_heads // c.kv_heads, axis=1) for n in "kv")
-    scores, weights = noted.map("scores"), noted.map("weights")
-    P = len(noted.read_ids)
-    behind = np.tril(np.ones((P, P), bool))
-    dots = np.einsum("LPNH,LNSH->LNPS", q, k)
-    assert np.allclose(scores[..., behind], dots[..., behind], atol=1e-4 * np.abs(dots).max())
-    expected = jax.nn.softmax(np.where(behind, dots / math.sqrt(c.head_width), -1e30))
-    assert np.allclose(weights, expected, atol=1e-5)
-    assert np.all(weights[..., ~behind] == 0)
-    assert np.allclose(mix, np.einsum("LNPS,LNSH->LPNH", weights, v), atol=1e-4 * np.abs(v).max())
-
-
-def test_scores_of_what_lies_ahead_are_kept_too(journey):
-    """Within the prefill a query meets later keys, and the mask strikes the score out."""
-    _, noted = journey
-    T = len(noted.prompt_ids)
-    ahead = np.triu(np.ones((T, T), bool), 1)
-    assert np.any(noted.map("scores")[..., :T, :T][..., ahead] != 0)
-
-
-def test_it_draws_what_generate_draws(journey):
-    model, noted = journey
-    (done,) = generate.complete(model, [PROMPT], SETTINGS)
-    drawn = [drawing.token for drawing in noted.drawings]
-    assert drawn[: len(done.token_ids)] == done.token_ids
-    for drawing in noted.drawings:
-        last = list(drawing.stages.values())[-1]
-        before = last[: drawing.token].sum(dtype=np.float64)
-        assert before - 1e-5 <= drawing.uniform <= before + last[drawing.token] + 1e-5
-        assert list(drawing.stages) == ["the model", "penalty", "temperature", "top-k", "top-p"]
-        assert np.count_nonzero(drawing.stages["top-k"]) <= 40
-        assert all(math.isclose(probs.sum(), 1, abs_tol=1e-5) for probs in drawing.stages.values())
-
-
-def test_the_cache_is_written_where_it_says(journey):
-    """The prefill writes all slots of the prompt, each step the one after."""
-    _, noted = journey
-    T = len(noted.prompt_ids)
-    assert noted.readings[0].written == list(range(T))
-    for i, reading in enumerate(noted.readings[1:]):
-        assert reading.written == [T + i] and reading.first == T + i
-        assert reading.capacity >= T + len(noted.readings) - 1
-
-
-def test_the_last_layer_of_the_lens_is_the_model(journey):
-    model, noted = journey
-    recorded_PV = np.concatenate([reading.logits_TV for reading in noted.readings])
+def test_recorded_logits_are_those_of_the_forward_pass(recorded):
+    """Of prefill and of each decode step, against one pass without a cache; the lens ends there."""
+    model, record = recorded
+    logits_PV = transformer.forward(model.config, model.params, jnp.array([record.read_ids]))[0]
+    recorded_PV = np.concatenate([call.logits_TV for call in record.calls])
+    assert np.allclose(recorded_PV, logits_PV, atol=2e-5 * max(1, float(logits_PV.std())))
     probs, ids = jax.lax.top_k(jax.nn.softmax(recorded_PV), tour_recorder.LENS_TOP)
-    assert noted.lens_layers[-1] == model.config.n_layers
-    assert np.allclose(noted.lens_probs[-1], probs, atol=1e-4)
-    assert np.mean(noted.lens_ids[-1] == ids) > 0.95  # near ties may change places
+    assert record.lens_layers[-1] == model.config.n_layers
+    assert np.allclose(record.lens_probs[-1], probs, atol=1e-4)
+    assert np.mean(record.lens_ids[-1] == ids) > 0.95  # near ties may swap
 
 
-def test_the_first_layer_of_the_lens_is_the_embedding():
-    """A tied model without layers says the token it was given."""
-    wide = ModelConfig(257, 32, n_layers=1, n_heads=2, d_model=64, positions="rope")
-    model = byte_models.make_model(wide)
-    noted = tour_recorder.take_tour(model, "abc", Settings(max_new_tokens=1, temperature=0))
-    assert noted.lens_layers[0] == 0
-    assert noted.lens_ids[0][:, 0].tolist() == noted.read_ids
-    assert noted.drawings[0].uniform is None and list(noted.drawings[0].stages) == ["the model"]
+def test_recorded_arrays_fit_together(recorded):
+    """Queries and keys give the scores, their masked softmax the weights, and these the output."""
+    model, record = recorded
+    c = model.config
+    k, v = (np.repeat(record.cached(name), c.n_heads // c.kv_heads, axis=1) for name in "kv")
+    scores, weights = record.attention_map("scores"), record.attention_map("weights")
+    P, T = len(record.read_ids), len(record.prompt_ids)
+    is_visible = np.tril(np.ones((P, P), bool))
+    dots = np.einsum("LPNH,LNSH->LNPS", record.by_position("q"), k)
+    tolerance = 1e-4 * np.abs(dots).max()
+    assert np.allclose(scores[..., is_visible], dots[..., is_visible], atol=tolerance)
+    # Within the prefill the scores of later keys are kept too, to show what the mask removes.
+    assert np.allclose(scores[..., :T, :T], dots[..., :T, :T], atol=tolerance)
+    expected = jax.nn.softmax(np.where(is_visible, dots / math.sqrt(c.head_width), -1e30))
+    assert np.allclose(weights, expected, atol=1e-5)
+    assert np.all(weights[..., ~is_visible] == 0)
+    mix = np.einsum("LNPS,LNSH->LPNH", weights, v)
+    assert np.allclose(record.by_position("mix"), mix, atol=1e-4 * np.abs(v).max())
 
 
-def test_what_does_not_fit_is_refused():
-    model = byte_models.make_model(PLAIN)
-    with pytest.raises(UserError, match="65 tokens: expected at most the model's context of 64"):
-        tour_recorder.take_tour(model, "a" * 65, SETTINGS)
+def test_it_samples_what_generate_samples(recorded):
+    model, record = recorded
+    (completion,) = generate.complete(model, [PROMPT], SETTINGS)
+    tokens = [sampled.token for sampled in record.sampled]
+    assert tokens[: len(completion.token_ids)] == completion.token_ids
+    for sampled in record.sampled:
+        probs = list(sampled.stages.values())[-1]
+        low = probs[: sampled.token].sum(dtype=np.float64)
+        assert low - 1e-5 <= sampled.uniform <= low + probs[sampled.token] + 1e-5
+        assert list(sampled.stages) == ["the model", "penalty", "temperature", "top-k", "top-p"]
+        assert np.count_nonzero(sampled.stages["top-k"]) <= 40
+        assert all(math.isclose(p.sum(), 1, abs_tol=1e-5) for p in sampled.stages.values())
+
+
+def test_prefill_writes_all_slots_of_the_prompt_and_each_step_the_next(recorded):
+    _, record = recorded
+    T = len(record.prompt_ids)
+    assert record.calls[0].written_slots == list(range(T))
+    for i, call in enumerate(record.calls[1:]):
+        assert call.written_slots == [T + i] and call.first_position == T + i
+        assert call.capacity >= T + len(record.calls) - 1
+
+
+def test_a_tied_embedding_predicts_the_token_itself(tied):
+    record = record_tour(tied, "abc", Settings(max_new_tokens=1, temperature=0))
+    assert record.lens_layers[0] == 0
+    assert record.lens_ids[0][:, 0].tolist() == record.read_ids
+    assert record.sampled[0].uniform is None
+    assert list(record.sampled[0].stages) == ["the model"]
+
+
+def test_what_does_not_fit_is_refused(tied):
+    with pytest.raises(UserError, match="33 tokens: expected at most the model's context of 32"):
+        record_tour(tied, "a" * 33, SETTINGS)
     large = ModelConfig(257, 2048, n_layers=12, n_heads=12, d_model=768)
-    tour_recorder.require_size(large, 64)
+    tour_recorder.require_page_size(large, 64)
     with pytest.raises(UserError, match="a page of this model holds"):
-        tour_recorder.require_size(large, 200)
+        tour_recorder.require_page_size(large, 200)
 
 
-def test_a_diverged_model_is_told():
-    model = byte_models.make_model(PLAIN)
+def test_it_ends_where_the_context_does(tied):
+    record = record_tour(tied, "a" * 30, Settings(max_new_tokens=9, ignore_eos=True))
+    assert len(record.sampled) == 3 and len(record.read_ids) == 32
+
+
+def test_a_diverged_model_is_refused():
+    model = byte_models.make_model(TIED)
     model.params = jax.tree.map(lambda a: a * np.nan, model.params)
     with pytest.raises(UserError, match="not a number"):
-        tour_recorder.take_tour(model, "ab", Settings())
-
-
-def test_it_stops_where_the_context_does():
-    model = byte_models.make_model(PLAIN)
-    noted = tour_recorder.take_tour(model, "a" * 62, Settings(max_new_tokens=9, ignore_eos=True))
-    assert len(noted.drawings) == 3 and len(noted.read_ids) == 64
+        record_tour(model, "abc", Settings(max_new_tokens=1, temperature=0))
