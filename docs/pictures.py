@@ -104,7 +104,7 @@ def draw_scores(record: tour_recorder.TourRecord, words: list[str], path: Path) 
 
 
 def pointed(record: tour_recorder.TourRecord) -> tuple[int, int]:
-    """The layer and head with the largest weights on single earlier tokens, averaged over the prompt."""
+    """The layer and head with the largest weights on single earlier tokens, on average."""
     T = len(record.prompt_ids)
     earlier = np.tril(np.ones((T, T)), -1)
     earlier[:, 0] = 0  # heads that look for nothing put their weight there
