@@ -270,9 +270,11 @@ def compare(old_path: Path, new_path: Path, fail_if_slower: str | None) -> int:
     old, new = report.read_result(old_path), report.read_result(new_path)
     changes = report.changes_between(old, new)
     print(report.machine_change(old, new))
-    for line in report.setting_changes(old, new):
-        print(f"note: {line}", file=sys.stderr)
-    Console(width=160).print(report.change_table(changes))
+    for name in ("device", "precision", "weights", "model", "jax"):
+        if old.get(name) != new.get(name):
+            print(f"note: {name}: {old.get(name)} before, {new.get(name)} now", file=sys.stderr)
+    rows = [report.change_row(one) for one in changes]
+    Console(width=160).print(report.make_table(rows, justify="left"))
     if fail_if_slower is None:
         return 0
 

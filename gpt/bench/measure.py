@@ -8,7 +8,6 @@ that are already on the devices.
 import dataclasses
 import statistics
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -39,23 +38,16 @@ class Cell:
     new_tokens: int
     int8: bool = False
 
-    @property
-    def n_steps(self) -> int:
-        """Decode steps: one for each token but the first."""
-        return self.new_tokens - 1
-
 
 @dataclass
 class Times:
-    """Seconds, repeat by repeat."""
+    """Seconds, repeat by repeat: of prefill, of prefill and drawing the first token, of a decode
+    step of the device's loop (the mean of a repeat), and of every step driven from the host."""
 
     prefill: list[float] = field(default_factory=list)
     first_token: list[float] = field(default_factory=list)
-    """Prefill and drawing the first token."""
     step: list[float] = field(default_factory=list)
-    """A decode step of the device's loop: the mean of a repeat."""
     host_step: list[float] = field(default_factory=list)
-    """Every single step driven from the host."""
 
 
 def describe_machine(
@@ -117,6 +109,36 @@ def measure_cell(
     times = Times()
     for _ in range(repeats):
         repeat(config, params, cell, times)
+
+    # Reading the prompts. MFU is the share of the rate of matrix products; padding is no work.
+    seconds = statistics.median(times.prefill)
+    n_flops = cell.batch * flops.forward_flops(config, cell.prompt_length, n_logit_positions=1)
+    prefill = {
+        "seconds": seconds,
+        "tokens_per_second": cell.batch * cell.prompt_length / seconds,
+        "flops": n_flops,
+        "bytes": flops.prefill_bytes(config, cell.batch, cell.prompt_length, cell.int8),
+        "mfu": n_flops / seconds / ceilings["matmul_flops_per_second"],
+        "seconds_of_repeats": times.prefill,
+    }
+
+    # The tokens after the first. The rate and MBU, the share of the read rate, are those of the
+    # device's loop, the percentiles those of steps driven from the host.
+    seconds = statistics.median(times.step)
+    n_bytes, n_flops = step_cost(config, cell)
+    p50, p90, p99 = np.percentile(times.host_step, [50, 90, 99]).tolist()
+    decode = {
+        "tokens_per_second": cell.batch / seconds,
+        "seconds_per_step": seconds,
+        "seconds_per_step_p50": p50,
+        "seconds_per_step_p90": p90,
+        "seconds_per_step_p99": p99,
+        "bytes_per_step": n_bytes,
+        "flops_per_step": n_flops,
+        "mbu": n_bytes / seconds / ceilings["read_bytes_per_second"],
+        "host_seconds_per_step": p50 - seconds,
+        "seconds_per_step_of_repeats": times.step,
+    }
     return {
         "batch": cell.batch,
         "prompt_length": cell.prompt_length,
@@ -124,8 +146,8 @@ def measure_cell(
         "compile_seconds": compiling.compile_seconds,
         "cached_compile_seconds": reading_cache.compile_seconds if reading_cache.programs else None,
         "ttft_seconds": statistics.median(times.first_token),
-        "prefill": prefill_figures(config, cell, times, ceilings),
-        "decode": decode_figures(config, cell, times, ceilings),
+        "prefill": prefill,
+        "decode": decode,
         "peak_bytes": peak_bytes(),
     }
 
@@ -134,7 +156,7 @@ def repeat(config: ModelConfig, params: dict, cell: Cell, times: Times) -> None:
     """One repeat: read and decode in chunks, then read and decode token by token."""
     state, rows = read_prompts(config, params, cell, times)
     chunks = decode(config, params, state, rows, generate.CHUNK)
-    times.step.append(sum(chunks) / cell.n_steps)
+    times.step.append(sum(chunks) / (cell.new_tokens - 1))
     state, rows = read_prompts(config, params, cell, times)
     times.host_step += decode(config, params, state, rows, 1)
 
@@ -174,44 +196,9 @@ def decode(config: ModelConfig, params: dict, state, rows, chunk: int) -> list[f
     return seconds
 
 
-def prefill_figures(config: ModelConfig, cell: Cell, times: Times, ceilings: dict) -> dict:
-    """Of reading the prompts. `mfu`: share of the rate of matrix products; padding is no work."""
-    seconds = statistics.median(times.prefill)
-    n_flops = cell.batch * flops.forward_flops(config, cell.prompt_length, n_logit_positions=1)
-    return {
-        "seconds": seconds,
-        "tokens_per_second": cell.batch * cell.prompt_length / seconds,
-        "flops": n_flops,
-        "bytes": flops.prefill_bytes(config, cell.batch, cell.prompt_length, cell.int8),
-        "mfu": n_flops / seconds / ceilings["matmul_flops_per_second"],
-        "seconds_of_repeats": times.prefill,
-    }
-
-
-def decode_figures(config: ModelConfig, cell: Cell, times: Times, ceilings: dict) -> dict:
-    """Of the tokens after the first. The rate and `mbu` (share of the read rate) are those of the
-    device's loop, the percentiles those of steps driven from the host, and `host_seconds_per_step`
-    is what driving from the host adds."""
-    seconds = statistics.median(times.step)
-    n_bytes, n_flops = step_cost(config, cell)
-    p50, p90, p99 = np.percentile(times.host_step, [50, 90, 99]).tolist()
-    return {
-        "tokens_per_second": cell.batch / seconds,
-        "seconds_per_step": seconds,
-        "seconds_per_step_p50": p50,
-        "seconds_per_step_p90": p90,
-        "seconds_per_step_p99": p99,
-        "bytes_per_step": n_bytes,
-        "flops_per_step": n_flops,
-        "mbu": n_bytes / seconds / ceilings["read_bytes_per_second"],
-        "host_seconds_per_step": p50 - seconds,
-        "seconds_per_step_of_repeats": times.step,
-    }
-
-
 def step_cost(config: ModelConfig, cell: Cell) -> tuple[int, int]:
     """Bytes and FLOPs of the mean decode step of a cell: only filled slots of the cache count."""
-    filled = cell.prompt_length + (cell.n_steps - 1) // 2
+    filled = cell.prompt_length + (cell.new_tokens - 2) // 2
     n_bytes = flops.decode_bytes(config, cell.batch, filled, cell.int8)
     return n_bytes, cell.batch * flops.forward_flops(config, 1, filled, 1)
 
@@ -239,34 +226,29 @@ def measure_train_step(config: TrainConfig, mesh: Mesh, repeats: int, ceilings: 
         return state
 
     _, state = timed(run, state)  # not counted: the first steps are slower
-    seconds = []
+    repeated = []
     for _ in range(repeats):
         spent, state = timed(run, state)
-        seconds.append(spent / TRAIN_STEPS)
+        repeated.append(spent / TRAIN_STEPS)
+
+    # MFU is the share of the rate of matrix products of all devices; recomputation is no work.
+    seconds = statistics.median(repeated)
+    n_tokens = config.batch_size * config.window
+    model = dataclasses.replace(config.model, context_length=config.window)
+    n_flops = n_tokens * flops.train_flops_per_token(model)
+    train = {
+        "seconds_per_step": seconds,
+        "tokens_per_second": n_tokens / seconds,
+        "flops": n_flops,
+        "mfu": n_flops / seconds / (mesh.size * ceilings["matmul_flops_per_second"]),
+        "seconds_of_repeats": repeated,
+    }
     return {
         "batch": config.batch_size,
         "seq_len": config.window,
         "compile_seconds": compiling.compile_seconds,
-        "train": train_figures(config, seconds, ceilings, mesh.size),
+        "train": train,
         "peak_bytes": peak_bytes(),
-    }
-
-
-def train_figures(
-    config: TrainConfig, seconds: Sequence[float], ceilings: dict, n_devices: int
-) -> dict:
-    """Of steps that took `seconds`. `mfu`: share of the rate of matrix products of all devices;
-    recomputation is no work."""
-    n_tokens = config.batch_size * config.window
-    model = dataclasses.replace(config.model, context_length=config.window)
-    n_flops = n_tokens * flops.train_flops_per_token(model)
-    median = statistics.median(seconds)
-    return {
-        "seconds_per_step": median,
-        "tokens_per_second": n_tokens / median,
-        "flops": n_flops,
-        "mfu": n_flops / median / (n_devices * ceilings["matmul_flops_per_second"]),
-        "seconds_of_repeats": seconds,
     }
 
 

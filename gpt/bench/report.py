@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.box import SIMPLE
-from rich.console import Group
+from rich.console import Group, JustifyMethod
 from rich.panel import Panel
 from rich.table import Table
 
@@ -20,22 +20,6 @@ from gpt.errors import UserError, require
 
 WIDTH = 124  # a narrower terminal wraps; a truncated figure would be lost
 WIDE_SPREAD = 0.1  # half the range of the repeats, as a share of the median, that is marked with !
-SAMPLING_COLUMNS = [
-    "\nbatch",
-    "\nprompt",
-    "compile\ns, cached",
-    "1st tok.\nms",
-    "prefill\nms",
-    "\ntokens/s",
-    "\nMFU",
-    "decode\nms",
-    "\ntokens/s",
-    "\nMBU",
-    "p50 / p90 / p99\nms",
-    "peak\nGB",
-]
-TRAIN_COLUMNS = ["\nbatch", "\ntokens", "compile\ns", "step\nms", "\ntokens/s", "\nMFU", "peak\nGB"]
-
 # Dense bfloat16 FLOP/s and memory bytes/s by the data sheets of NVIDIA and Google Cloud of 2025.
 # They are shown beside what was measured, never in place of it.
 VENDOR_PEAKS = {
@@ -74,61 +58,62 @@ def card(result: dict) -> Group:
     cells = result["cells"]
     if "train" in cells[0]:
         lines.append("MFU: share of the measured matrix rate; recomputation is not counted.")
-        table = make_table(TRAIN_COLUMNS, [train_row(cell) for cell in cells])
+        table = make_table([train_row(cell) for cell in cells])
     else:
         lines += [regime(result, "prefill"), regime(result, "decode")]
         lines.append(
             "Decode is a step of the device's loop; p50 to p99 are steps driven from the host. MFU "
             "and MBU: shares of the measured rates of matrix products and of reading."
         )
-        table = make_table(SAMPLING_COLUMNS, [sampling_row(cell) for cell in cells])
+        table = make_table([sampling_row(cell) for cell in cells])
     return Group(Panel("\n".join(lines), expand=False), table)
 
 
-def make_table(columns: list[str], rows: list[list[str]]) -> Table:
-    """Right-aligned columns."""
+Row = list[tuple[str, str]]
+"""Columns by name, and what a row has in them."""
+
+
+def make_table(rows: list[Row], justify: JustifyMethod = "right") -> Table:
     table = Table(box=SIMPLE, collapse_padding=True, pad_edge=False)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+    for name, _ in rows[0]:
+        table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(text for _, text in row))
     return table
 
 
-def sampling_row(cell: dict) -> list[str]:
-    """The line of a cell of sampling."""
+def sampling_row(cell: dict) -> Row:
     prefill, decode = cell["prefill"], cell["decode"]
     compile_seconds = f"{cell['compile_seconds']:.1f}"
     if cell["cached_compile_seconds"] is not None:
         compile_seconds += f", {cell['cached_compile_seconds']:.1f}"
     percentiles = [decode[f"seconds_per_step_p{p}"] * 1e3 for p in (50, 90, 99)]
     return [
-        str(cell["batch"]),
-        str(cell["prompt_length"]),
-        compile_seconds,
-        f"{cell['ttft_seconds'] * 1e3:.1f}",
-        milliseconds(prefill["seconds_of_repeats"]),
-        f"{prefill['tokens_per_second']:,.0f}",
-        f"{prefill['mfu']:.0%}",
-        milliseconds(decode["seconds_per_step_of_repeats"]),
-        f"{decode['tokens_per_second']:,.0f}",
-        f"{decode['mbu']:.0%}",
-        " / ".join(f"{p:.2f}" for p in percentiles),
-        gigabytes(cell["peak_bytes"]),
+        ("\nbatch", str(cell["batch"])),
+        ("\nprompt", str(cell["prompt_length"])),
+        ("compile\ns, cached", compile_seconds),
+        ("1st tok.\nms", f"{cell['ttft_seconds'] * 1e3:.1f}"),
+        ("prefill\nms", milliseconds(prefill["seconds_of_repeats"])),
+        ("\ntokens/s", f"{prefill['tokens_per_second']:,.0f}"),
+        ("\nMFU", f"{prefill['mfu']:.0%}"),
+        ("decode\nms", milliseconds(decode["seconds_per_step_of_repeats"])),
+        ("\ntokens/s", f"{decode['tokens_per_second']:,.0f}"),
+        ("\nMBU", f"{decode['mbu']:.0%}"),
+        ("p50 / p90 / p99\nms", " / ".join(f"{p:.2f}" for p in percentiles)),
+        ("peak\nGB", gigabytes(cell["peak_bytes"])),
     ]
 
 
-def train_row(cell: dict) -> list[str]:
-    """The line of a batch size of training."""
+def train_row(cell: dict) -> Row:
     train = cell["train"]
     return [
-        str(cell["batch"]),
-        str(cell["seq_len"]),
-        f"{cell['compile_seconds']:.1f}",
-        milliseconds(train["seconds_of_repeats"]),
-        f"{train['tokens_per_second']:,.0f}",
-        f"{train['mfu']:.0%}",
-        gigabytes(cell["peak_bytes"]),
+        ("\nbatch", str(cell["batch"])),
+        ("\ntokens", str(cell["seq_len"])),
+        ("compile\ns", f"{cell['compile_seconds']:.1f}"),
+        ("step\nms", milliseconds(train["seconds_of_repeats"])),
+        ("\ntokens/s", f"{train['tokens_per_second']:,.0f}"),
+        ("\nMFU", f"{train['mfu']:.0%}"),
+        ("peak\nGB", gigabytes(cell["peak_bytes"])),
     ]
 
 
@@ -159,38 +144,18 @@ def vendor_peak(device_kind: str) -> str:
 # --- the roofline (Williams et al. 2009, section 3): min(peak FLOP/s, bytes/s x FLOP per byte) ---
 
 
-@dataclass(frozen=True)
-class Point:
-    """One phase of one cell under the roofline."""
-
-    phase: str
-    cell: str
-    flops_per_byte: float
-    flops_per_second: float
+PHASES = {
+    "prefill": ("flops", "bytes", "seconds"),
+    "decode": ("flops_per_step", "bytes_per_step", "seconds_per_step"),
+}
 
 
-def points(result: dict) -> list[Point]:
-    """Prefill and decode of each cell."""
+def points(result: dict, phase: str) -> list[tuple[float, float]]:
+    """FLOP per byte and FLOP/s of a phase of each cell."""
     found = []
     for cell in result["cells"]:
-        name = f"{cell['batch']} x {cell['prompt_length']}"
-        prefill, decode = cell["prefill"], cell["decode"]
-        found.append(
-            Point(
-                "prefill",
-                name,
-                prefill["flops"] / prefill["bytes"],
-                prefill["flops"] / prefill["seconds"],
-            )
-        )
-        found.append(
-            Point(
-                "decode",
-                name,
-                decode["flops_per_step"] / decode["bytes_per_step"],
-                decode["flops_per_step"] / decode["seconds_per_step"],
-            )
-        )
+        n_flops, n_bytes, seconds = (cell[phase][key] for key in PHASES[phase])
+        found.append((n_flops / n_bytes, n_flops / seconds))
     return found
 
 
@@ -202,7 +167,7 @@ def balance(result: dict) -> float:
 
 def regime(result: dict, phase: str) -> str:
     """One line on what limits a phase: its FLOP per byte against the balance point."""
-    intensities = [p.flops_per_byte for p in points(result) if p.phase == phase]
+    intensities = [intensity for intensity, _ in points(result, phase)]
     low, high, limit = min(intensities), max(intensities), balance(result)
     if low > limit:
         bound = "bound by arithmetic"
@@ -223,22 +188,19 @@ def draw_roofline(result: dict, path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    found = points(result)
     peak = result["ceilings"]["matmul_flops_per_second"]
     rate = result["ceilings"]["read_bytes_per_second"]
-    intensities = [point.flops_per_byte for point in found] + [balance(result)]
-    x = np.geomspace(min(intensities) / 3, max(intensities) * 3, 200)
+    intensities = [x for phase in PHASES for x, _ in points(result, phase)] + [balance(result)]
+    roof = np.geomspace(min(intensities) / 3, max(intensities) * 3, 200)
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    axes.loglog(x, np.minimum(peak, rate * x), color="0.3", label="measured roof")
+    axes.loglog(roof, np.minimum(peak, rate * roof), color="0.3", label="measured roof")
     for phase, marker, color in (("prefill", "o", "tab:blue"), ("decode", "s", "tab:orange")):
-        of_phase = [point for point in found if point.phase == phase]
-        xs = [point.flops_per_byte for point in of_phase]
-        ys = [point.flops_per_second for point in of_phase]
-        axes.plot(xs, ys, marker, color=color, label=f"{phase} (batch x prompt)")
-        for point in of_phase:
-            at = (point.flops_per_byte, point.flops_per_second)
-            axes.annotate(point.cell, at, xytext=(5, -9), textcoords="offset points", size=8)
+        found = points(result, phase)
+        axes.plot(*zip(*found, strict=True), marker, color=color, label=f"{phase} (batch x prompt)")
+        for cell, at in zip(result["cells"], found, strict=True):
+            name = f"{cell['batch']} x {cell['prompt_length']}"
+            axes.annotate(name, at, xytext=(5, -9), textcoords="offset points", size=8)
     axes.set_xlabel("arithmetic intensity, FLOP per byte")
     axes.set_ylabel("FLOP/s")
     axes.set_title(f"{result['model']} on {result['device']}, {result['precision']}")
@@ -255,7 +217,6 @@ CEILINGS = {
     "matmul_flops_per_second": "matrix products",
     "read_bytes_per_second": "reading memory",
 }
-SETTINGS = ("device", "precision", "weights", "model", "jax")
 REPEATS = {
     "prefill": ("prefill", "seconds_of_repeats"),
     "decode step": ("decode", "seconds_per_step_of_repeats"),
@@ -316,12 +277,6 @@ def machine_change(old: dict, new: dict) -> str:
     return f"the machine is the same within {MACHINE_TOLERANCE:.0%}: {', '.join(changes)} as before"
 
 
-def setting_changes(old: dict, new: dict) -> list[str]:
-    """A line for each setting that differs."""
-    names = [name for name in SETTINGS if old.get(name) != new.get(name)]
-    return [f"{name}: {old.get(name)} before, {new.get(name)} now" for name in names]
-
-
 def changes_between(old: dict, new: dict) -> list[Change]:
     """Each figure of each cell that both results have."""
     before = {cell_name(cell): cell for cell in old["cells"]}
@@ -352,13 +307,14 @@ def cell_name(cell: dict) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {cell[key]}" for key in keys)
 
 
-def change_table(changes: Sequence[Change]) -> Table:
-    table = Table(box=SIMPLE, collapse_padding=True, pad_edge=False)
-    for name in ("cell", "figure", "new / old", "spread", "verdict"):
-        table.add_column(name, no_wrap=True)
-    for c in changes:
-        table.add_row(c.cell, c.name, f"{c.ratio:.3f}", f"±{c.spread:.3f}", c.verdict)
-    return table
+def change_row(change: Change) -> Row:
+    return [
+        ("cell", change.cell),
+        ("figure", change.name),
+        ("new / old", f"{change.ratio:.3f}"),
+        ("spread", f"±{change.spread:.3f}"),
+        ("verdict", change.verdict),
+    ]
 
 
 def parse_share(text: str) -> float:

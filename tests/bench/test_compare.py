@@ -12,39 +12,20 @@ from gpt.errors import UserError
 NOISE = 0.03  # spread of the repeats, as a share
 
 
-def result(rng, slower=1.0, repeats=5):
+def result(rng, slower=1.0):
     """A result of two cells whose decode steps are `slower` times as long."""
     cells = []
     for batch in (1, 8):
-        prefill = 0.01 * batch * rng.lognormal(0, NOISE, repeats)
-        decode = 0.001 * slower * rng.lognormal(0, NOISE, repeats)
-        cells.append(
-            {
-                "batch": batch,
-                "prompt_length": 128,
-                "new_tokens": 64,
-                "prefill": {
-                    "seconds_of_repeats": prefill.tolist(),
-                    "seconds": 0.01 * batch,
-                    "flops": 1e9,
-                    "bytes": 1e7,
-                },
-                "decode": {
-                    "seconds_per_step_of_repeats": decode.tolist(),
-                    "seconds_per_step": 0.001,
-                    "flops_per_step": 1e6 * batch,
-                    "bytes_per_step": 1e6,
-                },
-            }
-        )
-    return {
-        "cells": cells,
-        "device": "cpu",
-        "precision": "float32",
-        "model": "m",
-        "jax": "1",
-        "ceilings": {"matmul_flops_per_second": 1e12, "read_bytes_per_second": 1e11},
-    }
+        prefill = {"flops": 1e9, "bytes": 1e7, "seconds": 0.01 * batch}
+        prefill["seconds_of_repeats"] = (0.01 * batch * rng.lognormal(0, NOISE, 5)).tolist()
+        decode = {"flops_per_step": 1e6 * batch, "bytes_per_step": 1e6, "seconds_per_step": 0.001}
+        repeats = (0.001 * slower * rng.lognormal(0, NOISE, 5)).tolist()
+        decode["seconds_per_step_of_repeats"] = repeats
+        sizes = {"batch": batch, "prompt_length": 128, "new_tokens": 64}
+        cells.append(sizes | {"prefill": prefill, "decode": decode})
+    ceilings = {"matmul_flops_per_second": 1e12, "read_bytes_per_second": 1e11}
+    names = {"device": "cpu", "precision": "float32", "model": "m", "jax": "1"}
+    return names | {"cells": cells, "ceilings": ceilings}
 
 
 def test_noise_is_called_a_difference_once_in_twenty():
@@ -136,9 +117,9 @@ def test_the_roofline_shows_what_limits_each_phase(tmp_path):
     assert report.regime(measured, "prefill").endswith("bound by arithmetic")
     assert "1.0 to 8.0 FLOP per byte" in report.regime(measured, "decode")
     assert report.regime(measured, "decode").endswith("bound by memory")
-    for name in ("roof.png", "roof.svg"):
-        report.draw_roofline(measured, tmp_path / name)
-        assert (tmp_path / name).stat().st_size > 5000
+    report.draw_roofline(measured, tmp_path / "roof.svg")
+    drawn = (tmp_path / "roof.svg").read_text()
+    assert "arithmetic intensity" in drawn and "8 x 128" in drawn
 
 
 def test_the_vendor_is_quoted_or_unknown():
