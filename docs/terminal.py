@@ -1,10 +1,10 @@
-"""Draws what a terminal showed as an SVG: colours and boxes as they were, nothing made up.
+"""Turns a recording of a terminal into an SVG with its colors and boxes.
 
     script -qfc "python train.py" train.raw
     python docs/terminal.py train.raw --out docs/train.svg --command "python train.py" --lines 1-12
 
-`script` (of util-linux) records all that a program writes. The recording is played back here, so
-that a progress bar is drawn once, as it stood last.
+`script` (of util-linux) records everything that a program writes. The recording is played back here,
+so that a progress bar appears once, as it was at the end.
 """
 
 import io
@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
-PLAY = re.compile(r"\r|\n|\x1b\[([\d;]*)([A-Za-z])|\x1b\[\?\d+[hl]|[^\r\n\x1b]+")
-# Rich's picture of a window, without the font that it would fetch from elsewhere.
+CHUNK = re.compile(r"\r|\n|\x1b\[([\d;]*)([A-Za-z])|\x1b\[\?\d+[hl]|[^\r\n\x1b]+")
+# Rich's SVG template, without the web font that it would load.
 SHAPE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">
 <style>
 .{unique_id}-matrix {{ font-family: ui-monospace, "SF Mono", Consolas, "DejaVu Sans Mono",
@@ -40,51 +40,60 @@ THEME = TerminalTheme((24, 28, 33), (216, 222, 230), ANSI, BRIGHT)
 
 @dataclass(frozen=True)
 class Command:
-    """What to draw."""
+    """Which recording, and which lines of it."""
 
     recording: tyro.conf.Positional[Path]
     """What `script` wrote."""
     out: Path
     """The SVG to write."""
     command: str
-    """What was typed, for the first line."""
+    """The command that was typed, shown on the first line."""
     lines: str | None = None
-    """Which lines to draw, such as 1-11,36,47-50; a gap is shown as one (default: all)."""
+    """Which lines to show, such as 1-11,36,47-50; gaps are marked (default: all)."""
     width: int = 100
-    """Columns; what is longer goes on in the next line."""
+    """Columns; longer lines are wrapped."""
 
 
 def play(recording: str) -> list[str]:
-    """The lines as they stood at the end: what moves the cursor up or clears a line is obeyed."""
+    """The lines as they were at the end. Moving the cursor up, returning it to the start of its line
+    and clearing a line are followed; other control sequences are ignored."""
     recording = re.sub(r"^Script (started|done).*\n?", "", recording, flags=re.MULTILINE)
-    lines, row, fresh = [""], 0, False
-    for found in PLAY.finditer(recording):
-        piece, count, verb = found[0], found[1], found[2]
-        if piece == "\n":
-            row, fresh = row + 1, False
-            lines += [""] * (row == len(lines))
-        elif piece == "\r":
-            fresh = True
-        elif verb == "A":
+    lines = [""]
+    row = 0
+    at_line_start = False  # after a carriage return: the next text replaces the line
+    for match in CHUNK.finditer(recording):
+        chunk, count, command = match[0], match[1], match[2]
+        if chunk == "\n":
+            row += 1
+            at_line_start = False
+            if row == len(lines):
+                lines.append("")
+        elif chunk == "\r":
+            at_line_start = True
+        elif command == "A":
             row = max(row - int(count or 1), 0)
-        elif verb == "K":
+        elif command == "K":
             lines[row] = ""
-        elif verb == "m" or not piece.startswith("\x1b"):
-            lines[row], fresh = piece if fresh else lines[row] + piece, False
+        elif command == "m" or not chunk.startswith("\x1b"):
+            lines[row] = chunk if at_line_start else lines[row] + chunk
+            at_line_start = False
     return lines
 
 
 def choose(lines: list[str], wanted: str | None) -> list[str]:
-    """The lines of `wanted`, first and last counted from 1, with a mark at each gap."""
+    """The lines of `wanted`, ranges counted from 1 and both ends included, with a mark at gaps."""
     if wanted is None:
         return lines
-    parts = [[int(n) for n in part.split("-")] for part in wanted.split(",")]
-    chosen = [lines[part[0] - 1 : part[-1]] for part in parts]
-    return [line for i, part in enumerate(chosen) for line in ["⋮"] * (i > 0) + part]
+    chosen = []
+    for part in wanted.split(","):
+        first, _, last = part.partition("-")
+        if chosen:
+            chosen.append("⋮")
+        chosen += lines[int(first) - 1 : int(last or first)]
+    return chosen
 
 
 def main() -> None:
-    """Play the recording, draw the lines that were asked for."""
     command = tyro.cli(Command, description=__doc__)
     lines = play(command.recording.read_bytes().decode().replace("\r\n", "\n"))
     shown = Text.from_ansi("\n".join(choose(lines, command.lines)).rstrip())
