@@ -2,9 +2,9 @@
 
     python benchmarks/ablations.py --out docs/how-it-works.md --steps 200
 
-Every row trains the same number of steps on the same batches of Python's standard library and
-reports the loss on held-out text. What is a setting of the model is a flag; what is none, because
-nobody should want it, is patched here, in the process that trains that row.
+Every row trains for the same number of steps on the same batches of Python's standard library and
+reports the loss on held-out text. What the model has a setting for is left out by a flag. The rest,
+which nobody should want, is patched here, in the process that trains the row.
 """
 
 import json
@@ -20,13 +20,13 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 MARK = "<!-- made by benchmarks/ablations.py -->"
-DIVERGED = 77  # the exit code after too many steps that are no number
-EVERY = ["--log-every", "50", "--sample-every", "0", "--keep-best", "0"]
-EVERY += ["--eval-every", "1000000", "--save-every", "1000000"]
+DIVERGED = 77  # the exit code after too many steps that are not finite
+COMMON_FLAGS = ["--log-every", "50", "--sample-every", "0", "--keep-best", "0"]
+COMMON_FLAGS += ["--eval-every", "1000000", "--save-every", "1000000"]
 
 
 def share_queries_and_keys() -> None:
-    """A token asks for what it offers: scores become symmetric but for the turn of RoPE."""
+    """Use the queries as keys: scores become symmetric, apart from RoPE's rotation."""
     from gpt.model.attention import Attention
 
     project = Attention.project
@@ -39,7 +39,7 @@ def share_queries_and_keys() -> None:
 
 
 def leave_scores_unscaled() -> None:
-    """Queries times sqrt(H), which the scores are divided by later."""
+    """Multiply the queries by sqrt(H), by which the scores are divided later."""
     from gpt.model.attention import Attention
 
     project = Attention.project
@@ -52,7 +52,7 @@ def leave_scores_unscaled() -> None:
 
 
 def leave_out_residuals() -> None:
-    """Each sublayer's output instead of the sum with its input."""
+    """Pass on each sublayer's output instead of its sum with the input."""
     from gpt.model import transformer
 
     class Bare(transformer.Block):
@@ -65,18 +65,18 @@ def leave_out_residuals() -> None:
 
 
 def leave_out_mask() -> None:
-    """Every token sees the whole window, the one that it has to predict among them."""
+    """Let every token see the whole window, including the token that it has to predict."""
     import jax.numpy as jnp
 
     from gpt.model import attention, flash_attention
 
-    flash_attention.KERNELS.clear()  # which have masks of their own
+    flash_attention.KERNELS.clear()  # they have masks of their own
     attention.visible = lambda pos_BT, n_queries, n_slots: jnp.ones((1, n_queries, n_slots), bool)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: what is said of it, the flags, what is patched."""
+    """A row of the table: its name, the flags of train.py, and a patch of the model."""
 
     name: str
     flags: tuple[str, ...] = ()
@@ -110,19 +110,19 @@ class Command:
     steps: int = 200
     """Optimizer steps of each row."""
     seeds: int = 1
-    """Seeds of each row; above 1 the mean is told, with the spread."""
+    """Seeds of each row; with several, the mean and the range are given."""
     data: tuple[Path, ...] = field(default=())
     """Text files or folders (default: Python's standard library)."""
 
 
 def work(variant: Variant, argv: list[str], log: Path) -> None:
-    """A process of its own: patch the model, train, leave with train.py's exit code, or DIVERGED.
+    """Patch the model and train, in a process of its own; exits with train.py's code or DIVERGED.
 
-    Not with 1 for that: any bug would be counted as a loss.
+    train.py exits with 1 if the loss diverges, and so does Python after any bug.
     """
     with log.open("w") as file:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(file.fileno(), stream.fileno())
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
         sys.path.insert(0, str(ROOT))
         import train
         from gpt.errors import Failed
@@ -137,9 +137,9 @@ def work(variant: Variant, argv: list[str], log: Path) -> None:
 
 
 def train_once(variant: Variant, folder: Path, flags: list[str]) -> float:
-    """The last validation loss of one run, nats a token; infinite where it diverged."""
+    """The last validation loss of one run, in nats per token; infinite if it diverged."""
     log = folder.with_suffix(".log")
-    argv = ["tiny", "--out", str(folder), *EVERY, *flags, *variant.flags]
+    argv = ["tiny", "--out", str(folder), *COMMON_FLAGS, *flags, *variant.flags]
     context = multiprocessing.get_context("spawn")
     child = context.Process(target=work, args=(variant, argv, log))
     child.start()
@@ -147,14 +147,17 @@ def train_once(variant: Variant, folder: Path, flags: list[str]) -> float:
     if child.exitcode == DIVERGED:
         return float("inf")
     if child.exitcode:
-        raise SystemExit(f"{variant.name}: train.py left with {child.exitcode}\n{log.read_text()}")
+        raise SystemExit(
+            f"{variant.name}: train.py exited with {child.exitcode}\n{log.read_text()}"
+        )
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [line for line in map(json.loads, lines) if "val_loss" in line][-1]["val_loss"]
+    records = [json.loads(line) for line in lines]
+    return [record["val_loss"] for record in records if "val_loss" in record][-1]
 
 
-def look_only_back(folder: Path, flags: list[str]) -> float:
-    """The loss of a trained run in the unpatched model: one step that changes nothing, for the
-    evaluation that follows it."""
+def loss_with_mask(folder: Path, flags: list[str]) -> float:
+    """The loss of a trained run in the unpatched model: that of the evaluation after one step with
+    a learning rate of practically zero."""
     still = ["--learning-rate", "1e-12", "--muon-learning-rate", "1e-12"]
     still += ["--min-learning-rate", "0", "--weight-decay", "0", "--steps", "1"]
     masked = folder.with_name("masked")
@@ -162,44 +165,54 @@ def look_only_back(folder: Path, flags: list[str]) -> float:
 
 
 def measure(command: Command, variant: Variant, folder: Path) -> tuple[list[float], str]:
-    """Losses of a variant, one a seed, and a remark."""
+    """The losses of a variant, one per seed, and a remark."""
+    length = ["--steps", str(command.steps), "--warmup-steps", str(command.steps // 10)]
+    data: list[str] = []
+    for path in command.data:
+        data += ["--data", str(path)]
+
     losses, remark = [], ""
-    data = [word for path in command.data for word in ("--data", str(path))]
     for seed in range(command.seeds):
-        run, flags = folder / f"{VARIANTS.index(variant)}-{seed}", ["--seed", str(seed), *data]
-        length = ["--steps", str(command.steps), "--warmup-steps", str(command.steps // 10)]
+        run = folder / f"{VARIANTS.index(variant)}-{seed}"
+        flags = ["--seed", str(seed), *data]
         losses.append(train_once(variant, run, flags + length))
-        if variant is NO_MASK and not seed:
-            masked = look_only_back(run, flags)
-            remark = f"the same weights, the mask put back: {masked:.2f}"
+        if variant is NO_MASK and seed == 0:
+            remark = f"the same weights, the mask put back: {loss_with_mask(run, flags):.2f}"
     return losses, remark
 
 
-def row(variant: Variant, losses: list[float], whole: float, remark: str) -> str:
-    """One line of the table."""
+def table_row(variant: Variant, losses: list[float], loss_of_whole: float, remark: str) -> str:
     mean = sum(losses) / len(losses)
-    spread = f" ({min(losses):.3f} to {max(losses):.3f})" if len(losses) > 1 else ""
-    change = "" if variant is WHOLE else f"{mean - whole:+.3f}"
-    return f"| {variant.name} | {mean:.3f}{spread} | {change} | {remark} |"
+    loss = f"{mean:.3f}"
+    if len(losses) > 1:
+        loss += f" ({min(losses):.3f} to {max(losses):.3f})"
+    change = ""
+    if variant is not WHOLE:
+        change = f"{mean - loss_of_whole:+.3f}"
+    return f"| {variant.name} | {loss} | {change} | {remark} |"
 
 
 def main() -> None:
     """Train every row and write the table."""
     command = tyro.cli(Command, description=__doc__)
-    rows, whole = [], 0.0
+    rows = ["| variant | held-out loss, nats per token | change | |", "|---|---|---|---|"]
+    loss_of_whole = 0.0
     with tempfile.TemporaryDirectory() as folder:
         for variant in VARIANTS:
             losses, remark = measure(command, variant, Path(folder))
-            whole = whole or sum(losses) / len(losses)
-            rows.append(row(variant, losses, whole, remark))
+            if variant is WHOLE:
+                loss_of_whole = sum(losses) / len(losses)
+            rows.append(table_row(variant, losses, loss_of_whole, remark))
             print(rows[-1], flush=True)
-    head = ["| variant | held-out loss, nats a token | change | |", "|---|---|---|---|"]
-    made = f"{command.steps} steps of the tiny preset, {command.seeds} seed(s) a row."
-    before = command.out.read_text(encoding="utf-8") if command.out.exists() else MARK
-    table = "\n".join([*head, *rows])
-    command.out.write_text(
-        f"{before.partition(MARK)[0]}{MARK}\n\n{made}\n\n{table}\n", encoding="utf-8"
-    )
+
+    # The table replaces whatever follows the mark.
+    text = MARK
+    if command.out.exists():
+        text = command.out.read_text(encoding="utf-8")
+    before, _, _ = text.partition(MARK)
+    made = f"{command.steps} steps of the tiny preset, {command.seeds} seed(s) per row."
+    table = "\n".join(rows)
+    command.out.write_text(f"{before}{MARK}\n\n{made}\n\n{table}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

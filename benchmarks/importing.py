@@ -5,6 +5,7 @@
 Writes the model's folder and the run's into a temporary one, and removes both.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -27,7 +28,6 @@ from gpt.convert.hf_weights import (  # noqa: E402
     tensor_shapes,
     write_safetensors,
 )
-from gpt.errors import require  # noqa: E402
 from gpt.presets import preset  # noqa: E402
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -71,11 +71,14 @@ def measure(name: str, dtype: str) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
-    require(len(argv) <= 2, f"{' '.join(argv)}: expected at most a preset and a type")
-    name = argv[0] if argv else "gpt2-xl"
-    dtype = argv[1] if len(argv) > 1 else "float32"
-    require(dtype in TYPES, f"{dtype}: expected one of {', '.join(TYPES)}")
-    print(json.dumps({"preset": name, "dtype": dtype} | measure(name, dtype)))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("preset", nargs="?", default="gpt2-xl")
+    parser.add_argument("dtype", nargs="?", default="float32", choices=TYPES)
+    args = parser.parse_args(argv)
+    figures = measure(args.preset, args.dtype)
+    print(json.dumps({"preset": args.preset, "dtype": args.dtype} | figures))
 
 
 if __name__ == "__main__":

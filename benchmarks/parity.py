@@ -6,6 +6,7 @@ Prints a line per size; exit code 1 if they differ by more than bfloat16 roundin
 platform without a kernel of its own there is nothing to compare, and it says so.
 """
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable
@@ -86,4 +87,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     sys.exit(main())

@@ -1,13 +1,13 @@
-"""Side by side with what people would use instead: same shapes, same threads, one machine.
+"""Compare this project with what people would use instead: same shapes, threads and machine.
 
     make bench-peers NANOGPT=PATH
     python benchmarks/peers.py --nanogpt PATH --rows "decode gpt2 1" "train nano"
 
-Each contestant is a process of its own (benchmarks/workers/) that has loaded and warmed up and
-waits. They take turns, one at work at a time; a ratio is of two neighbouring turns, and the median
-of these ratios counts, with the middle half of them. Writes benchmarks/results/peers.json and
-prints the table. Weights are random: the work does not depend on them. llama.cpp reads them from
-files that are written here first and removed at the end.
+Each contestant is a process of its own (benchmarks/workers/) that has loaded its model, warmed up,
+and waits. They take turns, so that one works at a time. A ratio is that of two neighbouring turns;
+the result is the median of the ratios, with their quartiles. It is written to
+benchmarks/results/peers.json, and the table is printed. Weights are random, since the work does not
+depend on them. llama.cpp reads them from files that are written first and deleted at the end.
 """
 
 import contextlib
@@ -27,26 +27,27 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 WORKERS = Path(__file__).parent / "workers"
-# OpenMP's threads (torch, llama.cpp) spin for a moment when they wait, as their users have it. If
-# they sleep (OMP_WAIT_POLICY=passive), llama.cpp takes twice as long to decode on idle cores. When
-# they spin beside other work it takes many times as long: measure on a machine without any.
-PLACE = {**os.environ, "PYTHONPATH": str(ROOT)}
+# OpenMP's threads (torch, llama.cpp) spin for a moment when they wait, which is their default. If
+# they slept (OMP_WAIT_POLICY=passive), llama.cpp would take twice as long to decode on idle cores.
+# While they spin beside other work it takes many times as long: measure on an idle machine.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: the work, and who does it beside us. `unit`: what one second is of."""
+    """A row of the table: the arguments of the workers, the peers, and the unit of the times."""
 
     name: str
     work: tuple[str, ...]
     peers: tuple[str, ...]
-    unit: str = "ms"
+    unit: str
 
 
 STEP = "ms a step"
 TORCH = ("transformers",)
 NANO = ("nanogpt-eager", "nanogpt-compiled")
-LLAMA_CPP, LLAMA_CPP_8 = ("llama.cpp f32",), ("llama.cpp q8_0",)  # and how its weights are written
+LLAMA_CPP = ("llama.cpp f32",)  # and the type of the weights
+LLAMA_CPP_INT8 = ("llama.cpp q8_0",)
 ROWS = [
     Row("train nano", ("train", "shakespeare-char", "12"), NANO, STEP),
     Row("train gpt2", ("train", "gpt2", "2"), NANO, STEP),
@@ -58,7 +59,7 @@ ROWS = [
     Row("prefill llama 128", ("prefill", "llama", "1", "128"), LLAMA_CPP, "ms"),
     Row("prefill llama 512", ("prefill", "llama", "1", "512"), LLAMA_CPP, "ms"),
     Row("decode llama 1", ("decode", "llama", "1", "128", "32"), LLAMA_CPP, STEP),
-    Row("decode llama int8 1", ("decode", "llama", "1", "128", "32", "int8"), LLAMA_CPP_8, STEP),
+    Row("decode llama int8 1", ("decode", "llama", "1", "128", "32", "int8"), LLAMA_CPP_INT8, STEP),
 ]
 
 
@@ -67,50 +68,54 @@ class Command:
     """What to compare."""
 
     python: Path = ROOT / ".venv-parity" / "bin" / "python"
-    """The interpreter that has torch and transformers, and llama_cpp if its lines are wanted."""
+    """The interpreter that has torch and transformers, and llama_cpp for the rows that need it."""
     nanogpt: Path | None = None
-    """nanoGPT's folder (its model.py is used); without it its rows are left out."""
+    """nanoGPT's folder, whose model.py is used; without it its rows are left out."""
     rows: tuple[str, ...] = ()
-    """Lines of the table by name (default: all)."""
+    """Rows of the table by name (default: all)."""
     repeats: int = 7
     """Turns of each contestant."""
     out: Path = Path(__file__).parent / "results" / "peers.json"
-    """Where the result goes; lines measured before stay."""
+    """Where the result is written; rows measured before are kept."""
 
 
 class Contestant:
     """A process that does the work once for each line that it is sent."""
 
     def __init__(self, python: Path, script: str, *words: str):
-        command = [str(python), str(WORKERS / script), *words]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=PLACE)
+        self.process = subprocess.Popen(
+            [str(python), str(WORKERS / script), *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+        )
         self.expect("ready")
 
     def expect(self, word: str) -> float:
         """The number that follows `word` in the next line of the process."""
         line = self.process.stdout.readline().split()
         if not line or line[0] != word:
-            raise SystemExit(f"error: {' '.join(self.process.args)} ended before its time")
+            raise SystemExit(f"error: {' '.join(self.process.args)} ended early")
         return float(line[1])
 
-    def turn(self) -> float:
-        """Seconds of one more turn."""
+    def take_turn(self) -> float:
+        """Do the work once more; its seconds."""
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         return self.expect("seconds")
 
     def end(self) -> float:
-        """Let it go; the most memory that it has taken, in bytes."""
+        """End the process; its peak memory in bytes."""
         self.process.stdin.close()
-        peak = self.expect("peak")
+        peak_bytes = self.expect("peak")
         self.process.stdout.close()
         self.process.wait()
-        return peak
+        return peak_bytes
 
 
 def start(peer: str, row: Row, command: Command, scratch: Path) -> Contestant:
-    """A contestant by name; files that it needs go into the folder `scratch`."""
+    """Start a contestant by its name. Files that it needs are written to the folder `scratch`."""
     if peer == "ours":
         return Contestant(Path(sys.executable), "ours.py", *row.work)
     if peer == "transformers":
@@ -118,8 +123,8 @@ def start(peer: str, row: Row, command: Command, scratch: Path) -> Contestant:
     if peer.startswith("llama.cpp"):
         file = write_weights(command.python, row.work[1], peer.split()[1], scratch)
         return Contestant(command.python, "with_llama_cpp.py", str(file), *row.work)
-    folder, mode = str(command.nanogpt), peer.removeprefix("nanogpt-")
-    return Contestant(command.python, "with_nanogpt.py", folder, mode, *row.work)
+    mode = peer.removeprefix("nanogpt-")
+    return Contestant(command.python, "with_nanogpt.py", str(command.nanogpt), mode, *row.work)
 
 
 def write_weights(python: Path, name: str, kind: str, scratch: Path) -> Path:
@@ -127,7 +132,7 @@ def write_weights(python: Path, name: str, kind: str, scratch: Path) -> Path:
     path = scratch / f"{name}-{kind}.gguf"
     if not path.exists():
         writer = str(ROOT / "benchmarks" / "gguf_writer.py")
-        subprocess.run([python, writer, name, kind, path], check=True, env=PLACE)
+        subprocess.run([python, writer, name, kind, path], check=True, env=ENVIRONMENT)
     return path
 
 
@@ -138,82 +143,99 @@ def has_llama_cpp(python: Path) -> bool:
     return tried.returncode == 0
 
 
-def missing(row: Row, command: Command) -> str:
-    """What a line needs and has not; nothing if it can be measured."""
+def missing(row: Row, command: Command) -> str | None:
+    """What a row needs that is not here, or None if it can be measured."""
     if row.peers == NANO and command.nanogpt is None:
         return "nanoGPT's folder (NANOGPT=PATH, --nanogpt PATH)"
     if row.peers[0].startswith("llama.cpp") and not has_llama_cpp(command.python):
         return f"llama-cpp-python and gguf in {command.python}; a C++ compiler builds the former"
-    return ""
+    return None
 
 
-def choose(command: Command) -> list[Row]:
-    """The lines asked for, but for those that cannot be measured here: one line says why."""
-    unknown = set(command.rows) - {row.name for row in ROWS}
+def choose_rows(command: Command) -> list[Row]:
+    """The rows asked for that can be measured here; the others are named with the reason."""
+    names = [row.name for row in ROWS]
+    unknown = set(command.rows) - set(names)
     if unknown:
-        raise SystemExit(f"error: no line named {unknown}: choose of {[row.name for row in ROWS]}")
-    rows = [row for row in ROWS if not command.rows or row.name in command.rows]
-    needs = {row: missing(row, command) for row in rows}
-    for need in sorted(set(needs.values()) - {""}):
-        names = ", ".join(row.name for row in rows if needs[row] == need)
-        print(f"left out: {names}; needed: {need}", file=sys.stderr)
-    return [row for row in rows if not needs[row]]
+        raise SystemExit(f"error: no row named {', '.join(unknown)}: choose from {names}")
+    chosen: list[Row] = []
+    left_out: dict[str, list[str]] = {}
+    for row in ROWS:
+        if command.rows and row.name not in command.rows:
+            continue
+        need = missing(row, command)
+        if need is None:
+            chosen.append(row)
+        else:
+            left_out.setdefault(need, []).append(row.name)
+    for need, left in sorted(left_out.items()):
+        print(f"left out: {', '.join(left)}; needed: {need}", file=sys.stderr)
+    return chosen
 
 
-def middle(values: list[float]) -> list[float]:
-    """First quartile, median, third quartile."""
-    return statistics.quantiles(values, n=4)
+def measure(row: Row, peer: str, command: Command, scratch: Path) -> dict:
+    """Take turns with one peer: medians of both, quartiles of the ratio, peak memory of both."""
+    with contextlib.ExitStack() as stack:
+        ours = start("ours", row, command, scratch)
+        stack.callback(ours.process.kill)
+        theirs = start(peer, row, command, scratch)
+        stack.callback(theirs.process.kill)
+        turns = [(ours.take_turn(), theirs.take_turn()) for _ in range(command.repeats)]
+        our_peak_bytes = ours.end()
+        their_peak_bytes = theirs.end()
+    ratios = [their_seconds / our_seconds for our_seconds, their_seconds in turns]
+    return {
+        "row": row.name,
+        "peer": peer,
+        "unit": row.unit,
+        "repeats": command.repeats,
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "ours": statistics.median(seconds for seconds, _ in turns),
+        "theirs": statistics.median(seconds for _, seconds in turns),
+        "ratio": statistics.quantiles(ratios, n=4),
+        "our_peak_bytes": our_peak_bytes,
+        "their_peak_bytes": their_peak_bytes,
+    }
 
 
-def measure(row: Row, command: Command, scratch: Path) -> list[dict]:
-    """One result for each peer: when and where, medians of both, quartiles of the ratio, peak
-    memory of both."""
-    results = []
-    for peer in row.peers:
-        with contextlib.ExitStack() as stack:
-            both = [start(name, row, command, scratch) for name in ("ours", peer)]
-            for one in both:
-                stack.callback(one.process.kill)
-            turns = [[one.turn() for one in both] for _ in range(command.repeats)]
-            peaks = [one.end() for one in both]
-        ours, theirs = zip(*turns, strict=True)
-        ratios = [b / a for a, b in turns]
-        results.append(
-            {"row": row.name, "peer": peer, "unit": row.unit, "repeats": command.repeats}
-            | {"date": datetime.date.today().isoformat(), "python": platform.python_version()}
-            | {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
-            | {"ours": statistics.median(ours), "theirs": statistics.median(theirs)}
-            | {"ratio": middle(ratios), "our_peak_bytes": peaks[0], "their_peak_bytes": peaks[1]}
-        )
-        print(table([results[-1]]).splitlines()[-1], flush=True)
-    return results
+HEAD = "| work | peer | ours, ms | theirs, ms | theirs / ours (quartiles) | peak GB |"
 
 
 def table(results: list[dict]) -> str:
     """The results as Markdown."""
-    lines = ["| work | peer | ours, ms | theirs, ms | theirs / ours (quartiles) | peak GB |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for r in results:
-        low, ratio, high = r["ratio"]
-        lines.append(
-            f"| {r['row']} | {r['peer']} | {r['ours'] * 1e3:,.2f} | {r['theirs'] * 1e3:,.2f} | "
-            f"**{ratio:.2f}** ({low:.2f} to {high:.2f}) | "
-            f"{r['our_peak_bytes'] / 1e9:.2f} / {r['their_peak_bytes'] / 1e9:.2f} |"
-        )
-    return "\n".join(lines)
+    return "\n".join([HEAD, "|---|---|---|---|---|---|", *map(table_row, results)])
+
+
+def table_row(result: dict) -> str:
+    low, ratio, high = result["ratio"]
+    cells = [
+        result["row"],
+        result["peer"],
+        f"{result['ours'] * 1e3:,.2f}",
+        f"{result['theirs'] * 1e3:,.2f}",
+        f"**{ratio:.2f}** ({low:.2f} to {high:.2f})",
+        f"{result['our_peak_bytes'] / 1e9:.2f} / {result['their_peak_bytes'] / 1e9:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
-    """Measure the lines asked for and keep the others."""
+    """Measure the rows asked for, and keep the results of the others."""
     command = tyro.cli(Command, description=__doc__)
-    kept = json.loads(command.out.read_text())["results"] if command.out.exists() else []
+    results = []
+    if command.out.exists():
+        results = json.loads(command.out.read_text())["results"]
     with tempfile.TemporaryDirectory() as scratch:
-        for row in choose(command):
-            new = measure(row, command, Path(scratch))
-            kept = [old for old in kept if old["row"] != row.name] + new
+        for row in choose_rows(command):
+            results = [old for old in results if old["row"] != row.name]
+            for peer in row.peers:
+                results.append(measure(row, peer, command, Path(scratch)))
+                print(table_row(results[-1]), flush=True)
             command.out.parent.mkdir(exist_ok=True)
-            command.out.write_text(json.dumps({"results": kept}, indent=1) + "\n")
-    print(table(kept))
+            command.out.write_text(json.dumps({"results": results}, indent=1) + "\n")
+    print(table(results))
 
 
 if __name__ == "__main__":

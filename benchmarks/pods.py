@@ -7,6 +7,7 @@ compiles the training step on one mesh, prefill and decode on the one that suits
 go to benchmarks/results/pods.json, and the table of all results there to standard output.
 """
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -184,9 +185,13 @@ def line(row: str, found: dict) -> str:
     return "| " + " | ".join([*cells, f"{best * 1e3:.2f}" if best else ""]) + " |"
 
 
-def main(rows: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Measure the named rows, or all; write the results and print the table."""
-    rows = rows or list(MESHES)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(MESHES)}")
+    rows = parser.parse_args(argv).rows or list(MESHES)
     unknown = ", ".join(row for row in rows if row not in MESHES)
     require(not unknown, f"{unknown}: expected rows of {', '.join(MESHES)}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

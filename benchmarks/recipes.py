@@ -1,10 +1,10 @@
-"""Time to loss: what each ingredient brings on the tokens of nanoGPT's CPU recipe.
+"""What each ingredient of a recipe brings, on the token budget of nanoGPT's CPU recipe.
 
     python benchmarks/recipes.py --data tinyshakespeare.txt --out docs/recipes.md
 
-Every row trains about 0.8 M weights on 2,000 steps of 12 x 64 characters and reports the loss over
+Every row trains about 0.8 M weights for 2,000 steps of 12 x 64 characters and reports the loss over
 the whole validation split. Each row adds an ingredient to the row above; the first and the last
-are the mean of several seeds.
+are means over several seeds.
 """
 
 import json
@@ -18,17 +18,21 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).parent.parent
-NANOGPT = ["--model.init-std", "0.02"]
 ADDED = [
-    ("nanoGPT's recipe: AdamW, cosine, learned positions, weights from N(0, 0.02²)", NANOGPT),
+    (
+        "nanoGPT's recipe: AdamW, cosine, learned positions, weights from N(0, 0.02²)",
+        ["--model.init-std", "0.02"],
+    ),
     ("weights from N(0, 0.06²)", ["--model.init-std", "0.06"]),
     ("Muon for the blocks' matrices", ["--optimizer", "muon", "--muon-learning-rate", "0.02"]),
     ("RoPE", ["--model.positions", "rope"]),
     ("RMSNorm, QK-norm", ["--model.norm", "rms", "--model.qk-norm"]),
     ("SwiGLU of the same size", ["--model.mlp", "swiglu", "--model.d-ff", "340"]),
-    ("WSD, falling to zero over half of the steps", ["--schedule", "wsd"]),
+    (
+        "WSD, falling to zero over half of the steps",
+        ["--schedule", "wsd", "--decay-fraction", "0.5", "--min-learning-rate", "0"],
+    ),
 ]
-FALL = ["--decay-fraction", "0.5", "--min-learning-rate", "0"]
 MARK = "<!-- made by benchmarks/recipes.py -->"
 
 
@@ -45,7 +49,7 @@ class Command:
 
 
 def train(data: Path, flags: list[str], seed: int) -> tuple[float, float]:
-    """Validation loss in nats and seconds of one run."""
+    """Validation loss in nats, and seconds, of one run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / "train.py", "shakespeare-char", "--data", data]
         command += ["--out", folder, "--seed", str(seed), "--sample-every", "0"]
@@ -61,24 +65,32 @@ def measure(data: Path, name: str, flags: list[str], seeds: int) -> str:
     """One row of the table."""
     results = [train(data, flags, seed) for seed in range(seeds)]
     losses = [loss for loss, _ in results]
+    loss = f"{statistics.mean(losses):.4f}"
+    if seeds > 1:
+        loss += f" ({', '.join(f'{one:.4f}' for one in losses)})"
     seconds = statistics.median(seconds for _, seconds in results)
-    each = " (" + ", ".join(f"{loss:.4f}" for loss in losses) + ")" if seeds > 1 else ""
-    row = f"| {name} | {statistics.mean(losses):.4f}{each} | {seconds:.0f} |"
-    print(row, flush=True)
-    return row
+    return f"| {name} | {loss} | {seconds:.0f} |"
 
 
 def main() -> None:
     """Train every row and write the table."""
     command = tyro.cli(Command, description=__doc__)
-    rows, flags = [], []
-    for i, (name, more) in enumerate(ADDED):
-        flags = [*flags, *more, *(FALL if "wsd" in more else [])]
-        seeds = command.seeds if i in (0, len(ADDED) - 1) else 1
-        rows.append(measure(command.data, ("+ " if i else "") + name, flags, seeds))
-    table = "\n".join(["| recipe | validation loss, nats | seconds |", "|---|---|---|", *rows])
-    before = command.out.read_text(encoding="utf-8") if command.out.exists() else MARK
-    command.out.write_text(before.partition(MARK)[0] + f"{MARK}\n\n{table}\n", encoding="utf-8")
+    rows = ["| recipe | validation loss, nats | seconds |", "|---|---|---|"]
+    flags: list[str] = []
+    for i, (name, added) in enumerate(ADDED):
+        flags += added
+        is_end = i in (0, len(ADDED) - 1)
+        title = name if i == 0 else f"+ {name}"
+        rows.append(measure(command.data, title, flags, command.seeds if is_end else 1))
+        print(rows[-1], flush=True)
+
+    # The table replaces whatever follows the mark.
+    text = MARK
+    if command.out.exists():
+        text = command.out.read_text(encoding="utf-8")
+    before, _, _ = text.partition(MARK)
+    table = "\n".join(rows)
+    command.out.write_text(f"{before}{MARK}\n\n{table}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def take_turns(works: dict, repeats: int) -> dict[object, list[float]]:
     for i in range(repeats + 2):
         for name, work in works.items():
             spent = seconds(work)
-            times[name] += [spent] if i >= 2 else []
+            if i >= 2:
+                times[name].append(spent)
     return times
 
 

@@ -24,14 +24,15 @@ LLAMA = ModelConfig(  # SmolLM2-135M's shape (Ben Allal et al. 2025)
 
 
 def model_config(name: str) -> ModelConfig:
-    """ "llama", or a preset's; computed in float32."""
+    """The config of llama or of a preset, computed in float32."""
     config = LLAMA if name == "llama" else preset(name).model
     return config.computing_in("float32")
 
 
 def random_weights(config: ModelConfig) -> dict:
-    """Stacked weights, which depend on nothing but the config. By NumPy, leaf by leaf: drawn by a
-    program of JAX they would take several times the memory that the model does.
+    """Stacked weights, which depend on nothing but the config.
+
+    Drawn by NumPy, one array after another: a JAX program would need several times their memory.
     """
     noise = np.random.default_rng(0)
 

@@ -1,7 +1,11 @@
-"""This project, as its users run it:
+"""This project, as its users run it. Started by benchmarks/peers.py; it works once for each line of
+standard input.
 
-python ours.py train NAME BATCH
-python ours.py prefill|decode NAME BATCH PROMPT [NEW] [int8]
+    python benchmarks/workers/ours.py train NAME BATCH
+    python benchmarks/workers/ours.py prefill NAME BATCH PROMPT
+    python benchmarks/workers/ours.py decode NAME BATCH PROMPT NEW [int8]
+
+NAME is a preset, or llama. PROMPT and NEW are tokens per row.
 """
 
 import dataclasses
@@ -26,48 +30,55 @@ from gpt.presets import preset  # noqa: E402
 from gpt.sampling.language_model import LanguageModel  # noqa: E402
 from gpt.training import train_state, train_step  # noqa: E402
 
-STEPS = {"gpt2": 1, "shakespeare-char": 20}  # training steps a turn
-SEQ_LEN = {"gpt2": 256, "shakespeare-char": 64}
+SEQ_LEN = {"gpt2": 256, "shakespeare-char": 64}  # others: the preset's
+STEPS_PER_TURN = {"gpt2": 1}  # others: 20
 
 
 def train(name: str, batch: int) -> None:
-    """Training steps, the state on the device."""
+    """Training steps on random tokens; the state stays on the device."""
     config = preset(name)
-    length = SEQ_LEN[name]
+    length = SEQ_LEN.get(name, config.window)
     model = dataclasses.replace(config.model, context_length=length, dropout=0.0)
-    model = dataclasses.replace(model.computing_in("float32"), vocab_size=config.model.vocab_size)
     config = dataclasses.replace(
-        config, model=model, batch_size=batch, seq_len=length, grad_accum=1
+        config,
+        model=model.computing_in("float32"),
+        batch_size=batch,
+        seq_len=length,
+        grad_accum=1,
     )
     mesh = sharding.make_decoding_mesh(ONE_DEVICE)
     step, _ = train_step.compile_steps(config, mesh)
-    held = {"state": train_state.make_state(config, mesh)}
+    state = train_state.make_state(config, mesh)
     tokens = random_batch(config, mesh)
+    n_steps = STEPS_PER_TURN.get(name, 20)
 
-    def work() -> float:
-        def run():
-            for _ in range(STEPS[name]):
-                held["state"], metrics = step(held["state"], tokens)
-                jax.block_until_ready(metrics)
+    def run() -> None:
+        nonlocal state
+        for _ in range(n_steps):
+            state, metrics = step(state, tokens)
+            jax.block_until_ready(metrics)
 
-        return timed(run) / STEPS[name]
-
-    serve(work)
+    serve(lambda: timed(run) / n_steps)
 
 
-def complete(name: str, batch: int, prompt: int, new: int | None, quantized: bool) -> None:
-    """Prefill to the first token, or decode steps; greedy."""
+def sample(kind: str, name: str, batch: int, lengths: list[int], quantized: bool) -> None:
+    """Prefill up to the first token, or decode steps; greedy. `lengths`: PROMPT, and NEW."""
     config = models.model_config(name)
     params = jax.device_put(transformer.unstack(models.random_weights(config)))
-    params = jax.jit(int8.quantize)(params) if quantized else params
-    letters = types.SimpleNamespace(eot_token=-1, decode_bytes=lambda ids: b"." * len(ids))
-    model = LanguageModel(config, params, letters, 0)
-    ids = np.random.default_rng(0).integers(config.vocab_size, size=(batch, prompt)).tolist()
+    if quantized:
+        params = jax.jit(int8.quantize)(params)
+    tokenizer = types.SimpleNamespace(eot_token=-1, decode_bytes=lambda ids: b"." * len(ids))
+    model = LanguageModel(config, params, tokenizer, 0)
+    shape = (batch, lengths[0])
+    ids = np.random.default_rng(0).integers(config.vocab_size, size=shape).tolist()
 
-    def run(n: int):
-        return model.generate(ids, max_new_tokens=n, temperature=0.0, ignore_eos=True)
+    def complete(n_tokens: int) -> None:
+        model.generate(ids, max_new_tokens=n_tokens, temperature=0.0, ignore_eos=True)
 
-    serve((lambda: decode_step(run, new)) if new else (lambda: run(1) and None))
+    if kind == "decode":
+        serve(lambda: decode_step(complete, lengths[1]))
+    else:
+        serve(lambda: complete(1))
 
 
 if __name__ == "__main__":
@@ -75,5 +86,5 @@ if __name__ == "__main__":
     if kind == "train":
         train(name, int(batch))
     else:
-        prompt, *new = [int(word) for word in words if word != "int8"]
-        complete(name, int(batch), prompt, new[0] if new else None, "int8" in words)
+        lengths = [int(word) for word in words if word != "int8"]
+        sample(kind, name, int(batch), lengths, "int8" in words)

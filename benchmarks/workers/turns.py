@@ -1,4 +1,4 @@
-"""What every contestant does: warm up, say so, then one turn for each line that it is sent."""
+"""What every worker does: warm up, print "ready", then work once for each line that it is sent."""
 
 import resource
 import sys
@@ -13,11 +13,15 @@ def serve(work: Callable[[], float | None]) -> None:
     print("ready 0", flush=True)
     for _ in sys.stdin:
         begun = time.perf_counter()
-        spent = work()
-        spent = time.perf_counter() - begun if spent is None else spent
-        print(f"seconds {spent}", flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"peak {peak * (1 if sys.platform == 'darwin' else 1024)}", flush=True)
+        seconds = work()
+        if seconds is None:
+            seconds = time.perf_counter() - begun
+        print(f"seconds {seconds}", flush=True)
+
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform != "darwin":
+        peak_bytes *= 1024  # Linux counts in kilobytes
+    print(f"peak {peak_bytes}", flush=True)
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -27,6 +31,8 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def decode_step(complete: Callable[[int], object], new: int) -> float:
-    """Seconds a decode step: what `new` tokens take more than the first, which is the prefill's."""
-    return (timed(lambda: complete(new + 1)) - timed(lambda: complete(1))) / new
+def decode_step(complete: Callable[[int], object], new_tokens: int) -> float:
+    """Seconds per decode step. The first token is prefill's, so it is measured alone and taken off
+    the time of `new_tokens` more."""
+    longer = timed(lambda: complete(new_tokens + 1))
+    return (longer - timed(lambda: complete(1))) / new_tokens

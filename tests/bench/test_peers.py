@@ -44,7 +44,7 @@ def test_turns_and_ratio(peers, monkeypatch, tmp_path):
     monkeypatch.setattr(peers, "WORKERS", tmp_path)
     out = tmp_path / "peers.json"
     out.write_text(json.dumps({"results": [{"row": "kept"}, {"row": "decode gpt2 1"}]}))
-    monkeypatch.setattr(peers, "table", lambda results: str(len(results)))
+    monkeypatch.setattr(peers, "table", str)
     row = ("--rows", "decode gpt2 1", "--repeats", 4, "--python", sys.executable, "--out", out)
     run(peers, monkeypatch, *row)
     kept, measured = json.loads(out.read_text())["results"]
