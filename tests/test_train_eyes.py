@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from programs import TINY, arrays, call, read_lines, same_bits, snapshot
 
+from gpt import checkpoint
+from gpt.errors import UserError
+from gpt.sampling import language_model
 from gpt.training import run_dir, step_timer
 
 
@@ -29,6 +32,42 @@ def test_evaluation_and_samples_shift_neither_data_nor_noise(looking, text, trai
     )
     assert mine == other and len(mine) == 12
     assert same_bits(arrays(tmp_path / "run", 12), arrays(trained[1], 12))
+
+
+class JaxRuntimeError(Exception):
+    """As JAX names what XLA reports."""
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("too large a cache"), JaxRuntimeError("RESOURCE_EXHAUSTED: 1 GiB")]
+)
+def test_a_sample_that_does_not_fit_is_a_note(error, text, trained, tmp_path, monkeypatch):
+    def write_sample(run, weights):
+        raise error
+
+    monkeypatch.setattr(language_model, "write_sample", write_sample)
+    flags = ["--sample-every", "4", "--keep", "3"]
+    done = call("train", *TINY, *flags, "--data", text, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    for step in (4, 8, 12):
+        assert f"note: no sample at step {step}: {error}\n" in done.err
+    assert "--- sample ---" not in done.err and "Traceback" not in done.err
+    assert checkpoint.steps(tmp_path / "run") == [4, 8, 12]
+    assert read_lines(tmp_path / "run") == read_lines(trained[1])
+
+
+def test_a_sample_that_crashes_does_not_cost_the_checkpoint_of_its_step(
+    text, tmp_path, monkeypatch
+):
+    def write_sample(run, weights):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(language_model, "write_sample", write_sample)
+    argv = [*TINY, "--sample-every", "4", "--data", text, "--out", tmp_path / "run"]
+    with pytest.raises(ZeroDivisionError):
+        call("train", *argv)
+    assert checkpoint.steps(tmp_path / "run") == [4]
+    assert [line["step"] for line in read_lines(tmp_path / "run")] == [1, 2, 3, 4, 4]
 
 
 def test_each_line_tells_the_speed_and_its_share_of_a_measured_peak(trained):
