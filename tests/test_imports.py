@@ -1,4 +1,4 @@
-"""The doors of the house, read from the syntax trees: who imports whom, and who may do what."""
+"""Which package imports which, and who may print or read flags, from the syntax trees."""
 
 import ast
 from pathlib import Path
@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent
 ENTRY_POINTS = {"train.py", "sample.py", "gpt/cli.py", "gpt/terminal.py", "gpt/__main__.py"}
 ENTRY_POINTS |= {"gpt/report.py", "gpt/tour.py"}
 
-# A room may import the rooms of lower floors and itself; rooms of one floor do not know each other.
-FLOORS = {
+# A package or module of gpt may import itself and those of a lower layer, none of its own layer.
+LAYERS = {
     "errors": 0,
     "config": 1,
     "distributed": 1,
@@ -35,8 +35,7 @@ FLOORS = {
     "tour": 7,
 }
 CLI = "cli"
-WITHOUT_JAX = ("gpt/data",)
-WITHOUT_JAX += ("gpt/sampling/text_stream", "gpt/cli", "gpt/terminal")
+WITHOUT_JAX = ("gpt/data", "gpt/sampling/text_stream", "gpt/cli", "gpt/terminal")
 
 SOURCES = sorted(
     str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *(ROOT / "gpt").rglob("*.py")]
@@ -48,8 +47,8 @@ def is_entry_point(name: str) -> bool:
     return name in ENTRY_POINTS or name.endswith("/__main__.py")
 
 
-def room(name: str) -> str:
-    """`gpt/model/kv_cache.py` -> `model`, `gpt/flops.py` -> `cost`, `train.py` -> `train`."""
+def part(name: str) -> str:
+    """`gpt/model/kv_cache.py` -> `model`, `gpt/flops.py` -> `flops`, `train.py` -> `train`."""
     parts = Path(name).with_suffix("").parts
     return parts[1] if parts[0] == "gpt" else parts[0]
 
@@ -66,27 +65,28 @@ def imports(tree: ast.AST, name: str = "gpt/x.py") -> set[str]:
     return found
 
 
-def rooms_entered(tree: ast.AST) -> set[str]:
-    """The rooms of gpt that a file imports from; `import gpt` itself is `__init__`."""
-    entered = set()
+def imported_parts(tree: ast.AST) -> set[str]:
+    """The parts of gpt that a file imports; `import gpt` itself is `__init__`."""
+    found = set()
     for dotted in imports(tree):
         head, *rest = dotted.split(".")
         if head == "gpt":
-            inside = rest and ((ROOT / "gpt" / rest[0]).is_dir() or rest[0] in {*FLOORS, CLI})
-            entered.add(rest[0] if inside else "__init__")
-    return entered
+            inside = rest and ((ROOT / "gpt" / rest[0]).is_dir() or rest[0] in {*LAYERS, CLI})
+            found.add(rest[0] if inside else "__init__")
+    return found
 
 
-def wrong_doors(name: str, tree: ast.AST) -> list[str]:
-    """The rooms that the file `name` enters and may not."""
-    entered = rooms_entered(tree)
-    allowed_cli = is_entry_point(name)
-    wrong = [CLI] if CLI in entered and not allowed_cli else []
-    if name.startswith("gpt/") and room(name) != CLI:
-        here = room(name)
-        wrong += [other for other in entered - {here, CLI} if FLOORS[other] >= FLOORS[here]]
-    elif room(name) == CLI:
-        wrong += [other for other in entered if FLOORS[other] > FLOORS["config"]]
+def wrong_imports(name: str, tree: ast.AST) -> list[str]:
+    """The parts of gpt that the file `name` imports and may not."""
+    imported = imported_parts(tree)
+    wrong = []
+    if CLI in imported and not is_entry_point(name):
+        wrong.append(CLI)
+    if name.startswith("gpt/") and part(name) != CLI:
+        here = part(name)
+        wrong += [other for other in imported - {here, CLI} if LAYERS[other] >= LAYERS[here]]
+    elif part(name) == CLI:
+        wrong += [other for other in imported if LAYERS[other] > LAYERS["config"]]
     return wrong
 
 
@@ -112,8 +112,8 @@ def forbidden_uses(tree: ast.AST) -> list[str]:
 @pytest.mark.parametrize("name", SOURCES)
 def test_imports_go_one_way(name):
     if name.startswith("gpt/"):
-        assert room(name) in {*FLOORS, CLI}, f"{name}: give the new room a floor in FLOORS"
-    assert not wrong_doors(name, TREES[name])
+        assert part(name) in {*LAYERS, CLI}, f"{name}: give it a layer in LAYERS"
+    assert not wrong_imports(name, TREES[name])
 
 
 # tiktoken's cache folder is named by an environment variable, and is shared with other programs.
@@ -128,22 +128,22 @@ def test_only_entry_points_touch_the_outside(name):
 
 
 @pytest.mark.parametrize("name", [n for n in SOURCES if n.startswith(WITHOUT_JAX)])
-def test_the_data_side_imports_no_jax(name):
+def test_these_import_no_jax(name):
     heads = {dotted.split(".")[0] for dotted in imports(TREES[name])}
     assert not heads & {"jax", "flax", "optax", "orbax"}
 
 
-def test_each_name_on_the_data_side_is_there():
+def test_each_of_these_is_there():
     assert all(any(n.startswith(start) for n in SOURCES) for start in WITHOUT_JAX)
 
 
 def test_the_rules_notice_what_they_forbid():
     tree = ast.parse("import gpt.sampling.sampler\nfrom gpt import training, cli\nimport gpt")
-    assert rooms_entered(tree) == {"sampling", "training", "cli", "__init__"}
-    assert set(wrong_doors("gpt/training/loss.py", tree)) == {"sampling", "__init__", "cli"}
-    assert set(wrong_doors("gpt/bench/__main__.py", tree)) == set()
-    assert wrong_doors("gpt/model/kv_cache.py", ast.parse("from gpt.training.loss import loss"))
-    assert not wrong_doors(
+    assert imported_parts(tree) == {"sampling", "training", "cli", "__init__"}
+    assert set(wrong_imports("gpt/training/loss.py", tree)) == {"sampling", "__init__", "cli"}
+    assert set(wrong_imports("gpt/bench/__main__.py", tree)) == set()
+    assert wrong_imports("gpt/model/kv_cache.py", ast.parse("from gpt.training.loss import loss"))
+    assert not wrong_imports(
         "gpt/training/train_step.py", ast.parse("from gpt.model import transformer")
     )
     assert (

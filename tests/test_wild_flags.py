@@ -21,7 +21,7 @@ from gpt.compile_log import compilations
 from gpt.sampling import language_model
 from gpt.training import resume
 
-CASES = {"train": 100, "sample": 100}  # and ten times as many in make test-all
+CASES = 20  # of each program; in make test-all a thousand
 NUMBERS = [
     "0", "1", "-1", "2", "3", "7", "64", "1e3", "1.5", "-0.0", "nan", "inf", "-inf", "1e400",
     "1e-400", "2147483647", "2147483648", "99999999999999999999", "-99999999999999999999",
@@ -176,18 +176,11 @@ def throw(name, world, n):
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_wild_flags_are_refused_or_valid(name, world):
-    found = throw(name, world, CASES[name])
-    assert min(found.values()) > 5, found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_two_thousand_wild_command_lines(name, world):
-    found = throw(name, world, 1000)
-    print(name, found)
-    assert min(found.values()) > 20, found
+@pytest.mark.parametrize("n", [CASES, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["train", "sample"])
+def test_wild_flags_are_refused_or_valid(name, n, world):
+    found = throw(name, world, n)
+    assert found["refused"] > n / 10 and found["valid"] > n / 50, found
 
 
 @pytest.mark.slow
