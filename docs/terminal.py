@@ -3,7 +3,7 @@
     script -qfc "python train.py" train.raw
     python docs/terminal.py train.raw --out docs/train.svg --command "python train.py" --lines 1-12
 
-`script` (of util-linux) records everything that a program writes. The recording is played back here,
+`script` (of util-linux) records everything that a program writes. The recording is played back,
 so that a progress bar appears once, as it was at the end.
 """
 
@@ -55,7 +55,7 @@ class Command:
 
 
 def play(recording: str) -> list[str]:
-    """The lines as they were at the end. Moving the cursor up, returning it to the start of its line
+    """The lines as they were at the end. Moving the cursor up, returning it to the line start
     and clearing a line are followed; other control sequences are ignored."""
     recording = re.sub(r"^Script (started|done).*\n?", "", recording, flags=re.MULTILINE)
     lines = [""]
