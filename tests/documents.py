@@ -1,4 +1,4 @@
-"""The commands that README.md and docs/ tell people to type, and ways to try them."""
+"""The commands in README.md and docs/, and ways to try them."""
 
 import importlib.util
 import re
@@ -22,44 +22,44 @@ MODULES = {
     "gpt.report": "gpt/report",
     "gpt.tour": "gpt/tour",
 }
-# Words that stand for what a reader fills in.
-FILLED = {"N": "1", "ID": "1", "VALUE": "1"}
+# Placeholders for what a reader fills in.
+PLACEHOLDERS = {"N": "1", "ID": "1", "VALUE": "1"}
 
 
 def typed(path: Path) -> list[list[str]]:
-    """Every command of a document as words: in blocks, in indented lines, between backticks."""
+    """The commands of a document, as words: in blocks, in indented lines, between backticks."""
     text = path.read_text(encoding="utf-8")
     return [words for line in lines_of(text) if (words := words_of(line))]
 
 
 def in_blocks(path: Path) -> list[list[str]]:
-    """The commands of its blocks alone: a reader copies these one after the other."""
+    """The commands of its blocks, which a reader copies one after the other."""
     text = path.read_text(encoding="utf-8")
     return [words for line in block_lines(text) if (words := words_of(line))]
 
 
 def lines_of(text: str) -> list[str]:
-    """What may be a command: lines of blocks, of indented blocks, inline code."""
+    """The lines of blocks and of indented blocks, and inline code."""
     prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
     indented = re.findall(r"^ {4}(\S.*?)(?: {2,}.*)?$", prose, re.MULTILINE)
     return block_lines(text) + indented + re.findall(r"(?<!`)`([^`]+)`(?!`)", prose)
 
 
 def block_lines(text: str) -> list[str]:
-    """Lines of the blocks that name no language, those that a backslash ends joined."""
+    """Lines of the blocks without a language; lines that end in a backslash are joined."""
     blocks = re.findall(r"^```(?:sh)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
 def words_of(line: str) -> list[str]:
-    """A line as words from `train.py`, `sample.py`, `-m`, or a script's path on; of `make`, its
-    targets too. Nothing where it is no command of ours."""
+    """The words of a command from `train.py`, `sample.py`, `-m` or a script's path on, or from
+    `make` on; none if the line is not one of our commands."""
     line = " ".join(line.split())
     found = re.match(r"(?:\$ |srun )?(?:\.venv/bin/)?python (.*)|((?:train|sample)\.py .*)", line)
     if not found:
         return shlex.split(line) if line.startswith("make ") else []
     words = shlex.split(found[1] or found[2], comments=True)
-    words = [FILLED.get(word, word) for word in words]
+    words = [PLACEHOLDERS.get(word, word) for word in words]
     return [] if {"...", "[flags]"} & {*words} else words
 
 
@@ -71,32 +71,30 @@ def split(words: list[str]) -> tuple[str, list[str]]:
 
 
 class Parsed(Exception):
-    """Raised where a program has read its flags."""
+    """Raised when a program has parsed its flags, to stop it there."""
 
 
 def parse(words: list[str]) -> None:
-    """Let the program of a command read its arguments, and do nothing with them."""
+    """Let the program of a command parse its arguments, and do nothing with them."""
     name, argv = split(words)
-    read = tyro.cli
+    parse_flags = tyro.cli
 
-    def stop(*args, **kwargs):
-        found = read(*args, **kwargs)
-        if "registry" in kwargs:  # train.py looks ahead for its preset
-            return found
+    def parse_and_stop(*args, **kwargs):
+        parse_flags(*args, **kwargs)
         raise Parsed
 
     with (
-        mock.patch.object(tyro, "cli", stop),
+        mock.patch.object(tyro, "cli", parse_and_stop),
         mock.patch.object(sys, "argv", words),
         redirect_stdout(StringIO()),
-        pytest.raises((Parsed, SystemExit)) as left,
+        pytest.raises((Parsed, SystemExit)) as stopped,
     ):
-        enter(name, argv)
-    assert left.type is Parsed or left.value.code == 0  # of --help
+        call_main(name, argv)
+    assert stopped.type is Parsed or stopped.value.code == 0  # --help exits with 0
 
 
-def enter(name: str, argv: list[str]) -> None:
-    """Call a program's main; a script's reads sys.argv."""
+def call_main(name: str, argv: list[str]) -> None:
+    """Call a program's main, which takes `argv`, or a script's, which reads sys.argv."""
     main = program(name).main
     main(argv) if main.__code__.co_argcount else main()
 
@@ -115,18 +113,18 @@ def program(name: str):
 
 @cache
 def flags(name: str, *before: str) -> set[str]:
-    """All flags in a program's help, of the subcommand `before` it if it has some."""
+    """All flags in a program's help, or in that of its subcommand `before`."""
     out, argv = StringIO(), [*before, "--help"]
     with (
         redirect_stdout(out),
         mock.patch.object(sys, "argv", [name, *argv]),
         pytest.raises(SystemExit),
     ):
-        enter(name, argv)
+        call_main(name, argv)
     return set(re.findall(r"--[a-z][a-z0-9.-]+", out.getvalue()))
 
 
 def run(words: list[str], shrink: dict[str, list[str]]) -> programs.Done:
-    """Run a command, with the flags after it that `shrink` has for its program."""
+    """Run a command, with the flags that `shrink` has for its program appended."""
     name, argv = split(words)
     return programs.call(name, *argv, *shrink.get(name, ()))
