@@ -110,9 +110,9 @@ def differences(saved: dict[str, Any], config: TrainConfig, steps_done: int) -> 
     may_change = set(MAY_CHANGE)
     if _same_learning_rates(earlier, config, steps_done):
         may_change.add("steps")
-    before = flat(to_json(earlier))
+    before = flatten(to_json(earlier))
     lines = []
-    for name, now in flat(to_json(config)).items():
+    for name, now in flatten(to_json(config)).items():
         if now != before[name] and name.split(".")[0] not in may_change:
             lines.append(f"{name}: the run has {before[name]}, you asked for {now}")
     return lines
@@ -126,12 +126,12 @@ def _same_learning_rates(earlier: TrainConfig, later: TrainConfig, steps_done: i
     return both_wsd and past_warmup and not_falling
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted name, as flags spell them; lists as tuples."""
     flat = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            flat |= flat(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = tuple(value) if isinstance(value, list) else value
     return flat
