@@ -30,8 +30,8 @@ def modern(text, tmp_path_factory):
 
 
 def averages(folder, step):
-    shapes = checkpoint.read_shapes(folder, step, "average")
-    return checkpoint.restore(folder, step, "average", shapes)
+    shapes = checkpoint.read_shapes(folder, step, "ema_params")
+    return checkpoint.restore(folder, step, "ema_params", shapes)
 
 
 def test_resumed_equals_uninterrupted(modern, text, tmp_path):

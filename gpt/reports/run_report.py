@@ -27,6 +27,7 @@ from gpt.presets import PRESETS
 from gpt.reports.html import build_page, escape, table
 from gpt.terminal import visible
 from gpt.training.metrics import read_metrics
+from gpt.training.resume import flatten
 
 MAX_VALUE = 1e300  # larger ones are not plotted
 MAX_SAMPLES = 12
@@ -192,17 +193,6 @@ def read_samples(path: Path) -> list[tuple[int, str]]:
 def is_number(value: Any) -> bool:
     """Whether a JSON value is a number that can be plotted; true and false are not."""
     return type(value) in (int, float) and abs(value) <= MAX_VALUE
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name, as flags spell them."""
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
