@@ -18,7 +18,6 @@ from programs import (
     TINY,
     arrays,
     call,
-    damage,
     read_lines,
     same_bits,
     same_losses,
@@ -26,12 +25,11 @@ from programs import (
     write_text,
 )
 
-from gpt import checkpoint, cli, hardware
+from gpt import checkpoint, cli
 from gpt.config import TrainConfig, from_json
 from gpt.data import tokenizers
+from gpt.errors import UserError
 from gpt.training import resume, run_plan, train_step
-
-pytestmark = pytest.mark.exact
 
 
 @pytest.fixture
@@ -73,7 +71,10 @@ def test_a_run_leaves_what_the_next_command_needs(trained):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert tokenizers.load(folder / "tokenizer.json").name == "byte"
     assert sample_command(folder) in done.err
+    assert done.err.count("--- sample ---") == 2  # after step 7, and at the end
     assert done.out == ""
+    losses = [line["loss"] for line in read_lines(folder) if "loss" in line]
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_metrics_have_the_fields_that_others_read(trained):
@@ -92,18 +93,13 @@ def test_metrics_have_the_fields_that_others_read(trained):
         assert line["val_bits_per_byte"] == pytest.approx(line["val_loss"] / np.log(2), rel=1e-6)
 
 
-def test_the_model_learns(trained):
-    losses = [line["loss"] for line in read_lines(trained[1]) if "loss" in line]
-    assert losses[-1] < losses[0] - 0.1
-
-
 def test_a_dry_run_prints_the_plan_and_writes_nothing(text, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(run_plan, "largest_rows", lambda *_: 4)  # it compiles a dozen steps
     home, here = tmp_path / "home", tmp_path / "here"
     here.mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
     monkeypatch.chdir(here)
-    done = call("train", *TINY, "--data", text, "--dry-run")
+    done = call("train", *TINY, "--data", text, "--dry-run", "--out", here / "deep" / "run")
     assert done.code == 0
     for words in (
         "parameters",
@@ -114,13 +110,6 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(text, trained, tmp_path, m
     ):
         assert words in done.err
     assert snapshot(tmp_path) == {"here": None}
-    deep = here / "deep" / "run"
-    assert call("train", *TINY, "--data", text, "--dry-run", "--out", deep).code == 0
-    assert snapshot(tmp_path) == {"here": None}
-
-
-def test_samples_are_shown_now_and_then(trained):
-    assert trained[0].err.count("--- sample ---") == 2  # after step 7, and at the end
 
 
 # Continuing.
@@ -128,27 +117,6 @@ def test_samples_are_shown_now_and_then(trained):
 
 def kill(number):
     return lambda: os.kill(os.getpid(), number)
-
-
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
-)
-def test_a_stopped_run_continues_to_the_bit(number, code, text, trained, tmp_path, interrupt):
-    """With dropout and two micro-batches: weights, both moments, the step and the metrics."""
-    argv = [*TINY, "--data", text, "--out", tmp_path / "run"]
-    interrupt(6, kill(number))
-    done = call("train", *argv)
-    assert done.code == code and "the same command continues the run" in done.err
-    assert checkpoint.steps(tmp_path / "run")[-1] == 6
-    assert read_lines(tmp_path / "run") == [x for x in read_lines(trained[1]) if x["step"] <= 6]
-    interrupt(0, None)
-    assert call("train", *argv).code == 0
-    assert same_bits(arrays(tmp_path / "run", 12), arrays(trained[1], 12))
-    assert read_lines(tmp_path / "run") == read_lines(trained[1])
-    names = " ".join(arrays(trained[1], 12))
-    assert all(
-        name in names for name in ("optimizer/step", "mu/blocks", "nu/blocks", "params/tokens")
-    )
 
 
 def test_a_crashed_run_continues_to_the_bit(text, trained, tmp_path, interrupt):
@@ -291,16 +259,11 @@ def test_a_step_that_turns_out_not_to_fit_leaves_the_folder_as_it_was(
 ):
     out = finished if holds == "a run" else tmp_path / "new"
     before = snapshot(tmp_path)
-    monkeypatch.setattr(hardware, "memory", lambda: (10**6, "a small machine"))
-    done = call("train", *TINY, "--seed", "1", "--data", text, "--out", out, "--overwrite")
-    assert done.code == 2 and "parameters" in done.err and "out of memory" in done.err, done.err
+
+    def compile_steps(config, mesh):
+        raise UserError("out of memory: a step takes 2 GiB")
+
+    monkeypatch.setattr(train_step, "compile_steps", compile_steps)
+    done = call("train", *TINY, "--data", text, "--out", out, "--overwrite")
+    assert done.code == 2 and "error: out of memory" in done.err, done.err
     assert snapshot(tmp_path) == before
-
-
-def test_a_damaged_checkpoint_is_passed_over_with_a_note(text, trained, finished):
-    damage(finished, 12)
-    done = call("train", *TINY, "--data", text, "--out", finished)
-    assert done.code == 0
-    assert "checkpoints/12" in done.err and "an earlier checkpoint is used" in done.err
-    assert same_bits(arrays(finished, 12), arrays(trained[1], 12))
-    assert read_lines(finished) == read_lines(trained[1])

@@ -10,8 +10,6 @@ from programs import TINY, call, snapshot
 
 from gpt.training import resume, train_step
 
-pytestmark = pytest.mark.exact
-
 
 @pytest.fixture
 def argv(text, tmp_path, monkeypatch):
@@ -20,6 +18,7 @@ def argv(text, tmp_path, monkeypatch):
     return [*TINY, "--ema-decay", "0.9", "--data", text, "--out", tmp_path / "run"]
 
 
+@pytest.mark.exact
 def test_it_proves_it_on_the_settings_given(argv, tmp_path):
     done = call("train", *argv, "--verify-resume")
     assert done.code == 0, done.err

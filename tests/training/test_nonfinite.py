@@ -101,6 +101,7 @@ def test_a_gradient_alone_is_enough(monkeypatch):
     assert bits(after.params) == bits(state.params)
 
 
+@pytest.mark.slow
 def test_the_compiled_step_skips_too():
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     train, _ = train_step.compile_steps(CONFIG, mesh)

@@ -51,7 +51,9 @@ def test_each_file_damaged_falls_back_or_changes_nothing(trained, tmp_path):
     assert outcomes.count(8) > 20 and len(outcomes) > 40
 
 
-@pytest.mark.parametrize("tree", ["params", "optimizer", None])
+@pytest.mark.parametrize(
+    "tree", ["params", pytest.param("optimizer", marks=pytest.mark.slow), None]
+)
 def test_the_same_command_ends_where_it_would_have(tree, text, trained, tmp_path):
     """What is told is told once, wherever the damage is met."""
     run = shutil.copytree(trained[1], tmp_path / "run")

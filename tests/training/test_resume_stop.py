@@ -11,14 +11,7 @@ from programs import ROOT, TINY, arrays, call, read_lines, same_bits
 from gpt import checkpoint
 from gpt.sampling import language_model
 from gpt.training import train_step, trainer
-
-SIGNALS = pytest.mark.parametrize(
-    ("number", "code"),
-    [
-        pytest.param(signal.SIGTERM, 143, id="SIGTERM"),
-        pytest.param(signal.SIGINT, 130, id="Ctrl-C", marks=pytest.mark.slow),
-    ],
-)
+from gpt.training.trainer import Recorder
 
 
 def before(monkeypatch, owner, name, action):
@@ -34,7 +27,8 @@ def before(monkeypatch, owner, name, action):
     monkeypatch.setattr(owner, name, watched)
 
 
-PHASES = {  # what is interrupted, and the step that is saved
+PHASES = {  # the function that is interrupted, and the step that is saved
+    "training": (lambda: (Recorder, "step"), 1),
     "compiling": (lambda: (train_step, "compile_steps"), 1),
     "evaluating": (lambda: (train_step, "evaluate"), 5),
     "sampling": (lambda: (language_model, "write_sample"), 8),
@@ -43,23 +37,41 @@ PHASES = {  # what is interrupted, and the step that is saved
 }
 
 
-@SIGNALS
-@pytest.mark.parametrize("phase", PHASES)
+CODES = {"SIGTERM": (signal.SIGTERM, 143), "Ctrl-C": (signal.SIGINT, 130)}
+BY_DEFAULT = [
+    ("training", "Ctrl-C"),
+    ("compiling", "SIGTERM"),
+    ("saving", "SIGTERM"),
+    ("at its end", "SIGTERM"),
+]
+OTHERS = [(p, s) for p in PHASES for s in CODES if (p, s) not in BY_DEFAULT]
+
+
+@pytest.mark.parametrize(
+    ("phase", "name"),
+    BY_DEFAULT + [pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS],
+)
 def test_a_signal_in_any_phase_saves_at_the_next_step(
-    phase, number, code, text, trained, tmp_path, monkeypatch
+    phase, name, text, trained, tmp_path, monkeypatch
 ):
+    """With dropout and two micro-batches: weights, both moments, the step and the metrics."""
+    number, code = CODES[name]
     argv = [*TINY, "--data", text, "--out", tmp_path / "run"]
     place, saved = PHASES[phase]
     before(monkeypatch, *place(), lambda: os.kill(os.getpid(), number))
     done = call("train", *argv)
     assert done.code == code, done.err
+    assert "the same command continues the run" in done.err
     assert "Ctrl-C again stops at once" in done.err and "Traceback" not in done.err
     assert checkpoint.steps(tmp_path / "run")[-1] == saved
     assert read_lines(tmp_path / "run") == [x for x in read_lines(trained[1]) if x["step"] <= saved]
     monkeypatch.undo()
     assert call("train", *argv).code == 0
-    assert same_bits(arrays(tmp_path / "run", 12), arrays(trained[1], 12))
+    found = arrays(tmp_path / "run", 12)
+    assert same_bits(found, arrays(trained[1], 12))
     assert read_lines(tmp_path / "run") == read_lines(trained[1])
+    for part in ("optimizer/step", "mu/blocks", "nu/blocks", "params/tokens"):
+        assert any(part in array for array in found)
 
 
 INTERRUPTED = """
@@ -99,7 +111,8 @@ def interrupted(phase, numbers, *argv):
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-@SIGNALS
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), CODES.values(), ids=CODES)
 def test_before_anything_can_be_lost_a_signal_ends_the_run_at_once(number, code, text, tmp_path):
     argv = [*TINY, "--data", text, "--out", tmp_path / "run"]
     done = interrupted("preparing", str(int(number)), *argv)
@@ -107,7 +120,7 @@ def test_before_anything_can_be_lost_a_signal_ends_the_run_at_once(number, code,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("phase", ["compiling", "saving"])
+@pytest.mark.parametrize("phase", [pytest.param("compiling", marks=pytest.mark.slow), "saving"])
 def test_a_second_ctrl_c_stops_at_once_and_harms_nothing(
     phase, text, trained, tmp_path, monkeypatch
 ):
