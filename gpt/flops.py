@@ -29,11 +29,6 @@ def qkv_width(c: ModelConfig) -> int:
     return c.head_width * (c.n_heads + 2 * c.kv_heads)
 
 
-def block_outputs(c: ModelConfig) -> int:
-    """Outputs of the weight matrices of one block."""
-    return qkv_width(c) + mlp_inputs_width(c) + 2 * c.d_model
-
-
 def norm_vectors(c: ModelConfig, width: int) -> int:
     """Entries of the scale, and of the bias if there is one, of a norm over `width`."""
     return 2 * width if c.biased("norm") else width
@@ -53,18 +48,14 @@ def block_vectors(c: ModelConfig) -> int:
     return total
 
 
-def table_rows(c: ModelConfig) -> int:
-    """Rows of width d_model in the tables: embedding, untied head, learned positions."""
-    vocabulary = c.vocab_size if c.tied else 2 * c.vocab_size
-    positions = c.context_length if c.positions == "learned" else 0
-    return vocabulary + positions
-
-
 def parameters(c: ModelConfig) -> int:
     """Number of weights. Vocabulary padding is not counted, and a tied head counts once."""
-    final_norm = norm_vectors(c, c.d_model) if c.norm_place == "pre" else 0
+    n_rows = c.vocab_size if c.tied else 2 * c.vocab_size  # of the embedding and an untied head
+    if c.positions == "learned":
+        n_rows += c.context_length
     blocks = c.n_layers * (block_matrices(c) + block_vectors(c))
-    return table_rows(c) * c.d_model + blocks + final_norm
+    final_norm = norm_vectors(c, c.d_model) if c.norm_place == "pre" else 0
+    return n_rows * c.d_model + blocks + final_norm
 
 
 def forward_flops(
@@ -101,7 +92,8 @@ def weight_bytes(c: ModelConfig, dtype: str | None = None, int8: bool = False) -
     total = (parameters(c) + padding) * item
     if int8:
         entries = c.n_layers * block_matrices(c) + n_tables * c.padded_vocab * c.d_model
-        scales = c.n_layers * block_outputs(c) + n_tables * c.padded_vocab
+        block_outputs = qkv_width(c) + mlp_inputs_width(c) + 2 * c.d_model
+        scales = c.n_layers * block_outputs + n_tables * c.padded_vocab
         total -= entries * (item - 1) - 4 * scales
     return total
 

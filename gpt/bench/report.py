@@ -197,7 +197,8 @@ def draw_roofline(result: dict, path: Path) -> None:
     axes.loglog(roof, np.minimum(peak, rate * roof), color="0.3", label="measured roof")
     for phase, marker, color in (("prefill", "o", "tab:blue"), ("decode", "s", "tab:orange")):
         found = points(result, phase)
-        axes.plot(*zip(*found, strict=True), marker, color=color, label=f"{phase} (batch x prompt)")
+        xs, ys = zip(*found, strict=True)
+        axes.plot(xs, ys, marker, color=color, label=f"{phase} (batch x prompt)")
         for cell, at in zip(result["cells"], found, strict=True):
             name = f"{cell['batch']} x {cell['prompt_length']}"
             axes.annotate(name, at, xytext=(5, -9), textcoords="offset points", size=8)

@@ -35,10 +35,8 @@ def test_a_collective_in_a_loop_counts_for_each_turn():
     assert gather == Collective("all-gather", 128, ("fsdp",), 4, 12)
     assert reduce == Collective("all-reduce", 136, ("tensor",), 2, 1)  # all of a tuple
 
-
-def test_known_trip_counts_go_before_constants():
     known = LOOP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
-    assert find(known, MESH)[1].n_runs == 7
+    assert find(known, MESH)[1].n_runs == 7  # known trip counts go before constants
 
 
 def test_rings_send_all_but_a_devices_own_part():

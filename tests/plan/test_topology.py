@@ -27,9 +27,9 @@ def run(*words):
     )
 
 
-def compiled(*sizes):
-    """What on_tpu.py finds for a mesh of 16 chips."""
-    done = run(ROOT / "tests" / "plan" / "on_tpu.py", *map(str, sizes))
+def compiled(what, *sizes):
+    """What on_tpu.py finds for a mesh of these sizes."""
+    done = run(ROOT / "tests" / "plan" / "on_tpu.py", what, *map(str, sizes))
     assert done.returncode == 0, done.stderr
     assert "nvoluntary" not in done.stderr
     return json.loads(done.stdout)
@@ -37,12 +37,12 @@ def compiled(*sizes):
 
 @pytest.fixture(scope="module")
 def fsdp():
-    return compiled(1, 16, 1)
+    return compiled("collectives", 1, 16, 1)
 
 
 @pytest.fixture(scope="module")
 def mixed():
-    return compiled(2, 4, 2)
+    return compiled("collectives", 2, 4, 2)
 
 
 def moved(program, kinds, axes):
@@ -66,16 +66,12 @@ def test_fsdp_gathers_and_scatters_the_predicted_bytes(name, request):
     reduced = moved(train, ["reduce-scatter", "all-reduce"], ["fsdp"])
     assert reduced == pytest.approx(predicted(train, "reduce", ["fsdp"]), rel=0.05)
     assert moved(train, ["reduce-scatter"], ["fsdp"]) > 0
-
-
-@needs_compiler
-def test_gradients_of_blocks_are_scattered(fsdp):
-    """All but the lookup's, which is summed whole."""
-    train = fsdp["train"]
-    table, positions = 50_304 * 768 * 4, 1024 * 768 * 4
-    scattered = moved(train, ["reduce-scatter"], ["fsdp"])
-    whole = predicted(train, "reduce", ["fsdp"])
-    assert scattered == pytest.approx(whole - table - positions, rel=0.05)
+    if name == "fsdp":
+        # Gradients of blocks are scattered; the lookup's is summed whole.
+        lookup = (50_304 + 1024) * 768 * 4
+        scattered = moved(train, ["reduce-scatter"], ["fsdp"])
+        whole = predicted(train, "reduce", ["fsdp"])
+        assert scattered == pytest.approx(whole - lookup, rel=0.05)
 
 
 @needs_compiler
@@ -105,11 +101,7 @@ def test_decoding_moves_neither_weights_nor_cache(mixed):
     total = sum(n * n_runs for _, _, n, n_runs in decode["found"])
     assert total == pytest.approx(sum(n for *_, n in decode["predicted"]), rel=0.05)
     assert total < mixed["cache"] / 10 and total < mixed["state"]["weights"] / 10
-
-
-@needs_compiler
-def test_the_compiler_is_handed_what_was_predicted(mixed):
-    """Tiles of 8 x 128 are filled up: parts of 192 columns cost a little, those of 48 a quarter."""
+    # The step is given its state. Tiles of 8 x 128 are filled up, which costs a little.
     assert mixed["train"]["given"] == pytest.approx(sum(mixed["state"].values()), rel=0.1)
 
 
@@ -117,9 +109,7 @@ def test_the_compiler_is_handed_what_was_predicted(mixed):
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_fused_attention_compiles_and_takes_less_memory(sizes):
     """Forward, forward again, and two kernels back; they never meet the scores of all pairs."""
-    done = run(ROOT / "tests" / "plan" / "fused_on_tpu.py", *map(str, sizes))
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = compiled("attention", *sizes)
     assert found["fused"]["kernels"] == [4, 2] and found["plain"]["kernels"] == [0, 0]
     train, prefill = zip(found["fused"]["temporary"], found["plain"]["temporary"], strict=True)
     assert train[0] < 0.8 * train[1] and prefill[0] < 0.5 * prefill[1]
