@@ -1,16 +1,13 @@
-"""What entry points show on a terminal and read from it. Knows no model and no JAX, and of flags no
-more than the names that it tells people.
+"""What sample.py shows on a terminal and reads from it.
 
-An entry point's room, like cli.py: text that is safe to show, files and lines that people type,
-standard streams that may be closed, Ctrl-C that waits.
+Text that is safe to show, JSON, files and lines that people type, Ctrl-C that waits. Like cli.py
+this file is for entry points only; it imports no JAX.
 """
 
 import contextlib
-import dataclasses
 import io
 import json
 import math
-import os
 import re
 import signal
 import sys
@@ -22,279 +19,368 @@ from typing import Any
 
 from gpt.errors import UserError, require
 
-# What moves the cursor, colours, clears or reorders: C0 but newline and tab, DEL, C1, and the
-# overrides and isolates by which text is made to look like other text (Unicode Bidirectional
-# Algorithm, 2.2-2.5).
+# What moves the cursor, colours, clears or reorders text: C0 except newline and tab, DEL, C1, and
+# the overrides and isolates that make text look like other text (Unicode Bidirectional Algorithm,
+# 2.2-2.5).
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-MOST_LINES = 1000  # of history
-MOST_TEXT = 2**30  # bytes of a prompt's file: a device may never end
+HISTORY_LINES = 1000
+MAX_TEXT_BYTES = 2**30  # of a prompt's file: a device file may never end
 TIMING = "compilation is left out; the first completion of a process includes its start-up"
-ADVICE = {
-    "length": "--max-new-tokens for more",
-    "context": "the model's context of {context} tokens is full{more}",
-}
 
 
-def visible(text: str) -> str:
-    """`text` with each character that a terminal would obey spelled out, such as `\\x1b`."""
-    return UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
+# Text to standard output.
 
 
-def write(text: str) -> None:
-    """`text` to standard output at once: as it is, but `visible` where that is a terminal."""
-    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
-
-
-def fill_streams() -> None:
-    """Put nothing where the shell has closed a standard stream, lest the next file that is opened
-    takes its place; UserError if it is standard output, which is what all is done for.
-
-    A closed standard input stays None: those who read it say so.
-    """
-    if sys.stdin is None:
-        os.open(os.devnull, os.O_RDONLY)
-    closed = sys.stdout is None
-    if closed:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    require(not closed, "standard output is closed: expected somewhere to print to")
-
-
-def require_input(flag: str) -> None:
-    """UserError, which names `flag`, if standard input is closed."""
-    require(sys.stdin is not None, f"{flag}: standard input is closed; expected one to read")
-
-
-def flag(name: str) -> str:
-    """`top_k` as people type it."""
-    return "--" + name.replace("_", "-")
-
-
-@contextlib.contextmanager
-def as_typed(*kinds: type) -> Iterator[None]:
-    """Within, what a UserError says of a field of these dataclasses it says of the flag."""
-    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    try:
-        yield
-    except UserError as error:
-        said = re.match(r"(\w+) (is|of token|names token|forbids) ", str(error))
-        if not said or said[1] not in names:
-            raise
-        raise UserError(flag(said[1]) + str(error)[said.end(1) :]) from None
-
-
-def accept_any_text() -> None:
-    """Let no character fail for the locale: what an output cannot show is spelled out, and bytes
-    typed that are no text arrive as lone surrogates, as those of the command line do."""
+def prepare_streams() -> None:
+    """Let no character fail for the locale: an output shows what it cannot encode as escapes.
+    Raises UserError if standard output is closed, since all output would be lost."""
+    require(sys.stdout is not None, "standard output is closed: send it to a file or a terminal")
     for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "surrogateescape")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
 
 
-def to_json(value: Any) -> str:
-    """`value` on one line of strict JSON, safe on a terminal: no NaN or Infinity but null."""
-    ascii_only = (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8"
-    line = json.dumps(finite(value), ensure_ascii=ascii_only, allow_nan=False)
-    return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
+def visible(text: str) -> str:
+    """`text` with each character that a terminal would obey shown as an escape, such as `\\x1b`."""
+    return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
-def completion_json(completion) -> dict[str, Any]:
-    """A completion as JSON values."""
-    names = ("prompt", "text", "token_ids", "logprobs", "finish_reason", "prefill_seconds")
-    names += ("decode_seconds", "tokens_per_second", "seed", "sample")
-    return {name: getattr(completion, name) for name in names} | {"timing": TIMING}
+def write(text: str) -> None:
+    """Write `text` to standard output at once; on a terminal only what is `visible`."""
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
-def finite(value: Any) -> Any:
-    """`value` with null for every number that JSON has not."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def note(text: str) -> None:
+    """Write a line to standard error."""
+    print(text, file=sys.stderr)
+
+
+class InOrder:
+    """Shows the completions of a batch one after the other, in whatever order their text comes.
+
+    The first row is shown as it grows, while the others wait; when it has ended, the next one shows
+    what it has and goes on. Used in `with`: if something interrupts it, rows that have ended and
+    still wait are shown too, on a line of their own.
+    """
+
+    def __init__(self, n_rows: int):
+        self.n_rows = n_rows
+        self.current = 0
+        self.waiting: dict[int, str] = {}
+        self.ended: set[int] = set()
+        self.in_line = False  # whether what was shown last does not end a line
+
+    def add(self, row: int, text: str, ended: bool) -> None:
+        """`row` has gained `text`, and perhaps ended: show what may be shown."""
+        self.waiting[row] = self.waiting.get(row, "") + text
+        if ended:
+            self.ended.add(row)
+        ready = ""
+        while self.current < self.n_rows:
+            ready += self.waiting.pop(self.current, "")
+            if self.current not in self.ended:
+                break
+            self.current += 1
+        self._show(ready)
+
+    def flush(self, end_line: bool) -> None:
+        """Show the rows that have ended and wait; `end_line`: end the line in any case."""
+        kept = "".join(text for row, text in sorted(self.waiting.items()) if row in self.ended)
+        self.waiting = {}
+        if self.in_line and (end_line or kept):
+            self._show("\n")
+        self._show(kept)
+
+    def _show(self, text: str) -> None:
+        if text:
+            write(text)
+            self.in_line = not text.endswith("\n")
+
+    def __enter__(self) -> "InOrder":
+        return self
+
+    def __exit__(self, kind, error, _traceback) -> None:
+        if isinstance(error, KeyboardInterrupt | UserError):
+            self.flush(end_line=sys.stdout.isatty())
+
+
+# Completions as text and as JSON.
+
+
+class CompletionText:
+    """What is shown of each piece of a batch of completions: under a header if there are several,
+    as text after its prompt, or, if `top` is given, as tables of the likeliest tokens."""
+
+    def __init__(self, n_prompts: int, n_samples: int, top: int, tokenizer):
+        self.n_samples = n_samples
+        self.several = n_prompts * n_samples > 1
+        self.top = top
+        self.tokenizer = tokenizer
+        self.n_shown: dict[int, int] = {}  # steps of each row whose table was shown
+
+    def __call__(self, piece) -> str:
+        completion = piece.completion
+        text = ""
+        if piece.row not in self.n_shown:
+            self.n_shown[piece.row] = 0
+            if self.several:
+                text += header(*divmod(piece.row, self.n_samples))
+            if not self.top:
+                text += completion.prompt
+        if self.top:
+            text += probability_tables(completion, self.n_shown[piece.row], self.tokenizer)
+            self.n_shown[piece.row] = len(completion.top)
+        else:
+            text += piece.text
+        if completion.finish_reason:
+            if self.top:
+                text += str(completion)
+            text += "\n\n" if self.several else "\n"
+        return text
+
+
+def header(prompt: int, sample: int, more: str = "") -> str:
+    """The line above one of several completions."""
+    return f"--- prompt {prompt + 1}, sample {sample + 1}{more} ---\n"
 
 
 def spell(token: bytes) -> str:
-    """A token in quotes, whatever it holds; one that is no whole character as bytes."""
+    """A token in quotes, whatever it holds; as bytes if it is not a whole character."""
     try:
         return repr(token.decode())
     except UnicodeDecodeError:
         return repr(token)
 
 
-def label(prompt: int, sample: int, more: str = "") -> str:
-    """The line above one of several completions."""
-    return f"--- prompt {prompt + 1}, sample {sample + 1}{more} ---\n"
-
-
-def tables(completion, first: int, tokenizer) -> str:
-    """The likeliest tokens before each draw from token `first` on, the drawn one among them."""
-    text, ended = "", [completion.eot] * (completion.finish_reason == "eos")
-    drawn = completion.token_ids + ended
-    for i in range(first, len(drawn)):
-        rows = [(token, f"{p:9.4%}") for token, p in completion.top[i]]
-        if drawn[i] not in dict(rows):
-            # The probability of an end-of-text is not kept: at most that of the last one shown.
-            known = i < len(completion.logprobs)
-            p = f"{math.exp(completion.logprobs[i]):9.4%}" if known else f"<={rows[-1][1].strip()}"
-            rows.append((drawn[i], p))
-        lines = [
-            f"  {'*' if token == drawn[i] else ' '} {p}  {spell(tokenizer.decode_bytes([token]))}"
-            for token, p in rows
-        ]
-        text += "\n".join([f"step {i}" if i else "after prefill", *lines, ""])
+def probability_tables(completion, first: int, tokenizer) -> str:
+    """The likeliest tokens at each step from token `first` on, the chosen one marked with *."""
+    chosen = list(completion.token_ids)
+    if completion.finish_reason == "eos":
+        chosen.append(tokenizer.eot_token)
+    text = ""
+    for step in range(first, len(chosen)):
+        text += f"step {step}\n" if step else "after prefill\n"
+        rows = [(token, f"{p:9.4%}") for token, p in completion.top[step]]
+        if chosen[step] not in dict(rows):
+            if step < len(completion.logprobs):
+                p = f"{math.exp(completion.logprobs[step]):9.4%}"
+            else:
+                # The probability of an end-of-text is not kept: at most that of the last shown.
+                p = f"<={rows[-1][1].strip()}"
+            rows.append((chosen[step], p))
+        for token, p in rows:
+            mark = "*" if token == chosen[step] else " "
+            text += f"  {mark} {p}  {spell(tokenizer.decode_bytes([token]))}\n"
     return text
 
 
-def describe_end(done: Sequence, context: int, slides: bool = True) -> str:
-    """The two phases of some completions, why they ended, and what would let them go on; `slides`:
-    whether a full context can slide, which it cannot in beam search."""
-    last = max(done, key=lambda one: one.decode_seconds)
-    rate = f", {last.tokens_per_second:.0f} tokens/s a row" if last.tokens_per_second else ""
-    reasons = Counter(one.finish_reason or "Ctrl-C" for one in done)
-    ends = [name + f" ({n} times)" * (n > 1) for name, n in reasons.items()]
-    words = {"context": context, "more": ", --on-context-full slide goes on" * slides}
-    advice = [ADVICE[name].format(**words) for name in reasons if name in ADVICE]
-    return (
-        f"prefill {last.prefill_seconds * 1e3:.1f} ms, decode {last.decode_seconds:.2f} s{rate} "
-        f"(compilation left out); stopped by {', '.join(ends)}"
-        + (f": {'; '.join(advice)}" if advice else "")
+def completion_json(completion) -> dict[str, Any]:
+    """A completion as JSON values."""
+    names = (
+        "prompt",
+        "text",
+        "token_ids",
+        "logprobs",
+        "finish_reason",
+        "prefill_seconds",
+        "decode_seconds",
+        "tokens_per_second",
+        "seed",
+        "sample",
     )
+    return {name: getattr(completion, name) for name in names} | {"timing": TIMING}
 
 
-def describe_programs(each: Sequence) -> str:
-    """Programs that were compiled, one on a line, and their number."""
-    lines = [
-        f"compiled {one.name}{f' ({one.sizes})' if one.sizes else ''} in {one.seconds:.2f} s"
-        + ", from the cache" * one.cached
-        for one in each
-    ]
-    seconds, cached = sum(one.seconds for one in each), sum(one.cached for one in each)
-    total = f"{len(each)} programs in {seconds:.1f} s, {cached} of them from the cache"
-    return "\n".join([*lines, total])
+def json_piece(piece, with_top: bool) -> str:
+    """A piece that ends its completion as a line of JSON; else nothing."""
+    if not piece.completion.finish_reason:
+        return ""
+    values = completion_json(piece.completion)
+    if with_top:
+        values["top"] = piece.completion.top
+    return to_json(values) + "\n"
 
 
-@contextlib.contextmanager
-def leaving(rows) -> Iterator[None]:
-    """Within, what breaks `rows` (see sampling/turns.py) off loses none that has ended."""
-    try:
-        yield
-    except (KeyboardInterrupt, UserError):
-        write(rows.leave(sys.stdout.isatty()))
-        raise
+def to_json(value: Any) -> str:
+    """`value` as one line of strict JSON that is safe on a terminal; NaN and infinities, which JSON
+    does not have, become null."""
+    is_utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    line = json.dumps(_finite(value), ensure_ascii=not is_utf8, allow_nan=False)
+    return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", line)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def describe_end(completions: Sequence, context_length: int, may_slide: bool = True) -> str:
+    """How long prefill and decode took, why the completions ended, and how to get more.
+
+    `may_slide`: whether a full context can slide, which it cannot in beam search.
+    """
+    slowest = max(completions, key=lambda completion: completion.decode_seconds)
+    rate = ""
+    if slowest.tokens_per_second:
+        rate = f", {slowest.tokens_per_second:.0f} tokens/s per row"
+    counts = Counter(completion.finish_reason or "Ctrl-C" for completion in completions)
+    reasons = []
+    for reason, n in counts.items():
+        reasons.append(f"{reason} ({n} times)" if n > 1 else reason)
+    advice = []
+    if "length" in counts:
+        advice.append("--max-new-tokens for more")
+    if "context" in counts:
+        slide = ", --on-context-full slide goes on" if may_slide else ""
+        advice.append(f"the model's context of {context_length} tokens is full{slide}")
+    line = (
+        f"prefill {slowest.prefill_seconds * 1e3:.1f} ms, decode {slowest.decode_seconds:.2f} s"
+        f"{rate} (compilation left out); stopped by {', '.join(reasons)}"
+    )
+    if advice:
+        line += f": {'; '.join(advice)}"
+    return line
+
+
+def describe_programs(programs: Sequence) -> str:
+    """Programs that were compiled, one per line, and their number."""
+    lines = []
+    for program in programs:
+        sizes = f" ({program.sizes})" if program.sizes else ""
+        cached = ", from the cache" if program.cached else ""
+        lines.append(f"compiled {program.name}{sizes} in {program.seconds:.2f} s{cached}")
+    seconds = sum(program.seconds for program in programs)
+    n_cached = sum(program.cached for program in programs)
+    lines.append(f"{len(programs)} programs in {seconds:.1f} s, {n_cached} of them from the cache")
+    return "\n".join(lines)
+
+
+# What people type.
+
+
+def flag(name: str) -> str:
+    """The field `top_k` as people type it."""
+    return "--" + name.replace("_", "-")
 
 
 def parse_ids(flag: str, text: str) -> list[int]:
     """`1 2 3` as numbers; UserError, which names `flag`, if it is something else."""
-    hint = f"expected whole numbers, spaces between: {flag} '1 2 3'"
-    good = all(re.fullmatch("-?[0-9]{1,19}", word) for word in text.split())
-    require(good, f"{flag} {text!r}: {hint}")
-    return [int(word) for word in text.split()]
-
-
-def decode(name: str, content: bytes) -> str:
-    """The text of what a person gave as `name`; what is no UTF-8 is U+FFFD, and said to be."""
-    text = content.decode("utf-8", "replace")
-    if text.encode() != content:
-        print(f"note: {name} is not all UTF-8: the rest is read as U+FFFD", file=sys.stderr)
-    return text
-
-
-def as_text(name: str, typed: str) -> str:
-    """What was typed as `name`, in which Python keeps bytes that are no text as lone surrogates."""
-    try:
-        return decode(name, typed.encode("utf-8", "surrogateescape"))
-    except UnicodeEncodeError:  # half a pair, as a Windows shell may hand over
-        return decode(name, typed.encode("utf-8", "surrogatepass"))
-
-
-def require_text(flag: str, typed: str) -> None:
-    """UserError, which names `flag`, if what was typed is not all UTF-8."""
-    good = not re.search("[\ud800-\udfff]", typed)
-    require(good, f"{flag} {typed!r} is not all UTF-8: no text holds it; give whole characters")
+    words = text.split()
+    require(
+        all(re.fullmatch("-?[0-9]{1,19}", word) for word in words),
+        f"{flag} {text!r}: expected integers separated by spaces: {flag} '1 2 3'",
+    )
+    return [int(word) for word in words]
 
 
 def read_text(flag: str, path: Path) -> str:
-    """All of a file, or of standard input for `-`, to the byte; what is no UTF-8 is U+FFFD.
-
-    UserError, which names `flag`, if it cannot be read.
-    """
-    typed = str(path) == "-"
-    if typed:
+    """The text of a file, or of standard input for `-`; UserError, which names `flag`, if it cannot
+    be read. Bytes that are not valid UTF-8 become U+FFFD, with a note."""
+    if str(path) == "-":
         require_input(f"{flag} -")
+        opened = contextlib.nullcontext(sys.stdin.buffer)
+    else:
+        try:
+            opened = path.expanduser().open("rb")
+        except OSError as error:
+            raise UserError(f"{flag} {path}: {error.strerror}; expected a text file") from None
     try:
-        with contextlib.nullcontext(sys.stdin.buffer) if typed else path.open("rb") as file:
-            content = file.read(MOST_TEXT + 1)
+        with opened as file:
+            content = file.read(MAX_TEXT_BYTES + 1)
     except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}; expected a file of text") from None
-    short = len(content) <= MOST_TEXT
-    require(short, f"{flag} {path}: expected a text of at most {MOST_TEXT:,} bytes")
-    return decode(f"{flag} {path}", content)
+        raise UserError(f"{flag} {path}: {error.strerror}; expected a text file") from None
+    require(
+        len(content) <= MAX_TEXT_BYTES,
+        f"{flag} {path}: expected a text of at most {MAX_TEXT_BYTES:,} bytes",
+    )
+    return _decode(f"{flag} {path}", content)
+
+
+def typed_text(name: str, typed: str) -> str:
+    """What was typed as `name`; Python keeps its invalid UTF-8 as lone surrogates."""
+    return _decode(name, typed.encode("utf-8", "surrogateescape"))
+
+
+def _decode(name: str, content: bytes) -> str:
+    text = content.decode("utf-8", "replace")
+    if text.encode() != content:
+        note(f"note: {name} is not valid UTF-8: what cannot be decoded is read as U+FFFD")
+    return text
+
+
+def require_input(flag: str) -> None:
+    """Raise UserError, which names `flag`, if standard input is closed."""
+    require(sys.stdin is not None, f"{flag}: standard input is closed, so there is nothing to read")
 
 
 def read_lines(history: Path) -> Iterator[str]:
-    """The lines that a person types, to Ctrl-D, or those of a pipe.
+    """The lines that a person types, until Ctrl-D, or those of a pipe.
 
-    At a terminal lines can be edited, those of earlier days are kept in the file `history`, and
-    Ctrl-C drops the line.
+    On a terminal lines can be edited, those of earlier sessions are kept in the file `history`, and
+    Ctrl-C discards the line.
     """
     if not sys.stdin.isatty():
-        yield from (line.rstrip("\r\n") for line in sys.stdin)
+        for line in sys.stdin:
+            yield line.rstrip("\r\n")
         return
-    keep = remember(history)
+    save_history = _use_history(history)
     while True:
         try:
-            line = ask("> ")
+            line = _ask("> ")
         except KeyboardInterrupt:
-            print(file=sys.stderr)
+            note("")
             continue
         except EOFError:
-            print(file=sys.stderr)
+            note("")
             return
-        keep()
+        save_history()
         yield line
 
 
-def ask(question: str) -> str:
-    """A line from the terminal; the question stays out of a pipe that standard output may be."""
+def _ask(question: str) -> str:
+    """A line from the terminal; the question must not reach a pipe that standard output may be."""
     if sys.stdout.isatty():
         return input(question)
     print(question, end="", file=sys.stderr, flush=True)
     return input()
 
 
-def remember(history: Path):
-    """Turn line editing on, with the lines in `history`; a function that writes them there."""
+def _use_history(path: Path):
+    """Turn line editing on with the lines in `path`; returns a function that saves them there."""
     try:
         import readline
-    except ImportError:  # as on Windows: lines can be typed all the same
+    except ImportError:  # on Windows: lines can be typed all the same
         return lambda: None
     with contextlib.suppress(OSError):
-        readline.read_history_file(history)
-    readline.set_history_length(MOST_LINES)
+        readline.read_history_file(path)
+    readline.set_history_length(HISTORY_LINES)
 
-    def keep():
+    def save() -> None:
         with contextlib.suppress(OSError):
-            readline.write_history_file(history)
+            readline.write_history_file(path)
 
-    return keep
+    return save
 
 
 @contextlib.contextmanager
-def patient_interrupt() -> Iterator[threading.Event]:
-    """Within, the first Ctrl-C only sets the event, so that it breaks nothing off; the next one
-    is a KeyboardInterrupt."""
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Inside, the first Ctrl-C only sets the event, so that it interrupts nothing; the second one
+    raises KeyboardInterrupt."""
     pressed = threading.Event()
 
-    def note(*_):
+    def handle(*_) -> None:
         if pressed.is_set():
             raise KeyboardInterrupt
         pressed.set()
 
-    before = signal.signal(signal.SIGINT, note)
+    previous = signal.signal(signal.SIGINT, handle)
     try:
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)

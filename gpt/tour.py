@@ -56,8 +56,7 @@ class Command:
 
 
 def main(argv: list[str]) -> None:
-    with terminal.as_typed(Settings):
-        command = cli.parse(Command, argv, program="python -m gpt.tour", description=__doc__)
+    command = cli.parse(Command, argv, program="python -m gpt.tour", description=__doc__)
     both = command.prompt is not None and command.prompt_ids is not None
     require(not both, "--prompt and --prompt-ids exclude each other: choose one")
     prompt: str | list[int] = EXAMPLE_PROMPT

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, field
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -20,7 +21,7 @@ from gpt.config import ModelConfig, TrainConfig
 from gpt.errors import require
 from gpt.hardware import timed
 from gpt.sampling import engine, generate
-from gpt.sampling.decode_loop import begin, decode_chunk
+from gpt.sampling.decode_loop import DecodeState, decode_chunk, start_decoding
 from gpt.sampling.settings import Settings
 from gpt.training import train_state, train_step
 
@@ -154,31 +155,37 @@ def measure_cell(
 
 def repeat(config: ModelConfig, params: dict, cell: Cell, times: Times) -> None:
     """One repeat: read and decode in chunks, then read and decode token by token."""
-    state, rows = read_prompts(config, params, cell, times)
-    chunks = decode(config, params, state, rows, generate.CHUNK)
+    state, sampling = read_prompts(config, params, cell, times)
+    chunks = decode(config, params, state, sampling, generate.CHUNK)
     times.step.append(sum(chunks) / (cell.new_tokens - 1))
-    state, rows = read_prompts(config, params, cell, times)
-    times.host_step += decode(config, params, state, rows, 1)
+    state, sampling = read_prompts(config, params, cell, times)
+    times.host_step += decode(config, params, state, sampling, 1)
 
 
 def read_prompts(config: ModelConfig, params: dict, cell: Cell, times: Times):
-    """Prefill and draw the first token: the state to decode from, and the rows' settings."""
+    """Prefill and sample the first token: the state to decode from, and how to sample."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(config.vocab_size, size=(cell.batch, cell.prompt_length))
     tokens_BT, n_B = generate.pad_prompts(prompts, config.context_length)
-    rows = generate.row_settings([Settings(temperature=0)] * cell.batch, config.vocab_size, NO_EOT)
-    left_B = np.full(cell.batch, cell.new_tokens, np.int32)
-    seen_BV = np.zeros((cell.batch, config.vocab_size), bool)
-    dropped_B = np.zeros_like(left_B)
+    greedy = [Settings(temperature=0)] * cell.batch
+    sampling = generate.sampling_params(greedy, config.vocab_size, NO_EOT)
 
     prefill, (cache, logits_BV) = timed(engine.prefill, config, params, tokens_BT, n_B)
-    drawing, (state, _) = timed(begin, cache, logits_BV, rows, left_B, seen_BV, dropped_B, NO_EOT)
+    state = DecodeState(
+        cache=cache,
+        token_B=jnp.zeros(cell.batch, jnp.int32),
+        remaining_B=jnp.full(cell.batch, cell.new_tokens, jnp.int32),
+        seen_BV=jnp.zeros((cell.batch, config.vocab_size), bool),
+        dropped_B=jnp.zeros(cell.batch, jnp.int32),
+        eot=jnp.int32(NO_EOT),
+    )
+    first_token, (state, _) = timed(start_decoding, state, logits_BV, sampling)
     times.prefill.append(prefill)
-    times.first_token.append(prefill + drawing)
-    return state, rows
+    times.first_token.append(prefill + first_token)
+    return state, sampling
 
 
-def decode(config: ModelConfig, params: dict, state, rows, chunk: int) -> list[float]:
+def decode(config: ModelConfig, params: dict, state, sampling, chunk: int) -> list[float]:
     """Decode to the end, at most `chunk` steps per call; the seconds of each call.
 
     Growing the cache counts: it is part of what sampling waits for.
@@ -186,11 +193,11 @@ def decode(config: ModelConfig, params: dict, state, rows, chunk: int) -> list[f
     active_B = np.ones(len(state.token_B), bool)
 
     def advance(state):
-        with_room = generate.with_room(config, state)
-        return decode_chunk(config, params, with_room, rows, active_B, NO_EOT, chunk)
+        state = generate.grow_if_full(config, state)
+        return decode_chunk(config, params, state, sampling, active_B, chunk)
 
     seconds = []
-    while np.any(np.asarray(state.left_B) > 0):
+    while np.any(np.asarray(state.remaining_B) > 0):
         spent, (state, *_) = timed(advance, state)
         seconds.append(spent)
     return seconds

@@ -31,11 +31,18 @@ def attend(
     drop: Drop | None,
 ) -> jax.Array:
     """As attention.attend, by the platform's kernel where there is one for it."""
-    kernel, fits = KERNELS.get(platform(), (None, None))
-    same = pos_BT is None and drop is None and q_BTNH.dtype == jnp.bfloat16
-    if kernel is None or not same or not fits(q_BTNH.shape[1], q_BTNH.shape[3]):
+    kernel = kernel_for(q_BTNH)
+    if kernel is None or pos_BT is not None or drop is not None:
         return attention.attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
     return spread(kernel, q_BTNH, k_BKSH, v_BKSH)
+
+
+def kernel_for(q_BTNH: jax.Array | jax.ShapeDtypeStruct) -> Kernel | None:
+    """The platform's kernel for queries of this shape and type, if it has one."""
+    kernel, fits = KERNELS.get(platform(), (None, None))
+    if kernel is None or q_BTNH.dtype != jnp.bfloat16:
+        return None
+    return kernel if fits(q_BTNH.shape[1], q_BTNH.shape[3]) else None
 
 
 def target_device():

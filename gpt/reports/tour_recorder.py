@@ -20,7 +20,7 @@ from gpt.model import kv_cache as kv
 from gpt.model import transformer
 from gpt.model.attention import Attend, attend
 from gpt.sampling import engine, generate, sampler
-from gpt.sampling.sampler import Draw
+from gpt.sampling.sampler import SamplingParams
 from gpt.sampling.settings import Settings
 
 LENS_TOP = 5  # likeliest tokens kept of each layer's prediction
@@ -107,7 +107,8 @@ def record_tour(model, prompt: generate.Prompt, settings: Settings) -> TourRecor
     """
     config, params = model.config, model.params
     context, eot = config.context_length, model.tokenizer.eot_token
-    text, prompt_ids, _ = generate.read_prompt(model, prompt)
+    read = generate.read_prompt(model, prompt)
+    text, prompt_ids = read.text, read.ids
     T = len(prompt_ids)
     fits = len(prompt_ids) <= context
     require(
@@ -123,7 +124,7 @@ def record_tour(model, prompt: generate.Prompt, settings: Settings) -> TourRecor
     calls, sampled = [call], []
 
     # Sample a token and read it, until the last one.
-    params_of_row = generate.row_settings([settings], config.vocab_size, eot)
+    params_of_row = generate.sampling_params([settings], config.vocab_size, eot)
     stage_names = active_settings(settings)
     seen_V = np.zeros(config.vocab_size, bool)
     seen_V[prompt_ids] = True
@@ -250,7 +251,11 @@ def changed_slots(before: kv.KVCache, after: kv.KVCache) -> list[int]:
 
 
 def sample_token(
-    logits_V: np.ndarray, rows: Draw, names: tuple[str, ...], seen_V: np.ndarray, position: int
+    logits_V: np.ndarray,
+    rows: SamplingParams,
+    names: tuple[str, ...],
+    seen_V: np.ndarray,
+    position: int,
 ) -> SampledToken:
     """Sample the token at `position` of the text as sample.py does, and record each stage."""
     position_B = np.array([position], np.int32)
@@ -266,11 +271,11 @@ def sample_token(
 
 
 @partial(jax.jit, static_argnames="names")
-def sample_recording(logits_BV, rows: Draw, seen_BV, position_B, names: tuple[str, ...]):
+def sample_recording(logits_BV, rows: SamplingParams, seen_BV, position_B, names: tuple[str, ...]):
     """The token of row 0, the random number that picked it, and the probabilities [V] before and
     after each of the settings `names`."""
     token_B = sampler.sample(logits_BV, rows, seen_BV, position_B)
-    adjusted_BV = sampler.adjust(logits_BV, rows, seen_BV)
+    adjusted_BV = sampler.adjust_logits(logits_BV, rows, seen_BV)
 
     # Turn the filters on one after the other.
     off = {"top_k": rows.top_k * 0, "top_p": rows.top_p * 0 + 1, "min_p": rows.min_p * 0}
@@ -283,7 +288,7 @@ def sample_recording(logits_BV, rows: Draw, seen_BV, position_B, names: tuple[st
         if name == "penalty":
             stages.append(adjusted_BV)
         else:
-            stages.append(sampler.filtered(adjusted_BV, filters))
+            stages.append(sampler.filter_logits(adjusted_BV, filters))
     probs = [jax.nn.softmax(stage_BV[0]) for stage_BV in stages]
     return token_B[0], sampler.uniform(rows, position_B)[0], probs
 

@@ -4,6 +4,10 @@
    full forward pass.
 2. Rows are independent: to the bit within one compiled shape, within rounding across shapes.
 3. Nothing recompiles in steady state.
+
+These are checked with products in full precision, where no fused attention kernel fits. A last
+check runs what training and prefill really run on this platform: the fused kernel, if there is one,
+in the precision of the model, against plain attention.
 """
 
 from collections.abc import Iterator
@@ -17,16 +21,17 @@ from jax.sharding import Mesh
 
 from gpt.compile_log import Stopwatch
 from gpt.config import ModelConfig
-from gpt.model import transformer
+from gpt.model import attention, flash_attention, transformer
 from gpt.sampling import engine, generate
 from gpt.sampling.completion import NO_TOKEN
-from gpt.sampling.decode_loop import begin, decode_chunk
+from gpt.sampling.decode_loop import DecodeState, decode_chunk, start_decoding
 from gpt.sampling.settings import Settings
 from gpt.sharding import on_mesh
 
 # Times max(1, std of the logits). int8 weights meet activations cut to 15 bits (model/int8.py).
 TOLERANCE = {"float32": 2e-5, "int8": 1e-3, "bfloat16": 6e-2}
 N_TOKENS = 48
+N_FUSED_TOKENS = 256  # at most; kernels want multiples of 128
 N_ROWS = 3
 SWEEP = (
     Settings(temperature=0),
@@ -39,7 +44,7 @@ SWEEP = (
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the contract: what was compared, the largest difference, the most allowed."""
+    """One line of the contract: what was compared, the largest difference, and what is allowed."""
 
     name: str
     largest: float
@@ -102,9 +107,12 @@ class Probe:
         In a bucket and a capacity of T; `narrow`: in the smallest that hold what is read.
         """
         T = self.tokens_BT.shape[1]
-        width, capacity = (int(n_B.max()), int(n_B.max()) + steps) if narrow else (T, T)
+        width = capacity = T
+        if narrow:
+            width, capacity = int(n_B.max()), int(n_B.max()) + steps
         cache, logits_BV = self.read(self.tokens_BT[rows], n_B, width, capacity)
-        out, active_B = [np.asarray(logits_BV)], np.ones(len(rows), bool)
+        out = [np.asarray(logits_BV)]
+        active_B = np.ones(len(rows), bool)
         for i in range(steps):
             token_B = self.tokens_BT[rows, n_B + i]
             cache, logits_BV = engine.decode_step(
@@ -117,10 +125,14 @@ class Probe:
 def make_probe(config: ModelConfig, params: dict, seed: int = 0) -> Probe:
     """Random texts for a model with unstacked weights, and their uncached logits."""
     T = min(N_TOKENS, config.context_length)
-    tokens_BT = np.random.default_rng(seed).integers(config.vocab_size, size=(N_ROWS, T))
-    tokens_BT = tokens_BT.astype(np.int32)
+    tokens_BT = random_tokens(config, T, seed)
     forward = jax.jit(transformer.forward, static_argnums=0)
     return Probe(config, params, tokens_BT, np.asarray(forward(config, params, tokens_BT)))
+
+
+def random_tokens(config: ModelConfig, T: int, seed: int = 0) -> np.ndarray:
+    tokens_BT = np.random.default_rng(seed).integers(config.vocab_size, size=(N_ROWS, T))
+    return tokens_BT.astype(np.int32)
 
 
 def check_causality(probe: Probe) -> Check:
@@ -137,7 +149,8 @@ def check_causality(probe: Probe) -> Check:
 def check_cached(probe: Probe) -> Check:
     """Invariant 1 over prefix x chunk x capacity."""
     T = probe.tokens_BT.shape[1]
-    prefixes, chunks = {1, T // 3, T - 1}, {1, 5}
+    prefixes = {1, T // 3, T - 1}
+    chunks = {1, 5}
     differences = [
         np.abs(logits_BV - probe.logits_BTV[:, end - 1]).max()
         for prefix, chunk, capacity in product(prefixes, chunks, (T, 2 * T))
@@ -205,15 +218,40 @@ def check_programs(probe: Probe) -> Check:
     T, V = probe.tokens_BT.shape[1], probe.config.vocab_size
     watch = Stopwatch()
     for i, settings in enumerate(SWEEP):
-        rows = generate.row_settings([settings] * N_ROWS, V, NO_TOKEN)
-        left_B, dropped_B = np.full((2, N_ROWS), [[i + 5], [0]], np.int32)
-        seen_BV, going_B = np.zeros((N_ROWS, V), bool), np.ones(N_ROWS, bool)
-        with watch if i else Stopwatch():
+        sampling = generate.sampling_params([settings] * N_ROWS, V, NO_TOKEN)
+        with watch if i else Stopwatch():  # the first turn compiles
             cache, logits_BV = probe.read(probe.tokens_BT, np.maximum(n_B - i, 1), T, 2 * T)
-            loop, _ = begin(cache, logits_BV, rows, left_B, seen_BV, dropped_B, NO_TOKEN)
+            state = DecodeState(
+                cache=cache,
+                token_B=jnp.zeros(N_ROWS, jnp.int32),
+                remaining_B=jnp.full(N_ROWS, i + 5, jnp.int32),
+                seen_BV=jnp.zeros((N_ROWS, V), bool),
+                dropped_B=jnp.zeros(N_ROWS, jnp.int32),
+                eot=jnp.int32(NO_TOKEN),
+            )
+            state, _ = start_decoding(state, logits_BV, sampling)
             for _ in range(2):
-                loop, _ = decode_chunk(probe.config, probe.params, loop, rows, going_B, NO_TOKEN, 2)
+                active_B = np.ones(N_ROWS, bool)
+                state, _ = decode_chunk(probe.config, probe.params, state, sampling, active_B, 2)
     return Check("new lengths and settings compile nothing", float(watch.programs), 0.0)
+
+
+def check_fused(config: ModelConfig, params: dict) -> Check | None:
+    """What training and prefill really run: the platform's fused attention, in the precision of the
+    model, equals plain attention. None if the platform has no kernel for this model."""
+    T = min(N_FUSED_TOKENS, config.context_length // 128 * 128)
+    queries = jax.ShapeDtypeStruct(
+        (N_ROWS, T, config.n_heads, config.head_width), config.compute_dtype or "float32"
+    )
+    if T == 0 or flash_attention.kernel_for(queries) is None:
+        return None
+    tokens_BT = random_tokens(config, T)
+    forward = jax.jit(transformer.forward, static_argnums=0, static_argnames="attend")
+    fused_BTV = np.asarray(forward(config, params, tokens_BT, attend=flash_attention.attend))
+    plain_BTV = np.asarray(forward(config, params, tokens_BT, attend=attention.attend))
+    allowed = Probe(config, params, tokens_BT, plain_BTV).allowed
+    largest = float(np.abs(fused_BTV - plain_BTV).max())
+    return Check("fused attention equals plain attention", largest, allowed)
 
 
 CHECKS = (
@@ -236,3 +274,7 @@ def run_checks(config: ModelConfig, params: dict, mesh: Mesh | None = None) -> I
             with on_mesh(mesh):
                 done = check(probe)
             yield done
+    with on_mesh(mesh):
+        fused = check_fused(config, params)
+    if fused is not None:
+        yield fused

@@ -1,7 +1,7 @@
 """A trained model as an object: weights ready for decoding, its config and its tokenizer."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt import checkpoint, distributed, sharding
+from gpt import checkpoint, distributed, hardware, sharding
 from gpt.config import (
     ONE_DEVICE,
     Dtype,
@@ -28,7 +28,7 @@ from gpt.sampling.completion import Completion, Piece
 from gpt.sampling.settings import Settings
 
 Prompts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
-Each = Settings | Sequence[Settings] | None
+PerPrompt = Settings | Sequence[Settings] | None
 
 
 def is_one(prompt: Prompts) -> bool:
@@ -41,7 +41,7 @@ def as_list(prompt: Prompts) -> Sequence[str] | Sequence[Sequence[int]]:
     return [prompt] if is_one(prompt) else prompt
 
 
-def as_settings(settings: Each, fields: dict) -> Settings | Sequence[Settings]:
+def as_settings(settings: PerPrompt, fields: dict) -> Settings | Sequence[Settings]:
     """The settings given whole, or made of their fields."""
     require(settings is None or not fields, "give settings or their fields by name, not both")
     return Settings(**fields) if settings is None else settings
@@ -49,9 +49,11 @@ def as_settings(settings: Each, fields: dict) -> Settings | Sequence[Settings]:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """What `gpt.load` returns. `params` is unstacked; `notes` tells what loading came across.
+    """A trained model: what `gpt.load` returns.
 
-    `mesh`: the devices that it lies on, None for one.
+    `params`: the weights, a subtree per layer. `step`: training steps done. `weights`: "ema" for
+    their average over the run, or "raw". `notes`: what loading has to say. `mesh`: the devices it
+    is split over, None for one.
     """
 
     config: ModelConfig
@@ -59,36 +61,50 @@ class LanguageModel:
     tokenizer: tokenizers.Tokenizer = field(repr=False)
     step: int
     weights: Weights = "raw"
-    notes: list[str] = field(default_factory=list, repr=False)
+    notes: tuple[str, ...] = field(default=(), repr=False)
     mesh: Mesh | None = field(default=None, repr=False)
 
     def generate(
-        self, prompt: Prompts = "", settings: Each = None, **fields
+        self, prompt: Prompts = "", settings: PerPrompt = None, **fields
     ) -> Completion | list[Completion]:
         """Complete a prompt, or several together; each is text or token ids.
 
-        `settings`: a Settings for all, or a list with one for each prompt; or its fields by name.
+        `settings`: a Settings for all prompts, or a list with one for each; or its fields by name.
         One prompt and one sample give one Completion (printing it shows the text), else a list,
         prompt by prompt.
         """
-        prompts, settings = as_list(prompt), as_settings(settings, fields)
-        done = generate.complete(self, prompts, settings)
-        return done[0] if is_one(prompt) and len(done) == 1 else done
+        completions = generate.complete(self, as_list(prompt), as_settings(settings, fields))
+        return completions[0] if is_one(prompt) and len(completions) == 1 else completions
 
-    def stream(self, prompt: Prompts = "", settings: Each = None, **fields) -> Iterator[Piece]:
-        """As `generate`, handing out pieces of text as they are drawn."""
+    def stream(self, prompt: Prompts = "", settings: PerPrompt = None, **fields) -> Iterator[Piece]:
+        """Like `generate`, but hand out pieces of text as they appear."""
         return generate.stream(self, as_list(prompt), as_settings(settings, fields))
 
     def search(self, prompt: Prompts = "", **settings) -> list:
-        """Beam search: the likeliest texts found after a prompt, the best first, each with its
-        `score`; for several prompts a list of such lists. `settings`: fields of BeamSettings."""
+        """Beam search: the likeliest texts after a prompt, the best first, each with its `score`;
+        for several prompts a list of such lists. `settings`: the fields of BeamSettings."""
         found = beam_search.search(self, as_list(prompt), beam_search.BeamSettings(**settings))
         return found[0] if is_one(prompt) else found
 
     def score(self, text: str | Sequence[int], stride: int | None = None) -> scoring.Score:
-        """Log-probability of each token of a text (or of token ids), its loss, bits per byte and
-        perplexity. `stride`: see gpt/sampling/scoring.py."""
+        """Log-probability of each token of a text (or of token ids), its mean loss, bits per byte
+        and perplexity. `stride`: see gpt/sampling/scoring.py."""
         return scoring.score(self, text, stride)
+
+    def logits(self, text: str | Sequence[int]) -> np.ndarray:
+        """float32 logits [T, V] of the next token after each token of a text (or of token ids)."""
+        prompt = generate.read_prompt(self, text)
+        tokens_BT, n_B = generate.pad_prompts([prompt.ids], self.config.context_length)
+        with sharding.on_mesh(self.mesh):
+            logits_BTV = jitted_forward(self.config, self.params, tokens_BT)
+        return np.asarray(logits_BTV)[0, : n_B[0]]
+
+    def module(self) -> transformer.GPT:
+        """The model as a Flax NNX module: `model.module()(tokens_BT)` gives logits."""
+        return transformer.bind(self.config, self.params)
+
+
+jitted_forward = jax.jit(transformer.forward, static_argnums=0)
 
 
 def load(
@@ -108,25 +124,32 @@ def load(
     are). UserError if there is no checkpoint, it is damaged, it has no such average, or the mesh
     does not divide the model.
     """
-    require(Path(run).is_dir(), f"no folder {run}: expected a run's folder made by train.py")
-    dtype, devices = dtype or platform_dtype(), sharding.make_decoding_mesh(mesh)
+    run = Path(run).expanduser()
+    require(run.is_dir(), f"no folder {run}: expected a run's folder made by train.py")
+    dtype = dtype or hardware.default_dtype()
+    devices = sharding.make_decoding_mesh(mesh)
 
     def read(step: int) -> LanguageModel:
-        about = checkpoint.read_metadata(run, step)
-        config = from_json(ModelConfig, about["model"]).computing_in(dtype)
-        tree = choose_tree(run, about, weights)
+        metadata = checkpoint.read_metadata(run, step)
+        config = from_json(ModelConfig, metadata["model"]).computing_in(dtype)
         notes = transformer.require_fit(config, devices, fsdp=False)
+        tree = choose_tree(run, metadata, weights)
         params = read_weights(run, step, tree, config, devices, quantize)
-        letters = tokenizers.from_json(about["tokenizer"])
-        which = "ema" if tree == "ema_params" else "raw"
-        several = devices if devices.size > 1 else None
-        return LanguageModel(config, params, letters, step, which, notes, several)
+        return LanguageModel(
+            config,
+            params,
+            tokenizers.from_json(metadata["tokenizer"]),
+            step,
+            weights="ema" if tree == "ema_params" else "raw",
+            notes=tuple(notes),
+            mesh=devices if devices.size > 1 else None,
+        )
 
     if step is not None:
         return read(step)
-    _, model, notes = checkpoint.latest_good(run, read)
-    model.notes.extend(f"{note}; using step {model.step}" for note in notes)
-    return model
+    _, model, damaged = checkpoint.latest_good(run, read)
+    notes = [f"{note}; using step {model.step}" for note in damaged]
+    return replace(model, notes=(*model.notes, *notes))
 
 
 def write_sample(run, weights: dict, n_tokens: int = 120) -> str | None:
@@ -149,19 +172,23 @@ def write_sample(run, weights: dict, n_tokens: int = 120) -> str | None:
     return str(model.generate(max_new_tokens=n_tokens))
 
 
-def choose_tree(run: str | Path, about: dict[str, Any], weights: Weights | None) -> str:
-    """Which tree of a checkpoint holds the weights that are wanted, of what it says of itself.
-
-    By default the average where one is kept; UserError if it is asked for and there is none.
-    """
-    kept = bool(from_json(TrainConfig, about["train"]).ema_decay)
-    require(kept or weights != "ema", f"{run} keeps no average of its weights: drop --weights")
-    return "ema_params" if kept and weights != "raw" else "params"
+def choose_tree(run: str | Path, metadata: dict[str, Any], weights: Weights | None) -> str:
+    """The tree of a checkpoint that holds the wanted weights: by default the average, if one is
+    kept. Raises UserError if it is asked for and there is none."""
+    has_average = from_json(TrainConfig, metadata["train"]).ema_decay > 0
+    require(
+        has_average or weights != "ema",
+        f"{run} keeps no average of its weights: leave out --weights",
+    )
+    if has_average and weights != "raw":
+        return "ema_params"
+    return "params"
 
 
 def read_weights(run, step: int, tree: str, config: ModelConfig, mesh: Mesh, quantize) -> dict:
     """Unstacked weights of a checkpoint, each part read by the device that keeps it."""
-    like, axes = transformer.abstract(config), transformer.logical_axes(config)
+    like = transformer.abstract(config)
+    axes = transformer.logical_axes(config)
     shardings = sharding.state_shardings(mesh, axes, like, sharding.DECODING)
     like = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), like, shardings
@@ -171,7 +198,7 @@ def read_weights(run, step: int, tree: str, config: ModelConfig, mesh: Mesh, qua
 
 
 def for_decoding(config: ModelConfig, mesh: Mesh, quantize: Quantize | None, stacked, *args):
-    """The stacked weights `stacked(*args)` as sampling keeps them on `mesh`: a subtree a layer."""
+    """The stacked weights `stacked(*args)` as decoding keeps them on `mesh`, layer by layer."""
 
     def make(*args):
         params = transformer.unstack(stacked(*args))
@@ -182,8 +209,3 @@ def for_decoding(config: ModelConfig, mesh: Mesh, quantize: Quantize | None, sta
     shapes = jax.eval_shape(make, *args)
     out = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING)
     return jax.jit(make, out_shardings=out)(*args)
-
-
-def platform_dtype() -> Dtype:
-    """The type to compute in where nothing says otherwise: only accelerators gain by bfloat16."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -1,15 +1,15 @@
 """How likely a given text is: log-probabilities of its tokens, without a cache.
 
-A text longer than the context is read in windows of the context's size. Each begins `stride` tokens
-after the one before it and predicts only what that one did not, so that every token is predicted
-once, and from at least context - stride tokens before it (Hugging Face's strided perplexity).
+A text longer than the context is read in windows of the size of the context. Each begins `stride`
+tokens after the one before and predicts only what that one did not, so that every token is
+predicted once, from at least context - stride tokens before it (the strided perplexity of Hugging
+Face's documentation).
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from gpt.sampling.completion import require_number
 from gpt.sampling.engine import bucket
 from gpt.sharding import on_mesh
 
-ROWS = 8  # windows read together; what is left over is read one by one
+ROWS = 8  # windows read together; the remaining ones are read one by one
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Score:
 
     @property
     def mean_nll(self) -> float:
-        """Mean loss, nats a token."""
+        """Mean loss in nats per token."""
         return -math.fsum(self.logprobs) / len(self.logprobs)
 
     @property
     def perplexity(self) -> float:
         """exp(mean_nll); infinite where that overflows."""
-        return math.exp(self.mean_nll) if not self.mean_nll >= 700 else math.inf
+        return math.inf if self.mean_nll >= 700 else math.exp(self.mean_nll)
 
     @property
     def bits_per_byte(self) -> float:
@@ -56,17 +56,23 @@ class Score:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.token_ids)} tokens: {self.mean_nll:.4f} nats a token, "
-            f"{self.bits_per_byte:.4f} bits a byte, perplexity {self.perplexity:.2f} "
+            f"{len(self.token_ids)} tokens: {self.mean_nll:.4f} nats per token, "
+            f"{self.bits_per_byte:.4f} bits per byte, perplexity {self.perplexity:.2f} "
             f"(context {self.context}, stride {self.stride})"
         )
 
     def to_json(self) -> dict:
         """All of it as JSON values."""
-        totals = {name: getattr(self, name) for name in ("mean_nll", "bits_per_byte", "perplexity")}
-        sizes = {"context": self.context, "stride": self.stride}
-        lists = {"token_ids": self.token_ids, "logprobs": self.logprobs}
-        return {"tokens": len(self.token_ids)} | totals | lists | sizes
+        return {
+            "tokens": len(self.token_ids),
+            "mean_nll": self.mean_nll,
+            "bits_per_byte": self.bits_per_byte,
+            "perplexity": self.perplexity,
+            "token_ids": self.token_ids,
+            "logprobs": self.logprobs,
+            "context": self.context,
+            "stride": self.stride,
+        }
 
 
 @partial(jax.jit, static_argnames="config")
@@ -78,13 +84,13 @@ def target_logprobs(config: ModelConfig, params: dict, tokens_BT, targets_BT) ->
     model = transformer.bind(config, params)
     x_BTD, _ = model.hidden(tokens_BT)
 
-    def one(row):
+    def score_row(row):
         x_TD, targets_T = row
         logits_TV = model.unembed(x_TD)
-        chosen_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
-        return chosen_T - jax.nn.logsumexp(logits_TV, axis=-1)
+        target_logits_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
+        return target_logits_T - jax.nn.logsumexp(logits_TV, axis=-1)
 
-    return jax.lax.map(one, (x_BTD, targets_BT))
+    return jax.lax.map(score_row, (x_BTD, targets_BT))
 
 
 def cut_windows(n: int, size: int, stride: int) -> list[tuple[int, int, int]]:
@@ -93,29 +99,39 @@ def cut_windows(n: int, size: int, stride: int) -> list[tuple[int, int, int]]:
     Token i is predicted from what precedes it, so a window that begins at `a` reads a..a + size - 1
     of [end-of-text, *ids] and predicts ids from a on.
     """
-    ends = [min(size + i * stride, n) for i in range(1 + max(0, math.ceil((n - size) / stride)))]
-    return [(i * stride, done, end) for i, (done, end) in enumerate(pairwise([0, *ends]))]
+    n_windows = 1 + max(0, math.ceil((n - size) / stride))
+    windows = []
+    predicted = 0
+    for i in range(n_windows):
+        end = min(size + i * stride, n)
+        windows.append((i * stride, predicted, end))
+        predicted = end
+    return windows
 
 
 def batches(windows: list) -> list[list]:
-    """The windows in full batches, and the rest of them one by one: two shapes to compile."""
-    whole = len(windows) // ROWS * ROWS
-    return [windows[i : i + ROWS] for i in range(0, whole, ROWS)] + [[w] for w in windows[whole:]]
+    """The windows in full batches, and the rest one by one: two shapes to compile."""
+    n_full = len(windows) // ROWS * ROWS
+    full = [windows[i : i + ROWS] for i in range(0, n_full, ROWS)]
+    return full + [[window] for window in windows[n_full:]]
 
 
 def choose_stride(config: ModelConfig, stride: int | None) -> int:
     """`stride`, by default half the context; UserError unless it is from 1 to the context."""
     size = config.context_length
-    stride = max(1, size // 2) if stride is None else stride
+    if stride is None:
+        stride = max(1, size // 2)
     require(1 <= stride <= size, f"stride is {stride}: expected 1 to {size}, the model's context")
     return stride
 
 
 def require_ids(ids: Sequence[int], vocab_size: int) -> None:
-    """UserError unless there are ids, and all of the vocabulary."""
+    """Raise UserError unless there are ids, all of them in the vocabulary."""
     require(len(ids) > 0, "there is nothing to score: expected a text of at least one token")
-    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
-    require(wrong is None, f"no token has the id {wrong}: expected 0 to {vocab_size - 1}")
+    for token in ids:
+        require(
+            0 <= token < vocab_size, f"no token has the id {token}: expected 0 to {vocab_size - 1}"
+        )
 
 
 def score_ids(
@@ -155,8 +171,10 @@ def score(model, text: str | Sequence[int], stride: int | None = None) -> Score:
         require_ids(ids, model.config.vocab_size)
         n_bytes = len(model.tokenizer.decode_bytes(ids))
     eot = model.tokenizer.eot_token
-    known = 0 <= eot < model.config.vocab_size
-    require(known, "the model has no end-of-text, which a scored text follows: it cannot be scored")
+    require(
+        0 <= eot < model.config.vocab_size,
+        "the model has no end-of-text, which a scored text follows: it cannot be scored",
+    )
     with on_mesh(model.mesh):
         logprobs = score_ids(model.config, model.params, ids, eot, stride)
     size = model.config.context_length

@@ -1,4 +1,4 @@
-"""How to complete prompts, checked at construction. Starts no JAX."""
+"""How to complete prompts, checked at construction. Imports no JAX."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,38 +6,38 @@ from typing import Literal
 
 from gpt.errors import above_zero, check_names, not_negative, positive, require
 
-HOTTEST = 1e30  # within float32; all tokens are alike long before
+MAX_TEMPERATURE = 1e30  # within float32; all tokens are equally likely long before
 Full = Literal["stop", "error", "slide"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to complete a prompt. The filters work in the order of their fields here."""
+    """How to complete a prompt. The filters are applied in the order of their fields."""
 
     max_new_tokens: int = 200
-    """Most tokens to draw for each completion."""
-    logit_bias: dict[int, float] = field(default_factory=dict)
+    """Tokens to generate for each completion at most."""
+    logit_bias: dict[int, float] = field(default_factory=dict, hash=False)
     """Added to the logit of a token: its id, then how much (-inf forbids it)."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens already in the text (1: none)."""
     ignore_eos: bool = False
-    """Never draw end-of-text."""
+    """Never sample end-of-text."""
     temperature: float = 0.8
     """Divides the logits; 0 always takes the likeliest token."""
     top_k: int = 0
-    """Draw among the k likeliest tokens alone (0: all)."""
+    """Sample among the k likeliest tokens only (0: all)."""
     top_p: float = 1.0
-    """Draw among the fewest likeliest tokens whose probabilities reach this sum (1: all)."""
+    """Sample among the fewest likeliest tokens whose probabilities add up to this (1: all)."""
     min_p: float = 0.0
-    """Draw only tokens at least this many times as likely as the likeliest (0: all)."""
+    """Sample only tokens at least this many times as likely as the likeliest (0: all)."""
     stop: tuple[str, ...] = ()
     """End before this text; it is not printed."""
     on_context_full: Full = "stop"
-    """When the context is full: end, fail, or go on after re-reading the last half of it."""
+    """When the context is full: stop, fail, or go on after re-reading the last half of it."""
     num_samples: int = 1
     """Completions of each prompt, from one prefill."""
     seed: int = 0
-    """Seed of the draws: the same seed gives the same text."""
+    """Seed of the sampling: the same seed gives the same text."""
 
     def __post_init__(self):
         check_names(self)
@@ -49,15 +49,19 @@ class Settings:
         positive("num_samples", self.num_samples)
         above_zero("repetition_penalty", self.repetition_penalty)
         not_negative("temperature", self.temperature)
-        hot = self.temperature > HOTTEST
-        require(not hot, f"temperature is {self.temperature}: expected at most {HOTTEST:g}")
+        require(
+            self.temperature <= MAX_TEMPERATURE,
+            f"temperature is {self.temperature}: expected at most {MAX_TEMPERATURE:g}",
+        )
         not_negative("top_k", self.top_k)
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name} is {value}: expected a number from 0 to 1")
         for token, bias in self.logit_bias.items():
-            good = bias < math.inf  # NaN is not
-            require(good, f"logit_bias of token {token} is {bias}: expected a number or -inf")
+            require(  # NaN is not below infinity either
+                bias < math.inf,
+                f"logit_bias of token {token} is {bias}: expected a number or -inf",
+            )
         require(all(self.stop), "stop is an empty text: expected at least one character")
         require(not isinstance(self.stop, str), f"stop is {self.stop!r}: expected a list of texts")
         require(0 <= self.seed < 2**31, f"seed is {self.seed}: expected 0 <= seed < 2^31")
