@@ -248,6 +248,12 @@ def parse_args(argv: list[str]) -> tuple[Args, str]:
     have no effect."""
     args = cli.parse(Args, argv, program="sample.py", description=__doc__)
     each(positive, args, "stride show_probs beam_width")
+    # Of two biases for the same token only the last would be left.
+    n_biases = sum(word.partition("=")[0] in ("--logit-bias", "--logit_bias") for word in argv)
+    require(
+        n_biases <= len(args.settings.logit_bias),
+        "--logit-bias names a token twice: expected one bias for each token",
+    )
     given = {name for name in cli.flags_given(argv) if getattr(args, name, None) is not False}
 
     what = sorted(given & (PROMPTS | SCORES | {"check", "interactive"}))

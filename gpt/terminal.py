@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -35,6 +36,8 @@ def prepare_streams() -> None:
     """Let no character fail for the locale: an output shows what it cannot encode as escapes.
     Raises UserError if standard output is closed, since all output would be lost."""
     require(sys.stdout is not None, "standard output is closed: send it to a file or a terminal")
+    if sys.stderr is None:  # also closed: print() would write notes to standard output instead
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "surrogateescape")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 from programs import ROOT, call
 
@@ -30,7 +32,7 @@ def test_importing_the_package_starts_no_jax():
 
 def test_a_loaded_model_says_what_it_is(model, trained):
     assert isinstance(model, gpt.LanguageModel)
-    assert (model.step, model.config.d_model, model.notes) == (12, 16, [])
+    assert (model.step, model.config.d_model, model.notes) == (12, 16, ())
     assert gpt.load(str(trained[1]), step=8).step == 8
     assert len(repr(model)) < 600  # and not every weight
 
@@ -59,7 +61,24 @@ def test_a_score_is_that_of_the_command_line(model, trained):
     score = model.score("the cat")
     assert len(score.logprobs) == len(score.token_ids) == 7
     done = call("sample", trained[1], "--score", "the cat")
-    assert f"{score.mean_nll:.4f} nats a token, {score.bits_per_byte:.4f} bits" in done.out
+    assert f"{score.mean_nll:.4f} nats per token, {score.bits_per_byte:.4f} bits" in done.out
+
+
+def test_logits_and_module_are_those_that_score(model):
+    score = model.score("the cat")
+    # The logits after end-of-text and each token but the last predict the tokens.
+    ids = [model.tokenizer.eot_token, *score.token_ids]
+    for logits_TV in (model.logits(ids), model.module()(np.array([ids]))[0]):
+        assert logits_TV.shape == (len(ids), model.config.vocab_size)
+        logprobs_TV = jax.nn.log_softmax(np.asarray(logits_TV))
+        predicted = logprobs_TV[np.arange(len(ids) - 1), score.token_ids]
+        assert np.allclose(predicted, score.logprobs, atol=1e-5)
+    assert np.allclose(model.logits("the cat"), model.logits(score.token_ids), atol=1e-6)
+
+
+def test_a_folder_in_the_home_is_found(trained, monkeypatch):
+    monkeypatch.setenv("HOME", str(trained[1].parent))
+    assert gpt.load(f"~/{trained[1].name}").step == 12
 
 
 def test_half_a_pair_counts_as_the_bytes_that_are_read_for_it(model):
@@ -74,7 +93,7 @@ def test_mistakes_are_user_errors(trained, tmp_path, model):
         gpt.load(tmp_path / "gone")
     with pytest.raises(gpt.UserError, match="no checkpoint of step 3"):
         gpt.load(trained[1], step=3)
-    with pytest.raises(gpt.UserError, match="expected at most the model's context of 16"):
+    with pytest.raises(gpt.UserError, match="exceeds the model's context of 16"):
         model.generate("x" * 30)
     with pytest.raises(gpt.UserError, match="temperature is -1"):
         model.generate("x", temperature=-1)

@@ -51,18 +51,19 @@ def test_ctrl_c_ends_with_130_and_a_closed_pipe_with_0(folder):
 
 
 CLOSED = {
-    ">&-": (2, b"", b"error: standard output is closed: expected somewhere to print to\n"),
+    ">&-": (2, b"", b"error: standard output is closed: send it to a file or a terminal\n"),
     ">&- 2>&-": (2, b"", b""),
     "2>&-": (0, b"the ", b""),
     "<&-": (0, b"the ", b"prefill"),
-    "<&- --interactive": (2, b"", b"error: --interactive: standard input is closed; expected one"),
-    "<&- --prompt-file -": (2, b"", b"error: --prompt-file -: standard input is closed; "),
-    "<&- --score-file -": (2, b"", b"error: --score-file -: standard input is closed; "),
+    "<&- --interactive": (2, b"", b"error: --interactive: standard input is closed, so there is"),
+    "<&- --prompt-file -": (2, b"", b"error: --prompt-file -: standard input is closed, "),
+    "<&- --score-file -": (2, b"", b"error: --score-file -: standard input is closed, "),
     "<&- --prompt-file the.txt --max-new-tokens 3": (0, b"the ", b"prefill"),
     "<&- --score-file the.txt": (0, b" ", b""),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", CLOSED)
 def test_streams_that_the_shell_has_closed(way, folder, tmp_path):
     """Nothing that is said lands elsewhere, neither on another stream nor in a file."""
@@ -81,6 +82,7 @@ def test_streams_that_the_shell_has_closed(way, folder, tmp_path):
     assert b"Traceback" not in done.stderr and snapshot(folder) == kept
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 @pytest.mark.parametrize("way", [["--max-new-tokens", "3"], ["--score", "the cat"]])
 def test_an_output_that_is_full(way, folder):
@@ -127,6 +129,7 @@ class Typist:
         os.write(self.master, keys)
 
 
+@pytest.mark.slow
 def test_a_conversation(folder, tmp_path):
     """Typed lines are completed; Ctrl-C ends a completion, Ctrl-D the program; lines are kept."""
     hot = ["--temperature", "5"]  # draws every byte there is
@@ -156,6 +159,7 @@ def test_a_conversation(folder, tmp_path):
     assert [line.strip() for line in kept] == ["the", "a cat"]
 
 
+@pytest.mark.slow
 def test_what_a_terminal_shows_after_a_text_has_its_own_line(folder):
     """Ctrl-C in the middle of a line that is not to end: no line break, no filter."""
     letters = ["--prompt", "the ", *ENDLESS, "--logit-bias", "65", "200"]
@@ -173,6 +177,7 @@ def test_what_a_terminal_shows_after_a_text_has_its_own_line(folder):
     os.close(typist.master)
 
 
+@pytest.mark.slow
 def test_no_escape_reaches_a_pipe_changed(folder):
     """Bytes as they are, in a process as in this one."""
     argv = ["--prompt", "\x1b[31m ", "--max-new-tokens", "4"]

@@ -1,107 +1,110 @@
-"""sample.py: bad input is one error, told before anything is printed or changed."""
+"""sample.py: bad input is one error, reported before anything is printed or changed."""
 
 import pytest
-from programs import call, snapshot
+from programs import call, program, snapshot
 
+from gpt.errors import UserError
 
-@pytest.fixture(scope="session")
-def folder(trained):
-    return trained[1]
+# Refused before anything is loaded: what is typed after the run's folder, and what the error says.
+BAD_FLAGS = {
+    "--score x --check": "--check and --score exclude each other: choose one",
+    "--prompt a --prompt-ids 1": "--prompt and --prompt-ids exclude each other",
+    "--prompt= --interactive": "--interactive and --prompt exclude each other",
+    "--max-new-tokens -1": "max_new_tokens is -1: expected at least 1",
+    "--temperature inf": "temperature is inf: expected zero or more, and finite",
+    "--temperature nan": "temperature is nan: expected",
+    "--top_k -1": "top_k is -1: expected",
+    "--top-p 1.5": "top_p is 1.5: expected",
+    "--repetition-penalty 0": "repetition_penalty is 0",
+    "--num-samples 0": "num_samples is 0",
+    "--show-probs 0": "show_probs is 0: expected at least 1",
+    "--beam-width 0": "beam_width is 0",
+    "--score a --stride 0": "stride is 0",
+    "--stop=": "stop is an empty text",
+    "--logit-bias 5": "--logit-bias",
+    "--logit-bias 5 nan": "logit_bias of token 5 is nan",
+    "--logit-bias 5 1 --logit_bias=5 2": "--logit-bias names a token twice",
+    "--prompt-ids one": "--prompt-ids 'one': expected integers",
+    "--prompt-ids 1_0": "'1_0': expected integers",
+    "--score-ids \N{ARABIC-INDIC DIGIT THREE}": "expected integers",
+    "--prompt-file gone.txt": "--prompt-file gone.txt: No such",
+    "--interactive --json": "--json has no effect with --interactive: leave it out",
+    "--interactive --beam-width 2": "--beam-width has no effect with --interactive",
+    "--beam-width 2 --top-p 0.5": "--top-p has no effect with --beam-width",
+    "--beam-width 2 --temperature 1": "--temperature has no effect with --beam-width",
+    "--beam-width 2 --stop a": "--stop has no effect with --beam-width",
+    "--beam-width 2 --on-context-full slide": "--on-context-full has no effect with --beam-width",
+    "--beam-width 2 --show-probs 2": "--show-probs has no effect with --beam-width",
+    "--beam-width 2 --num-samples 3": "--num-samples is 3: it must not exceed --beam-width, 2",
+    "--length-penalty 2": "--length-penalty needs --beam-width",
+    "--score a --top-k 2": "--top-k has no effect with --score",
+    "--check --show-probs 2": "--show-probs has no effect with --check",
+    "--check --json": "--json has no effect with --check",
+    "--stride 2": "--stride needs --score",
+    "--on-context-full wrap": "wrap",
+    "--promt x": "did you mean --prompt",
+}
 
-
-def cut_metadata(folder):
-    """A run whose one checkpoint has lost half of its description."""
-    path = folder / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
-    path.parent.mkdir(parents=True)
-    path.write_text('{"metadata": {"mod')
-    return folder
-
-
-BAD = {
+# Refused when the checkpoint or the model is known.
+BAD_INPUT = {
+    "no checkpoint named": ([], "CHECKPOINT"),
     "a missing folder": (["gone"], "no folder gone"),
     "an empty folder": (["void"], "no checkpoint in void"),
     "a half-written checkpoint": (["half"], "no checkpoint in half"),
     "a damaged checkpoint": (["cut"], "is whole: "),
     "a step that is not there": (["RUN", "--step", "5"], "it has [8, 12]"),
-    "a long prompt": (["RUN", "--prompt", "x" * 17], "17 tokens: expected at most"),
-    "nothing to score": (["RUN", "--score", ""], "nothing to score"),
-    "two wishes": (["RUN", "--score", "x", "--check"], "exclude each other"),
-    "a negative number": (["RUN", "--max-new-tokens", "-1"], "--max-new-tokens is -1: exp"),
-    "infinity": (
-        ["RUN", "--temperature", "inf"],
-        "is inf: expected zero or more, and finite",
-    ),
-    "a negative k": (["RUN", "--top_k", "-1"], "--top-k is -1: expected"),
-    "NaN": (
-        ["RUN", "--temperature", "nan"],
-        "--temperature is nan: expected",
-    ),
-    "no samples": (["RUN", "--num-samples", "0"], "--num-samples is 0"),
-    "a token out of range": (["RUN", "--prompt-ids", "1 257"], "257"),
-    "words for ids": (["RUN", "--prompt-ids", "one"], "--prompt-ids 'one': expected whole numbers"),
-    "a number for programmers": (["RUN", "--prompt-ids", "1_0"], "'1_0': expected whole numbers"),
-    "a number elsewhere": (["RUN", "--score-ids", "٣"], "expected whole numbers"),
+    "a long prompt": (["RUN", "--prompt", "x" * 17], "17 tokens, which exceeds"),
+    "a token out of range": (["RUN", "--prompt-ids", "1 257"], "token id 257 in the prompt"),
     "a negative token": (["RUN", "--prompt-ids", "7 -1"], "token id -1 in the prompt: expected"),
-    "a missing prompt": (["RUN", "--prompt-file", "gone.txt"], "--prompt-file gone.txt: No such"),
-    "two prompts": (["RUN", "--prompt", "a", "--prompt-ids", "1"], "exclude each other"),
-    "a prompt to talk": (["RUN", "--prompt", "", "--interactive"], "exclude each other"),
-    "JSON in talk": (["RUN", "--interactive", "--json"], "--interactive prints no JSON"),
-    "a beam in talk": (["RUN", "--interactive", "--beam-width", "2"], "drop --interactive"),
-    "a beam that draws": (["RUN", "--beam-width", "2", "--top-p", "0.5"], "drop --top-p"),
-    "a hot beam": (["RUN", "--beam-width", "2", "--temperature", "1"], "drop --temperature"),
-    "a beam that stops": (["RUN", "--beam-width", "2", "--stop", "a"], "drop --stop"),
-    "a beam that slides": (
-        ["RUN", "--beam-width", "2", "--on-context-full", "slide"],
-        "drop --on-context-full",
-    ),
-    "a beam that shows": (["RUN", "--beam-width", "2", "--show-probs", "2"], "drop --show-probs"),
-    "no beam": (["RUN", "--beam-width", "0"], "--beam-width is 0"),
-    "a beam beyond numbers": (["RUN", "--beam-width", "9" * 30], "expected at most 8,355,967"),
+    "a bias on nothing": (["RUN", "--logit-bias", "257", "1"], "logit_bias names token 257"),
+    "too many probabilities": (["RUN", "--show-probs", "258"], "show_probs is 258"),
     "samples beyond memory": (["RUN", "--num-samples", "3000000000"], "ask for fewer samples"),
-    "a narrow beam": (["RUN", "--beam-width", "2", "--num-samples", "3"], "has no more texts"),
-    "a penalty for nothing": (["RUN", "--length-penalty", "2"], "add --beam-width"),
+    "a beam beyond int32": (["RUN", "--beam-width", "9" * 30], "expected at most 8,355,967"),
     "a penalty that is NaN": (
         ["RUN", "--beam-width", "2", "--length-penalty", "nan"],
-        "--length-penalty is nan",
+        "length_penalty is nan",
     ),
-    "no probabilities": (["RUN", "--show-probs", "0"], "--show-probs is 0"),
-    "too many probabilities": (["RUN", "--show-probs", "258"], "--show-probs is 258"),
+    "nothing to score": (["RUN", "--score", ""], "nothing to score"),
     "an unscored token": (["RUN", "--score-ids", "-1"], "no token has the id -1"),
-    "a score that draws": (["RUN", "--score", "a", "--top-k", "2"], "draws nothing: drop --top-k"),
-    "a check that draws": (["RUN", "--check", "--show-probs", "2"], "drop --show-probs"),
-    "a check as JSON": (["RUN", "--check", "--json"], "--check prints no JSON"),
-    "a stride for nothing": (["RUN", "--stride", "2"], "--stride is for scoring"),
-    "no stride": (["RUN", "--score", "a", "--stride", "0"], "--stride is 0"),
-    "a stride too long": (
-        ["RUN", "--score", "a", "--stride", "17"],
-        "--stride is 17: expected 1",
-    ),
-    "an empty stop": (["RUN", "--stop", ""], "--stop is an empty text"),
-    "a bias that is NaN": (["RUN", "--logit-bias", "5", "nan"], "--logit-bias of token 5 is nan"),
-    "a bias on nothing": (["RUN", "--logit-bias", "257", "1"], "--logit-bias names token 257"),
-    "two biases": (
-        ["RUN", "--logit-bias", "5", "1", "--logit_bias=5", "2"],
-        "--logit-bias names a token twice: expected one bias",
-    ),
-    "a stop of half a character": (["RUN", "--stop", "a\udcff"], "'a\\udcff' is not all UTF-8: no"),
-    "half a bias": (["RUN", "--logit-bias", "5"], "--logit-bias"),
-    "p above 1": (["RUN", "--top-p", "1.5"], "--top-p is 1.5"),
-    "no penalty": (["RUN", "--repetition-penalty", "0"], "--repetition-penalty is 0"),
-    "another way to be full": (["RUN", "--on-context-full", "wrap"], "wrap"),
-    "an unknown flag": (["RUN", "--promt", "x"], "--promt"),
-    "no checkpoint named": ([], "CHECKPOINT"),
+    "a stride too long": (["RUN", "--score", "a", "--stride", "17"], "stride is 17: expected 1"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_error(case, folder, tmp_path, monkeypatch):
-    argv, words = BAD[case]
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_flags_that_make_no_sense_are_refused_before_anything_is_loaded(flags):
+    sample_py = program("sample")
+    with pytest.raises(UserError) as refused:
+        args, _ = sample_py.parse_args(["no such run", *flags.split()])
+        sample_py.read_inputs(args)
+    assert BAD_FLAGS[flags] in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_flags_that_make_sense_choose_the_mode():
+    sample_py = program("sample")
+    for flags, mode in {
+        "": "generate",
+        "--beam-width 1 --json --show-probs 2": "generate",
+        "--beam-width 2 --temperature 0 --length-penalty 2 --num-samples 2": "beam",
+        "--interactive --show-probs 2 --top-k 3": "interactive",
+        "--score a --stride 2 --json --quantize int8": "score",
+        "--check --dtype bfloat16 --mesh.tensor 2": "check",
+        "--no-check --no-json --prompt a": "generate",
+    }.items():
+        assert sample_py.parse_args(["run", *flags.split()])[1] == mode, flags
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_error(case, trained, tmp_path, monkeypatch):
+    argv, words = BAD_INPUT[case]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "void").mkdir()
     (tmp_path / "half" / "checkpoints" / "12.orbax-checkpoint-tmp").mkdir(parents=True)
-    cut_metadata(tmp_path / "cut")
+    # A run whose only checkpoint has lost half of its metadata.
+    (tmp_path / "cut" / "checkpoints" / "1").mkdir(parents=True)
+    damaged = tmp_path / "cut" / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
+    damaged.write_text('{"metadata": {"mod')
     before = snapshot(tmp_path)
-    done = call("sample", *[folder if word == "RUN" else word for word in argv])
+    done = call("sample", *[trained[1] if word == "RUN" else word for word in argv])
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("error: ") and done.err.count("\n") == 1 and words in done.err
     assert snapshot(tmp_path) == before

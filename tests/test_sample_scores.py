@@ -92,7 +92,7 @@ def test_a_file_of_any_length_is_scored_with_a_stated_stride(folder, tmp_path, m
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     printed = sample(folder, "--score-file", "-", "--stride", "8").splitlines()
     assert len(printed) == 501 and printed[-1].endswith("(context 16, stride 8)")
-    assert printed[-1].startswith(f"500 tokens: {whole['mean_nll']:.4f} nats a token")
+    assert printed[-1].startswith(f"500 tokens: {whole['mean_nll']:.4f} nats per token")
 
 
 def test_token_ids_are_scored(folder):

@@ -122,9 +122,10 @@ def test_ctrl_c_in_a_conversation_keeps_samples_that_have_ended(monkeypatch, cap
     pieces = [Piece(0, "one", first), Piece(1, "two", second)]
     monkeypatch.setattr(generate, "stream", lambda *_, **__: iter(pieces))
     sample_py = program("sample")
-    command = sample_py.Command(Path("run"), settings=gpt.Settings(num_samples=2))
+    args = sample_py.Args(Path("run"), settings=gpt.Settings(num_samples=2))
+    model = SimpleNamespace(tokenizer=None)
     pressed = iter([False, True])
-    assert len(sample_py.print_stream(None, command, ["the "], lambda: next(pressed))) == 2
+    assert len(sample_py.generate(model, args, ["the "], lambda: next(pressed))) == 2
     label = "--- prompt 1, sample {} ---\nthe {}\n"
     assert capsys.readouterr().out == label.format(1, "one") + label.format(2, "two\n")
 
@@ -183,7 +184,7 @@ def test_beams_are_not_told_to_slide(folder):
     full = call("sample", folder, *argv)
     assert full.err.endswith("stopped by context: the model's context of 16 tokens is full\n")
     long = call("sample", folder, "--prompt", "x" * 17, "--beam-width", "2")
-    assert long.code == 2 and long.err.endswith("the model's context of 16; shorten it\n")
+    assert long.code == 2 and long.err.endswith("the model's context of 16: shorten it\n")
 
 
 def listed(err, name, sizes):
@@ -194,7 +195,7 @@ def test_programs_are_listed_with_their_shapes_where_asked_for(folder):
     """Those that this very process has compiled: no other test has five rows, nor a top of 7."""
     argv = ["--prompt", "the ", "--num-samples", "5", "--max-new-tokens", "40", "--verbose"]
     done = call("sample", folder, *argv, "--show-probs", "7")
-    for name in ("begin", "decode_chunk"):
+    for name in ("start_decoding", "decode_chunk"):
         assert listed(done.err, name, "batch 5, capacity 16, top 7")
         assert not listed(done.err, name, "batch 5, capacity 16")
     assert listed(done.err, "prefill", "batch 1, bucket 16")

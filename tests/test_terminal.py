@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 
 from gpt import terminal
 from gpt.errors import UserError
-from gpt.sampling.output_order import Rows
-from gpt.sampling.settings import Settings
 
 
 class Terminal(io.StringIO):
@@ -63,7 +61,7 @@ def test_text_that_a_locale_cannot_show_is_spelled_out(monkeypatch):
     latin = io.TextIOWrapper(io.BytesIO(), "latin-1")
     monkeypatch.setattr(sys, "stdout", latin)
     monkeypatch.setattr(sys, "stdin", pipe(b"a\xff\n"))
-    terminal.accept_any_text()
+    terminal.prepare_streams()
     terminal.write("é天")
     assert latin.buffer.getvalue() == b"\xe9\\u5929"
     assert sys.stdin.readline() == "a\udcff\n"
@@ -78,7 +76,7 @@ def test_json_is_strict_and_safe(value):
         raise AssertionError(word)
 
     read = json.loads(line, parse_constant=refuse)["value"]
-    assert read == terminal.finite(value)
+    assert read == terminal._finite(value)
     assert not terminal.UNSAFE.search(line) and "\n" not in line
 
 
@@ -95,18 +93,21 @@ def test_tokens_are_spelled(token, spelled):
 
 
 def test_a_table_holds_the_drawn_token_even_if_it_is_not_among_the_likeliest():
-    tokenizer = SimpleNamespace(decode_bytes=bytes)
+    tokenizer = SimpleNamespace(decode_bytes=bytes, eot_token=42)
     top = [[(97, 0.6), (99, 0.2)], [(97, 0.5)], [(97, 0.25)]]
-    done = SimpleNamespace(token_ids=[97, 98], logprobs=[-0.5, -3.0], eot=42, top=top)
+    done = SimpleNamespace(token_ids=[97, 98], logprobs=[-0.5, -3.0], top=top)
     done.finish_reason = None
-    first, second = terminal.tables(done, 0, tokenizer), terminal.tables(done, 1, tokenizer)
+    first, second = (
+        terminal.probability_tables(done, 0, tokenizer),
+        terminal.probability_tables(done, 1, tokenizer),
+    )
     assert first.splitlines() == [
         "after prefill", "  *  60.0000%  'a'", "     20.0000%  'c'",
         "step 1", "     50.0000%  'a'", "  *   4.9787%  'b'",
     ]  # fmt: skip
     assert first.endswith(second) and second.startswith("step 1")
     done.finish_reason = "eos"
-    assert terminal.tables(done, 2, tokenizer).splitlines() == [
+    assert terminal.probability_tables(done, 2, tokenizer).splitlines() == [
         "step 2", "     25.0000%  'a'", "  * <=25.0000%  '*'"
     ]  # fmt: skip
 
@@ -119,7 +120,7 @@ def completion(reason, decode=0.5, rate=20.0):
 
 def test_the_end_is_told_in_words():
     one = terminal.describe_end([completion("context")], 64)
-    assert one.startswith("prefill 10.0 ms, decode 0.50 s, 20 tokens/s a row (compilation left")
+    assert one.startswith("prefill 10.0 ms, decode 0.50 s, 20 tokens/s per row (compilation left")
     assert "context of 64 tokens is full" in one and "--on-context-full slide" in one
     several = [completion("eos"), completion("length", 0.7, None), completion("eos")]
     assert terminal.describe_end(several, 64).endswith(
@@ -132,10 +133,10 @@ def test_the_end_is_told_in_words():
 def test_programs_are_listed():
     sizes = "batch 2, bucket 32"
     each = [SimpleNamespace(name="prefill", seconds=1.25, cached=False, sizes=sizes)]
-    each += [SimpleNamespace(name="begin", seconds=0.5, cached=True, sizes="")]
+    each += [SimpleNamespace(name="start_decoding", seconds=0.5, cached=True, sizes="")]
     assert terminal.describe_programs(each).splitlines() == [
         "compiled prefill (batch 2, bucket 32) in 1.25 s",
-        "compiled begin in 0.50 s, from the cache",
+        "compiled start_decoding in 0.50 s, from the cache",
         "2 programs in 1.8 s, 1 of them from the cache",
     ]
 
@@ -148,51 +149,42 @@ def test_rows_never_interleave(texts, random):
     """In whatever order and pieces they come, and the current one is never kept waiting."""
     order = [row for row, pieces in enumerate(texts) for _ in pieces]
     random.shuffle(order)
-    rows, left = Rows(len(texts)), [list(pieces) for pieces in texts]
-    shown = ""
-    for row in order:
-        piece = left[row].pop(0)
-        shown += rows.push(row, piece, ended=not left[row])
-        ended = [not pieces for pieces in left]
-        current = ended.index(False) if False in ended else len(left)
-        so_far = [p for r, pieces in enumerate(texts) for p in pieces[: len(pieces) - len(left[r])]
-                  if r <= current]  # fmt: skip
-        assert shown == "".join(so_far)
-    assert shown == "".join("".join(pieces) for pieces in texts)
+    n_given = [0] * len(texts)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        output = terminal.InOrder(len(texts))
+        for row in order:
+            n_given[row] += 1
+            output.add(row, texts[row][n_given[row] - 1], n_given[row] == len(texts[row]))
+            expected = ""
+            for pieces, n in zip(texts, n_given, strict=True):
+                expected += "".join(pieces[:n])
+                if n < len(pieces):
+                    break
+            assert out.getvalue() == expected
 
 
-@pytest.mark.parametrize(
-    ("terminal", "kept"), [(True, "a1\nc\n"), (False, "a1\nc\n")], ids=["terminal", "pipe"]
-)
-def test_what_is_broken_off_loses_no_row_that_has_ended(terminal, kept, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", Terminal() if terminal else io.StringIO())
-    rows = Rows(3)
-    for error in (KeyboardInterrupt, UserError):
-        with pytest.raises(error), terminal.leaving(rows):
-            for row, text, ended in ((0, "a1", False), (1, "b1", False), (2, "c\n", True)):
-                terminal.write(rows.push(row, text, ended) if error is KeyboardInterrupt else "")
-            raise error
-    assert sys.stdout.getvalue() == kept
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError])
+def test_an_interruption_loses_no_row_that_has_ended(stream, error, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", stream())
+    with pytest.raises(error), terminal.InOrder(3) as output:
+        output.add(0, "a1", ended=False)
+        output.add(1, "b1", ended=False)
+        output.add(2, "c\n", ended=True)
+        raise error
+    assert sys.stdout.getvalue() == "a1\nc\n"
 
 
 @pytest.mark.parametrize("text", ["open", "closed\n", ""])
 def test_only_a_terminal_gets_an_open_line_ended(text, monkeypatch):
-    for stream, more in ((Terminal(), "\n" * (text == "open")), (io.StringIO(), "")):
+    for stream in (Terminal(), io.StringIO()):
         monkeypatch.setattr(sys, "stdout", stream)
-        rows = Rows(1)
-        with pytest.raises(KeyboardInterrupt), terminal.leaving(rows):
-            terminal.write(rows.push(0, text))
-            terminal.write(rows.push(0, ""))
+        with pytest.raises(KeyboardInterrupt), terminal.InOrder(1) as output:
+            output.add(0, text, ended=False)
+            output.add(0, "", ended=False)
             raise KeyboardInterrupt
-        assert stream.getvalue() == text + more
-
-
-def test_a_setting_is_named_as_it_was_typed():
-    with pytest.raises(UserError, match=r"^--top-k is -1: expected"), terminal.as_typed(Settings):
-        Settings(top_k=-1)
-    for words in ("prompt 1 has 3 tokens", "seconds is no setting", "the top_k is small"):
-        with pytest.raises(UserError, match=f"^{words}$"), terminal.as_typed(Settings):
-            raise UserError(words)
+        ends_line = stream.isatty() and text == "open"
+        assert stream.getvalue() == text + ("\n" if ends_line else "")
 
 
 # What is read.
@@ -202,7 +194,7 @@ def test_ids_are_numbers_with_spaces_between():
     assert terminal.parse_ids("--prompt-ids", " 1 2\n-3 ") == [1, 2, -3]
     assert terminal.parse_ids("--prompt-ids", "") == []
     for text in ("1,2", "1_0", "٣", "+1", "1.", "9" * 5000):
-        with pytest.raises(UserError, match=f"--prompt-ids '{re.escape(text)}': expected whole nu"):
+        with pytest.raises(UserError, match=f"--prompt-ids '{re.escape(text)}': expected integers"):
             terminal.parse_ids("--prompt-ids", text)
 
 
@@ -210,14 +202,10 @@ def test_ids_are_numbers_with_spaces_between():
 def test_what_is_typed_is_read_as_a_file_would_be(content):
     typed = content.decode("utf-8", "surrogateescape")
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        text = terminal.as_text("--prompt", typed)
+        text = terminal.typed_text("--prompt", typed)
     assert text == content.decode("utf-8", "replace")
-    assert said.getvalue().startswith("note: --prompt is not all") == (text.encode() != content)
+    assert said.getvalue().startswith("note: --prompt is not valid") == (text.encode() != content)
     assert bool(said.getvalue()) == (text != typed)
-
-
-def test_half_a_pair_from_another_shell_is_read():
-    assert terminal.as_text("--prompt", "a\ud800").startswith("a\ufffd")
 
 
 def test_a_file_is_read_to_the_byte(tmp_path, capsys, monkeypatch):
@@ -227,7 +215,7 @@ def test_a_file_is_read_to_the_byte(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
     path.write_bytes(b"a\xe5\xa4\nb")
     assert terminal.read_text("--prompt-file", path) == "a\ufffd\nb"
-    assert capsys.readouterr().err.startswith(f"note: --prompt-file {path} is not all UTF-8: ")
+    assert capsys.readouterr().err.startswith(f"note: --prompt-file {path} is not valid UTF-8: ")
     monkeypatch.setattr(sys, "stdin", pipe(b"from a pipe\r\n"))
     assert terminal.read_text("--prompt-file", terminal.Path("-")) == "from a pipe\r\n"
 
@@ -239,7 +227,7 @@ def test_a_file_that_cannot_be_read_is_named(name, reason, tmp_path):
 
 
 def test_a_file_without_end_is_refused(monkeypatch):
-    monkeypatch.setattr(terminal, "MOST_TEXT", 10**6)
+    monkeypatch.setattr(terminal, "MAX_TEXT_BYTES", 10**6)
     with pytest.raises(UserError, match="--prompt-file /dev/zero: expected a text of at most 1,00"):
         terminal.read_text("--prompt-file", terminal.Path("/dev/zero"))
 
@@ -284,12 +272,12 @@ def test_lines_that_are_typed(editing, monkeypatch, tmp_path, capsys):
 def test_a_question_is_asked_at_the_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setattr("builtins.input", lambda question="": f"asked {question!r}")
-    assert terminal.ask("> ") == "asked '> '"
+    assert terminal._ask("> ") == "asked '> '"
 
 
 def test_the_first_ctrl_c_waits_and_the_second_does_not():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), terminal.patient_interrupt() as pressed:
+    with pytest.raises(KeyboardInterrupt), terminal.deferred_interrupt() as pressed:
         assert not pressed.is_set()
         signal.raise_signal(signal.SIGINT)
         assert pressed.is_set()

@@ -54,9 +54,18 @@ def test_end_of_text_ends_one_row_and_not_the_others(model):
         assert len(after[0].token_ids) == len(before[0].token_ids) or after[0].finish_reason
 
 
-def test_prompt_longer_than_the_context_is_refused(model):
-    with pytest.raises(UserError, match=r"129 tokens.*128"):
-        generate.complete(model, ["x" * 129], Settings())
+@pytest.mark.parametrize(
+    ("prompt", "settings", "words"),
+    [
+        ("x" * 129, {}, "129 tokens.*128"),
+        ("x", {"logit_bias": {257: 1.0}}, "logit_bias names token 257"),
+        ("x", {"num_samples": 10**9}, "ask for fewer samples"),
+    ],
+)
+def test_a_stream_is_refused_when_it_is_asked_for(model, prompt, settings, words):
+    """Not when its first piece is: by then a server has sent its headers."""
+    with pytest.raises(UserError, match=words):
+        generate.stream(model, [prompt], Settings(**settings))
 
 
 def test_a_full_context_slides_to_its_last_half(model):
@@ -198,6 +207,29 @@ def test_more_rows_than_memory_holds_are_refused_before_they_are_made(
         ask()
 
 
+def test_room_is_counted_for_each_device(monkeypatch):
+    """Weights that are not split lie whole on every device; the cache is split."""
+    mesh = jax.sharding.AbstractMesh((4,), ("tensor",))
+    split, whole = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axis))
+        for axis in ("tensor", None)
+    )
+    params = {
+        "split": jax.ShapeDtypeStruct((8, 16), np.float32, sharding=split),
+        "whole": jax.ShapeDtypeStruct((10,), np.float32, sharding=whole),
+    }
+    sharded = types.SimpleNamespace(config=CONFIG, params=params, mesh=mesh)
+    n_rows, slots = 8, 32
+    shared = flops.cache_bytes(CONFIG, n_rows, slots) + 9 * n_rows * CONFIG.vocab_size
+    need = (8 * 16 // 4 + 10) * 4 + shared // 4
+    one = Settings(num_samples=n_rows, max_new_tokens=1)
+    monkeypatch.setattr(hardware, "memory", lambda: (need, "a small device"))
+    generate.require_room(sharded, [one], [3])
+    monkeypatch.setattr(hardware, "memory", lambda: (need - 1, "a small device"))
+    with pytest.raises(UserError, match="8 rows of 32 tokens"):
+        generate.require_room(sharded, [one], [3])
+
+
 def test_end_of_text_has_its_likeliest_tokens_too(model):
     eot = model.tokenizer.eot_token
     settings = Settings(max_new_tokens=9, logit_bias={eot: 1e9})
@@ -241,3 +273,8 @@ def test_one_row_may_fail_after_its_neighbours_have_ended(model):
 def test_impossible_settings_are_refused(setting, value):
     with pytest.raises(UserError, match=setting):
         Settings(**{setting: value})
+
+
+def test_settings_are_hashable():
+    a, b = (Settings(logit_bias={3: bias}, stop=("x",)) for bias in (1.0, 2.0))
+    assert {a: "a", b: "b"}[Settings(logit_bias={3: 1.0}, stop=("x",))] == "a"

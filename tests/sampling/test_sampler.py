@@ -16,18 +16,25 @@ NAMES = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "seed",
 KINDS = ("float32", "float32", "int32", "float32", "float32", "uint32", "uint32")
 NEUTRAL = (1, 1, 0, 1, 0, 0, 0)
 adjust, filtered, argmax, inverse_cdf, sample = map(
-    jax.jit, (sampler.adjust, sampler.filtered, sampler.argmax, sampler.inverse_cdf, sampler.sample)
+    jax.jit,
+    (
+        sampler.adjust_logits,
+        sampler.filter_logits,
+        sampler.argmax,
+        sampler.inverse_cdf,
+        sampler.sample,
+    ),
 )
 
 
-def rows(n=1, bias=None, **columns) -> sampler.Draw:
+def rows(n=1, bias=None, **columns) -> sampler.SamplingParams:
     """`n` rows of neutral settings but for `columns`: one value for all, or one for each."""
     bias = jnp.zeros((n, V), jnp.float32) if bias is None else jnp.asarray(bias)
     full = {
         name: jnp.asarray(np.broadcast_to(np.asarray(columns.get(name, value), kind), n))
         for name, kind, value in zip(NAMES, KINDS, NEUTRAL, strict=True)
     }
-    return sampler.Draw(bias_BV=bias, **full)
+    return sampler.SamplingParams(bias_BV=bias, **full)
 
 
 def nothing_seen(n=1):
@@ -269,8 +276,11 @@ def test_logprob_ignores_temperature_and_filters():
     logits = jnp.asarray(np.random.default_rng(2).normal(0, 2, (4, V)).astype(np.float32))
     tokens = jnp.array([0, 5, 9, 16])
     expected = jax.nn.log_softmax(logits, axis=-1)[jnp.arange(4), tokens]
-    assert np.allclose(sampler.logprob(logits, tokens), expected, atol=1e-6)
+    assert np.allclose(sampler.token_logprob(logits, tokens), expected, atol=1e-6)
 
 
 def test_every_setting_of_a_row_is_an_array():
-    assert {field.name for field in dataclasses.fields(sampler.Draw)} == {"bias_BV", *NAMES}
+    assert {field.name for field in dataclasses.fields(sampler.SamplingParams)} == {
+        "bias_BV",
+        *NAMES,
+    }
