@@ -97,14 +97,7 @@ print(jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((64, 64))).item())
 """
 
 
-def test_compiled_programs_are_kept(tmp_path):
-    environment = {"XDG_CACHE_HOME": str(tmp_path)}
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    assert python(COMPILE, **environment) == "262144.0"
-    assert list((tmp_path / "gpt-jax" / "xla").iterdir())
-
-
-def test_programs_are_not_kept_where_that_is_turned_off(tmp_path):
+def test_compiled_programs_are_kept_unless_that_is_turned_off(tmp_path):
     mine = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine")}
     mine |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     python(COMPILE.replace("prepare_jax()", "prepare_jax(cache=False)"), **mine)
@@ -113,11 +106,14 @@ def test_programs_are_not_kept_where_that_is_turned_off(tmp_path):
     assert list((tmp_path / "mine").iterdir())
 
 
-def test_what_the_user_has_set_stays(monkeypatch):
+def test_where_compiled_programs_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "_keep_freed_memory", lambda: None)
     monkeypatch.setattr(cli.os, "environ", {"JAX_COMPILATION_CACHE_DIR": "mine"})
     cli.prepare_jax()
     assert cli.os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+    monkeypatch.setattr(cli.os, "environ", {"XDG_CACHE_HOME": str(tmp_path)})
+    cli.prepare_jax()
+    assert cli.os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "gpt-jax" / "xla")
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,12 @@ def test_metrics_have_the_fields_that_others_read(trained):
     lines = [json.loads(line) for line in text.splitlines()]
     training = [line for line in lines if "loss" in line]
     evaluation = [line for line in lines if "val_loss" in line]
-    fields = {"step", "loss", "learning_rate", "grad_norm", "tokens"}
-    assert all(fields | set(TIMINGS) <= line.keys() for line in training)
+    fields = {"step", "loss", "learning_rate", "grad_norm", "tokens", *TIMINGS}
+    for line in training:
+        assert fields <= line.keys() and 0 < line["mfu"] < 1
+        assert 0 < line["step_seconds_p50"] <= line["step_seconds_p90"] <= line["step_seconds_p99"]
+    (told,) = [x for x in trained[0].err.splitlines() if x.startswith("step time")]
+    assert "p50" in told and "p99" in told and "of the measured peak" in told
     assert all({"step", "val_loss", "val_bits_per_byte"} <= line.keys() for line in evaluation)
     assert [line["step"] for line in training] == list(range(1, 13))
     assert [line["step"] for line in evaluation] == [4, 5, 8, 10, 12]  # and at saves

@@ -1,4 +1,4 @@
-"""train.py with a NaN planted at a known step and layer: skipped, counted, told, stopped."""
+"""train.py with a NaN at a known step and layer: skipped, counted, reported, stopped."""
 
 import os
 import signal
@@ -27,15 +27,16 @@ def plant(monkeypatch):
             train_step, eval_step = honest(config, mesh)
 
             def watched(state, tokens):
-                made.append(int(state.step) + 1)
-                up = state.params["blocks"]["mlp"]["up"]["kernel"]
-                good = [jnp.copy(up[LAYER]) for _ in range(int(state.step) + 1 in bad)]
-                for _ in good:
-                    state.params["blocks"]["mlp"]["up"]["kernel"] = up.at[LAYER, 0].set(jnp.nan)
+                step = int(state.step) + 1
+                made.append(step)
+                up = state.params["blocks"]["mlp"]["up"]
+                good = jnp.copy(up["kernel"][LAYER])
+                if step in bad:
+                    up["kernel"] = up["kernel"].at[LAYER, 0].set(jnp.nan)
                 state, metrics = train_step(state, tokens)
-                if good and int(state.step) != max(bad):
-                    up = state.params["blocks"]["mlp"]["up"]["kernel"]
-                    state.params["blocks"]["mlp"]["up"]["kernel"] = up.at[LAYER].set(good[0])
+                if step in bad and step != max(bad):
+                    up = state.params["blocks"]["mlp"]["up"]
+                    up["kernel"] = up["kernel"].at[LAYER].set(good)
                 return jax.block_until_ready(state), metrics
 
             return watched, eval_step

@@ -11,7 +11,7 @@ from programs import TINY, arrays, call, read_lines, same_bits, snapshot
 from gpt import checkpoint
 from gpt.errors import UserError
 from gpt.sampling import language_model
-from gpt.training import run_dir, step_timer
+from gpt.training import run_dir
 
 
 def test_evaluation_and_samples_shift_neither_data_nor_noise(text, trained, tmp_path):
@@ -62,16 +62,6 @@ def test_a_sample_that_crashes_does_not_cost_the_checkpoint_of_its_step(
         call("train", *argv)
     assert checkpoint.steps(tmp_path / "run") == [4]
     assert [line["step"] for line in read_lines(tmp_path / "run")] == [1, 2, 3, 4, 4]
-
-
-def test_each_line_tells_the_speed_and_its_share_of_a_measured_peak(trained):
-    lines = [json.loads(x) for x in (trained[1] / "metrics.jsonl").read_text().splitlines()]
-    for line in (x for x in lines if "loss" in x):
-        assert set(step_timer.SPEED_FIELDS) <= line.keys()
-        assert 0 < line["mfu"] < 1
-        assert 0 < line["step_seconds_p50"] <= line["step_seconds_p90"] <= line["step_seconds_p99"]
-    (told,) = [x for x in trained[0].err.splitlines() if x.startswith("step time")]
-    assert "p50" in told and "p99" in told and "of the measured peak" in told
 
 
 def test_a_profile_is_a_trace_of_the_steps_asked_for(text, tmp_path):

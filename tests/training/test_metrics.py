@@ -47,6 +47,11 @@ def steps_in(path) -> list[int]:
 
 
 def test_each_line_says_all_there_is_to_know(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    log = RunLog(tmp_path, 0, CONFIG, plain_console())
+    log.step(10, METRICS)
+    assert steps_in(tmp_path / "metrics.jsonl") == [10]  # at once
+    log.close()
     run(tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     first, *_, last = [json.loads(line) for line in lines]
@@ -56,13 +61,6 @@ def test_each_line_says_all_there_is_to_know(tmp_path):
     assert set(first) == set(names.split())
     assert (first["loss"], first["grad_norm"], first["tokens"]) == (3.5, 0.25, 10 * 4 * 32)
     assert last == {"step": 40, "val_loss": 3.25, "val_bits_per_byte": 1.5}
-
-
-def test_lines_are_in_the_file_at_once(tmp_path):
-    log = RunLog(tmp_path, 0, CONFIG, plain_console())
-    log.step(10, METRICS)
-    assert steps_in(tmp_path / "metrics.jsonl") == [10]
-    log.close()
 
 
 def test_samples_of_steps_that_are_made_again_are_replaced(tmp_path):
@@ -126,10 +124,6 @@ def test_a_crash_while_resuming_loses_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         open_metrics(tmp_path / "metrics.jsonl", 20)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
-
-
-def test_metrics_of_no_file_are_none(tmp_path):
-    assert read_metrics(tmp_path / "absent") == []
 
 
 @pytest.fixture
