@@ -139,7 +139,7 @@ def test_whole_partial_and_mixed_tokens():
         (["--prompt", "a"], "--out"),
         (["--out", "no/such/a.html"], "there is no folder"),
         (["--prompt", "a" * 40, "--out", "{folder}/a.html"], "at most the model's context of 16"),
-        (["--temperature", "-1", "--out", "a.html"], "--temperature is -1"),
+        (["--temperature", "-1", "--out", "a.html"], "temperature is -1"),
         (["--stop", "x", "--out", "a.html"], "--stop"),
         (["--prompt", "a", "--prompt-ids", "1", "--out", "a.html"], "exclude each other"),
     ],
