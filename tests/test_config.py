@@ -118,13 +118,6 @@ def test_a_config_survives_json(config):
     assert from_json(ModelConfig, json.loads(json.dumps(to_json(config.model)))) == config.model
 
 
-@given(MODELS)
-def test_derived_shapes_agree(model):
-    assert model.kv_heads * (model.n_heads // model.kv_heads) * model.head_width == model.d_model
-    assert model.padded_vocab % 128 == 0
-    assert 0 <= model.padded_vocab - model.vocab_size < 128
-
-
 @pytest.mark.parametrize("values", [{"stepz": 1}, {"model": {"depth": 2}}, {"model": 3}, [1]])
 def test_json_of_another_shape_is_refused(values):
     with pytest.raises(UserError):

@@ -101,18 +101,6 @@ def test_a_gradient_alone_is_enough(monkeypatch):
     assert bits(after.params) == bits(state.params)
 
 
-@pytest.mark.slow
-def test_the_compiled_step_skips_too():
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    train, _ = train_step.compile_steps(CONFIG, mesh)
-    state = train_state.make_state(CONFIG, mesh)
-    state = dataclasses.replace(state, params=planted(state.params, 0))
-    before = bits((state.params, state.opt_state, state.ema_params))
-    after, metrics = train(state, batch())
-    assert int(metrics["skipped"]) == int(after.step) == 1
-    assert bits((after.params, after.opt_state, after.ema_params)) == before
-
-
 def test_the_guard_takes_no_memory(monkeypatch):
     """Neither a second copy of the weights nor of the moments; a choice would, on a CPU."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
