@@ -51,7 +51,7 @@ class ModelConfig:
     """Width of the residual stream."""
     d_head: Annotated[int | None, optional("INT", "d_model / n_heads")] = None
     """Width of one head."""
-    d_ff: int | None = None
+    d_ff: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Width of the MLP; None: 4 x d_model."""
     positions: Positions = "learned"
     """How positions are encoded: `learned` adds a learned table, `sinusoidal` the waves of Vaswani

@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from tyro.conf import arg as flag
 
 from gpt.errors import Failed, UserError, positive, require
 
@@ -36,11 +38,11 @@ class Processes:
     SLURM, Open MPI, Kubernetes and Cloud TPU are recognized.
     """
 
-    coordinator: str | None = None
-    """HOST:PORT where the first of several processes listens; not needed under a launcher."""
-    num_processes: int | None = None
+    coordinator: Annotated[str | None, flag(metavar="HOST:PORT", help_behavior_hint="")] = None
+    """Where the first of several processes listens; not needed under a launcher."""
+    num_processes: Annotated[int | None, flag(metavar="INT", help_behavior_hint="")] = None
     """How many processes train together; 1: this one alone, whatever the environment says."""
-    process_id: int | None = None
+    process_id: Annotated[int | None, flag(metavar="INT", help_behavior_hint="")] = None
     """Which of them this one is, from 0; the first one writes logs and checkpoint metadata."""
     heartbeat: int = 60
     """Seconds without a sign of life after which a process counts as dead and all others end."""

@@ -9,10 +9,12 @@ that repeats each of them. A run may still be training.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from gpt import cli
+from gpt.config import optional
 from gpt.errors import require
 
 
@@ -22,9 +24,9 @@ class Command:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs, as train.py made them."""
-    out: Path | None = None
+    out: Annotated[Path | None, optional("FILE")] = None
     """The HTML file to write."""
-    png: Path | None = None
+    png: Annotated[Path | None, optional("DIR")] = None
     """A folder for the charts as PNG files; it is made if need be."""
 
 

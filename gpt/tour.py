@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from gpt import cli, terminal
-from gpt.config import Dtype, Weights
+from gpt.config import BY_PLATFORM, DTYPES, Dtype, Weights, optional
 from gpt.errors import require
 from gpt.sampling.settings import Settings
 
@@ -39,20 +39,22 @@ class Command:
     """A run's folder, as train.py made it."""
     out: Path
     """The HTML file to write."""
-    prompt: str | None = None
+    prompt: Annotated[str | None, optional("TEXT")] = None
     """Text to take through the model; --prompt=TEXT if it begins with a hyphen (default:
     "Tom is going to fish at the river bank.")."""
-    prompt_ids: str | None = None
+    prompt_ids: Annotated[str | None, optional("IDS")] = None
     """Token ids to take through it instead, separated by spaces: "1 2 3"."""
     settings: Annotated[TourSettings, tyro.conf.arg(name="")] = TourSettings(
         max_new_tokens=8, top_k=50, top_p=0.9
     )
-    step: int | None = None
-    """Take the checkpoint of this step (default: the newest)."""
-    dtype: Dtype | None = None
-    """Type of the computation (default: float32 on CPU, bfloat16 on accelerators)."""
-    weights: Weights | None = None
-    """Averaged (ema) or last (raw) weights (default: ema if the run kept an average)."""
+    step: Annotated[int | None, optional("INT", "the newest")] = None
+    """Take the checkpoint of this step."""
+    dtype: Annotated[Dtype | None, optional(DTYPES, BY_PLATFORM)] = None
+    """Type of the computation."""
+    weights: Annotated[Weights | None, optional("{ema,raw}", "ema if the run kept an average")] = (
+        None
+    )
+    """Averaged (ema) or last (raw) weights."""
 
 
 def main(argv: list[str]) -> None:

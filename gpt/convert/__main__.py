@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from gpt import cli
-from gpt.config import Weights
+from gpt.config import Weights, optional
 from gpt.errors import not_negative
 
 
@@ -39,10 +39,12 @@ class Export:
     """A run's folder."""
     dest: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DEST")]
     """The model's folder to make."""
-    step: int | None = None
-    """Take the checkpoint of this step (default: the newest)."""
-    weights: Weights | None = None
-    """The average over the run or the last weights (default: the average where one is kept)."""
+    step: Annotated[int | None, optional("INT", "the newest")] = None
+    """Take the checkpoint of this step."""
+    weights: Annotated[Weights | None, optional("{ema,raw}", "ema if the run kept an average")] = (
+        None
+    )
+    """The average over the run, or the last weights."""
 
     def __post_init__(self):
         not_negative("step", self.step or 0)
