@@ -122,13 +122,20 @@ class CheckpointManager:
 
         # What is said of the arrays goes into one JSON record, with a digest of its own.
         arrays = {name: named_leaves(tree) for name, tree in trees.items()}
+        described = {}
+        for name, tree in arrays.items():
+            digests = digest(tree)
+            described[name] = {
+                leaf: {"shape": list(x.shape), "dtype": x.dtype.name, "digest": digests[leaf]}
+                for leaf, x in tree.items()
+            }
         self._losses[step] = loss if loss is not None and math.isfinite(loss) else None
         record = {
             "format": FORMAT,
             "step": step,
             "loss": self._losses[step],
             "metadata": metadata,
-            "arrays": {name: _describe(tree) for name, tree in arrays.items()},
+            "arrays": described,
         }
         record["sha256"] = _sha256(record)
         stored = {name: _non_empty(tree) for name, tree in arrays.items()}
@@ -224,15 +231,6 @@ class _LatestAndBest:
         rated = [step for step in saved if self.losses.get(step) is not None]
         best = sorted(rated, key=lambda step: (self.losses[step], -step))[: self.keep_best]
         return [checkpoint.step in {*latest, *best} for checkpoint in checkpoints]
-
-
-def _describe(arrays: dict[str, jax.Array]) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and digest of each array: what it is checked against when it is read back."""
-    digests = digest(arrays)
-    return {
-        name: {"shape": list(x.shape), "dtype": x.dtype.name, "digest": digests[name]}
-        for name, x in arrays.items()
-    }
 
 
 def _non_empty(arrays: dict[str, Any]) -> dict[str, Any]:

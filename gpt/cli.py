@@ -140,7 +140,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         _discard_stdout()
         code = 0
     except OSError as error:
-        if not _is_users(error):
+        if not isinstance(error, USER_OS_ERRORS) and error.errno not in USER_ERRNOS:
             raise
         _discard_stdout()
         path = "" if error.filename is None else f"{error.filename}: "
@@ -148,7 +148,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except KeyboardInterrupt as interrupt:
         sys.stderr.flush()
         # Leave at once: Python's shutdown crashes where a compilation was interrupted.
-        os._exit(_exit_code(interrupt))
+        os._exit(interrupt.args[0] if interrupt.args else 130)
     except Exception as error:
         code = _report_bug(error)
     if code in (1, 2) and distributed.is_connected():
@@ -166,16 +166,6 @@ def _report_bug(error: Exception) -> int:
         raise error
     traceback.print_exc()
     return 1
-
-
-def _is_users(error: OSError) -> bool:
-    """Whether the user can mend this failure of the file system."""
-    return isinstance(error, USER_OS_ERRORS) or error.errno in USER_ERRNOS
-
-
-def _exit_code(interrupt: KeyboardInterrupt) -> int:
-    code = interrupt.args[0] if interrupt.args else None
-    return code if isinstance(code, int) else 130
 
 
 def _refuse(message: str, code: int = 2) -> int:

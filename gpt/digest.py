@@ -30,8 +30,14 @@ def digest(tree: Any) -> dict[str, int]:
     sharding = next(iter(arrays.values())).sharding
     named = isinstance(sharding, NamedSharding)
     replicated = NamedSharding(sharding.mesh, PartitionSpec()) if named else None
-    whole_axes = tuple(whole_axis(x) for x in arrays.values())
-    sums = jax.device_get(digest_program(replicated)(list(arrays.values()), whole_axes))
+
+    # The first axis of each array that is not split among devices; None for a vector.
+    whole_axes: list[int | None] = []
+    for x in arrays.values():
+        local = x.sharding.shard_shape(x.shape)
+        whole = [axis for axis in range(x.ndim) if local[axis] == x.shape[axis]]
+        whole_axes.append(whole[0] if x.ndim > 1 and x.size and whole else None)
+    sums = jax.device_get(digest_program(replicated)(list(arrays.values()), tuple(whole_axes)))
     return dict(zip(arrays, sums.tolist(), strict=True))
 
 
@@ -44,13 +50,6 @@ def digest_program(replicated: Sharding | None):
         return jnp.stack([digest_array(x, axis) for x, axis in pairs])
 
     return jax.jit(digest_arrays, static_argnums=1, out_shardings=replicated)
-
-
-def whole_axis(x: jax.Array) -> int | None:
-    """The first axis of an array that is not split among devices; None for a vector."""
-    local = x.sharding.shard_shape(x.shape)
-    whole = [axis for axis in range(x.ndim) if local[axis] == x.shape[axis]]
-    return whole[0] if x.ndim > 1 and x.size and whole else None
 
 
 def digest_array(x: jax.Array, axis: int | None = None) -> jax.Array:

@@ -201,7 +201,15 @@ def read_pieces(path: Path) -> Iterator[tuple[str, bool]]:
     uncompressed = path.with_suffix("") if path.suffix == ".gz" else path
     with opener(path, "rt", encoding="utf-8-sig", newline="\n") as stream:
         if uncompressed.suffix == ".jsonl":
-            yield from read_json_lines(stream)
+            # A document from the `text` field of each line.
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                record = json.loads(line)
+                if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                    raise ValueError(f"line {number} has no text field with a string")
+                document = without_lone_surrogates(record["text"])
+                yield from read_text(io.StringIO(document, newline=""))
             return
         for text, last in read_text(stream):
             if "\0" in text:
@@ -218,15 +226,3 @@ def read_text(stream: io.TextIOBase) -> Iterator[tuple[str, bool]]:
         text = text[end:] + more
     if text:
         yield text, True
-
-
-def read_json_lines(stream: io.TextIOBase) -> Iterator[tuple[str, bool]]:
-    """A document from the `text` field of each line, long ones in pieces."""
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        record = json.loads(line)
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise ValueError(f"line {number} has no text field with a string")
-        text = io.StringIO(without_lone_surrogates(record["text"]), newline="")
-        yield from read_text(text)

@@ -57,7 +57,8 @@ class HFTokenizer:
         self.eot_token = eot
         self._ordinary = self._load(special_as_text=True)
         description = json.loads(self.files[FILE])
-        self._decoders = _steps(description.get("decoder"))
+        decoder = description.get("decoder")
+        self._decoders = [] if decoder is None else decoder.get("decoders", [decoder])
         self._is_byte_level = any(step["type"] == "ByteLevel" for step in self._decoders)
         self._may_drop_characters = self._find_whether_it_drops(description["model"])
 
@@ -189,13 +190,6 @@ class HFTokenizer:
 def _valid_unicode(text: str) -> str:
     """`text` with lone surrogates as U+FFFD: the library takes none."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of a decoder: those of a sequence, or itself."""
-    if part is None:
-        return []
-    return part["decoders"] if part["type"] == "Sequence" else [part]
 
 
 def _spell(token: str, decoders: list[dict[str, Any]]) -> bytes:

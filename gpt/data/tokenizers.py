@@ -6,12 +6,13 @@ Knows nothing of models, data files or JAX.
 """
 
 import base64
+import contextlib
 import hashlib
 import http.client
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -162,6 +163,11 @@ class ByteLevelTokenizer(tiktoken.Encoding):
         self.ranks = mergeable_ranks
         self.special_tokens = special_tokens
 
+    def encode_ordinary(self, text: str) -> list[int]:
+        """As tiktoken does, whose batches use this too; UserError if `text` cannot be split."""
+        with refusing_long_runs():
+            return super().encode_ordinary(text)
+
 
 class CharTokenizer:
     """One id for each character seen in the training text, and one for end-of-text."""
@@ -277,14 +283,30 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> ByteLevelTokenizer:
         f"vocab_size is {vocab_size}: a bpe needs at least 257, the 256 bytes and end-of-text",
     )
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(
-        (without_lone_surrogates(text) for text in documents),
-        vocab_size=vocab_size - 1,
-        buffer_size=TRAINING_BUFFER,
-        pattern=GPT4_PATTERN,
-    )
+    with refusing_long_runs():
+        trainer.train_from_iterator(
+            (without_lone_surrogates(text) for text in documents),
+            vocab_size=vocab_size - 1,
+            buffer_size=TRAINING_BUFFER,
+            pattern=GPT4_PATTERN,
+        )
     by_rank = sorted(trainer.get_mergeable_ranks(), key=lambda entry: entry[1])
     return byte_level("bpe", GPT4_PATTERN, [bytes(token) for token, _ in by_rank])
+
+
+@contextlib.contextmanager
+def refusing_long_runs() -> Iterator[None]:
+    """Turn the panic of a Rust library into UserError: its stack of a million entries overflows
+    where a pattern meets a run of about as many spaces. Each library has a class of its own."""
+    try:
+        yield
+    except BaseException as panic:
+        if type(panic).__name__ != "PanicException":
+            raise
+        raise UserError(
+            "the text cannot be split into tokens, as happens where it has about a million spaces "
+            "in a row: shorten such runs, or use --tokenizer byte or char"
+        ) from None
 
 
 def without_lone_surrogates(text: str) -> str:

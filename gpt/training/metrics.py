@@ -66,7 +66,23 @@ class RunLog:
         line["tokens"] = step * self.timer.tokens_per_step
         line |= self.timer.measure()
         self._write(line)
-        self._show_progress(line)
+
+        # Advance the bar; where there is no terminal print a line now and then.
+        speed = line["tokens_per_second"]
+        tokens_left = (self.config.steps - step) * self.timer.tokens_per_step
+        text = f"loss {line['loss']:.4f}  {speed:,.0f} tokens/s"
+        if "mfu" in line:
+            text += f", MFU {line['mfu']:.0%}"
+        if line["skipped"]:
+            text += f"  {line['skipped']} skipped"
+        if tokens_left and speed:
+            text += f"  {format_seconds(tokens_left / speed)} left"
+        now = time.perf_counter()
+        if self.bar:
+            self.bar.advance(step, text)
+        elif now - self.last_line_at >= SECONDS_BETWEEN_LINES or not tokens_left:
+            self.last_line_at = now
+            self.console.print(f"step {step:,}/{self.config.steps:,}  {text}")
 
     def evaluation(self, step: int, loss: float, bits_per_byte: float) -> None:
         """Write and show an evaluation on held-out text: nats per token, and bits per byte."""
@@ -105,24 +121,6 @@ class RunLog:
                     raise OSError(error.errno, error.strerror, self.file.name) from None
         if self.board:
             self.board.add(record)
-
-    def _show_progress(self, line: Mapping[str, Any]) -> None:
-        """Advance the bar; where there is no terminal print a line now and then."""
-        step, speed = line["step"], line["tokens_per_second"]
-        tokens_left = (self.config.steps - step) * self.timer.tokens_per_step
-        text = f"loss {line['loss']:.4f}  {speed:,.0f} tokens/s"
-        if "mfu" in line:
-            text += f", MFU {line['mfu']:.0%}"
-        if line["skipped"]:
-            text += f"  {line['skipped']} skipped"
-        if tokens_left and speed:
-            text += f"  {format_seconds(tokens_left / speed)} left"
-        now = time.perf_counter()
-        if self.bar:
-            self.bar.advance(step, text)
-        elif now - self.last_line_at >= SECONDS_BETWEEN_LINES or not tokens_left:
-            self.last_line_at = now
-            self.console.print(f"step {step:,}/{self.config.steps:,}  {text}")
 
     def close(self) -> None:
         """Remove the bar, print how long steps took, close the files."""

@@ -19,15 +19,6 @@ KERNEL_AXES = {
 }
 
 
-def after_warmup(config: TrainConfig, peak: float, low: float, steps: int) -> optax.Schedule:
-    """The schedule of the `steps` after the warm-up, from `peak` down to `low`."""
-    if config.schedule == "cosine":
-        return optax.cosine_decay_schedule(peak, steps, low / peak)
-    falling = steps if config.schedule == "linear" else config.steps - config.decay_start
-    falling = min(falling, steps)
-    return optax.linear_schedule(peak, low, falling, steps - falling)
-
-
 def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Schedule:
     """Learning rate by step: linear warm-up, no step at zero, then as config.schedule says.
 
@@ -37,7 +28,15 @@ def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Sched
     low = peak * config.min_learning_rate / config.learning_rate
     warmup = min(config.warmup_steps, config.steps - 1)
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-    rest = after_warmup(config, peak, low, config.steps - warmup)
+
+    steps = config.steps - warmup
+    if config.schedule == "cosine":
+        rest = optax.cosine_decay_schedule(peak, steps, low / peak)
+    else:
+        falling = steps
+        if config.schedule != "linear":
+            falling = min(config.steps - config.decay_start, steps)
+        rest = optax.linear_schedule(peak, low, falling, steps - falling)
     return optax.join_schedules([rise, rest], [warmup])
 
 
@@ -79,14 +78,6 @@ def make_adamw(config: TrainConfig) -> optax.GradientTransformation:
     return optax.adamw(schedule, b1=config.beta1, b2=config.beta2, weight_decay=decay, mask=decayed)
 
 
-def make_mixed(config: TrainConfig) -> optax.GradientTransformation:
-    """Muon for the blocks' matrices, AdamW for the rest."""
-    return optax.partition({"muon": make_muon(config), "adamw": make_adamw(config)}, groups)
-
-
-OPTIMIZERS = {"adamw": make_adamw, "muon": make_mixed}
-
-
 def clipping(config: TrainConfig) -> optax.GradientTransformation:
     """Scales gradients down to the largest global norm; nothing where that is 0."""
     return optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
@@ -111,5 +102,8 @@ def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clipping, then the optimizer of the config."""
-    return in_float32(optax.chain(clipping(config), OPTIMIZERS[config.optimizer](config)))
+    """Clipping, then AdamW; under muon AdamW only for what is not a matrix of the blocks."""
+    optimizer = make_adamw(config)
+    if config.optimizer == "muon":
+        optimizer = optax.partition({"muon": make_muon(config), "adamw": optimizer}, groups)
+    return in_float32(optax.chain(clipping(config), optimizer))

@@ -108,22 +108,20 @@ def differences(saved: dict[str, Any], config: TrainConfig, steps_done: int) -> 
     steps. A setting that the run is older than had its default."""
     earlier = from_json(TrainConfig, saved)
     may_change = set(MAY_CHANGE)
-    if _same_learning_rates(earlier, config, steps_done):
+
+    # Nor does the number of steps matter where both schedules are wsd and not yet falling.
+    both_wsd = earlier.schedule == config.schedule == "wsd"
+    past_warmup = min(earlier.steps, config.steps) > max(earlier.warmup_steps, config.warmup_steps)
+    not_falling = steps_done <= min(earlier.decay_start, config.decay_start)
+    if both_wsd and past_warmup and not_falling:
         may_change.add("steps")
+
     before = flatten(to_json(earlier))
     lines = []
     for name, now in flatten(to_json(config)).items():
         if now != before[name] and name.split(".")[0] not in may_change:
             lines.append(f"{name}: the run has {before[name]}, you asked for {now}")
     return lines
-
-
-def _same_learning_rates(earlier: TrainConfig, later: TrainConfig, steps_done: int) -> bool:
-    """Whether the number of steps may change: both schedules are wsd and not yet falling."""
-    both_wsd = earlier.schedule == later.schedule == "wsd"
-    past_warmup = min(earlier.steps, later.steps) > max(earlier.warmup_steps, later.warmup_steps)
-    not_falling = steps_done <= min(earlier.decay_start, later.decay_start)
-    return both_wsd and past_warmup and not_falling
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

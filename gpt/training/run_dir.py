@@ -37,15 +37,6 @@ def require_writable(out: Path) -> None:
     )
 
 
-def require_shared(out: Path) -> None:
-    """Raise UserError unless this process sees the folder that the first process of a run made."""
-    require(
-        out.is_dir(),
-        f"--out {out} is not seen by all processes of the run: choose a folder on storage that "
-        "they share",
-    )
-
-
 @contextlib.contextmanager
 def reserve(out: Path, is_trial: bool) -> Iterator[None]:
     """Use the folder `out` for the processes of this run alone; a trial only checks that it could.
@@ -58,7 +49,11 @@ def reserve(out: Path, is_trial: bool) -> Iterator[None]:
         return
     with distributed.on_first_process(lock_run(out)):
         with distributed.exit_together():
-            require_shared(out)
+            require(
+                out.is_dir(),
+                f"--out {out} is not seen by all processes of the run: choose a folder on storage "
+                "that they share",
+            )
         yield
 
 

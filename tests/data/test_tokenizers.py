@@ -178,6 +178,14 @@ def test_a_rank_file_is_read(tmp_path):
         tokenizers.load(path)
 
 
+def test_a_text_that_the_pattern_cannot_split_is_refused():
+    text = " " * 1_000_000 + "a"  # the libraries panic, which is no Exception
+    with pytest.raises(UserError, match="a million spaces"):
+        tokenizers.create("bpe", lambda: [text], 400)
+    with pytest.raises(UserError, match="a million spaces"):
+        BPE.encode_ordinary_batch([text], num_threads=2)
+
+
 # ------------------------------------------------------------ OpenAI's encodings
 
 
