@@ -131,7 +131,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         try:
             code = main(sys.argv[1:]) or 0
         finally:
-            sys.stdout.flush()  # here, where a closed pipe can still be handled
+            if sys.stdout is not None:  # as it is where the shell has closed it
+                sys.stdout.flush()  # here, where a closed pipe can still be handled
     except UserError as error:
         code = _refuse(str(error))
     except Failed as error:
