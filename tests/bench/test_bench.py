@@ -70,7 +70,7 @@ def figures(model, prefill=1.0, begin=0.25, chunk=0.5, single=0.125, first_run=0
 
         patch.setattr(hardware, "clock", lambda: now[0])
         slow(engine, "prefill", lambda _: prefill)
-        slow(measure, "begin", lambda _: begin)
+        slow(measure, "start_decoding", lambda _: begin)
         slow(measure, "decode_chunk", lambda args: single if args[-1] == 1 else chunk)
         return measure.measure_cell(config, make_params(), CELL, 2, CEILINGS)
 
