@@ -85,8 +85,6 @@ def compile_steps(config, mesh):
 
 
 train_step.compile_steps = compile_steps
-# Measuring it takes seconds, and only a share of it is shown.
-hardware.matmul_rate = lambda dtype: 1e13
 
 
 def call(name: str, *argv) -> Done:
@@ -96,6 +94,8 @@ def call(name: str, *argv) -> Done:
     with (
         mock.patch.object(cli, "prepare_jax", lambda cache=True: None),
         mock.patch.object(distributed, "connect", lambda *_: None),
+        # Measuring it takes seconds, and only a fraction of it is shown.
+        mock.patch.object(hardware, "matmul_rate", lambda dtype: 1e13),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
