@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -20,6 +20,13 @@ from gpt import cli, distributed, plan
 from gpt.config import TrainConfig, optional
 from gpt.errors import above_zero, not_negative, require
 from gpt.presets import PRESETS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gpt.training.stop_signal import StopSignal
+    from gpt.training.train_state import TrainState
+    from gpt.training.trainer import Run
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,11 @@ class Args:
         return self.dry_run or self.verify_resume
 
 
-def train(args: Args, out: Path, console, stop) -> int:
+# JAX is imported in the functions below, after the flags are read: so `--help` is quick, and the
+# flags can decide how JAX is set up.
+
+
+def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     """From text to a trained model in `out`; the exit code."""
     from gpt.hardware import default_dtype
     from gpt.sharding import make_mesh
@@ -77,7 +88,7 @@ def train(args: Args, out: Path, console, stop) -> int:
 
     log = metrics.print_once(console)
     with distributed.exit_together():  # of several processes all start, or none
-        # Where the weights come from: nowhere yet, another run, or this one where it stopped.
+        # Where the weights come from: fresh, from another run, or from where this one stopped.
         start = resume.find_starting_point(args, out, log)
 
         # Text to tokens. A run that continues keeps its tokenizer, and its text must be the same.
@@ -91,7 +102,7 @@ def train(args: Args, out: Path, console, stop) -> int:
         trainer.require_possible(run)
         console.print(*run_plan.describe(config, mesh, len(dataset.train)), sep="\n")
 
-    trainer.require_agreement(run)
+    trainer.require_same_everywhere(run)
     if args.dry_run:
         console.print(*run_plan.describe_memory(config, mesh, args.memory_gb), sep="\n")
         return 0
@@ -99,7 +110,7 @@ def train(args: Args, out: Path, console, stop) -> int:
         return verify.verify_resume(run, fit, log)
     memory_plan.require_room(memory_plan.least_need(config, mesh))
 
-    # Weights and optimizer state on the mesh: fresh, from another run, or where this one stopped.
+    # Weights and optimizer state, on the mesh.
     state = resume.initial_state(config, mesh, start, log)
     if state.step < config.steps:
         code = fit(run, state, config.steps)
@@ -110,16 +121,23 @@ def train(args: Args, out: Path, console, stop) -> int:
     return code
 
 
-def fit(run, state, until: int) -> int:
+def fit(run: "Run", state: "TrainState", until: int) -> int:
     """Train from `state` until step `until`, or until a signal; the exit code."""
     from gpt.sampling.language_model import write_sample
     from gpt.training import trainer
     from gpt.training.train_step import evaluate
     from gpt.training.trainer import is_due
 
-    # One program for a step and one for an evaluation, compiled ahead of time.
     config = run.config
-    train_step, eval_step = trainer.compile_steps(run, int(state.step))
+    first_step = int(state.step)
+    if first_step:
+        run.console.print(f"continues      from step {first_step:,}")
+
+    # One program for a step and one for an evaluation. From here on a signal no longer ends the run
+    # at once but after the next step.
+    run.stop.defer(first_step)
+    train_step, eval_step = trainer.compile_run(run)
+    trainer.take_over_folder(run, first_step)  # only now: what does not fit has been refused
 
     with trainer.Recorder(run, state, until) as recorder:
         for step, batch in recorder.batches():
@@ -133,7 +151,7 @@ def fit(run, state, until: int) -> int:
             samples = is_due(config, step, config.sample_every)
             if not (ending or evaluates or saves or samples):
                 continue
-            # A step whose update was skipped cannot be the last.
+            # A step whose update was skipped is not saved, so another one must follow.
             ending = recorder.catch_up(state) and ending
             weights = state.ema_params or state.params
 

@@ -132,7 +132,7 @@ def measure(row: str) -> dict:
     train = figures(
         lambda: train_step.compile_train_step(config, training),
         training,
-        config.batch_size * config.window * flops.train_flops_per_token(c),
+        config.batch_size * config.sequence_length * flops.train_flops_per_token(c),
         predicted_bytes.training(config, training, tpu=True),
     )
 

@@ -100,7 +100,7 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
     # computes the logits again.
     entries, is_split = weights["tokens" if c.tied else "head"]
     if is_split:
-        n_tokens = config.batch_size // n_micro_batches * config.window  # on all devices
+        n_tokens = config.batch_size // n_micro_batches * config.sequence_length  # on all devices
         n_gathers = 2 if recomputes_logits(n_tokens, c.padded_vocab) else 1
         shares_lookup = tpu or jax.__version_info__ > (0, 10, 2)
         if c.tied and n_micro_batches > 1 and shares_lookup:
@@ -133,7 +133,7 @@ def add_tensor_parallelism(
     needs four numbers per token and chunk of the vocabulary."""
     c, n_micro_batches = config.model, config.grad_accum
     n_rows = config.batch_size // n_micro_batches // (rows.mesh["data"] * rows.mesh["fsdp"])
-    n_tokens = n_rows * config.window
+    n_tokens = n_rows * config.sequence_length
     stream = n_tokens * c.d_model  # entries of the residual stream on one device
     backward = 2
     if not tpu:

@@ -220,7 +220,7 @@ class TrainConfig:
     min_learning_rate: float = 1e-4
     """Learning rate at the last step, where the schedule ends."""
     warmup_steps: int = 100
-    """Steps of linear warm-up from zero."""
+    """Steps over which the learning rate rises linearly to its peak."""
     beta1: float = 0.9
     """AdamW: decay of the first moment."""
     beta2: float = 0.99
@@ -306,7 +306,7 @@ class TrainConfig:
         return self.steps - max(1, round(self.steps * self.decay_fraction))
 
     @property
-    def window(self) -> int:
+    def sequence_length(self) -> int:
         """Tokens in a training sequence, T."""
         return self.seq_len or self.model.context_length
 
@@ -315,7 +315,7 @@ class TrainConfig:
         the context by `seq_len`, and types by `dtype` where none was given."""
         dtype = self.dtype or dtype
         model = dataclasses.replace(
-            self.model, vocab_size=vocab_size, context_length=self.window
+            self.model, vocab_size=vocab_size, context_length=self.sequence_length
         ).computing_in(dtype)
         return dataclasses.replace(self, model=model, seq_len=None, dtype=dtype)
 

@@ -166,11 +166,11 @@ def test_presets_are_known_by_name():
 
 def test_seq_len_sets_the_context():
     config = TrainConfig(seq_len=32)
-    assert config.window == 32
+    assert config.sequence_length == 32
     completed = config.completed(300, "float32")
-    assert completed.window == completed.model.context_length == 32
+    assert completed.sequence_length == completed.model.context_length == 32
     longer = dataclasses.replace(completed.model, context_length=64)
-    assert dataclasses.replace(completed, model=longer).window == 64  # it is not set back
+    assert dataclasses.replace(completed, model=longer).sequence_length == 64  # it is not set back
 
 
 def test_types_left_open_are_filled():

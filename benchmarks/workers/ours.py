@@ -37,7 +37,7 @@ STEPS_PER_TURN = {"gpt2": 1}  # others: 20
 def train(name: str, batch: int) -> None:
     """Training steps on random tokens; the state stays on the device."""
     config = preset(name)
-    length = SEQ_LEN.get(name, config.window)
+    length = SEQ_LEN.get(name, config.sequence_length)
     model = dataclasses.replace(config.model, context_length=length, dropout=0.0)
     config = dataclasses.replace(
         config,

@@ -212,7 +212,7 @@ def step_cost(config: ModelConfig, cell: Cell) -> tuple[int, int]:
 
 def random_batch(config: TrainConfig, mesh: Mesh) -> jax.Array:
     """Tokens of one training step on their devices, [grad_accum, rows, T+1] int32."""
-    shape = (config.grad_accum, config.batch_size // config.grad_accum, config.window + 1)
+    shape = (config.grad_accum, config.batch_size // config.grad_accum, config.sequence_length + 1)
     ids = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
     return jax.device_put(ids, sharding.rows(mesh, axis=1))
 
@@ -240,8 +240,8 @@ def measure_train_step(config: TrainConfig, mesh: Mesh, repeats: int, ceilings: 
 
     # MFU is the share of the rate of matrix products of all devices; recomputation is no work.
     seconds = statistics.median(repeated)
-    n_tokens = config.batch_size * config.window
-    model = dataclasses.replace(config.model, context_length=config.window)
+    n_tokens = config.batch_size * config.sequence_length
+    model = dataclasses.replace(config.model, context_length=config.sequence_length)
     n_flops = n_tokens * flops.train_flops_per_token(model)
     train = {
         "seconds_per_step": seconds,
@@ -252,7 +252,7 @@ def measure_train_step(config: TrainConfig, mesh: Mesh, repeats: int, ceilings: 
     }
     return {
         "batch": config.batch_size,
-        "seq_len": config.window,
+        "seq_len": config.sequence_length,
         "compile_seconds": compiling.compile_seconds,
         "train": train,
         "peak_bytes": peak_bytes(),

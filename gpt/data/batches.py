@@ -33,28 +33,29 @@ def require_length(tokens: Tokens, seq_len: int) -> None:
 def batch(
     tokens: Tokens,
     seed: int,
-    step: int,
+    index: int,
     batch_size: int,
     seq_len: int,
     rows: slice | np.ndarray | None = None,
 ) -> np.ndarray:
-    """The sequences of step `step`: int32 [rows, T+1], each overlapping its targets by one.
+    """The sequences of batch `index`, counted from 0: int32 [rows, T+1], each overlapping its
+    targets by one. Step n of a run, counted from 1, trains on batch n - 1.
 
     `rows` selects some of the `batch_size` rows, for a process that holds only those: a slice of
     them or their numbers. Raises UserError if the text is shorter than one sequence.
     """
     require_length(tokens, seq_len)
-    n_windows, n_phases = windows(len(tokens), seq_len)
+    n_windows, n_phases = count_windows(len(tokens), seq_len)
     row = np.arange(batch_size, dtype=np.uint64)[slice(None) if rows is None else rows]
-    index = np.uint64(step * batch_size) + row
-    epoch, place = np.divmod(index, np.uint64(n_windows))
+    sequence = np.uint64(index * batch_size) + row
+    epoch, place = np.divmod(sequence, np.uint64(n_windows))
     key = mix(mix(np.full_like(epoch, seed)) ^ epoch)
     phase = keyed(key, PHASE, np.zeros_like(key)) % np.uint64(n_phases)
     starts = phase + permute(place, key, n_windows) * np.uint64(seq_len)
     return gather(tokens.array, starts.astype(np.int64), seq_len)
 
 
-def windows(n_tokens: int, seq_len: int) -> tuple[int, int]:
+def count_windows(n_tokens: int, seq_len: int) -> tuple[int, int]:
     """How many windows an epoch has, and from how many offsets that many fit."""
     n_windows = max(1, (n_tokens - seq_len) // seq_len)
     return n_windows, min(seq_len, n_tokens - n_windows * seq_len)

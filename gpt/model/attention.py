@@ -116,7 +116,7 @@ class Attention(nnx.Module):
         if past is None:
             k_BKSH, v_BKSH = k_BKTH, v_BKTH
         else:
-            past = kv.remember(past, (k_BKTH, v_BKTH), positions.pos_BT)
+            past = kv.write(past, (k_BKTH, v_BKTH), positions.pos_BT)
             k_BKSH, v_BKSH = past
 
         k_BKSH, v_BKSH = k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype)

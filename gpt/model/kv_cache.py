@@ -64,7 +64,7 @@ def append(cache_BKSH: jax.Array, new_BKTH: jax.Array, pos_BT: jax.Array) -> jax
     return constrain(out, *AXES)
 
 
-def remember(past: tuple, new: tuple, pos_BT: jax.Array | None) -> tuple:
+def write(past: tuple, new: tuple, pos_BT: jax.Array | None) -> tuple:
     """One layer's keys and values with `new` at `pos_BT`; None: the past is empty, `new` is all."""
     if pos_BT is None:
         pairs = zip(past, new, strict=True)

@@ -147,22 +147,26 @@ class GPT(nnx.Module):
                 "a KV cache needs unstacked weights, and these are stacked: "
                 "pass transformer.unstack(params)"
             )
+        # An empty cache has no slots yet: the tokens of a prompt stand at 0, 1, ... as without one,
+        # and their keys and values become the cache.
         pos_BT = None
         if cache is not None and cache.capacity:
             pos_BT = cache.length_B[:, None] + jnp.arange(T)
         positions = positions_of(config, pos_BT, T)
         keys_LB = None if key_B is None else split_rows(key_B, config.n_layers)
 
-        def run(block: Block, x_BTD, past, key_B):
+        def apply_block(block: Block, x_BTD, past, key_B):
             return block(x_BTD, past, key_B, positions, attend)
 
         with exact_products(config.compute_dtype):
             x_BTD = self.embed(tokens_BT, pos_BT)
             x_BTD = dropout(x_BTD, key_B, config.dropout, site="embedding")
             if self.stacked:
-                x_BTD = scan_blocks(run, self.blocks, x_BTD, keys_LB, remat=remat, unroll=unroll)
+                x_BTD = scan_blocks(
+                    apply_block, self.blocks, x_BTD, keys_LB, remat=remat, unroll=unroll
+                )
             else:
-                x_BTD, cache = loop_blocks(run, self.blocks, x_BTD, cache, keys_LB)
+                x_BTD, cache = loop_blocks(apply_block, self.blocks, x_BTD, cache, keys_LB)
         if self.final_norm is not None:
             x_BTD = self.final_norm(x_BTD)
         return x_BTD, cache
@@ -210,7 +214,9 @@ def table_logits(config: ModelConfig, x_MD: jax.Array, rows_CD, ids_C: jax.Array
     return jnp.where(ids_C < config.vocab_size, logits_MC, MASKED)
 
 
-def scan_blocks(run, blocks: Block, x_BTD, keys_LB, *, remat: bool, unroll: bool) -> jax.Array:
+def scan_blocks(
+    apply_block, blocks: Block, x_BTD, keys_LB, *, remat: bool, unroll: bool
+) -> jax.Array:
     """The residual stream after stacked blocks, for training: one program for all layers.
 
     `remat` computes each block again in the backward pass instead of keeping what it needs.
@@ -220,7 +226,7 @@ def scan_blocks(run, blocks: Block, x_BTD, keys_LB, *, remat: bool, unroll: bool
 
     def body(x_BTD, block_and_key):
         block, key_B = block_and_key
-        x_BTD, _ = run(block, x_BTD, None, key_B)
+        x_BTD, _ = apply_block(block, x_BTD, None, key_B)
         return x_BTD, None
 
     if remat:
@@ -230,13 +236,13 @@ def scan_blocks(run, blocks: Block, x_BTD, keys_LB, *, remat: bool, unroll: bool
     return x_BTD
 
 
-def loop_blocks(run, blocks: nnx.List, x_BTD, cache: kv.KVCache | None, keys_LB):
+def loop_blocks(apply_block, blocks: nnx.List, x_BTD, cache: kv.KVCache | None, keys_LB):
     """The residual stream after a list of blocks, for decoding, and the cache they have written."""
     keys, values = [], []
     for i, block in enumerate(blocks):
         past = None if cache is None else (cache.k[i], cache.v[i])
         key_B = None if keys_LB is None else keys_LB[i]
-        x_BTD, past = run(block, x_BTD, past, key_B)
+        x_BTD, past = apply_block(block, x_BTD, past, key_B)
         if past is not None:
             keys.append(past[0])
             values.append(past[1])

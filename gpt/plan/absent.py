@@ -96,15 +96,15 @@ def state_bytes(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
 def run_lines(args, config: TrainConfig, mesh: Mesh) -> Iterator[str]:
     """Lines about the devices and the run."""
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    n_tokens = config.batch_size * config.window
+    n_tokens = config.batch_size * config.sequence_length
     yield f"devices        {mesh.size} ({args.topology or 'virtual, of this CPU'}): {sizes}"
     yield (
         f"model          {flops.parameters(config.model):,} parameters, vocabulary "
         f"{config.model.vocab_size:,}, products in {config.model.compute_dtype}"
     )
     yield (
-        f"batch          {config.batch_size} x {config.window} = {n_tokens:,} tokens per step, in "
-        f"{config.grad_accum} micro-batch(es)"
+        f"batch          {config.batch_size} x {config.sequence_length} = {n_tokens:,} tokens per "
+        f"step, in {config.grad_accum} micro-batch(es)"
     )
     if config.grad_accum != args.train.grad_accum:
         n_rows = config.batch_size // args.train.grad_accum

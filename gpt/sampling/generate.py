@@ -366,7 +366,7 @@ def add_sampled(row: Row, sampled: SampledTokens, index: int) -> str:
 
 
 def warn_of_recompilation(capacity: int, n_programs: int) -> None:
-    """Warn if a chunk of a shape seen before has compiled something (invariant 3)."""
+    """Warn if a chunk has compiled something though its shape was seen before."""
     if n_programs:
         warnings.warn(
             f"{n_programs} programs were compiled in the middle of decoding at an unchanged shape "

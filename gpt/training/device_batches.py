@@ -13,18 +13,21 @@ from gpt.data.token_files import Tokens
 
 
 def batch_of_step(config: TrainConfig, tokens: Tokens, mesh: Mesh, index: int) -> jax.Array:
-    """The batch of step `index`, counted from 0, on its devices: int32 [grad_accum, rows, T+1]."""
+    """Batch `index`, counted from 0, on its devices: int32 [grad_accum, rows, T+1].
+
+    Step n of a run, counted from 1, trains on batch n - 1.
+    """
     A = config.grad_accum
     B = config.batch_size // A
 
     def read(rows: np.ndarray) -> np.ndarray:
         in_whole_batch = (np.arange(A)[:, None] * B + rows).ravel()
         found = batches.batch(
-            tokens, config.seed, index, config.batch_size, config.window, in_whole_batch
+            tokens, config.seed, index, config.batch_size, config.sequence_length, in_whole_batch
         )
-        return found.reshape(A, len(rows), config.window + 1)
+        return found.reshape(A, len(rows), config.sequence_length + 1)
 
-    shape = (A, B, config.window + 1)
+    shape = (A, B, config.sequence_length + 1)
     return make_global_array(sharding.rows(mesh, axis=1), shape, 1, read)
 
 

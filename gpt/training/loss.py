@@ -1,9 +1,9 @@
 """Cross-entropy over the vocabulary, a chunk of its rows at a time.
 
-Many float32 logits never exist at once, a chunk's are computed again in the backward pass: for
-GPT-2 they would take as much memory as all else together.
+The float32 logits of all tokens never exist at once: for GPT-2 they would take as much memory as
+everything else together. Where they are many, a chunk's are computed again in the backward pass.
 Chunks are of vocabulary rows and not of tokens, so that the gradient of a sharded embedding table
-is reduced across devices once and not once a chunk.
+is reduced across devices once, and not once per chunk.
 """
 
 import math
@@ -17,8 +17,8 @@ from gpt.model import transformer
 from gpt.model.attention import MASKED
 from gpt.model.transformer import GPT
 
-CHUNK_ROWS = 16_384  # most vocabulary rows at once
-KEPT_LOGITS = 2**25  # most logits kept for the backward pass (128 MiB), not computed again
+CHUNK_ROWS = 16_384  # vocabulary rows at once, at most
+KEPT_LOGITS = 2**25  # logits kept for the backward pass at most (128 MiB); more are recomputed
 
 
 def count_chunks(rows: int) -> int:
@@ -43,15 +43,16 @@ def token_losses(
     V = len(table_VD)
     n_chunks = count_chunks(V)
 
-    # The chunks are interleaved: the table is dealt out in runs of `run` rows, run r to chunk
-    # r % n_chunks. The runs are so short that each device of a table split over several holds its
-    # share of every chunk, and no rows are sent. On one device a chunk is a single run, a slice.
-    run = V // n_chunks // math.gcd(V // n_chunks, sharding.count_parts("vocab"))
+    # The chunks are interleaved: the table is dealt out in stripes of consecutive rows, stripe s to
+    # chunk s % n_chunks. So each device of a table that is split over several holds its share of
+    # every chunk, and no rows are sent. With 8 rows, 2 chunks and stripes of 2 rows, chunk 0 has
+    # rows 0, 1, 4, 5 and chunk 1 has rows 2, 3, 6, 7. On one device a chunk is a single stripe.
+    stripe = V // n_chunks // math.gcd(V // n_chunks, sharding.count_parts("vocab"))
 
     def deal(x: jax.Array) -> jax.Array:
         """[V, ...] as [n_chunks, V / n_chunks, ...]."""
-        runs = x.reshape(-1, n_chunks, run, *x.shape[1:]).swapaxes(0, 1)
-        return runs.reshape(n_chunks, V // n_chunks, *x.shape[1:])
+        stripes = x.reshape(-1, n_chunks, stripe, *x.shape[1:]).swapaxes(0, 1)
+        return stripes.reshape(n_chunks, V // n_chunks, *x.shape[1:])
 
     def add_chunk(sums, chunk):
         """One step of the online softmax (Milakov & Gimelshein 2018)."""
@@ -65,8 +66,8 @@ def token_losses(
         logit_sum_M += jnp.where(ids_C < config.vocab_size, logits_MC, 0).sum(-1)
 
         # The target's logit, where this chunk has its row.
-        in_chunk_M = target_M // run % n_chunks == chunk_number
-        place_M = target_M // (n_chunks * run) * run + target_M % run
+        in_chunk_M = target_M // stripe % n_chunks == chunk_number
+        place_M = target_M // (n_chunks * stripe) * stripe + target_M % stripe
         logit_M = jnp.take_along_axis(logits_MC, place_M[:, None], axis=-1)[:, 0]
         target_logit_M = target_logit_M + jnp.where(in_chunk_M, logit_M, 0)
         return (new_max_M, running_sum_M, target_logit_M, logit_sum_M), None

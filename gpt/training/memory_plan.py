@@ -52,7 +52,7 @@ def least_need(config: TrainConfig, mesh: Mesh) -> Need:
     if config.ema_decay:
         state += weights
 
-    tokens = config.batch_size // config.grad_accum * config.window
+    tokens = config.batch_size // config.grad_accum * config.sequence_length
     item_bytes = flops.ITEM_BYTES[model.compute_dtype or "float32"]
     batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
     block_inputs = tokens * model.d_model * model.n_layers * item_bytes // batch_shards
@@ -89,8 +89,8 @@ def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
             raise
         rows = config.batch_size // config.grad_accum
         raise UserError(
-            f"out of memory with micro-batches of {rows:,} sequences of {config.window:,} tokens: "
-            f"{ADVICE}; --dry-run tells what fits"
+            f"out of memory with micro-batches of {rows:,} sequences of "
+            f"{config.sequence_length:,} tokens: {ADVICE}; --dry-run tells what fits"
         ) from None
 
 

@@ -79,7 +79,7 @@ def make_adamw(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def clipping(config: TrainConfig) -> optax.GradientTransformation:
-    """Scales gradients down to the largest global norm; nothing where that is 0."""
+    """Scales gradients down to a global norm of clip_norm; 0 does not clip."""
     return optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
 
 

@@ -18,7 +18,7 @@ from gpt.training.memory_plan import (
     need_of,
     optimizer_bytes,
 )
-from gpt.training.train_step import compile_train_step, require_fit
+from gpt.training.train_step import compile_train_step
 
 TRIES = 5  # sizes of the micro-batch that are compiled in search of the largest that fits
 ABSURD = 2**46  # bytes; far beyond this XLA's own numbers overflow
@@ -27,18 +27,15 @@ ABSURD = 2**46  # bytes; far beyond this XLA's own numbers overflow
 def describe(config: TrainConfig, mesh: Mesh, n_tokens: int) -> list[str]:
     """The plan as lines: the model, the bytes it needs over all devices, what the run computes.
 
-    `n_tokens`: tokens of the training text. Raises UserError unless the mesh divides the model and
-    its micro-batches.
+    `n_tokens`: tokens of the training text.
     """
-    notes = require_fit(config, mesh)
     model = config.model
     weights = flops.weight_bytes(model)
     flops_per_token = flops.train_flops_per_token(model)
-    tokens_per_step = config.batch_size * config.window
+    tokens_per_step = config.batch_size * config.sequence_length
     tokens = tokens_per_step * config.steps
     epochs = tokens / max(n_tokens, 1)
     lines = [
-        *notes,
         f"model          {model.n_layers} blocks, width {model.d_model}, {model.n_heads} heads "
         f"({model.kv_heads} key/value heads), context {model.context_length}, vocabulary "
         f"{model.vocab_size:,}",
@@ -54,8 +51,8 @@ def describe(config: TrainConfig, mesh: Mesh, n_tokens: int) -> list[str]:
     lines += [
         f"computation    {model.compute_dtype}, {flops_per_token / 1e6:,.2f} MFLOP per token to "
         "train",
-        f"batch          {config.batch_size} x {config.window} = {tokens_per_step:,} tokens per "
-        f"step, in {config.grad_accum} micro-batch(es), on {mesh.size} device(s)",
+        f"batch          {config.batch_size} x {config.sequence_length} = {tokens_per_step:,} "
+        f"tokens per step, in {config.grad_accum} micro-batch(es), on {mesh.size} device(s)",
         f"run            {config.steps:,} steps, {tokens:,} tokens ({epochs:,.2f} epochs), "
         f"{tokens * flops_per_token:.3g} FLOPs",
     ]

@@ -25,7 +25,7 @@ class StepTimer:
     """
 
     def __init__(self, config: TrainConfig, first_step: int, peak_flops: float | None):
-        self.tokens_per_step = config.batch_size * config.window
+        self.tokens_per_step = config.batch_size * config.sequence_length
         self.flops_per_token = flops.train_flops_per_token(config.model)
         self.peak_flops = peak_flops
         self.first_step = first_step

@@ -152,7 +152,9 @@ def evaluate(
     """
     rows = config.batch_size // config.grad_accum
     total_loss = total_weight = 0.0
-    for tokens, weights in batches.evaluation_windows(val, config.window, config.eval_tokens, rows):
+    for tokens, weights in batches.evaluation_windows(
+        val, config.sequence_length, config.eval_tokens, rows
+    ):
         # Wait for each: on a CPU steps with collectives must not pile up.
         loss, weight = jax.device_get(eval_step(params, tokens, weights))
         total_loss += loss
@@ -179,7 +181,7 @@ def require_fit(config: TrainConfig, mesh: Mesh) -> list[str]:
 def compile_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:
     """The training step compiled ahead of time; it consumes its state. No array is allocated."""
     state = abstract_state(config, mesh)
-    shape = (config.grad_accum, config.batch_size // config.grad_accum, config.window + 1)
+    shape = (config.grad_accum, config.batch_size // config.grad_accum, config.sequence_length + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.rows(mesh, axis=1))
     replicated = NamedSharding(mesh, PartitionSpec())
     step = jax.jit(

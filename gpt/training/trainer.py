@@ -30,6 +30,7 @@ from gpt.training.profile import StepProfiler, require_steps
 from gpt.training.resume import StartingPoint, describe_run, require_same_settings
 from gpt.training.stop_signal import StopSignal
 from gpt.training.train_state import TrainState, checkpoint_trees
+from gpt.training.train_step import require_fit
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,11 @@ def load_text(
 
 
 def require_possible(run: Run) -> None:
-    """Raise UserError unless the run can do what was asked for, with the text it has."""
+    """Raise UserError unless the run can do what was asked for, with its text and its devices."""
     args, config, start = run.args, run.config, run.start
-    batches.require_length(run.dataset.train, config.window)
+    for note in require_fit(config, run.mesh):
+        run.console.print(note)
+    batches.require_length(run.dataset.train, config.sequence_length)
     if start.resuming:
         require_same_settings(start, config)
     else:
@@ -81,7 +84,7 @@ def require_possible(run: Run) -> None:
     )
 
 
-def require_agreement(run: Run) -> None:
+def require_same_everywhere(run: Run) -> None:
     """Raise UserError in all processes of the run unless they were given the same."""
     distributed.require_same(
         {
@@ -92,25 +95,22 @@ def require_agreement(run: Run) -> None:
     )
 
 
-def compile_steps(run: Run, first_step: int) -> tuple[Callable, Callable]:
-    """The training step and the evaluation step, compiled; see train_step.compile_steps.
-
-    From here on a signal no longer ends the run at once but after the next step, and the folder
-    becomes this run's: what does not fit in memory has been refused by then.
-    """
-    if first_step:
-        run.console.print(f"continues      from step {first_step:,}")
-    run.stop.defer(first_step)
+def compile_run(run: Run) -> tuple[Callable, Callable]:
+    """The training step, compiled now, and the evaluation step, compiled when it is first called;
+    see train_step.compile_steps. Raises UserError if the step does not fit in memory."""
     with Stopwatch() as watch:
         steps = train_step.compile_steps(run.config, run.mesh)
     run.console.print(f"compiled       in {watch.compile_seconds:.1f} s")
+    return steps
 
+
+def take_over_folder(run: Run, first_step: int) -> None:
+    """Make the run's folder its own: remove the run that it overwrites, and write the tokenizer."""
     with distributed.exit_together():
         if distributed.is_first():
             if run.args.overwrite and first_step == 0:
                 run_dir.remove_run(run.out)
             tokenizers.save(run.tokenizer, run.out / "tokenizer.json")
-    return steps
 
 
 class Recorder:
@@ -166,20 +166,20 @@ class Recorder:
     def step(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> None:
         """`step`, which gave `state` and `metrics`, has been handed to the device."""
         self.profiler.after_dispatch(step, metrics)
-        self._read(state)
+        self._log_unread(state)
         self.unread = step, metrics
         if self.streak.one_more_ends_the_run:
             # No further step must change the weights that the explanation looks at.
-            self._read(state)
+            self._log_unread(state)
 
     def catch_up(self, state: TrainState) -> bool:
         """Wait for the last step, and stop the clock until the next one. Returns whether its update
         was applied: else this must not be the last step, nor be saved."""
-        self._read(state)
+        self._log_unread(state)
         self.log.timer.pause()
         return self.streak.length == 0
 
-    def _read(self, state: TrainState) -> None:
+    def _log_unread(self, state: TrainState) -> None:
         """Log the last step, if it is unread. Raise Failed if it ends the run."""
         if self.unread is None:
             return
@@ -240,9 +240,10 @@ class Recorder:
             log(f"note: {error}; training goes on")
 
 
-def is_due(config: TrainConfig, step: int, *intervals: int) -> bool:
-    """Whether one of the intervals, in steps, ends with `step` or with the run; 0 never does."""
-    return any(n and (step == config.steps or step % n == 0) for n in intervals)
+def is_due(config: TrainConfig, step: int, every: int) -> bool:
+    """Whether what is done `every` so many steps, and at the end of the run, is due after `step`;
+    0 is never."""
+    return every > 0 and (step == config.steps or step % every == 0)
 
 
 def finish(run: Run) -> int:
@@ -257,11 +258,12 @@ def finish(run: Run) -> int:
     return code
 
 
-def report_complete(run: Run) -> None:
-    """Say that a run has nothing left to do."""
+def report_complete(run: Run) -> int:
+    """Say that a run has nothing left to do; the exit code."""
     if not (run.out / "loss.png").exists():  # the process was killed at the very end
         plot_losses(run)
     run.console.print(f"complete       {run.config.steps:,} steps; --overwrite starts afresh")
+    return 0
 
 
 def plot_losses(run: Run) -> None:

@@ -47,7 +47,7 @@ def test_the_permutation_mixes_and_depends_on_its_key():
 @settings(max_examples=30)
 def test_every_window_of_an_epoch_is_seen_once(seq_len, extra, batch_size, seed):
     tokens = count_up(seq_len + extra)
-    n_windows, _ = batches.windows(len(tokens), seq_len)
+    n_windows, _ = batches.count_windows(len(tokens), seq_len)
     steps = -(-2 * n_windows // batch_size)
     rows = np.concatenate(
         [batches.batch(tokens, seed, step, batch_size, seq_len) for step in range(steps)]
@@ -84,7 +84,7 @@ def test_rows_are_those_of_the_whole_batch(rows):
 
 def test_epochs_begin_at_different_offsets():
     tokens = count_up(1000)
-    n_windows, n_phases = batches.windows(1000, 16)
+    n_windows, n_phases = batches.count_windows(1000, 16)
     assert n_phases == 16
     phases = {
         int(batches.batch(tokens, 0, epoch, n_windows, 16)[:, 0].min()) for epoch in range(100)

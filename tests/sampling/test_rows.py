@@ -1,4 +1,4 @@
-"""Rows are independent (invariant 2), and text is the same however it is cut into chunks: over many
+"""Rows are independent, and text is the same however it is cut into chunks: over many
 random batches and models of a few compiled shapes."""
 
 import numpy as np
