@@ -51,11 +51,11 @@ demo: setup
 	@sed '$$d' runs/tiny/bench.txt
 
 test: setup
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10 -m "not slow and not parity and not exact"
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10 -m "exact and not slow"
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10 -m "not slow and not parity and not exact"
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10 -m "exact and not slow"
 
 test-all: setup
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not parity"
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not parity"
 
 test-parity: $(PARITY_VENV)/ready
 	@$(PARITY_VENV)/bin/python -m pytest -q -m parity
