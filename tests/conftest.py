@@ -41,6 +41,26 @@ def pytest_configure(config):
             os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 
+# Each compiled program takes a few dozen memory maps, and Linux allows a process 65,530 of them: a
+# worker that keeps the programs of hundreds of tests would crash.
+MAX_MAPS = 40_000
+tests_run = 0
+
+
+@pytest.fixture(autouse=True)
+def forget_programs_in_time():
+    """Drop compiled programs when there are too many; looked at after every tenth test."""
+    global tests_run
+    yield
+    tests_run += 1
+    maps = Path("/proc/self/maps")
+    if tests_run % 10 == 0 and "jax" in sys.modules and maps.exists():
+        with maps.open("rb") as lines:
+            n_maps = sum(1 for _ in lines)
+        if n_maps > MAX_MAPS:
+            sys.modules["jax"].clear_caches()
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     """A file of text."""

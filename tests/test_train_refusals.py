@@ -15,7 +15,7 @@ from programs import (
 )
 
 from gpt.data import tokenizers
-from gpt.training import run_plan, train_step
+from gpt.training import trainer
 
 
 def wrong_files(folder):
@@ -70,9 +70,9 @@ def test_bad_input_is_one_error_and_changes_nothing(case, tmp_path, monkeypatch)
 
 def test_a_batch_that_the_mesh_cannot_divide(text, tmp_path, monkeypatch):
     """As with two devices, of which there is one here."""
-    honest = train_step.require_fit
+    honest = trainer.require_fit
     wide = type("Mesh", (), {"shape": {"data": 3, "fsdp": 1, "tensor": 1}})
-    monkeypatch.setattr(run_plan, "require_fit", lambda config, mesh: honest(config, wide))
+    monkeypatch.setattr(trainer, "require_fit", lambda config, mesh: honest(config, wide))
     done = call("train", *TINY, "--data", text, "--out", tmp_path / "run")
     assert done.code == 2 and "does not divide among 3 devices" in done.err
     assert snapshot(tmp_path) == {}
