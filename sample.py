@@ -8,79 +8,18 @@ error.
 """
 
 import sys
-from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from gpt import cli, terminal
-from gpt.config import DTYPES, ONE_DEVICE, Dtype, MeshConfig, Quantize, Weights, optional
-from gpt.errors import UserError, each, positive, require
-from gpt.sampling.settings import Settings
-
-AVERAGE = "the average where one is kept"
-DEFAULT = Settings()
-
-
-@dataclass(frozen=True)
-class Args:
-    """What to sample, and how."""
-
-    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
-    """A run's folder, as train.py made it."""
-    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text to continue; --prompt=TEXT if it begins with a hyphen. Without one, or with an empty
-    one, generation starts from end-of-text."""
-    prompt_file: Annotated[Path | None, optional("FILE")] = None
-    """A file of text to continue, its last newline included; - is standard input."""
-    prompt_ids: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Token ids to continue, separated by spaces: "1 2 3"."""
-    interactive: bool = False
-    """Complete each line that you type. Ctrl-C ends the completion, Ctrl-D the program."""
-    settings: Annotated[tyro.conf.UseAppendAction[Settings], tyro.conf.arg(name="")] = DEFAULT
-    beam_width: int = 1
-    """Above 1: search for the likeliest texts, following this many at once, instead of sampling;
-    --num-samples are then the best ones found."""
-    length_penalty: float = 1.0
-    """Beam search: exponent of the length that divides a text's log-probability."""
-    show_probs: Annotated[int | None, optional("INT")] = None
-    """Show this many likeliest next tokens, after prefill and at each step; * marks the chosen one.
-    Each number of them compiles the loop anew."""
-    score: Annotated[str | None, optional("TEXT")] = None
-    """Do not sample: print how likely this text is, token by token."""
-    score_file: Annotated[Path | None, optional("FILE")] = None
-    """Do not sample: score a file of text of any length; - is standard input."""
-    score_ids: Annotated[str | None, optional("IDS")] = None
-    """Do not sample: score token ids, separated by spaces: "1 2 3"."""
-    stride: Annotated[int | None, optional("INT", "half the context")] = None
-    """Scoring text longer than the context: tokens from one window to the next; fewer give each
-    token more context, and take longer."""
-    check: bool = False
-    """Do not sample: check the cache contract on this model; exit code 1 if it does not hold."""
-    json: bool = False
-    """Print JSON, one object per completion, as soon as it ends; seconds leave compilation out."""
-    verbose: bool = False
-    """Report the programs that were compiled, with their shapes and seconds."""
-    step: Annotated[int | None, optional("INT", "the newest")] = None
-    """Take the checkpoint of this step."""
-    dtype: Annotated[Dtype | None, optional(DTYPES, "float32 on CPU, else bfloat16")] = None
-    """Type of the computation."""
-    weights: Annotated[Weights | None, optional("{ema,raw}", AVERAGE)] = None
-    """The average over the run, or the last weights."""
-    quantize: Annotated[Quantize | None, optional("{int8}")] = None
-    """Keep matrices as int8: a quarter of their memory; --score tells what it does to the loss."""
-    mesh: MeshConfig = ONE_DEVICE
-    compile_cache: bool = True
-    """Keep compiled programs in your cache folder for the next run."""
+from gpt import cli, sample_flags, terminal
+from gpt.errors import UserError
+from gpt.sample_flags import Args
 
 
 def main(argv: list[str]) -> int:
     """Load the model and do what the flags ask for; the exit code."""
     terminal.prepare_streams()
-    args, mode = parse_args(argv)
-    inputs = read_inputs(args)
+    args, mode = sample_flags.parse_args(argv, __doc__)
+    inputs = sample_flags.read_inputs(args)
     cli.prepare_jax(cache=args.compile_cache)
     import gpt
 
@@ -218,99 +157,6 @@ def check(model) -> int:
         return 1
     print("the cache contract holds")
     return 0
-
-
-PROMPTS = {"prompt", "prompt_file", "prompt_ids"}
-SCORES = {"score", "score_file", "score_ids"}
-SETTINGS = {field.name for field in fields(Settings)}
-BEAM_SETTINGS = {
-    "max_new_tokens",
-    "num_samples",
-    "logit_bias",
-    "repetition_penalty",
-    "ignore_eos",
-    "temperature",
-}
-# The flags that each mode uses, beside those about the model and the machine, which all do.
-USED_BY = {
-    "generate": PROMPTS | SETTINGS | {"beam_width", "show_probs", "json"},
-    "interactive": SETTINGS | {"interactive", "beam_width", "show_probs"},
-    "beam": PROMPTS | BEAM_SETTINGS | {"beam_width", "length_penalty", "json"},
-    "score": SCORES | {"stride", "json"},
-    "check": {"check"},
-}
-USED_BY_ALL = {"step", "dtype", "weights", "quantize", "compile_cache", "verbose"}
-NEEDS = {"stride": "--score", "length_penalty": "--beam-width"}
-
-
-def parse_args(argv: list[str]) -> tuple[Args, str]:
-    """The flags, and the mode that they ask for; UserError for flags that exclude each other or
-    have no effect."""
-    args = cli.parse(Args, argv, program="sample.py", description=__doc__)
-    each(positive, args, "stride show_probs beam_width")
-    # Of two biases for the same token only the last would be left.
-    n_biases = sum(word.partition("=")[0] in ("--logit-bias", "--logit_bias") for word in argv)
-    require(
-        n_biases <= len(args.settings.logit_bias),
-        "--logit-bias names a token twice: expected one bias for each token",
-    )
-    given = {name for name in cli.flags_given(argv) if getattr(args, name, None) is not False}
-
-    what = sorted(given & (PROMPTS | SCORES | {"check", "interactive"}))
-    require(
-        len(what) < 2,
-        f"{' and '.join(map(terminal.flag, what))} exclude each other: choose one",
-    )
-    mode = "generate"
-    if args.check:
-        mode = "check"
-    elif given & SCORES:
-        mode = "score"
-    elif args.interactive:
-        mode = "interactive"
-    elif args.beam_width > 1:
-        mode = "beam"
-
-    for name in sorted(given):
-        if name in USED_BY[mode] | USED_BY_ALL or name.startswith("mesh."):
-            continue
-        flag = terminal.flag(name)
-        if mode == "generate":
-            raise UserError(f"{flag} needs {NEEDS[name]}: add that, or leave {flag} out")
-        reason = terminal.flag(what[0]) if what and mode != "beam" else "--beam-width"
-        raise UserError(f"{flag} has no effect with {reason}: leave it out")
-    if mode == "beam":
-        require(
-            "temperature" not in given or args.settings.temperature == 0,
-            "--temperature has no effect with --beam-width: leave it out",
-        )
-        require(
-            args.settings.num_samples <= args.beam_width,
-            f"--num-samples is {args.settings.num_samples}: it must not exceed --beam-width, "
-            f"{args.beam_width}",
-        )
-    require(
-        mode != "interactive" or args.beam_width == 1,
-        "--beam-width has no effect with --interactive: leave it out",
-    )
-    return args, mode
-
-
-def read_inputs(args: Args) -> list:
-    """The prompts, or the text to score: texts or token ids."""
-    if args.interactive:
-        terminal.require_input("--interactive")
-    if args.score is not None:
-        return [terminal.typed_text("--score", args.score)]
-    if args.score_file is not None:
-        return [terminal.read_text("--score-file", args.score_file)]
-    if args.score_ids is not None:
-        return [terminal.parse_ids("--score-ids", args.score_ids)]
-    if args.prompt_file is not None:
-        return [terminal.read_text("--prompt-file", args.prompt_file)]
-    if args.prompt_ids:
-        return [terminal.parse_ids("--prompt-ids", ids) for ids in args.prompt_ids]
-    return [terminal.typed_text("--prompt", text) for text in args.prompt or ("",)]
 
 
 if __name__ == "__main__":

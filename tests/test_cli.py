@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import program
 
-from gpt import cli
+from gpt import cli, train_flags
 from gpt.errors import UserError
 from gpt.presets import PRESETS
 
@@ -35,7 +35,7 @@ class Required:
 
 def read(*argv: str):
     """The flags of train.py."""
-    return program("train").parse_args(list(argv))
+    return train_flags.parse_args(list(argv), program("train").__doc__)
 
 
 def refusal(*argv: str) -> str:

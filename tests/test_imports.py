@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ENTRY_POINTS = {"train.py", "sample.py", "gpt/cli.py", "gpt/terminal.py", "gpt/__main__.py"}
-ENTRY_POINTS |= {"gpt/report.py", "gpt/tour.py"}
+ENTRY_POINTS |= {"gpt/report.py", "gpt/tour.py", "gpt/train_flags.py", "gpt/sample_flags.py"}
 
 # A package or module of gpt may import itself and those of a lower layer, none of its own layer.
 LAYERS = {
@@ -31,11 +31,14 @@ LAYERS = {
     "convert": 6,
     "plan": 6,
     "reports": 6,
+    "train_flags": 6,
+    "sample_flags": 6,
     "report": 7,
     "tour": 7,
 }
 CLI = "cli"
 WITHOUT_JAX = ("gpt/data", "gpt/sampling/text_stream", "gpt/cli", "gpt/terminal")
+WITHOUT_JAX += ("gpt/train_flags", "gpt/sample_flags")
 
 SOURCES = sorted(
     str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *(ROOT / "gpt").rglob("*.py")]

@@ -1,8 +1,9 @@
 """sample.py: bad input is one error, reported before anything is printed or changed."""
 
 import pytest
-from programs import call, program, snapshot
+from programs import call, snapshot
 
+from gpt import sample_flags
 from gpt.errors import UserError
 
 # Refused before anything is loaded: what is typed after the run's folder, and what the error says.
@@ -72,15 +73,13 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
 def test_flags_that_make_no_sense_are_refused_before_anything_is_loaded(flags):
-    sample_py = program("sample")
     with pytest.raises(UserError) as refused:
-        args, _ = sample_py.parse_args(["no such run", *flags.split()])
-        sample_py.read_inputs(args)
+        args, _ = sample_flags.parse_args(["no such run", *flags.split()], "")
+        sample_flags.read_inputs(args)
     assert BAD_FLAGS[flags] in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_flags_that_make_sense_choose_the_mode():
-    sample_py = program("sample")
     for flags, mode in {
         "": "generate",
         "--beam-width 1 --json --show-probs 2": "generate",
@@ -90,7 +89,7 @@ def test_flags_that_make_sense_choose_the_mode():
         "--check --dtype bfloat16 --mesh.tensor 2": "check",
         "--no-check --no-json --prompt a": "generate",
     }.items():
-        assert sample_py.parse_args(["run", *flags.split()])[1] == mode, flags
+        assert sample_flags.parse_args(["run", *flags.split()], "")[1] == mode, flags
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)

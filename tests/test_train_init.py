@@ -4,9 +4,9 @@ import shutil
 
 import jax
 import numpy as np
-from programs import EVERY, TINY, call, program, snapshot, write_text
+from programs import EVERY, TINY, call, snapshot, write_text
 
-from gpt import checkpoint, cli
+from gpt import checkpoint, cli, train_flags
 from gpt.data import tokenizers
 from gpt.presets import PRESETS
 from gpt.training import resume
@@ -58,7 +58,7 @@ def test_model_flags_win_over_the_other_run_even_with_the_value_of_the_preset(tr
     preset = PRESETS["tiny"].model
     flags = ["--model.dropout", str(preset.dropout), f"--model.n_heads={preset.n_heads}"]
     argv = [*flags, "--model.no-bias", "--init-from", str(trained[1])]
-    args = program("train").parse_args(argv)
+    args = train_flags.parse_args(argv, "")
     args = resume.with_model_of_source(args, tmp_path / "run", cli.flags_given(argv))
     model = args.train.model
     assert (preset.dropout, preset.n_heads) != (0.1, 2)  # else this shows nothing
