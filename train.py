@@ -36,7 +36,7 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     from gpt.training import memory_plan, metrics, resume, run_plan, trainer, verify
 
     log = metrics.print_once(console)
-    with distributed.exit_together():  # of several processes all start, or none
+    with distributed.exit_together():  # of several processes, all start or none does
         # Where the weights come from: fresh, from another run, or from where this one stopped.
         start = resume.find_starting_point(args, out, log)
 
@@ -45,7 +45,7 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
         tokenizer, dataset = trainer.load_text(args, start, cache_dir, console)
         config = args.train.completed(tokenizer.n_vocab, default_dtype())
 
-        # The devices, and what the run takes of them.
+        # The devices, and whether the run is possible on them.
         mesh = make_mesh(config.mesh)
         run = trainer.Run(args, out, start, config, mesh, tokenizer, dataset, console, stop)
         trainer.require_possible(run)
@@ -86,7 +86,7 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
     # at once but after the next step.
     run.stop.defer(first_step)
     train_step, eval_step = trainer.compile_run(run)
-    trainer.take_over_folder(run, first_step)  # only now: what does not fit has been refused
+    trainer.take_over_folder(run, first_step)  # not before: a refused run leaves it alone
 
     with trainer.Recorder(run, state, until) as recorder:
         for step, batch in recorder.batches():

@@ -254,7 +254,7 @@ class TrainConfig:
     """Compile the blocks one after another instead of one program for all: compiling takes longer,
     and a CPU that does not recompute trains faster."""
     dtype: Annotated[Dtype | None, optional(DTYPES, BY_PLATFORM)] = None
-    """Type of the computation."""
+    """Data type to compute in."""
     seed: int = 0
     """Seed of the weights, the order of the data and the dropout."""
     log_every: int = 10

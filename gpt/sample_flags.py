@@ -1,4 +1,4 @@
-"""The flags of sample.py: the mode they ask for, which exclude each other, the text they give."""
+"""The flags of sample.py, the mode that they ask for, and which of them exclude each other."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -38,7 +38,7 @@ class Args:
     """Beam search: exponent of the length that divides a text's log-probability."""
     show_probs: Annotated[int | None, optional("INT")] = None
     """Show this many likeliest next tokens, after prefill and at each step; * marks the chosen one.
-    Each number of them compiles the loop anew."""
+    Each different number compiles the loop again."""
     score: Annotated[str | None, optional("TEXT")] = None
     """Do not sample: print how likely this text is, token by token."""
     score_file: Annotated[Path | None, optional("FILE")] = None
@@ -57,7 +57,7 @@ class Args:
     step: Annotated[int | None, optional("INT", "the newest")] = None
     """Take the checkpoint of this step."""
     dtype: Annotated[Dtype | None, optional(DTYPES, "float32 on CPU, else bfloat16")] = None
-    """Type of the computation."""
+    """Data type to compute in."""
     weights: Annotated[Weights | None, optional("{ema,raw}", AVERAGE)] = None
     """The average over the run, or the last weights."""
     quantize: Annotated[Quantize | None, optional("{int8}")] = None
@@ -78,7 +78,8 @@ BEAM_SETTINGS = {
     "ignore_eos",
     "temperature",
 }
-# The flags that each mode uses, beside those about the model and the machine, which all do.
+# The flags that each mode uses, in addition to those about the model and the machine, which apply
+# to all.
 USED_BY = {
     "generate": PROMPTS | SETTINGS | {"beam_width", "show_probs", "json"},
     "interactive": SETTINGS | {"interactive", "beam_width", "show_probs"},

@@ -50,7 +50,7 @@ class Command:
     step: Annotated[int | None, optional("INT", "the newest")] = None
     """Take the checkpoint of this step."""
     dtype: Annotated[Dtype | None, optional(DTYPES, BY_PLATFORM)] = None
-    """Type of the computation."""
+    """Data type to compute in."""
     weights: Annotated[Weights | None, optional("{ema,raw}", "ema if the run kept an average")] = (
         None
     )

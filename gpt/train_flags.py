@@ -1,4 +1,4 @@
-"""The flags of train.py, and what they must not be; they are read before JAX is imported."""
+"""The flags of train.py and their checks, without JAX: `--help` and a refusal are quick."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ class Args:
     """What to train, on what, and where to keep it."""
 
     preset: tyro.conf.Positional[Literal[tuple(PRESETS)]] = "tiny"
-    """The first word: the settings that no flag gives."""
+    """A set of settings, named by the first word. Flags override it."""
     data: Annotated[tuple[Path, ...] | None, optional("PATH [PATH ...]", "Python's source")] = None
     """Text files, folders of text, or prepared tokens."""
     out: Annotated[Path | None, optional("DIR", "runs/PRESET")] = None
@@ -60,7 +60,8 @@ class Args:
 
 
 def parse_args(argv: list[str], description: str) -> Args:
-    """The flags; what they leave out comes from the preset, if the first word names one."""
+    """The flags, with the rest of the settings from the preset that the first word names, else from
+    `tiny`; UserError for a flag that cannot be read."""
     cli.require_no_empty_values(argv)
     preset = argv[0] if argv and argv[0] in PRESETS else "tiny"
     default = Args(preset=preset, train=PRESETS[preset])

@@ -48,7 +48,7 @@ class Args:
     repeats: int = 5
     """How often each cell is measured, after one run that compiles."""
     dtype: Annotated[Dtype | None, optional(DTYPES, BY_PLATFORM)] = None
-    """Type of the computation."""
+    """Data type to compute in."""
     quantize: Annotated[Quantize | None, optional("{int8}")] = None
     """Keep matrices and tables as int8."""
     mesh: MeshConfig = ONE_DEVICE
