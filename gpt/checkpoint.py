@@ -189,7 +189,7 @@ class CheckpointManager:
                 self._discard_partial()
                 self._orbax.reload()
                 self.latest = max(steps(self.folder), default=None)
-                kept = "there is no other"
+                kept = "no earlier checkpoint exists"
                 if self.latest is not None:
                     kept = f"the last good one is step {self.latest}"
                 raise SaveFailed(
@@ -318,7 +318,7 @@ def restore(folder: str | Path, step: int, name: str, like: Tree) -> Tree:
 def latest_good(folder: str | Path, load: Callable[[int], T]) -> tuple[int, T, list[str]]:
     """The newest step that `load` can read, what it returned, and a line per damaged newer one.
 
-    UserError if there is no checkpoint, or none that is intact.
+    Raises UserError if no intact checkpoint exists.
     """
     found = steps(folder)
     require(bool(found), f"no checkpoint in {folder}: expected a run's folder made by train.py")

@@ -216,7 +216,7 @@ def connect(processes: Processes, environ: Mapping[str, str], log: Callable[[str
 
 
 def require_reachable(processes: Processes) -> None:
-    """UserError where JAX would crash or wait in vain: the port is taken, or there is no host."""
+    """Raise UserError if the port is taken or the host unknown: JAX would crash or wait forever."""
     host, port = parse_address(processes.coordinator)
     try:
         if processes.process_id == 0:

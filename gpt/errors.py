@@ -5,6 +5,7 @@ Knows nothing of the rest of the project.
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -94,3 +95,10 @@ def not_negative(name: str, value: float) -> None:
 def fraction(name: str, value: float) -> None:
     """Raise UserError unless `value` is from 0 up to, not including, 1."""
     require(0 <= value < 1, f"{name} is {value}: expected 0 <= {name.split('.')[-1]} < 1")
+
+
+def require_file_path(flag: str, path: Path) -> None:
+    """Raise UserError unless `path`, given with `flag`, is in an existing folder and is not one."""
+    folder = path.absolute().parent
+    require(folder.is_dir(), f"{flag} {path}: folder {folder} does not exist; create it")
+    require(not path.is_dir(), f"{flag} {path}: is a folder; give the name of a file in it")

@@ -64,7 +64,7 @@ def forward_flops(
     """FLOPs of reading `n_tokens` tokens of one row that follow `n_before` earlier ones.
 
     Attention counts only the keys that the mask leaves visible. `n_logit_positions`: positions
-    whose next-token distribution is computed (training: all; prefill and decode: one a row).
+    whose next-token distribution is computed (training: all; prefill and decode: one per row).
     """
     matrices = 2 * c.n_layers * block_matrices(c) * n_tokens
     visible_keys = n_tokens * n_before + n_tokens * (n_tokens + 1) // 2

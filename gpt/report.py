@@ -15,7 +15,7 @@ import tyro
 
 from gpt import cli
 from gpt.config import optional
-from gpt.errors import require
+from gpt.errors import require, require_file_path
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     from gpt.reports import html, run_report
 
     if command.out:
-        html.require_file_path("--out", command.out)
+        require_file_path("--out", command.out)
     if command.png:
         html.require_folder_path("--png", command.png)
     runs = run_report.read_runs(command.runs)

@@ -14,7 +14,7 @@ import tyro
 
 from gpt import cli, terminal
 from gpt.config import BY_PLATFORM, DTYPES, Dtype, Weights, optional
-from gpt.errors import require
+from gpt.errors import require, require_file_path
 from gpt.sampling.settings import Settings
 
 EXAMPLE_PROMPT = "Tom is going to fish at the river bank."
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     from gpt.reports import html, tour, tour_recorder
     from gpt.sampling.language_model import load
 
-    html.require_file_path("--out", command.out)
+    require_file_path("--out", command.out)
     load_flags = {"step": command.step, "dtype": command.dtype, "weights": command.weights}
     load_flags = {name: value for name, value in load_flags.items() if value is not None}
     model = load(command.checkpoint, **load_flags)

@@ -20,7 +20,7 @@ import tyro
 
 from gpt import cli
 from gpt.config import BY_PLATFORM, DTYPES, ONE_DEVICE, Dtype, MeshConfig, Quantize, optional
-from gpt.errors import require
+from gpt.errors import require, require_file_path
 from gpt.presets import preset
 
 PROMPT_LENGTHS = [128, 512]
@@ -99,9 +99,7 @@ def check(args: Args) -> None:
     )
     for flag, path in (("--json", args.json), ("--plot", args.plot)):
         if path:
-            folder = path.absolute().parent
-            require(folder.is_dir(), f"{flag} {path}: there is no folder {folder}; create it")
-            require(not path.is_dir(), f"{flag} {path}: is a folder; name a file in it")
+            require_file_path(flag, path)
     require(
         args.plot is None or args.plot.suffix in (".png", ".svg"),
         f"--plot {args.plot}: expected a name that ends in .png or .svg",

@@ -111,7 +111,7 @@ def measure_cell(
     for _ in range(repeats):
         repeat(config, params, cell, times)
 
-    # Reading the prompts. MFU is the share of the rate of matrix products; padding is no work.
+    # Prefill. MFU: the FLOPs of real tokens, without padding, relative to the measured matmul rate.
     seconds = statistics.median(times.prefill)
     n_flops = cell.batch * flops.forward_flops(config, cell.prompt_length, n_logit_positions=1)
     prefill = {
@@ -238,7 +238,7 @@ def measure_train_step(config: TrainConfig, mesh: Mesh, repeats: int, ceilings: 
         spent, state = timed(run, state)
         repeated.append(spent / TRAIN_STEPS)
 
-    # MFU is the share of the rate of matrix products of all devices; recomputation is no work.
+    # MFU: FLOPs per second, without recomputation, relative to the matmul rate of all devices.
     seconds = statistics.median(repeated)
     n_tokens = config.batch_size * config.sequence_length
     model = dataclasses.replace(config.model, context_length=config.sequence_length)

@@ -259,7 +259,7 @@ def read_result(path: Path) -> dict:
                 raise ValueError
         return result
     except FileNotFoundError:
-        raise UserError(f"there is no file {path}: expected a result of --json") from None
+        raise UserError(f"{path}: no such file; expected a result written by --json") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{path} is not a result of `python -m gpt.bench --json` with at least two repeats"

@@ -275,7 +275,7 @@ def to_hf_config(c: ModelConfig) -> tuple[dict[str, Any], Family]:
 def gpt2_obstacles(c: ModelConfig) -> list[tuple[str, str]]:
     """What `c` has and GPT-2's form has not, each with the flag that would change it.
 
-    A bias that the form has and the model lacks is no obstacle: it is written as zeros.
+    A bias that the format requires and the model lacks is written as zeros.
     """
     wide = c.head_width * c.n_heads != c.d_model
     obstacles = [

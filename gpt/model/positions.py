@@ -25,7 +25,7 @@ class Positions:
 
 
 def positions_of(config: ModelConfig, pos_BT: jax.Array | None, n_tokens: int) -> Positions:
-    """The positions of `n_tokens` tokens a row."""
+    """The positions of `n_tokens` tokens in each row."""
     if config.positions != "rope":
         return Positions(pos_BT, None)
     pos = jnp.arange(n_tokens)[None] if pos_BT is None else pos_BT

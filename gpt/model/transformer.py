@@ -138,7 +138,7 @@ class GPT(nnx.Module):
         Without a cache, token t of each row stands at position t. With one (unstacked weights
         alone), row b's tokens continue at position `cache.length_B[b]`; the returned cache holds
         their keys and values, its lengths unchanged: the caller knows how many of the T tokens are
-        real. `key_B`, one key a row, turns dropout on. `remat` and `unroll`: see `scan_blocks`.
+        real. `key_B`, one key per row, turns dropout on. `remat` and `unroll`: see `scan_blocks`.
         Returns x_BTD in the compute type. ValueError for a cache and stacked weights.
         """
         config, T = self.config, tokens_BT.shape[1]

@@ -95,13 +95,6 @@ def unpack(packed: dict) -> np.ndarray:
     return packed["low"] + levels.astype(np.float32) * packed["width"] / MAX_UINT16
 
 
-def require_file_path(flag: str, path: Path) -> None:
-    """UserError unless a file can be written at `path`."""
-    folder = path.absolute().parent
-    require(folder.is_dir(), f"{flag} {path}: there is no folder {folder}; make it")
-    require(not path.is_dir(), f"{flag} {path}: is a folder; give the name of a file in it")
-
-
 def require_folder_path(flag: str, path: Path) -> None:
     """UserError unless `path` is a folder or one can be made there."""
     absolute = path.absolute()

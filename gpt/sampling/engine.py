@@ -1,8 +1,8 @@
 """The two regimes, as functions over one model and one cache.
 
 Prefill reads whole prompts at once: large matrix products, bound by arithmetic. Decode reads one
-token a row and re-reads every weight and the cache to do so: bound by memory bandwidth. `extend`
-stands between: several tokens a row on top of a cache.
+token per row and re-reads every weight and the cache to do so: bound by memory bandwidth. `extend`
+stands between: several tokens per row on top of a cache.
 One program each per (batch, bucket, capacity): lengths and positions are traced.
 Shape letters: see model/transformer.py.
 """
@@ -18,7 +18,7 @@ from gpt.model import kv_cache as kv
 from gpt.model import transformer
 
 SMALLEST_BUCKET = 32
-PIECE = 1024  # tokens a row read at once: the scores of a piece are PIECE x capacity numbers
+PIECE = 1024  # tokens per row read at once: the scores of a piece are PIECE x capacity numbers
 
 
 def bucket(n_tokens: int, context_length: int) -> int:
@@ -53,7 +53,7 @@ def prefill(config: ModelConfig, params: dict, tokens_BT: jax.Array, n_B: jax.Ar
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def extend(config: ModelConfig, params: dict, cache: kv.KVCache, tokens_BT, n_B: jax.Array):
-    """Read `n_B` more tokens a row on top of `cache`, which is consumed; as `prefill`.
+    """Read `n_B` more tokens per row on top of `cache`, which is consumed; as `prefill`.
 
     The caller sees to it that they fit: what lies past the capacity is dropped. The logits of a
     row that reads none mean nothing.
@@ -83,7 +83,7 @@ def read(config: ModelConfig, params: dict, tokens_BT, n_B, piece: int = PIECE):
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(config: ModelConfig, params: dict, cache: kv.KVCache, token_B, active_B):
-    """Read one token a row on top of `cache`, which is consumed; as `prefill`.
+    """Read one token per row on top of `cache`, which is consumed; as `prefill`.
 
     Rows not active are computed like the others and keep their length.
     """
@@ -95,7 +95,7 @@ def decode_step(config: ModelConfig, params: dict, cache: kv.KVCache, token_B, a
 
 @partial(jax.jit, static_argnames="capacity")
 def grow(cache: kv.KVCache, capacity: int) -> kv.KVCache:
-    """The cache with room for `capacity` tokens a row: one copy, each time it is full."""
+    """The cache with room for `capacity` tokens per row: one copy, each time it is full."""
     return kv.grow(cache, capacity)
 
 

@@ -97,7 +97,7 @@ def test_a_file_that_is_not_a_result_is_refused(files, content):
 
 
 def test_results_that_cannot_be_compared_are_refused(files):
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match="no such file"):
         report.read_result(files[0].with_name("none.json"))
     one = report.read_result(files[0])
     with pytest.raises(UserError, match="no cell in common"):

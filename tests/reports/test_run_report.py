@@ -203,7 +203,7 @@ def test_the_mean_does_not_lag():
         (["nowhere", "--out", "a.html"], "no folder nowhere: expected a run's folder"),
         (["{empty}", "--out", "a.html"], "holds neither metrics.jsonl nor a checkpoint"),
         (["{run}"], "nothing to write: expected --out FILE.html"),
-        (["{run}", "--out", "no/such/a.html"], "there is no folder"),
+        (["{run}", "--out", "no/such/a.html"], "does not exist"),
         (["{run}", "--out", "{empty}"], "is a folder; give the name of a file"),
         (["{run}", "--out", "a.html", "--png", "{run}/metrics.jsonl/new"], "is not a folder"),
     ],
