@@ -1,36 +1,69 @@
 #!/usr/bin/env bash
-# What a GPU machine should be asked, in under nine minutes; nothing is fetched.
+# What a GPU should be asked when it is there for ten minutes. Nothing is downloaded.
 #
 #     benchmarks/gpu.sh [OUT]            OUT: folder of the results (default benchmarks/results)
 #
-# 1. Numbers: fused attention against the plain form in bfloat16; a small run in bfloat16, and the
-#    cache contract on it in bfloat16 and in float32.
-# 2. Training: tokens/s and MFU of gpt2 and gpt2-medium.
-# 3. Prefill and decode of gpt2 at batch 1, 8, 32 and 128, prompts of 128 and 960 tokens.
-set -euo pipefail
+# Every step has a time limit of its own, and its output is in OUT as soon as it ends; a step that
+# fails or runs out of time is named at the end and does not keep the next ones from running.
+# PYTHON names the interpreter, SECONDS_IN_ALL the time after which no further step begins.
+#
+# 1. Numbers in bfloat16: fused attention against the plain form, and a trained model whose cached
+#    answers are compared with uncached ones.
+# 2. Training: tokens per second and MFU of gpt2 at 8, 16 and 32 rows.
+# 3. Prefill and decode of gpt2 at 1, 8, 32 and 128 rows, with the default flags, with loops and
+#    branches inside CUDA graphs, and without CUDA graphs.
+# 4. Exact resume: a run stopped and continued, compared with one that was not.
+set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 out=${1:-benchmarks/results}
+seconds_in_all=${SECONDS_IN_ALL:-600}
 mkdir -p "$out"
 run=$(mktemp -d)
 trap 'rm -rf "$run"' EXIT
+failed=()
 
-"$python" -c 'import jax; print(jax.__version__, jax.devices())'
+# step NAME LIMIT COMMAND...: runs the command for at most LIMIT seconds; output in OUT/gpu-NAME.txt
+step() {
+  local name=$1 limit=$2
+  shift 2
+  if ((SECONDS >= seconds_in_all)); then
+    echo "== $name: not run, $SECONDS s are gone"
+    failed+=("$name")
+    return
+  fi
+  local began=$SECONDS
+  echo "== $name"
+  timeout -k 5 "$limit" "$@" 2>&1 | grep -v '^{' | tee "$out/gpu-$name.txt"
+  local status=${PIPESTATUS[0]}
+  echo "== $name: exit code $status after $((SECONDS - began)) s" | tee -a "$out/gpu-$name.txt"
+  if ((status != 0)); then failed+=("$name"); fi
+}
 
-echo "== numbers"
-"$python" benchmarks/parity.py
-"$python" train.py tiny --steps 200 --dtype bfloat16 --out "$run/tiny" --sample-every 0
-for dtype in bfloat16 float32; do
-  "$python" sample.py "$run/tiny" --check --dtype "$dtype"
-done
+graphs() { # the flag that says what goes into a CUDA graph, beside the user's own flags
+  echo "${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=$1"
+}
 
-echo "== training"
-"$python" -m gpt.bench --train --preset gpt2 --batch-sizes 8,16,32 --repeats 5 \
-  --json "$out/gpu-train-gpt2.json" | sed '$d'
-"$python" -m gpt.bench --train --preset gpt2-medium --batch-sizes 8,16 --repeats 5 \
-  --json "$out/gpu-train-gpt2-medium.json" | sed '$d'
+step device 60 "$python" -c 'import jax; print(jax.__version__, jax.devices()[0].device_kind)'
 
-echo "== prefill and decode"
-"$python" -m gpt.bench --preset gpt2 --batch-sizes 1,8,32,128 --prompt-lengths 128,960 \
-  --new-tokens 64 --repeats 5 --json "$out/gpu-sample-gpt2.json" --plot "$out/gpu-roofline.png" \
-  | sed '$d'
+step parity 60 "$python" benchmarks/parity.py
+step tiny 90 "$python" train.py tiny --steps 200 --dtype bfloat16 --out "$run/tiny" --sample-every 0
+step check 60 "$python" sample.py "$run/tiny" --check --dtype bfloat16
+
+step train-gpt2 180 "$python" -m gpt.bench --train --preset gpt2 --batch-sizes 8,16,32 \
+  --repeats 5 --json "$out/gpu-train-gpt2.json"
+
+decode=("$python" -m gpt.bench --preset gpt2 --batch-sizes 1,8,32,128 --prompt-lengths 128
+  --new-tokens 64 --repeats 5)
+step decode 120 "${decode[@]}" --json "$out/gpu-decode-gpt2.json" --plot "$out/gpu-roofline.svg"
+step decode-whole-graphs 90 env XLA_FLAGS="$(graphs +WHILE,+CONDITIONAL)" \
+  "${decode[@]}" --json "$out/gpu-decode-whole-graphs.json"
+step decode-no-graphs 90 env XLA_FLAGS="$(graphs '')" \
+  "${decode[@]}" --json "$out/gpu-decode-no-graphs.json"
+
+step resume 60 "$python" train.py tiny --steps 40 --verify-resume --out "$run/resume"
+
+if ((${#failed[@]} > 0)); then
+  echo "did not succeed: ${failed[*]}"
+  exit 1
+fi
