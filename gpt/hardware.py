@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,23 +51,15 @@ def best_seconds(function: Callable, *args) -> float:
     return min(timed(function, *args)[0] for _ in range(RUNS + 1))
 
 
-def square(n: int, dtype: str) -> jax.Array:
-    """A matrix [n, n] whose products stay finite: it maps a vector of ones to itself."""
-    return jnp.full((n, n), 1 / n, dtype)
+def read_rate(n_bytes: int) -> float:
+    """Bytes/s at which the product of one row with a matrix of about `n_bytes`, as in decoding,
+    reads the matrix.
 
-
-def read_side(n_bytes: int) -> int:
-    """Side of a square float32 matrix of about `n_bytes`, a multiple of 128."""
-    return max(int((min(n_bytes, LARGEST_READ) / 4) ** 0.5) // 128, 2) * 128
-
-
-@functools.cache
-def reader(n: int) -> tuple[Callable, tuple, int]:
-    """A program that reads a float32 matrix [n, n] repeatedly, its arguments, and the bytes read.
-
-    Each pass is the product of one row with the matrix, as in decoding.
+    A matrix that fits in a processor's cache is read faster than memory, so give the size of what
+    is compared with this.
     """
-    passes = max(PASSES_BYTES // (4 * n * n), 1)
+    side = max(int((min(n_bytes, LARGEST_READ) / 4) ** 0.5) // 128, 2) * 128
+    passes = max(PASSES_BYTES // (4 * side * side), 1)
 
     @jax.jit
     def read(matrix, row):
@@ -77,71 +68,32 @@ def reader(n: int) -> tuple[Callable, tuple, int]:
 
         return jax.lax.fori_loop(0, passes, one_pass, row)
 
-    return read, (square(n, "float32"), jnp.ones((1, n))), passes * 4 * n * n
-
-
-def read_rate(n_bytes: int) -> float:
-    """Bytes/s at which the product of one row with a matrix of about `n_bytes` reads the matrix.
-
-    A matrix that fits in a processor's cache is read faster than memory, so give the size of what
-    is compared with this.
-    """
-    read, args, n_read = reader(read_side(n_bytes))
-    return n_read / best_seconds(read, *args)
-
-
-def copy_rate(n_bytes: int) -> float:
-    """Bytes/s, read plus written, at which an array of about `n_bytes` is copied."""
-    n = read_side(n_bytes)
-    passes = max(PASSES_BYTES // (8 * n * n), 1)
-
-    @jax.jit
-    def copy(x):
-        # Adding the loop index keeps XLA from leaving the copies out.
-        return jax.lax.fori_loop(0, passes, lambda i, y: y + i, x)
-
-    return passes * 8 * n * n / best_seconds(copy, square(n, "float32"))
-
-
-@functools.cache
-def multiplier(dtype: str) -> tuple[Callable, tuple, int]:
-    """A program that multiplies large square matrices, its arguments, and its FLOPs."""
-    n, passes = (1024, 4) if jax.default_backend() == "cpu" else (8192, 8)
-
-    @jax.jit
-    def multiply(x):
-        return jax.lax.fori_loop(0, passes, lambda _, y: x @ y, x)
-
-    return multiply, (square(n, dtype),), passes * 2 * n**3
+    # The product with a vector of ones is that vector, so that nothing overflows.
+    matrix = jnp.full((side, side), 1 / side, "float32")
+    return passes * 4 * side * side / best_seconds(read, matrix, jnp.ones((1, side)))
 
 
 @functools.cache
 def matmul_rate(dtype: str) -> float:
     """FLOP/s of one device multiplying large square matrices of `dtype`; measured once."""
-    multiply, args, flops = multiplier(dtype)
-    return flops / best_seconds(multiply, *args)
+    side, passes = 8192, 8
+    if jax.default_backend() == "cpu":
+        side, passes = 1024, 4
+
+    @jax.jit
+    def multiply(x):
+        return jax.lax.fori_loop(0, passes, lambda _, y: x @ y, x)
+
+    matrix = jnp.full((side, side), 1 / side, dtype)
+    return passes * 2 * side**3 / best_seconds(multiply, matrix)
 
 
 def ceilings(n_bytes: int, dtype: str) -> dict[str, float]:
-    """The rates of reading and copying about `n_bytes`, and of matrix products in `dtype`.
-
-    `bare_matvec_mbu` and `bare_matmul_mfu` are the same programs timed by the median of repeats,
-    as the benchmark times everything else: if they are not near 1, the machine is not quiet and
-    the other fractions mean nothing.
-    """
-    best_read = read_rate(n_bytes)
-    best_matmul = matmul_rate(dtype)
-    read, read_args, bytes_read = reader(read_side(n_bytes))
-    multiply, multiply_args, flops = multiplier(dtype)
-    read_seconds = statistics.median(timed(read, *read_args)[0] for _ in range(RUNS))
-    multiply_seconds = statistics.median(timed(multiply, *multiply_args)[0] for _ in range(RUNS))
+    """The rates of reading about `n_bytes`, and of matrix products in `dtype`."""
     return {
-        "read_bytes_per_second": best_read,
-        "copy_bytes_per_second": copy_rate(n_bytes),
-        "matmul_flops_per_second": best_matmul,
+        "read_bytes_per_second": read_rate(n_bytes),
+        "matmul_flops_per_second": matmul_rate(dtype),
         "read_bytes": n_bytes,
-        "bare_matvec_mbu": bytes_read / read_seconds / best_read,
-        "bare_matmul_mfu": flops / multiply_seconds / best_matmul,
     }
 
 

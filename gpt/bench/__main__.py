@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import sys
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ import tyro
 
 from gpt import cli
 from gpt.config import BY_PLATFORM, DTYPES, ONE_DEVICE, Dtype, MeshConfig, Quantize, optional
-from gpt.errors import require, require_file_path
+from gpt.errors import positive, require, require_file_path
 from gpt.presets import preset
 
 PROMPT_LENGTHS = [128, 512]
@@ -39,12 +38,16 @@ class Args:
         str | None, optional("N,N,...", "those of 128,512 that fit the context")
     ] = None
     """Tokens per prompt, separated by commas."""
-    batch_sizes: Annotated[str | None, optional("N,N,...", "1,8; with --train the preset's")] = None
-    """Rows read and decoded together, separated by commas."""
+    batch_sizes: Annotated[
+        str | None, optional("N,N,...", "1,8; with --train the preset's micro-batch")
+    ] = None
+    """Rows read and decoded together, or trained on in one step, separated by commas."""
     new_tokens: Annotated[int | None, optional("INT", "64, or half of a shorter context")] = None
     """Tokens drawn per row, the first by prefill."""
     train: bool = False
     """Measure the training step of the preset, by batch size, instead of sampling."""
+    grad_accum: int = 1
+    """With --train: micro-batches into which each batch is split."""
     repeats: int = 5
     """How often each cell is measured, after one run that compiles."""
     dtype: Annotated[Dtype | None, optional(DTYPES, BY_PLATFORM)] = None
@@ -77,11 +80,20 @@ def main(argv: list[str]) -> int:
     if args.compare:
         return compare(*args.compare, args.fail_if_slower)
 
-    # A compilation cache of its own: the user's would hide what compiling costs.
-    with tempfile.TemporaryDirectory() as folder:
-        cli.prepare_jax(cache_dir=folder)
-        result = measure_training(args) if args.train else measure_sampling(args)
-    show(result, args.plot, args.json)
+    cli.prepare_jax(cache=False)  # programs found on disk would hide what compiling costs
+    result = measure_training(args) if args.train else measure_sampling(args)
+
+    from rich.console import Console
+
+    from gpt.bench import report
+
+    del result["incomplete"]
+    if args.json:
+        write_result(args.json, result)
+    Console(width=report.WIDTH).print(report.card(result))
+    if args.plot:
+        report.draw_roofline(result, args.plot)
+    print(json.dumps(result))
     return 0
 
 
@@ -91,7 +103,8 @@ def check(args: Args) -> None:
         args.checkpoint is None or args.preset is None,
         "a checkpoint and --preset exclude each other: choose one",
     )
-    require(args.repeats >= 1, f"--repeats {args.repeats}: expected at least 1")
+    positive("--repeats", args.repeats)
+    positive("--grad-accum", args.grad_accum)
     require(
         args.new_tokens is None or args.new_tokens >= 2,
         f"--new-tokens {args.new_tokens}: expected at least 2, since decoding begins with the "
@@ -115,54 +128,46 @@ def check(args: Args) -> None:
         given = [flag for flag, value in for_sampling.items() if value]
         require(not given, f"--train measures a preset's training step: drop {' and '.join(given)}")
     require(
+        args.train or args.grad_accum == 1,
+        "--grad-accum needs --train: add it, or drop --grad-accum",
+    )
+    require(
         args.compare is not None or args.fail_if_slower is None,
         "--fail-if-slower needs --compare: add it, or drop --fail-if-slower",
     )
 
 
 def measure_sampling(args: Args) -> dict:
-    """Every cell of prefill and decode: the result."""
-    from rich.console import Console
-    from rich.progress import track
-
+    """Every cell of prefill and decode, smallest first: the result."""
     from gpt import hardware
     from gpt.bench import measure
     from gpt.sharding import on_mesh
 
     name, config, mesh, make_params = choose_model(args)
-
-    # The cells, smallest first.
     prompt_lengths, new_tokens = choose_lengths(args, config.context_length)
-    if args.prompt_lengths is None and prompt_lengths != PROMPT_LENGTHS:
-        print(
-            f"note: measuring prompts of {prompt_lengths[-1]} tokens and {new_tokens} new ones, "
-            f"which fit the context of {config.context_length}",
-            file=sys.stderr,
-        )
-    batch_sizes = parse_sizes("--batch-sizes", args.batch_sizes or "1,8")
     int8 = args.quantize is not None
     cells = [
         measure.Cell(batch, length, new_tokens, int8)
-        for batch in batch_sizes
+        for batch in parse_sizes("--batch-sizes", args.batch_sizes or "1,8")
         for length in prompt_lengths
     ]
     measure.require_memory(config, cells[-1])
 
     # What this machine can do at best, then what it does.
+    note("measuring matrix products and reading memory")
     n_bytes, _ = measure.step_cost(config, cells[-1])
     ceilings = hardware.ceilings(n_bytes, config.compute_dtype)
-    result = measure.describe_machine(name, config, ceilings, os.cpu_count(), int8)
+    result = measure.describe_machine(name, config, ceilings, args.repeats, int8)
     params = make_params()
     with on_mesh(mesh):
-        watched = track(cells, "measuring", console=Console(stderr=True), transient=True)
-        measured = [
-            measure.measure_cell(config, params, cell, args.repeats, ceilings) for cell in watched
-        ]
-    return result | {"repeats": args.repeats, "cells": measured}
+        for cell in cells:
+            measured = measure.measure_cell(config, params, cell, args.repeats, ceilings, note)
+            add_cell(args, result, measured)
+    return result
 
 
 def measure_training(args: Args) -> dict:
-    """The training step at every batch size: the result."""
+    """The training step at every batch size, smallest first: the result."""
     from gpt import flops, hardware, sharding
     from gpt.bench import measure
     from gpt.hardware import default_dtype
@@ -172,15 +177,37 @@ def measure_training(args: Args) -> dict:
     dtype = args.dtype or default_dtype()
     config = dataclasses.replace(config, model=config.model.computing_in(dtype), dtype=dtype)
     mesh = sharding.make_decoding_mesh(args.mesh)
-    batch_sizes = parse_sizes("--batch-sizes", args.batch_sizes or str(config.batch_size))
+    micro_batch = str(config.batch_size // config.grad_accum)
 
+    note("measuring matrix products and reading memory")
     ceilings = hardware.ceilings(flops.weight_bytes(config.model), dtype)
-    result = measure.describe_machine(name, config.model, ceilings, os.cpu_count())
-    cells = []
-    for batch_size in batch_sizes:
-        sized = dataclasses.replace(config, batch_size=batch_size)
-        cells.append(measure.measure_train_step(sized, mesh, args.repeats, ceilings))
-    return result | {"repeats": args.repeats, "cells": cells}
+    result = measure.describe_machine(name, config.model, ceilings, args.repeats)
+    for batch_size in parse_sizes("--batch-sizes", args.batch_sizes or micro_batch):
+        note(f"batch {batch_size}: compiling the training step")
+        sized = dataclasses.replace(config, batch_size=batch_size, grad_accum=args.grad_accum)
+        add_cell(args, result, measure.measure_train_step(sized, mesh, args.repeats, ceilings))
+    return result
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def add_cell(args: Args, result: dict, cell: dict) -> None:
+    """Show a cell as soon as it is measured, and keep it in the file: a benchmark that is stopped
+    loses only the cell that it was measuring."""
+    from gpt.bench import report
+
+    result["cells"].append(cell)
+    note(report.cell_line(cell))
+    if args.json:
+        write_result(args.json, result)
+
+
+def write_result(path: Path, result: dict) -> None:
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def choose_model(args: Args):
@@ -209,19 +236,13 @@ def choose_model(args: Args):
 def choose_lengths(args: Args, context: int) -> tuple[list[int], int]:
     """Prompt lengths and new tokens. What the user left open fits `context`; UserError if what the
     user gave does not."""
-    given = None
-    if args.prompt_lengths is not None:
-        given = parse_sizes("--prompt-lengths", args.prompt_lengths)
-
-    new_tokens = args.new_tokens
-    if new_tokens is None:
-        room = max(context - given[-1], 2) if given else context // 2
-        new_tokens = min(NEW_TOKENS, room)
-
-    lengths = given
-    if lengths is None:
+    if args.prompt_lengths is None:
+        new_tokens = args.new_tokens or min(NEW_TOKENS, context // 2)
         lengths = [n for n in PROMPT_LENGTHS if n + new_tokens <= context]
         lengths = lengths or [max(context - new_tokens, 1)]
+    else:
+        lengths = parse_sizes("--prompt-lengths", args.prompt_lengths)
+        new_tokens = args.new_tokens or min(NEW_TOKENS, max(context - lengths[-1], 2))
     require(
         lengths[-1] + new_tokens <= context,
         f"prompts of {lengths[-1]} tokens and {new_tokens} new ones exceed the model's context of "
@@ -243,21 +264,6 @@ def parse_sizes(flag: str, text: str) -> list[int]:
     return sizes
 
 
-def show(result: dict, plot: Path | None, json_file: Path | None) -> None:
-    """Card and table, the picture, the file; last the whole result as one line."""
-    from rich.console import Console
-
-    from gpt.bench import report
-
-    Console(width=report.WIDTH).print(report.card(result))
-    if plot:
-        report.draw_roofline(result, plot)
-    line = json.dumps(result)
-    if json_file:
-        json_file.write_text(line + "\n", encoding="utf-8")
-    print(line)
-
-
 def compare(old_path: Path, new_path: Path, fail_if_slower: str | None) -> int:
     """Print what changed between two results; 1 if it is slower than allowed."""
     from rich.console import Console
@@ -268,17 +274,16 @@ def compare(old_path: Path, new_path: Path, fail_if_slower: str | None) -> int:
     old, new = report.read_result(old_path), report.read_result(new_path)
     changes = report.changes_between(old, new)
     print(report.machine_change(old, new))
-    for name in ("device", "precision", "weights", "model", "jax"):
+    for name in ("device", "precision", "weights", "model", "jax", "incomplete"):
         if old.get(name) != new.get(name):
-            print(f"note: {name}: {old.get(name)} before, {new.get(name)} now", file=sys.stderr)
-    rows = [report.change_row(one) for one in changes]
-    Console(width=160).print(report.make_table(rows, justify="left"))
+            note(f"note: {name}: {old.get(name)} before, {new.get(name)} now")
+    Console(width=160).print(report.changes_table(changes))
     if fail_if_slower is None:
         return 0
 
-    slow = [one for one in changes if one.exceeds_noise and one.ratio > 1 + allowed]
+    slow = [one for one in changes if one.verdict == "slower" and one.ratio > 1 + allowed]
     for one in slow:
-        print(f"{one.cell}: {one.name} is slower by {one.ratio - 1:.0%}", file=sys.stderr)
+        note(f"{one.cell}: {one.name} is slower by {one.ratio - 1:.0%}")
     return 1 if slow else 0
 
 

@@ -6,8 +6,10 @@ that are already on the devices.
 """
 
 import dataclasses
+import os
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
@@ -52,11 +54,11 @@ class Times:
 
 
 def describe_machine(
-    name: str, config: ModelConfig, ceilings: dict, n_cores: int | None, int8: bool = False
+    name: str, config: ModelConfig, ceilings: dict, repeats: int, int8: bool = False
 ) -> dict:
-    """The result without its cells, as JSON values."""
+    """The result as JSON values, still without cells and marked as incomplete."""
     device = jax.local_devices()[0]
-    cores = f", {n_cores} cores" if device.platform == "cpu" else ""
+    cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
     return {
         "device": f"{device.device_kind}{cores}",
         "precision": config.compute_dtype,
@@ -66,46 +68,48 @@ def describe_machine(
         "weight_bytes": flops.weight_bytes(config, int8=int8),
         "jax": jax.__version__,
         "ceilings": ceilings,
+        "repeats": repeats,
+        "incomplete": True,
+        "cells": [],
     }
 
 
 def require_memory(config: ModelConfig, cell: Cell) -> None:
-    """UserError if the largest cell needs more memory than there is: weights and cache, and during
-    quantization the weights as floats and as int8 together."""
+    """UserError if the largest cell needs more memory than there is: weights and cache, or weights
+    as floats and as int8 together, as they are while they are quantized."""
     slots = engine.bucket(cell.prompt_length + cell.new_tokens, config.context_length)
     weights = flops.weight_bytes(config, int8=cell.int8)
-    available, of_what = hardware.memory()
-    if cell.int8:
-        both = weights + flops.weight_bytes(config)
-        require(
-            both <= available,
-            f"quantizing the weights takes {both / 1e9:.1f} GB, but {of_what} is "
-            f"{available / 1e9:.1f} GB: choose a smaller model",
-        )
     needed = weights + flops.cache_bytes(config, cell.batch, slots)
+    if cell.int8:
+        needed = max(needed, weights + flops.weight_bytes(config))
+    available, of_what = hardware.memory()
     require(
         needed <= available,
-        f"{cell.batch} rows of {slots} tokens and the weights take {needed / 1e9:.1f} GB, but "
-        f"{of_what} is {available / 1e9:.1f} GB: choose smaller --batch-sizes or --prompt-lengths",
+        f"the weights and {cell.batch} rows of {slots} tokens take {needed / 1e9:.1f} GB, but "
+        f"{of_what} is {available / 1e9:.1f} GB: choose a smaller model, smaller --batch-sizes or "
+        "--prompt-lengths",
     )
 
 
 def measure_cell(
-    config: ModelConfig, params: dict, cell: Cell, repeats: int, ceilings: dict
+    config: ModelConfig,
+    params: dict,
+    cell: Cell,
+    repeats: int,
+    ceilings: dict,
+    log: Callable[[str], None],
 ) -> dict:
     """The figures of one cell as JSON values: medians of `repeats` repeats, and each repeat's own.
 
-    `params` is unstacked. `compile_seconds` is for programs that no earlier cell has compiled,
-    `cached_compile_seconds` for reading the same programs from the compilation cache (None without
-    a cache).
+    `params` is unstacked. `log` is told what is going on. `compile_seconds` is for programs that no
+    earlier cell has compiled.
     """
-    compiling, reading_cache = Stopwatch(), Stopwatch()
+    compiling = Stopwatch()
+    sizes = f"batch {cell.batch}, prompt {cell.prompt_length}"
+    log(f"{sizes}: compiling prefill and decode")
     with compiling:
         repeat(config, params, cell, Times())
-    if jax.config.jax_compilation_cache_dir:
-        jax.clear_caches()
-        with reading_cache:
-            repeat(config, params, cell, Times())
+    log(f"{sizes}: compiled in {compiling.compile_seconds:.1f} s, measuring")
 
     times = Times()
     for _ in range(repeats):
@@ -145,7 +149,6 @@ def measure_cell(
         "prompt_length": cell.prompt_length,
         "new_tokens": cell.new_tokens,
         "compile_seconds": compiling.compile_seconds,
-        "cached_compile_seconds": reading_cache.compile_seconds if reading_cache.programs else None,
         "ttft_seconds": statistics.median(times.first_token),
         "prefill": prefill,
         "decode": decode,
@@ -252,6 +255,7 @@ def measure_train_step(config: TrainConfig, mesh: Mesh, repeats: int, ceilings: 
     }
     return {
         "batch": config.batch_size,
+        "grad_accum": config.grad_accum,
         "seq_len": config.sequence_length,
         "compile_seconds": compiling.compile_seconds,
         "train": train,

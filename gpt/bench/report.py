@@ -41,32 +41,35 @@ VENDOR_PEAKS = {
 
 def card(result: dict) -> Group:
     """Card and table, ready to be printed."""
-    c = result["ceilings"]
+    best, cells = result["ceilings"], result["cells"]
     lines = [
         f"{result['model']}: {result['parameters'] / 1e6:.1f} M parameters, "
         f"{result['weight_bytes'] / 1e6:.1f} MB of {result['weights']} weights, "
         f"computing in {result['precision']}",
         f"{result['device']}, jax {result['jax']}; measured at best: "
-        f"{c['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s, reading "
-        f"{c['read_bytes_per_second'] / 1e9:,.1f} GB/s, copying "
-        f"{c['copy_bytes_per_second'] / 1e9:,.1f} GB/s; {vendor_peak(result['device'])}",
-        f"(measured like a cell, a bare matrix product reaches {c['bare_matmul_mfu']:.0%} MFU, a "
-        f"bare product of matrix and vector {c['bare_matvec_mbu']:.0%} MBU)",
+        f"{best['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s, reading "
+        f"{best['read_bytes_per_second'] / 1e9:,.1f} GB/s{vendor_peak(result['device'])}",
         f"Medians ± half the range of {result['repeats']} repeats, compilation apart; ! marks more "
         f"than {WIDE_SPREAD:.0%}: measure again on a quiet machine.",
     ]
-    cells = result["cells"]
     if "train" in cells[0]:
-        lines.append("MFU: share of the measured matrix rate; recomputation is not counted.")
-        table = make_table([train_row(cell) for cell in cells])
+        lines.append(
+            "A step reads one batch, in as many micro-batches as the table says, and updates the "
+            "weights. MFU: share of the measured matrix rate; recomputation is not counted."
+        )
     else:
         lines += [regime(result, "prefill"), regime(result, "decode")]
         lines.append(
             "Decode is a step of the device's loop; p50 to p99 are steps driven from the host. MFU "
             "and MBU: shares of the measured rates of matrix products and of reading."
         )
-        table = make_table([sampling_row(cell) for cell in cells])
+    table = make_table([cell_row(cell) for cell in cells])
     return Group(Panel("\n".join(lines), expand=False), table)
+
+
+def cell_line(cell: dict) -> str:
+    """A row of the table on one line, which needs no other rows to be read."""
+    return "; ".join(f"{' '.join(name.split())}: {text}" for name, text in cell_row(cell))
 
 
 Row = list[tuple[str, str]]
@@ -82,16 +85,30 @@ def make_table(rows: list[Row], justify: JustifyMethod = "right") -> Table:
     return table
 
 
-def sampling_row(cell: dict) -> Row:
-    prefill, decode = cell["prefill"], cell["decode"]
+def cell_row(cell: dict) -> Row:
+    """The table's columns for a cell of sampling or of training."""
     compile_seconds = f"{cell['compile_seconds']:.1f}"
-    if cell["cached_compile_seconds"] is not None:
-        compile_seconds += f", {cell['cached_compile_seconds']:.1f}"
+    peak_bytes = cell["peak_bytes"]
+    peak = ("peak\nGB", "unknown" if peak_bytes is None else f"{peak_bytes / 1e9:.2f}")
+    if "train" in cell:
+        train = cell["train"]
+        return [
+            ("\nbatch", str(cell["batch"])),
+            ("micro-\nbatches", str(cell["grad_accum"])),
+            ("\ntokens", str(cell["seq_len"])),
+            ("compile\ns", compile_seconds),
+            ("step\nms", milliseconds(train["seconds_of_repeats"])),
+            ("\ntokens/s", f"{train['tokens_per_second']:,.0f}"),
+            ("\nMFU", f"{train['mfu']:.0%}"),
+            peak,
+        ]
+
+    prefill, decode = cell["prefill"], cell["decode"]
     percentiles = [decode[f"seconds_per_step_p{p}"] * 1e3 for p in (50, 90, 99)]
     return [
         ("\nbatch", str(cell["batch"])),
         ("\nprompt", str(cell["prompt_length"])),
-        ("compile\ns, cached", compile_seconds),
+        ("compile\ns", compile_seconds),
         ("1st tok.\nms", f"{cell['ttft_seconds'] * 1e3:.1f}"),
         ("prefill\nms", milliseconds(prefill["seconds_of_repeats"])),
         ("\ntokens/s", f"{prefill['tokens_per_second']:,.0f}"),
@@ -100,20 +117,7 @@ def sampling_row(cell: dict) -> Row:
         ("\ntokens/s", f"{decode['tokens_per_second']:,.0f}"),
         ("\nMBU", f"{decode['mbu']:.0%}"),
         ("p50 / p90 / p99\nms", " / ".join(f"{p:.2f}" for p in percentiles)),
-        ("peak\nGB", gigabytes(cell["peak_bytes"])),
-    ]
-
-
-def train_row(cell: dict) -> Row:
-    train = cell["train"]
-    return [
-        ("\nbatch", str(cell["batch"])),
-        ("\ntokens", str(cell["seq_len"])),
-        ("compile\ns", f"{cell['compile_seconds']:.1f}"),
-        ("step\nms", milliseconds(train["seconds_of_repeats"])),
-        ("\ntokens/s", f"{train['tokens_per_second']:,.0f}"),
-        ("\nMFU", f"{train['mfu']:.0%}"),
-        ("peak\nGB", gigabytes(cell["peak_bytes"])),
+        peak,
     ]
 
 
@@ -125,20 +129,15 @@ def milliseconds(repeats: Sequence[float]) -> str:
     return f"{median * 1e3:.2f} ±{spread:.0%}{mark}"
 
 
-def gigabytes(peak: int | None) -> str:
-    """Peak memory, where it is known."""
-    return "unknown" if peak is None else f"{peak / 1e9:.2f}"
-
-
 def vendor_peak(device_kind: str) -> str:
-    """What the vendor of a device states."""
+    """What the vendor of a device states; nothing for a device that is not in the list."""
     for name, (n_flops, n_bytes) in VENDOR_PEAKS.items():
         if device_kind.endswith(name):
             return (
-                f"the vendor states {n_flops / 1e12:,.0f} TFLOP/s in bfloat16 and "
+                f"; the vendor states {n_flops / 1e12:,.0f} TFLOP/s in bfloat16 and "
                 f"{n_bytes / 1e12:,.2f} TB/s"
             )
-    return "the vendor's peak: unknown"
+    return ""
 
 
 # --- the roofline (Williams et al. 2009, section 3): min(peak FLOP/s, bytes/s x FLOP per byte) ---
@@ -183,22 +182,19 @@ def regime(result: dict, phase: str) -> str:
 
 def draw_roofline(result: dict, path: Path) -> None:
     """The picture, in the format that the file's suffix names."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     peak = result["ceilings"]["matmul_flops_per_second"]
     rate = result["ceilings"]["read_bytes_per_second"]
     intensities = [x for phase in PHASES for x, _ in points(result, phase)] + [balance(result)]
     roof = np.geomspace(min(intensities) / 3, max(intensities) * 3, 200)
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     axes.loglog(roof, np.minimum(peak, rate * roof), color="0.3", label="measured roof")
     for phase, marker, color in (("prefill", "o", "tab:blue"), ("decode", "s", "tab:orange")):
         found = points(result, phase)
-        xs, ys = zip(*found, strict=True)
-        axes.plot(xs, ys, marker, color=color, label=f"{phase} (batch x prompt)")
+        axes.plot(*zip(*found, strict=True), marker, color=color, label=f"{phase} (batch x prompt)")
         for cell, at in zip(result["cells"], found, strict=True):
             name = f"{cell['batch']} x {cell['prompt_length']}"
             axes.annotate(name, at, xytext=(5, -9), textcoords="offset points", size=8)
@@ -208,7 +204,6 @@ def draw_roofline(result: dict, path: Path) -> None:
     axes.grid(True, which="both", alpha=0.2)
     axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 # --- two results compared ---
@@ -223,12 +218,14 @@ REPEATS = {
     "decode step": ("decode", "seconds_per_step_of_repeats"),
     "training step": ("train", "seconds_of_repeats"),
 }
+SIZES = ("batch", "grad_accum", "prompt_length", "new_tokens", "seq_len")
 
 
 @dataclass(frozen=True)
 class Change:
     """One figure of one cell in two results. `ratio`: new median over old (above 1: slower).
-    `spread`: the interquartile ranges of both, as shares of their medians, added."""
+    `spread`: the interquartile ranges of both, as shares of their medians, added. Of five repeats
+    of the same program, one pair in twenty differs by more than this through chance."""
 
     cell: str
     name: str
@@ -236,13 +233,8 @@ class Change:
     spread: float
 
     @property
-    def exceeds_noise(self) -> bool:
-        """Of five repeats of the same program, one pair in twenty differs this much by chance."""
-        return abs(self.ratio - 1) > self.spread
-
-    @property
     def verdict(self) -> str:
-        if not self.exceeds_noise:
+        if abs(self.ratio - 1) <= self.spread:
             return "no difference"
         return "slower" if self.ratio > 1 else "faster"
 
@@ -258,9 +250,7 @@ def read_result(path: Path) -> dict:
             if not times or any(len(repeats) < 2 or min(repeats) <= 0 for repeats in times):
                 raise ValueError
         return result
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected a result written by --json") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{path} is not a result of `python -m gpt.bench --json` with at least two repeats"
         ) from None
@@ -268,29 +258,24 @@ def read_result(path: Path) -> dict:
 
 def machine_change(old: dict, new: dict) -> str:
     """One line: whether the machine itself changed, by the ceilings of both runs."""
-    changes, changed = [], False
-    for key, name in CEILINGS.items():
-        ratio = new["ceilings"][key] / old["ceilings"][key]
-        changes.append(f"{name} {ratio:.2f}x as fast")
-        changed |= abs(ratio - 1) > MACHINE_TOLERANCE
-    if changed:
-        return f"the machine CHANGED between the runs: {', '.join(changes)} as before"
-    return f"the machine is the same within {MACHINE_TOLERANCE:.0%}: {', '.join(changes)} as before"
+    ratios = {name: new["ceilings"][key] / old["ceilings"][key] for key, name in CEILINGS.items()}
+    changes = ", ".join(f"{name} {ratio:.2f}x as fast" for name, ratio in ratios.items())
+    if all(abs(ratio - 1) <= MACHINE_TOLERANCE for ratio in ratios.values()):
+        return f"the machine is the same within {MACHINE_TOLERANCE:.0%}: {changes} as before"
+    return f"the machine CHANGED between the runs: {changes} as before"
 
 
 def changes_between(old: dict, new: dict) -> list[Change]:
     """Each figure of each cell that both results have."""
     before = {cell_name(cell): cell for cell in old["cells"]}
-    common = [cell for cell in new["cells"] if cell_name(cell) in before]
-    require(bool(common), "the two results have no cell in common: measure the same sizes twice")
     changes = []
-    for cell in common:
-        old_cell = before[cell_name(cell)]
+    for cell in new["cells"]:
+        cell_before = before.get(cell_name(cell), {})
         for name, (phase, key) in REPEATS.items():
-            if phase in cell and phase in old_cell:
-                changes.append(
-                    change(cell_name(cell), name, old_cell[phase][key], cell[phase][key])
-                )
+            if phase in cell and phase in cell_before:
+                repeats = cell_before[phase][key], cell[phase][key]
+                changes.append(change(cell_name(cell), name, *repeats))
+    require(bool(changes), "the two results have no cell in common: measure the same sizes twice")
     return changes
 
 
@@ -304,18 +289,21 @@ def change(cell: str, name: str, old: Sequence[float], new: Sequence[float]) -> 
 
 def cell_name(cell: dict) -> str:
     """What a cell was measured with."""
-    keys = [key for key in ("batch", "prompt_length", "new_tokens", "seq_len") if key in cell]
-    return ", ".join(f"{key.replace('_', ' ')} {cell[key]}" for key in keys)
+    return ", ".join(f"{key.replace('_', ' ')} {cell[key]}" for key in SIZES if key in cell)
 
 
-def change_row(change: Change) -> Row:
-    return [
-        ("cell", change.cell),
-        ("figure", change.name),
-        ("new / old", f"{change.ratio:.3f}"),
-        ("spread", f"±{change.spread:.3f}"),
-        ("verdict", change.verdict),
+def changes_table(changes: Sequence[Change]) -> Table:
+    rows = [
+        [
+            ("cell", one.cell),
+            ("figure", one.name),
+            ("new / old", f"{one.ratio:.3f}"),
+            ("spread", f"±{one.spread:.3f}"),
+            ("verdict", one.verdict),
+        ]
+        for one in changes
     ]
+    return make_table(rows, justify="left")
 
 
 def parse_share(text: str) -> float:

@@ -4,7 +4,6 @@ clock is a fake, and planted functions move it."""
 import dataclasses
 import json
 
-import jax
 import pytest
 
 from gpt import flops, hardware
@@ -21,32 +20,19 @@ CONFIG = ModelConfig(50, context_length=64, n_layers=1, n_heads=2, d_model=8).co
     "float32"
 )
 CELL = measure.Cell(batch=2, prompt_length=20, new_tokens=21)
-CEILINGS = {
-    "read_bytes_per_second": 1e6,
-    "matmul_flops_per_second": 1e7,
-    "copy_bytes_per_second": 1e6,
-    "read_bytes": 1,
-    "bare_matvec_mbu": 1.0,
-    "bare_matmul_mfu": 1.0,
-}
+CEILINGS = {"read_bytes_per_second": 1e6, "matmul_flops_per_second": 1e7, "read_bytes": 1}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def model():
-    """The preset "small" as the benchmark loads it, once: all tests share what is compiled for it.
-
-    Without a compilation cache, else each measurement would forget all that is compiled.
-    """
-    before = jax.config.jax_compilation_cache_dir
+    """The preset "small" as the benchmark loads it, once: all tests share what is compiled."""
     with pytest.MonkeyPatch.context() as patch:
-        jax.config.update("jax_compilation_cache_dir", None)
         patch.setitem(PRESETS, "small", dataclasses.replace(PRESETS["tiny"], model=CONFIG))
         patch.setattr(hardware, "ceilings", lambda n_bytes, dtype: CEILINGS)
-        patch.setattr(bench.cli, "prepare_jax", lambda cache_dir: None)
+        patch.setattr(bench.cli, "prepare_jax", lambda cache: None)
         name, config, mesh, make_params = bench.choose_model(bench.Args(preset="small"))
         params = make_params()
         yield name, config, mesh, lambda: params
-    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def figures(model, prefill=1.0, begin=0.25, chunk=0.5, single=0.125, first_run=0.0):
@@ -72,7 +58,7 @@ def figures(model, prefill=1.0, begin=0.25, chunk=0.5, single=0.125, first_run=0
         slow(engine, "prefill", lambda _: prefill)
         slow(measure, "start_decoding", lambda _: begin)
         slow(measure, "decode_chunk", lambda args: single if args[-1] == 1 else chunk)
-        return measure.measure_cell(config, make_params(), CELL, 2, CEILINGS)
+        return measure.measure_cell(config, make_params(), CELL, 2, CEILINGS, log=lambda text: None)
 
 
 def test_figures_of_known_times(model):
@@ -140,36 +126,63 @@ def output(capsys, *argv):
     return table, json.loads(line), err
 
 
-def test_the_last_line_is_the_json_that_the_file_holds(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "choose_model", lambda args: model)
-    path = tmp_path / "result.json"
-    sizes = ["--batch-sizes", "2", "--prompt-lengths", "32,20", "--new-tokens", "21"]
-    table, result, err = output(capsys, *sizes, "--json", str(path))
-    assert result == json.loads(path.read_text())
-    assert {"device", "jax", "model", "parameters", "weights", "weight_bytes"} <= set(result)
-    assert result["precision"] == "float32" and result["ceilings"] == CEILINGS
-    assert [(c["batch"], c["prompt_length"]) for c in result["cells"]] == [(2, 20), (2, 32)]
-    for cell in result["cells"]:
-        assert f"{cell['prefill']['tokens_per_second']:,.0f}" in table
-        assert f"{cell['decode']['tokens_per_second']:,.0f}" in table
-    assert "note" not in err
+@pytest.fixture
+def planted(model, monkeypatch):
+    """Every repeat takes a second, without being run; returns what was measured."""
+    measured = []
 
-
-def test_int8_weights_are_counted_as_such_and_shrunk_defaults_are_named(model, monkeypatch, capsys):
     def repeat(config, params, cell, times):
         for seconds in (times.prefill, times.first_token, times.step, times.host_step):
             seconds.append(1.0)
+        measured.append((cell.batch, cell.prompt_length))
 
     monkeypatch.setattr(measure, "repeat", repeat)
     monkeypatch.setattr(bench, "choose_model", lambda args: model)
-    table, result, err = output(capsys, "--batch-sizes", "2", "--quantize", "int8")
+    return measured
+
+
+def test_the_last_line_is_the_json_that_the_file_holds(planted, tmp_path, capsys):
+    """Each row is told on standard error too, after what is compiled for it."""
+    path = tmp_path / "result.json"
+    sizes = ["--batch-sizes", "2", "--prompt-lengths", "32,20", "--new-tokens", "21"]
+    table, result, err = output(capsys, *sizes, "--json", str(path))
+    assert result == json.loads(path.read_text()) and "incomplete" not in result
+    assert {"device", "jax", "model", "parameters", "weights", "weight_bytes"} <= set(result)
+    assert result["precision"] == "float32" and result["ceilings"] == CEILINGS
+    assert [(c["batch"], c["prompt_length"]) for c in result["cells"]] == [(2, 20), (2, 32)]
+    assert "batch 2, prompt 20: compiling prefill and decode\n" in err
+    for cell in result["cells"]:
+        assert f"{cell['prefill']['tokens_per_second']:,.0f}" in table
+        assert f"batch: 2; prompt: {cell['prompt_length']}; compile s: 0.0; " in err
+
+
+def test_a_benchmark_that_is_stopped_leaves_what_it_measured(
+    planted, tmp_path, monkeypatch, capsys
+):
+    path, measure_cell = tmp_path / "result.json", measure.measure_cell
+
+    def stop_at_eight_rows(config, params, cell, *more):
+        if cell.batch == 8:
+            raise KeyboardInterrupt
+        return measure_cell(config, params, cell, *more)
+
+    monkeypatch.setattr(measure, "measure_cell", stop_at_eight_rows)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["--preset", "small", "--json", str(path)])
+    left = json.loads(path.read_text())
+    assert left["incomplete"] is True and [cell["batch"] for cell in left["cells"]] == [1]
+    assert list(tmp_path.iterdir()) == [path]
+    assert "batch: 1; prompt: 32; " in capsys.readouterr().err
+
+
+def test_int8_weights_are_counted_as_such(planted, capsys):
+    table, result, _ = output(capsys, "--batch-sizes", "2", "--quantize", "int8")
     n_bytes = flops.weight_bytes(CONFIG, int8=True)
     assert (result["weights"], result["weight_bytes"]) == ("int8", n_bytes)
     assert f"{n_bytes / 1e6:.1f} MB of int8 weights" in table
     (cell,) = result["cells"]
     assert (cell["prompt_length"], cell["new_tokens"]) == (32, 32)
     assert cell["decode"]["bytes_per_step"] == flops.decode_bytes(CONFIG, 2, 47, int8=True)
-    assert "prompts of 32 tokens and 32 new ones, which fit the context of 64" in err
 
 
 @pytest.mark.parametrize(
@@ -201,6 +214,7 @@ def test_lengths_fit_the_context(context, given, expected):
         ({"plot": bench.Path("x.pdf")}, ["--plot", ".svg"]),
         ({"checkpoint": bench.Path("run"), "preset": "tiny"}, ["--preset", "checkpoint"]),
         ({"fail_if_slower": "5%"}, ["--compare"]),
+        ({"grad_accum": 2}, ["--grad-accum needs --train"]),
         ({"train": True, "plot": bench.Path("x.png")}, ["--train measures", "drop --plot"]),
     ],
 )
@@ -245,6 +259,29 @@ def test_training_figures_of_known_times(monkeypatch, capsys):
     assert f"{4 * 64 / 2:,.0f}" in table
 
 
+@pytest.mark.parametrize(
+    ("argv", "measured"),
+    [
+        ([], [(16, 1)]),
+        (["--batch-sizes", "8,32"], [(8, 1), (32, 1)]),
+        (["--batch-sizes", "32", "--grad-accum", "4"], [(32, 4)]),
+    ],
+)
+def test_a_batch_is_one_micro_batch_unless_told_otherwise(argv, measured, monkeypatch):
+    """The preset trains with 32 micro-batches of 16."""
+    configs = []
+
+    def measure_train_step(config, mesh, repeats, ceilings):
+        configs.append((config.batch_size, config.grad_accum))
+        return {}
+
+    monkeypatch.setattr(measure, "measure_train_step", measure_train_step)
+    monkeypatch.setattr(bench, "add_cell", lambda args, result, cell: None)
+    args = bench.cli.parse(bench.Args, ["--train", *argv], program="", description="")
+    bench.measure_training(dataclasses.replace(args, preset="gpt2"))
+    assert configs == measured
+
+
 def test_what_does_not_fit_is_refused_before_it_is_tried(monkeypatch):
     """A batch, or floats and int8 together while the weights are quantized."""
     memory = [10**6]
@@ -256,7 +293,7 @@ def test_what_does_not_fit_is_refused_before_it_is_tried(monkeypatch):
     memory[0] = flops.weight_bytes(CONFIG) + flops.weight_bytes(CONFIG, int8=True)
     measure.require_memory(CONFIG, small)
     memory[0] -= 1
-    with pytest.raises(UserError, match="quantizing the weights takes"):
+    with pytest.raises(UserError, match="choose a smaller model"):
         measure.require_memory(CONFIG, small)
 
 
