@@ -155,6 +155,6 @@ def decoding(config: ModelConfig, mesh, n_rows: int, n_tokens: int) -> Bytes:
     item = ITEM_BYTES[config.compute_dtype or "float32"]
     stream = n_rows_here * n_tokens * config.d_model
     rows.move("reduce", ("tensor",), 2 * config.n_layers * stream * item)
-    rows.move("reduce", ("tensor",), stream * ITEM_BYTES[config.param_dtype])
+    rows.move("reduce", ("tensor",), stream * ITEM_BYTES[config.for_sampling().param_dtype])
     rows.move("gather", ("tensor",), n_rows_here * config.padded_vocab * 4)
     return rows

@@ -173,6 +173,12 @@ class ModelConfig:
         cached = self.cache_dtype or compute
         return dataclasses.replace(self, compute_dtype=compute, cache_dtype=cached)
 
+    def for_sampling(self) -> "ModelConfig":
+        """The same model with its weights kept in the type of the products, unless that is larger:
+        a decode step's time is that of reading them."""
+        narrow = "bfloat16" in (self.param_dtype, self.compute_dtype)
+        return dataclasses.replace(self, param_dtype="bfloat16" if narrow else "float32")
+
 
 @dataclass(frozen=True)
 class MeshConfig:

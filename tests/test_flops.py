@@ -1,15 +1,18 @@
 """The arithmetic of gpt/flops.py against the shapes of real arrays and against XLA's own count."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from gpt import flops
-from gpt.config import ModelConfig
+from gpt.config import MeshConfig, ModelConfig
 from gpt.model import kv_cache, transformer
 from gpt.presets import PRESETS
+from gpt.sampling.language_model import for_decoding
+from gpt.sharding import make_decoding_mesh
 
 SMALL = ModelConfig(300, context_length=64, n_layers=3, n_heads=4, d_model=64)
 VARIANTS = {
@@ -48,6 +51,20 @@ def test_weights_are_the_real_arrays(name):
 
 def test_bytes_of_a_named_type():
     assert flops.weight_bytes(SMALL, "bfloat16") * 2 == flops.weight_bytes(SMALL, "float32")
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_weights_for_sampling_are_in_the_type_of_the_products(compute, quantize):
+    """Converted once and not at each step; bfloat16 weights stay what they are on a CPU."""
+    mesh = make_decoding_mesh(MeshConfig(data=1))
+    for param in ("float32", "bfloat16"):
+        config = dataclasses.replace(SMALL, param_dtype=param).computing_in(compute)
+        init = functools.partial(transformer.init, config)
+        params = for_decoding(config, mesh, quantize, init, jax.random.key(0))
+        kept = config.for_sampling()
+        assert kept.param_dtype == ("bfloat16" if "bfloat16" in (param, compute) else "float32")
+        assert n_bytes(params) == flops.weight_bytes(kept, int8=quantize is not None)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

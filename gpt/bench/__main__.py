@@ -230,7 +230,7 @@ def choose_model(args: Args):
     transformer.require_fit(config, mesh, fsdp=False)
     init = partial(transformer.init, config)
     make_params = partial(for_decoding, config, mesh, args.quantize, init, jax.random.key(0))
-    return f"{name}, random weights", config, mesh, make_params
+    return f"{name}, random weights", config.for_sampling(), mesh, make_params
 
 
 def choose_lengths(args: Args, context: int) -> tuple[list[int], int]:

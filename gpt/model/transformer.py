@@ -178,7 +178,7 @@ class GPT(nnx.Module):
             x_BTD = table_VD.rows(tokens_BT)
         else:
             # Gathered over fsdp first: else the partitioner rebuilds the whole table everywhere.
-            x_BTD = constrain(table_VD, "vocab", None)[tokens_BT]
+            x_BTD = constrain(table_VD, "vocab", None)[tokens_BT].astype("float32")
 
         pos = jnp.arange(tokens_BT.shape[1]) if pos_BT is None else pos_BT
         if config.positions == "learned":
@@ -300,6 +300,15 @@ def logical_axes(config: ModelConfig, stacked: bool = True) -> dict:
 def is_stacked(params: dict) -> bool:
     """Whether the blocks' weights are stacked, [L, ...], and not a subtree per layer."""
     return "attention" in params["blocks"]
+
+
+def cast(params: dict, dtype: str) -> dict:
+    """The weights in `dtype`, but for those that are int8."""
+
+    def convert(leaf: jax.Array | Int8) -> jax.Array | Int8:
+        return leaf if isinstance(leaf, Int8) else leaf.astype(dtype)
+
+    return jax.tree.map(convert, params, is_leaf=lambda leaf: isinstance(leaf, Int8))
 
 
 def unstack(params: dict) -> dict:

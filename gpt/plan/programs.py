@@ -51,7 +51,7 @@ def prompt_length(config: ModelConfig) -> int:
 
 def abstract_weights(config: ModelConfig, mesh: Mesh) -> dict:
     """Unstacked weights as sampling keeps them on `mesh`, as shape structs."""
-    shapes = jax.eval_shape(transformer.unstack, transformer.abstract(config))
+    shapes = jax.eval_shape(transformer.unstack, transformer.abstract(config.for_sampling()))
     axes = transformer.logical_axes(config, stacked=False)
     shardings = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING)
     return jax.tree.map(

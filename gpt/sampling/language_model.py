@@ -136,7 +136,7 @@ def load(
         tree = choose_tree(run, metadata, weights)
         params = read_weights(run, step, tree, config, devices, quantize)
         return LanguageModel(
-            config,
+            config.for_sampling(),
             params,
             tokenizers.from_json(metadata["tokenizer"]),
             step,
@@ -168,7 +168,7 @@ def write_sample(run, weights: dict, n_tokens: int = 120) -> str | None:
     config = run.config.model
     params = for_decoding(config, mesh, None, lambda stacked: stacked, weights)
     mesh = mesh if mesh.size > 1 else None
-    model = LanguageModel(config, params, run.tokenizer, step=0, mesh=mesh)
+    model = LanguageModel(config.for_sampling(), params, run.tokenizer, step=0, mesh=mesh)
     return str(model.generate(max_new_tokens=n_tokens))
 
 
@@ -198,11 +198,13 @@ def read_weights(run, step: int, tree: str, config: ModelConfig, mesh: Mesh, qua
 
 
 def for_decoding(config: ModelConfig, mesh: Mesh, quantize: Quantize | None, stacked, *args):
-    """The stacked weights `stacked(*args)` as decoding keeps them on `mesh`, layer by layer."""
+    """The stacked weights `stacked(*args)` as decoding keeps them on `mesh`: layer by layer, in the
+    type that `config.for_sampling()` names."""
 
     def make(*args):
         params = transformer.unstack(stacked(*args))
-        return int8.quantize(params) if quantize else params
+        params = int8.quantize(params) if quantize else params
+        return transformer.cast(params, config.for_sampling().param_dtype)
 
     axes = transformer.logical_axes(config, stacked=False)
     axes = int8.quantize_axes(axes) if quantize else axes
