@@ -90,6 +90,19 @@ def count_parts(axis: str) -> int:
     return int(np.prod([mesh.shape.get(name, 1) for name in np.atleast_1d(RULES[axis])]))
 
 
+def target_device():
+    """What the program being traced is for, which need not be here; has `platform` and
+    `device_kind`."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.local_devices()[0] if device is None else device
+
+
+def platform() -> str:
+    """The platform of the devices that the program being traced is for: cpu, gpu, tpu."""
+    name = target_device().platform
+    return "gpu" if name == "cuda" else name  # as topologies of absent devices call it
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x`, partitioned as its logical axes say.
 

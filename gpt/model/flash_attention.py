@@ -16,10 +16,16 @@ import jax.numpy as jnp
 
 from gpt.model import attention
 from gpt.model.attention import Drop
-from gpt.sharding import AXES, fitting
+from gpt.sharding import AXES, fitting, platform, target_device
 
-Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+try:  # what jax.nn.dot_product_attention calls: it knows our layout, and is not public
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+except ImportError:
+    cudnn = None
+
+Kernel = Callable[..., jax.Array]  # of q_BTNH, k_BKSH, v_BKSH
 BEFORE_AMPERE = re.compile(r"Tesla|TITAN|Quadro|GTX|MX\d|RTX 20\d0|Xavier|\b[KMPVT]\d")
+HOPPER_OR_LATER = re.compile(r"\bG?[HB]\d")  # in data centres
 TILES = (512, 256, 128)  # tokens of a tile on a TPU, as many as divide the sequence
 
 
@@ -37,6 +43,38 @@ def attend(
     return spread(kernel, q_BTNH, k_BKSH, v_BKSH)
 
 
+def attend_prompt(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    pos_BT: jax.Array | None,
+    drop: Drop | None,
+) -> jax.Array:
+    """As `attend`, where keys and values are kept: a kernel that can takes them as they are kept,
+    or they would be written twice."""
+    if cudnn is not None and pos_BT is None and kernel_for(q_BTNH) is by_cudnn:
+        return spread(kept_by_cudnn, q_BTNH, k_BKSH, v_BKSH)
+    return attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
+
+
+def attend_token(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    pos_BT: jax.Array,
+    drop: Drop | None,
+) -> jax.Array:
+    """As attention.attend in a decode step, where a row's T queries are the same token, T times.
+
+    All of them get what the first one sees. One row alone has too few heads to keep the kernel's
+    part of a GPU busy.
+    """
+    if cudnn is not None and len(q_BTNH) > 1 and kernel_for(q_BTNH) is by_cudnn:
+        return spread(token_by_cudnn, q_BTNH, k_BKSH, v_BKSH, pos_BT[:, 0] + 1)
+    mix_B1NH = attention.attend(q_BTNH[:, :1], k_BKSH, v_BKSH, pos_BT[:, :1], drop)
+    return jnp.broadcast_to(mix_B1NH, q_BTNH.shape)
+
+
 def kernel_for(q_BTNH: jax.Array | jax.ShapeDtypeStruct) -> Kernel | None:
     """The platform's kernel for queries of this shape and type, if it has one."""
     kernel, fits = KERNELS.get(platform(), (None, None))
@@ -45,33 +83,24 @@ def kernel_for(q_BTNH: jax.Array | jax.ShapeDtypeStruct) -> Kernel | None:
     return kernel if fits(q_BTNH.shape[1], q_BTNH.shape[3]) else None
 
 
-def target_device():
-    """What the program being traced is for, which need not be here; has `platform` and
-    `device_kind`."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.local_devices()[0] if device is None else device
+def spread(kernel: Kernel, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *of_rows):
+    """`kernel` on each device's rows and heads: the compiler cannot split a kernel by itself.
 
-
-def platform() -> str:
-    """The platform of the devices that the program being traced is for: cpu, gpu, tpu."""
-    name = target_device().platform
-    return "gpu" if name == "cuda" else name  # as topologies of absent devices call it
-
-
-def spread(kernel: Kernel, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
-    """`kernel` on each device's rows and heads: the compiler cannot split a kernel by itself."""
+    `of_rows`: what else the kernel takes, with an entry for each row.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
-        return kernel(q_BTNH, k_BKSH, v_BKSH)
+        return kernel(q_BTNH, k_BKSH, v_BKSH, *of_rows)
     q_spec = fitting(mesh, q_BTNH.shape, ("batch", None, "heads", None))
     kv_spec = fitting(mesh, k_BKSH.shape, ("batch", "kv_heads", None, None))
     if kv_spec[1] != q_spec[2]:  # too few key/value heads for the devices: one for each query head
         groups = q_BTNH.shape[2] // k_BKSH.shape[1]
         k_BKSH, v_BKSH = (jnp.repeat(a, groups, axis=1) for a in (k_BKSH, v_BKSH))
         kv_spec = fitting(mesh, k_BKSH.shape, ("batch", "heads", None, None))
-    specs = {"in_specs": (q_spec, kv_spec, kv_spec), "out_specs": q_spec}
+    row_specs = [fitting(mesh, array_B.shape, ("batch",)) for array_B in of_rows]
+    specs = {"in_specs": (q_spec, kv_spec, kv_spec, *row_specs), "out_specs": q_spec}
     # A kernel does not say over which axes of the mesh its result varies: hence no check.
-    return jax.shard_map(kernel, check_vma=False, **specs)(q_BTNH, k_BKSH, v_BKSH)
+    return jax.shard_map(kernel, check_vma=False, **specs)(q_BTNH, k_BKSH, v_BKSH, *of_rows)
 
 
 def by_cudnn(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
@@ -82,13 +111,44 @@ def by_cudnn(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Arr
     )
 
 
+def kept_by_cudnn(q_BTNH, k_BKSH, v_BKSH) -> jax.Array:
+    """As `by_cudnn`, on keys and values in the cache's layout, which jax.nn would transpose."""
+    mix_BNTH = cudnn.dot_product_attention(
+        q_BTNH.swapaxes(1, 2),
+        k_BKSH,
+        v_BKSH,
+        scale=1 / math.sqrt(q_BTNH.shape[-1]),
+        mask_type=cudnn.MaskType.CAUSAL,
+        qkv_layout="BNTH",
+    )
+    return mix_BNTH.swapaxes(1, 2)
+
+
+def token_by_cudnn(q_BTNH, k_BKSH, v_BKSH, n_B: jax.Array) -> jax.Array:
+    """All queries of row b see its first `n_B[b]` slots."""
+    B, T, _, H = q_BTNH.shape
+    mix_BNTH = cudnn.dot_product_attention(
+        q_BTNH.swapaxes(1, 2),
+        k_BKSH,
+        v_BKSH,
+        q_seqlen=jnp.full(B, T, jnp.int32),
+        kv_seqlen=n_B,
+        scale=1 / math.sqrt(H),
+        mask_type=cudnn.MaskType.PADDING,
+        qkv_layout="BNTH",
+    )
+    return mix_BNTH.swapaxes(1, 2)
+
+
 def fits_cudnn(n_tokens: int, width: int) -> bool:
     """Whether cuDNN takes heads of this width, on a GPU of NVIDIA's of Ampere or later.
 
-    Told by the name of the GPU, which is all that is known of one that is not here.
+    Told by the name of the GPU, which is all that is known of one that is not here; of its widths
+    JAX then allows those of any GPU.
     """
     kind = target_device().device_kind
-    return width % 8 == 0 and width <= 128 and is_ampere_or_later(kind)
+    widest = 256 if HOPPER_OR_LATER.search(kind) and jax.default_backend() == "gpu" else 128
+    return width % 8 == 0 and width <= widest and is_ampere_or_later(kind)
 
 
 def is_ampere_or_later(device_kind: str) -> bool:

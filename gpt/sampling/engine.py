@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt.config import ModelConfig
+from gpt.model import flash_attention, transformer
 from gpt.model import kv_cache as kv
-from gpt.model import transformer
+from gpt.sharding import platform
 
 SMALLEST_BUCKET = 32
 PIECE = 1024  # tokens per row read at once: the scores of a piece are PIECE x capacity numbers
@@ -47,7 +48,7 @@ def prefill(config: ModelConfig, params: dict, tokens_BT: jax.Array, n_B: jax.Ar
     """
     empty = kv.empty(config, len(tokens_BT))
     model = transformer.bind(config, params)
-    x_BTD, cache = model.hidden(tokens_BT, empty)
+    x_BTD, cache = model.hidden(tokens_BT, empty, attend=flash_attention.attend_prompt)
     return cache.advanced(n_B), last_logits(model, x_BTD, n_B)
 
 
@@ -88,8 +89,12 @@ def decode_step(config: ModelConfig, params: dict, cache: kv.KVCache, token_B, a
     Rows not active are computed like the others and keep their length.
     """
     model = transformer.bind(config, params)
-    x_BTD, cache = model.hidden(token_B[:, None], cache)
-    logits_BV = model.unembed(x_BTD[:, 0])
+    # A GPU's products want two rows: of one, XLA makes sums that copy whole matrices. A lonely row
+    # reads its token twice; the second time is dropped, and its slot is overwritten.
+    n_times = 2 if len(token_B) == 1 and platform() == "gpu" else 1
+    tokens_BT = jnp.repeat(token_B[:, None], n_times, axis=1)
+    x_BTD, cache = model.hidden(tokens_BT, cache, attend=flash_attention.attend_token)
+    logits_BV = model.unembed(x_BTD)[:, 0]
     return cache.advanced(active_B.astype(jnp.int32)), logits_BV
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -157,3 +158,39 @@ def test_cudnn_is_chosen_by_the_gpu_that_is_compiled_for(kind, fits):
         assert flash_attention.platform() == "gpu"
         assert flash_attention.fits_cudnn(1024, 64) == fits
         assert not flash_attention.fits_cudnn(1024, 60)
+        # JAX allows wider heads by the GPU that it finds, and here it finds none.
+        assert not flash_attention.fits_cudnn(1024, 256)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits"),
+    [
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA GH200 480GB", True),
+        ("NVIDIA B200", True),
+        ("NVIDIA A100-SXM4-40GB", False),
+        ("NVIDIA GeForce RTX 3090", False),
+    ],
+)
+def test_wide_heads_are_taken_from_hopper_on(kind, fits, monkeypatch):
+    device = SimpleNamespace(platform="gpu", device_kind=kind)
+    monkeypatch.setattr(flash_attention, "target_device", lambda: device)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert flash_attention.fits_cudnn(1024, 256) == fits
+    assert flash_attention.fits_cudnn(1024, 128)
+
+
+@pytest.mark.parametrize("n_times", [1, 2])
+def test_a_token_sees_its_row_as_far_as_it_stands(n_times):
+    """A token that is read twice sees the same both times."""
+    q, k, v = (
+        jnp.asarray(np.random.default_rng(i).normal(size=(3, 16, 2, 8)), "float32")
+        for i in range(3)
+    )
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    pos_BT = jnp.array([[3], [15], [0]])
+    one = attention.attend(q[:, :1], k, v, pos_BT, None)
+    tokens = jnp.repeat(q[:, :1], n_times, axis=1)
+    again = pos_BT + jnp.arange(n_times)
+    mix = flash_attention.attend_token(tokens, k, v, again, None)
+    assert all(np.array_equal(mix[:, i], one[:, 0]) for i in range(n_times))
