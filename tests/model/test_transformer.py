@@ -1,6 +1,7 @@
 """The forward pass: against an independent form, causal, initialised as GPT-2 is."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from gpt import flops
 from gpt.config import ModelConfig
 from gpt.model import attention, kv_cache, transformer
+from gpt.model.layers import narrowing_matmul
 from gpt.presets import PRESETS
 from gpt.training import loss
 
@@ -219,3 +221,19 @@ def test_bfloat16_stays_near_float32():
     logits = transformer.forward(SMALL.computing_in("bfloat16"), params, ids)
     assert logits.dtype == jnp.float32
     assert 0 < np.abs(logits - exact).max() < 0.1 * float(exact.std())
+
+
+def test_gradients_of_a_kernel_that_narrows_are_those_of_a_plain_product():
+    # They are computed by a rule of ours (layers.narrowing_matmul), in another order of sums.
+    x_key, kernel_key, y_key = jax.random.split(jax.random.key(0), 3)
+    x_MI = jax.random.normal(x_key, (64, 48))
+    kernel_IO = jax.random.normal(kernel_key, (48, 16))
+    weights_MO = jax.random.normal(y_key, (64, 16))
+
+    def gradients(product):
+        return jax.grad(lambda x, kernel: (product(x, kernel) * weights_MO).sum(), (0, 1))
+
+    ours = gradients(functools.partial(narrowing_matmul, None))(x_MI, kernel_IO)
+    plain = gradients(jnp.matmul)(x_MI, kernel_IO)
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
