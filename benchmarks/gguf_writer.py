@@ -34,7 +34,7 @@ def write(config: ModelConfig, params: dict, kind: str, path: Path) -> None:
     shapes = tensor_shapes(config, family)
     tensors = to_tensors(config, family, params, np.dtype(np.float32))
     for name, tensor in zip(shapes, tensors, strict=True):
-        theirs = names.get_name(family.full_name(name), (".weight",))
+        theirs = names.get_name(name, (".weight",))
         add(writer, theirs, in_turn(config, name, tensor), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

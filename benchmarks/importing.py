@@ -39,7 +39,6 @@ def write_model(folder: Path, name: str, dtype: str) -> int:
     config = preset(name).model
     values, family = to_hf_config(config)
     shapes = tensor_shapes(config, family)
-    shapes = {family.full_name(name): shape for name, shape in shapes.items()}
     noise = np.random.default_rng(0).normal(0, 0.02, N_RANDOM).astype(FLOATS[TYPES[dtype]])
 
     def tensors() -> Iterator[np.ndarray]:

@@ -2,7 +2,9 @@
 library itself, with the steps and options that the models' own tokenizer.json have."""
 
 import functools
+from unittest import mock
 
+from tiktoken_ext import openai_public
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers import pre_tokenizers as cut
 from tokenizers.trainers import BpeTrainer, UnigramTrainer
@@ -36,6 +38,15 @@ WILD = [
     "'LL 'Re ''s don't WE'VE I'M",
     "x" * 300 + "\n" * 40 + " " * 70 + "!",
 ]
+
+
+def openai_parts(name, ranks):
+    """What tiktoken makes one of OpenAI's encodings of, with `ranks` in place of a download."""
+    with (
+        mock.patch.object(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks),
+        mock.patch.object(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda **_: ranks),
+    ):
+        return openai_public.ENCODING_CONSTRUCTORS[name]()
 
 
 def split(pattern):

@@ -16,9 +16,9 @@ from typing import Any
 from gpt import checkpoint
 from gpt.config import ModelConfig, TrainConfig, Weights, from_json, to_json
 from gpt.convert import hf_weights
-from gpt.convert.hf_config import read_config, to_hf_config, with_declared_biases
+from gpt.convert.hf_config import read_config, to_hf_config
 from gpt.convert.hf_tokenizer import export_tokenizer, import_tokenizer
-from gpt.convert.hf_weights import FLOATS, WEIGHTS, Family, StoredTensor, read_json
+from gpt.convert.hf_weights import FLOATS, WEIGHTS, Family, StoredTensor, read_json, shorten
 from gpt.data import tokenizers
 from gpt.data.hf_tokenizer import HFTokenizer
 from gpt.errors import UserError, require
@@ -42,10 +42,6 @@ class HFModel:
     tensors: dict[str, StoredTensor]
     unused_fields: list[str]
 
-    @property
-    def dtypes(self) -> list[str]:
-        return sorted({tensor.dtype for tensor in self.tensors.values()})
-
     def read_params(self) -> dict[str, Any]:
         """The stacked weights on the first device; UserError if one is not finite."""
         return hf_weights.read_params(self.config, self.family, self.tensors)
@@ -57,7 +53,9 @@ def open_model(folder: Path) -> HFModel:
     values = read_json(folder / "config.json")
     config, family, unused_fields = read_config(values)
     tensors = hf_weights.match_tensors(config, family, stored)
-    config = replace(config, param_dtype=hf_weights.param_dtype_of(tensors))
+    # float16 and mixed types become float32.
+    is_bfloat16 = all(tensor.dtype == "BF16" for tensor in tensors.values())
+    config = replace(config, param_dtype="bfloat16" if is_bfloat16 else "float32")
     return HFModel(values, config, family, tensors, unused_fields)
 
 
@@ -72,10 +70,11 @@ def import_model(source: Path, dest: Path, ids_only: bool, log: Log) -> ModelCon
     config = model.config
     tokenizer = import_tokenizer(source, model.values, config.vocab_size, ids_only, log)
     if model.unused_fields:
-        log(f"fields of config.json that are not used: {', '.join(map(repr, model.unused_fields))}")
-    if len(model.dtypes) > 1:
-        types = ", ".join(model.dtypes)
-        log(f"weights of several types ({types}) are kept as {config.param_dtype}")
+        names = shorten([repr(name) for name in model.unused_fields])
+        log(f"fields of config.json that are not used: {names}")
+    dtypes = sorted({tensor.dtype for tensor in model.tensors.values()})
+    if len(dtypes) > 1:
+        log(f"weights of several types ({', '.join(dtypes)}) are kept as {config.param_dtype}")
 
     params = model.read_params()
     about = {
@@ -83,7 +82,7 @@ def import_model(source: Path, dest: Path, ids_only: bool, log: Log) -> ModelCon
         "train": to_json(TrainConfig(model=config)),
         "tokenizer": tokenizers.to_json(tokenizer),
         "data": {"fingerprint": "imported"},
-        "source": {"model_type": model.values["model_type"], "dtypes": model.dtypes},
+        "source": {"model_type": model.values["model_type"], "dtypes": dtypes},
         "step": 0,
     }
     with new_folder(dest) as folder:
@@ -119,50 +118,39 @@ def export_model(
         for note in damaged:
             log(f"{note}; an earlier checkpoint is used")
 
+    # Tensors have the type of the weights, or float16 if the model was imported from it.
     config = from_json(ModelConfig, about["model"])
+    dtype = {"float32": "F32", "bfloat16": "BF16"}[config.param_dtype]
+    if about.get("source", {}).get("dtypes") == ["F16"]:
+        dtype = "F16"
+
+    # The ids that config.json names are as they came, or our one end-of-text for both ends.
     tokenizer = tokenizers.from_json(about["tokenizer"])
-    files = export_tokenizer(tokenizer, config.context_length)
-    special_ids = special_ids_of(tokenizer)
+    end = tokenizer.eot_token if tokenizer.eot_token >= 0 else None
+    special_ids = {"bos_token_id": end, "eos_token_id": end}
+    if isinstance(tokenizer, HFTokenizer):
+        special_ids = tokenizer.special_ids
+    elif isinstance(tokenizer, tokenizers.IdTokenizer):
+        special_ids = {"bos_token_id": None, "eos_token_id": end}
     generation = {name: i for name, i in special_ids.items() if name != "pad_token_id"}
-    files = {"generation_config.json": dump(generation)} | files
-    dtype = export_dtype(about, config)
     values, family = to_hf_config(config)
     values |= {"dtype": DTYPE_NAMES[dtype]} | special_ids
+    files = {"config.json": dump(values), "generation_config.json": dump(generation)}
+    files |= export_tokenizer(tokenizer, config.context_length)
 
-    # Biases that the form declares and the model lacks are written as zeros.
-    config = with_declared_biases(config, family)
-    shapes = hf_weights.tensor_shapes(config, family)
-    shapes = {family.full_name(name): shape for name, shape in shapes.items()}
-    tensors = hf_weights.to_tensors(config, family, params, FLOATS[dtype])
+    # The form may declare biases that the model lacks: they are written as zeros.
+    declared, _, _ = read_config(values)
+    shapes = hf_weights.tensor_shapes(declared, family)
+    tensors = hf_weights.to_tensors(declared, family, params, FLOATS[dtype])
     with new_folder(dest) as folder:
-        (folder / "config.json").write_bytes(dump(values))
         for name, content in files.items():
             (folder / name).write_bytes(content)
         hf_weights.write_safetensors(folder / WEIGHTS, shapes, dtype, tensors)
     return values
 
 
-def export_dtype(about: dict[str, Any], config: ModelConfig) -> str:
-    """The type of the tensors: that of the weights, or float16 for a model imported from it."""
-    source = about.get("source")
-    if isinstance(source, dict) and source.get("dtypes") == ["F16"]:
-        return "F16"
-    return {"float32": "F32", "bfloat16": "BF16"}[config.param_dtype]
-
-
-def special_ids_of(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
-    """The ids that config.json names: as they came, or our one end-of-text for both ends."""
-    if isinstance(tokenizer, HFTokenizer):
-        return tokenizer.special_ids
-    end = tokenizer.eot_token if tokenizer.eot_token >= 0 else None
-    return {"bos_token_id": end, "eos_token_id": end}
-
-
 def dump(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode()
-
-
-# ---------------------------------------------------------------- the folder to make
 
 
 def require_new(dest: Path) -> None:

@@ -6,7 +6,7 @@ transformers stops no import.
 """
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from gpt.config import ModelConfig
@@ -14,12 +14,6 @@ from gpt.convert.hf_weights import GPT2, LLAMA, Family
 from gpt.errors import UserError, is_of, require
 
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
-ARCHITECTURES = {
-    "gpt2": "GPT2LMHeadModel",
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 ACTIVATIONS = {  # theirs to ours
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -119,9 +113,8 @@ class Fields:
         """Add a problem unless the field `name` is null, absent or `expected`."""
         self.read.add(name)
         value = self.values.get(name)
-        # 1 is as good as 1.0 here, but True is not 1.
-        same_kind = isinstance(value, bool) == isinstance(expected, bool)
-        if value is not None and not (same_kind and value == expected):
+        is_expected = is_of(value, type(expected)) and value == expected
+        if value is not None and not is_expected:
             self.problems.append(
                 f"{name} is {brief(value)}, which changes what the model computes; only "
                 f"{expected!r} is supported"
@@ -181,11 +174,26 @@ def read_llama(f: Fields, kind: str) -> dict[str, Any]:
     """The fields of Llama, Mistral, Qwen2 and Qwen3."""
     f.expect("hidden_act", "silu")
     settings = f.get_all(LLAMA_FIELDS) | read_rope(f)
-    check_window(f, kind, settings["context_length"])
     if kind != "llama":
         f.get("num_key_value_heads", int)  # required: transformers' own defaults differ
     if kind == "qwen3":
         settings["d_head"] = settings["d_head"] or 128
+
+    # Attention has to look back over the whole context. Qwen's window has a switch, off by default;
+    # Mistral's is 4,096 tokens where the field is absent (not null).
+    layers = f.get("layer_types", list, [])
+    if any(layer != "full_attention" for layer in layers):
+        f.problems.append(
+            f"layer_types is {brief(layers)}, only 'full_attention' everywhere is supported"
+        )
+    is_absent = "sliding_window" not in f.values
+    window = f.get("sliding_window", int, 4096 if kind == "mistral" and is_absent else None)
+    is_on = f.get("use_sliding_window", bool, False) or kind not in ("qwen2", "qwen3")
+    if window is not None and window < settings["context_length"] and is_on:
+        f.problems.append(
+            f"sliding_window is {window}, less than max_position_embeddings "
+            f"{settings['context_length']}; only attention over the whole context is supported"
+        )
 
     # Where Mistral and Qwen2 have biases does not depend on what the file says.
     if kind in ("llama", "qwen3"):
@@ -204,44 +212,17 @@ def read_llama(f: Fields, kind: str) -> dict[str, Any]:
     }
 
 
-def check_window(f: Fields, kind: str, context_length: int) -> None:
-    """Add a problem if attention does not look back over the whole context."""
-    layers = f.get("layer_types", list, [])
-    if any(layer != "full_attention" for layer in layers):
-        f.problems.append(
-            f"layer_types is {brief(layers)}, only 'full_attention' everywhere is supported"
-        )
-    # Qwen's window has a switch, off by default. Mistral's is 4,096 tokens where the field is
-    # absent (not null).
-    switch = f.get("use_sliding_window", bool, False)
-    has_switch = kind in ("qwen2", "qwen3")
-    absent = "sliding_window" not in f.values
-    window = f.get("sliding_window", int, 4096 if kind == "mistral" and absent else None)
-    if window is not None and window < context_length and (switch or not has_switch):
-        f.problems.append(
-            f"sliding_window is {window}, less than max_position_embeddings {context_length}; "
-            "only attention over the whole context is supported"
-        )
-
-
 def read_rope(f: Fields) -> dict[str, Any]:
     """RoPE's base and scaling: in rope_parameters as transformers 5 writes them, or in rope_theta
     and rope_scaling as before."""
     f.expect("partial_rotary_factor", 1.0)
-    new = f.get("rope_parameters", dict, {})
-    old = f.get("rope_scaling", dict, {})
-    if new and old and new != old:
-        f.problems.append("rope_scaling and rope_parameters are both there, and differ")
-    rope = Fields(new or old, f.problems)
+    older = f.get("rope_scaling", dict, {})
+    rope = Fields(f.get("rope_parameters", dict, older) or older, f.problems)
     rope.expect("partial_rotary_factor", 1.0)
-
-    bases = {one.get("rope_theta", float, None) for one in (f, rope)} - {None}
-    if len(bases) > 1:
-        f.problems.append(f"there are two values of rope_theta: {brief(sorted(bases))}")
-    settings = {"positions": "rope", "rope_theta": max(bases, default=10_000.0)}
-
-    older_name = rope.get("type", str, "default")
-    kind = rope.get("rope_type", str, older_name)
+    older_theta = f.get("rope_theta", float, 10_000.0)
+    settings = {"positions": "rope", "rope_theta": rope.get("rope_theta", float, older_theta)}
+    older_kind = rope.get("type", str, "default")
+    kind = rope.get("rope_type", str, older_kind)
     if kind == "llama3":
         settings |= rope.get_all(ROPE_SCALING_FIELDS)
     elif kind != "default":
@@ -253,88 +234,83 @@ def read_rope(f: Fields) -> dict[str, Any]:
 
 
 def to_hf_config(c: ModelConfig) -> tuple[dict[str, Any], Family]:
-    """A config.json for `c`, and the names of its tensors.
+    """A config.json for `c`, and how its tensors are named.
 
-    UserError lists what no form of transformers expresses, and the flags that would change it.
+    A bias that the form declares and `c` lacks has to be written as zeros. UserError if no form of
+    transformers expresses the model lists the flags that would change it.
     """
-    gpt2, llama = gpt2_obstacles(c), llama_obstacles(c)
-    if gpt2 and llama:
-        flags = dict.fromkeys(flag for _, flag in min(gpt2, llama, key=len))  # each once
-        raise UserError(
-            "transformers has no form for this model: "
-            f"GPT-2's does not have {', '.join(reason for reason, _ in gpt2)}; "
-            f"Llama's does not have {', '.join(reason for reason, _ in llama)}. "
-            f"A model trained with {' '.join(flags)} can be exported"
-        )
-    kind = llama_kind(c) if gpt2 else "gpt2"
-    values = {"architectures": [ARCHITECTURES[kind]], "model_type": kind, "use_cache": True}
-    values |= gpt2_fields(c) if kind == "gpt2" else llama_fields(c, kind)
-    return values, FAMILIES[kind]
+    gpt2, llama = needed_flags(c)
+    if not gpt2:
+        activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.mlp)
+        values = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "use_cache": True}
+        values |= {theirs: getattr(c, ours) for theirs, (ours, _, _) in GPT2_FIELDS.items()}
+        values |= {"n_ctx": c.context_length, "activation_function": activation}
+        values |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), c.dropout)
+        return values, GPT2
+    if not llama:
+        return llama_config(c), LLAMA
+
+    raise UserError(
+        f"transformers has no form for this model: GPT-2's needs {' '.join(gpt2)}, and Llama's "
+        f"needs {' '.join(llama)}; a model trained with either can be exported"
+    )
 
 
-def gpt2_obstacles(c: ModelConfig) -> list[tuple[str, str]]:
-    """What `c` has and GPT-2's form has not, each with the flag that would change it.
-
-    A bias that the format requires and the model lacks is written as zeros.
-    """
-    wide = c.head_width * c.n_heads != c.d_model
-    obstacles = [
-        (c.positions != "learned", f"{c.positions} positions", "--model.positions learned"),
-        (c.norm != "layer", "RMSNorm", "--model.norm layer"),
-        (c.norm_place != "pre", "norms after the sums", "--model.norm-place pre"),
-        (c.gated_mlp, "SwiGLU", "--model.mlp gelu_tanh"),
-        (c.kv_heads != c.n_heads, "shared key/value heads", f"--model.n-kv-heads {c.n_heads}"),
-        (wide, f"heads of width {c.head_width}", "--model.d-head None"),
-        (c.qk_norm, "QK-norm", "--model.no-qk-norm"),
-        (c.logit_softcap != 0, "a cap on the logits", "--model.logit-softcap 0"),
-    ]
-    return [(reason, flag) for holds, reason, flag in obstacles if holds]
-
-
-def llama_obstacles(c: ModelConfig) -> list[tuple[str, str]]:
-    """What `c` has and no form of Llama, Qwen2 or Qwen3 has, each with the flag to change it."""
+def needed_flags(c: ModelConfig) -> tuple[list[str], list[str]]:
+    """The flags of training that would give `c` GPT-2's form, and those for Llama's, Qwen2's or
+    Qwen3's; none where it has that form."""
     no_norm_bias = "--model.no-bias" if c.norm_bias is None else "--model.norm-bias False"
     no_mlp_bias = "--model.no-bias" if c.mlp_bias is None else "--model.mlp-bias False"
-    qwen3_mlp_bias = c.qk_norm and c.biased("mlp")
-    obstacles = [
-        (c.positions != "rope", f"{c.positions} positions", "--model.positions rope"),
-        (c.norm != "rms", "LayerNorm", "--model.norm rms"),
-        (c.biased("norm"), "biases of the norms", no_norm_bias),
-        (c.norm_place != "pre", "norms after the sums", "--model.norm-place pre"),
-        (not c.gated_mlp, f"{c.mlp} without a gate", "--model.mlp swiglu"),
-        (qwen3_mlp_bias, "QK-norm beside biases of the MLP", no_mlp_bias),
-        (c.logit_softcap != 0, "a cap on the logits", "--model.logit-softcap 0"),
-    ]
-    return [(reason, flag) for holds, reason, flag in obstacles if holds]
+    both = {
+        "--model.norm-place pre": c.norm_place != "pre",
+        "--model.logit-softcap 0": c.logit_softcap != 0,
+    }
+    gpt2 = {
+        "--model.positions learned": c.positions != "learned",
+        "--model.norm layer": c.norm != "layer",
+        "--model.mlp gelu_tanh": c.gated_mlp,
+        f"--model.n-kv-heads {c.n_heads}": c.kv_heads != c.n_heads,
+        "--model.d-head None": c.head_width * c.n_heads != c.d_model,
+        "--model.no-qk-norm": c.qk_norm,
+    }
+    llama = {
+        "--model.positions rope": c.positions != "rope",
+        "--model.norm rms": c.norm != "rms",
+        "--model.mlp swiglu": not c.gated_mlp,
+        no_norm_bias: c.biased("norm"),
+    }
+    # Qwen3, which has QK-norm, has no biases of the MLP.
+    if c.qk_norm and c.biased("mlp"):
+        llama[no_mlp_bias] = True
+    return tuple(
+        [flag for flag, is_needed in (form | both).items() if is_needed] for form in (gpt2, llama)
+    )
 
 
-def llama_kind(c: ModelConfig) -> str:
-    """The model_type that has exactly these parts."""
-    if c.qk_norm:
-        return "qwen3"
-    plain_heads = c.head_width * c.n_heads == c.d_model
-    if c.biased("qkv") and not c.biased("out") and not c.biased("mlp") and plain_heads:
-        return "qwen2"
-    return "llama"
-
-
-def gpt2_fields(c: ModelConfig) -> dict[str, Any]:
-    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.mlp)
-    values = {theirs: getattr(c, ours) for theirs, (ours, _, _) in GPT2_FIELDS.items()}
-    values |= {"n_ctx": c.context_length, "activation_function": activation}
-    return values | dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), c.dropout)
-
-
-def llama_fields(c: ModelConfig, kind: str) -> dict[str, Any]:
-    c = replace(c, n_kv_heads=c.kv_heads, d_head=c.head_width, d_ff=c.ff_width)
+def llama_config(c: ModelConfig) -> dict[str, Any]:
+    """A config.json of the one among Llama, Qwen2 and Qwen3 that has exactly the parts of `c`."""
     values = {theirs: getattr(c, ours) for theirs, (ours, _, _) in LLAMA_FIELDS.items()}
-    values |= {"hidden_act": "silu", "attention_dropout": c.dropout}
-    if kind in ("llama", "qwen3"):
-        values["attention_bias"] = c.biased("qkv") or c.biased("out")
-    if kind == "llama":
-        values["mlp_bias"] = c.biased("mlp")
+    values |= {
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_width,
+        "intermediate_size": c.ff_width,
+        "hidden_act": "silu",
+        "attention_dropout": c.dropout,
+        "use_cache": True,
+    }
+
+    plain_heads = c.head_width * c.n_heads == c.d_model
+    only_qkv_biased = c.biased("qkv") and not c.biased("out") and not c.biased("mlp")
+    attention_bias = c.biased("qkv") or c.biased("out")
+    if c.qk_norm:
+        values |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+        values |= {"attention_bias": attention_bias, "use_sliding_window": False}
+    elif only_qkv_biased and plain_heads:
+        values |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+        values |= {"use_sliding_window": False}
     else:
-        values["use_sliding_window"] = False
+        values |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        values |= {"attention_bias": attention_bias, "mlp_bias": c.biased("mlp")}
 
     # RoPE in the form that every transformers since 4.43 reads.
     values |= {"rope_theta": c.rope_theta, "rope_scaling": None}
@@ -342,13 +318,3 @@ def llama_fields(c: ModelConfig, kind: str) -> dict[str, Any]:
         scaling = {theirs: getattr(c, ours) for theirs, (ours, _, _) in ROPE_SCALING_FIELDS.items()}
         values["rope_scaling"] = {"rope_type": "llama3"} | scaling
     return values
-
-
-def with_declared_biases(c: ModelConfig, family: Family) -> ModelConfig:
-    """The model with every bias that its exported form declares; those it lacks will be zeros."""
-    if family is GPT2:
-        return replace(c, bias=True, norm_bias=True, qkv_bias=True, out_bias=True, mlp_bias=True)
-    if llama_kind(c) == "qwen2":
-        return c
-    biased = c.biased("qkv") or c.biased("out")
-    return replace(c, qkv_bias=biased, out_bias=biased)

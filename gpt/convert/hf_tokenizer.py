@@ -7,7 +7,6 @@ as a tokenizer.json that AutoTokenizer reads; it is checked by encoding a text w
 import json
 import re
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,22 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from gpt.convert.hf_weights import read_json
 from gpt.data import tokenizers
-from gpt.data.hf_tokenizer import CHARACTER_OF_BYTE, HFTokenizer
+from gpt.data.hf_tokenizer import CHARACTER_OF_BYTE, FILE, HFTokenizer
 from gpt.errors import UserError, is_of, require
 
 # What is kept with the run beside tokenizer.json, and goes out again as it came.
+GENERATION = "generation_config.json"
 COMPANIONS = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", GENERATION),
 )
-# Tokenizers in forms that the `tokenizers` library does not read.
-OTHER_FORMS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
+# Tokenizers in forms that the `tokenizers` library does not read alone.
+OTHER_FORMS = ("vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>", "<eos>")
-UNUSED = re.compile(r"<\|unused_\d+\|>")  # names that we gave to ids which have no token
 SAMPLE = (
     "The cat sat on the mat; DON'T we'll 1234567 times.  \t\r\n\n   def f(x):\n        return x\n"
     "naïve café, e\u0301, 今天的天气很好，我们去公园。🙂👩‍👩‍👧 ½ ٣ ﬃ \u00a0\u3000x \x00"
 )
-
-
-# ---------------------------------------------------------------- coming in
 
 
 def import_tokenizer(
@@ -49,100 +41,62 @@ def import_tokenizer(
     config: the folder's config.json. n_vocab: the model's number of ids. UserError if there is a
     tokenizer that cannot be read, or none of its tokens is known to end a text.
     """
-    found = [
-        name for name in ("tokenizer.json", "vocab.json", *OTHER_FORMS) if has_file(folder, name)
-    ]
+    found = [name for name in (FILE, *OTHER_FORMS) if (folder / name).is_file()]
+    ends = end_ids(config, n_vocab)
     if ids_only or not found:
         log("the model comes without a tokenizer: prompts are ids, as in --prompt-ids '1 2 3'")
-        ends = [i for i in end_ids(config) if i < n_vocab]
         return tokenizers.IdTokenizer(n_vocab, ends[0] if ends else -1)
-    try:
-        return read_tokenizer(folder, found, config, n_vocab, log)
-    except UserError as error:
-        raise UserError(f"{error}; --ids-only imports the model without its tokenizer") from None
 
-
-def read_tokenizer(
-    folder: Path,
-    found: list[str],
-    config: dict[str, Any],
-    n_vocab: int,
-    log: Callable[[str], None],
-) -> HFTokenizer:
-    """The tokenizer.json of a folder, with the files that belong to it."""
-    if "tokenizer.json" in found:
-        content = (folder / "tokenizer.json").read_bytes()
-    elif (
-        has_file(folder, "vocab.json")
-        and has_file(folder, "merges.txt")
-        and config["model_type"] == "gpt2"
-    ):
-        content = gpt2_tokenizer_json(folder)
-    else:
-        raise UserError(
-            f"{folder} has {', '.join(found)} but no tokenizer.json: load the tokenizer with "
-            "AutoTokenizer of transformers, which can save one with save_pretrained(NEW_FOLDER)"
-        )
-    files = {name: (folder / name).read_bytes() for name in COMPANIONS if has_file(folder, name)}
-    files["tokenizer.json"] = content
-
+    leave_out = "--ids-only imports the model without its tokenizer"
+    require(
+        FILE in found,
+        f"{folder} has {', '.join(found)} but no {FILE}: load the tokenizer with AutoTokenizer of "
+        f"transformers, which can save one with save_pretrained(NEW_FOLDER); {leave_out}",
+    )
+    names = [name for name in (FILE, *COMPANIONS) if (folder / name).is_file()]
+    files = {name: (folder / name).read_bytes() for name in names}
     special_ids = {
         name: config[name]
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
         if config.get(name) is not None
     }
-    tokenizer = HFTokenizer(files, n_vocab, special_ids, eot=-1)
-    vocabulary = tokenizer.vocabulary()
+    try:
+        tokenizer = HFTokenizer(files, n_vocab, special_ids, eot=-1)
+        generation = read_json(folder / GENERATION) if GENERATION in files else {}
+    except UserError as error:
+        raise UserError(f"{error}; {leave_out}") from None
+    as_in_transformers = tokenizer.as_in_transformers
+    vocabulary = as_in_transformers.get_vocab(with_added_tokens=True)
     largest = max(vocabulary.values(), default=-1)
     require(
         0 <= largest < n_vocab,
-        f"the largest id of the tokenizer is {largest}, and the model's vocabulary is {n_vocab:,}",
+        f"the largest id of the tokenizer is {largest}, and the model's vocabulary is {n_vocab:,}; "
+        f"{leave_out}",
     )
 
-    # The end of a text: what config.json or generation_config.json says, or else a usual name.
-    ends = end_ids(config)
-    if not ends and "generation_config.json" in files:
-        ends = end_ids(read_json(folder / "generation_config.json"))
-    ends = [i for i in ends if i < n_vocab]
+    # The ends of a text are those that either file names, or else a token with a usual name.
+    ends += [i for i in end_ids(generation, n_vocab) if i not in ends]
     ends = ends or [vocabulary[name] for name in END_NAMES if name in vocabulary][:1]
-    require(bool(ends), "no token ends a text: expected an eos_token_id in config.json")
+    require(
+        bool(ends), f"no token ends a text: expected an eos_token_id in config.json; {leave_out}"
+    )
     tokenizer.eot_token = ends[0]
     if len(ends) > 1:
-        names = [repr(tokenizer.decode_bytes([i]).decode("utf-8", "replace")) for i in ends]
-        log(f"{names[0]} ends a text; so would {', '.join(names[1:])}, at which nothing stops here")
-    if around := tokenizer.added_around():
+        texts = [repr(tokenizer.decode([i])) for i in ends]
+        log(f"{texts[0]} ends a text; so would {', '.join(texts[1:])}, at which nothing stops here")
+    if added := as_in_transformers.encode("", add_special_tokens=True).tokens:
         log(
-            f"transformers puts {' '.join(around)} around a text; nothing is added here: "
+            f"transformers puts {' '.join(added)} around a text; nothing is added here: "
             "--prompt-ids can give it"
         )
     return tokenizer
 
 
-def end_ids(config: dict[str, Any]) -> list[int]:
-    """The ids that end a text, of which a config.json names one, several or none."""
+def end_ids(config: dict[str, Any], n_vocab: int) -> list[int]:
+    """The ids that end a text, of which a file names one, several or none."""
     value = config.get("eos_token_id")
     ends = value if isinstance(value, list) else [value]
-    return [i for i in ends if is_of(i, int) and i >= 0]
-
-
-def gpt2_tokenizer_json(folder: Path) -> bytes:
-    """The tokenizer.json of an old GPT-2's vocab.json and merges.txt."""
-    try:
-        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"vocab.json and merges.txt cannot be read: {error}") from None
-    made = library.Tokenizer(model)
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([name for name in END_NAMES if made.token_to_id(name) is not None])
-    return made.to_str().encode()
-
-
-def has_file(folder: Path, name: str) -> bool:
-    return (folder / name).is_file()
-
-
-# ---------------------------------------------------------------- going out
+    return [i for i in ends if is_of(i, int) and 0 <= i < n_vocab]
 
 
 def export_tokenizer(tokenizer: tokenizers.Tokenizer, context_length: int) -> dict[str, bytes]:
@@ -155,15 +109,18 @@ def export_tokenizer(tokenizer: tokenizers.Tokenizer, context_length: int) -> di
     if isinstance(tokenizer, HFTokenizer):
         return tokenizer.files
 
+    end = tokenizers.END_OF_TEXT
     if isinstance(tokenizer, tokenizers.CharTokenizer):
-        made = character_tokenizer(tokenizer)
-        end = tokenizers.END_OF_TEXT
+        # A BPE that never merges.
+        vocabulary = {character: i for i, character in enumerate(tokenizer.characters)}
+        made = library.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        made.decoder = decoders.Fuse()
+        made.add_special_tokens([AddedToken(end, normalized=False)])
         sample = tokenizer.characters * 2
     else:
         made = byte_level_tokenizer(tokenizer)
-        end = tokenizers.END_OF_TEXT
-        tokens = tokenizer.ranks
-        sample = SAMPLE + " ".join(token.decode("utf-8", "ignore") for token in tokens)
+        tokens = [token.decode("utf-8", "ignore") for token in tokenizer.ranks]
+        sample = SAMPLE + " ".join(tokens)
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end,
@@ -172,36 +129,39 @@ def export_tokenizer(tokenizer: tokenizers.Tokenizer, context_length: int) -> di
         "clean_up_tokenization_spaces": False,
     }
     files = {
-        "tokenizer.json": made.to_str(pretty=True).encode(),
+        FILE: made.to_str(pretty=True).encode(),
         "tokenizer_config.json": json.dumps(about, indent=2).encode(),
     }
     back = HFTokenizer(files, tokenizer.n_vocab, {}, tokenizer.eot_token)
     require(
-        back.encode_ordinary(sample) == tokenizer.encode_ordinary(sample),
-        "the tokenizer cannot be exported: no tokenizer.json gives the same ids for a sample text",
+        back.encode_ordinary(sample) == tokenizer.encode_ordinary(sample)
+        and made.token_to_id(end) == tokenizer.eot_token,
+        f"the tokenizer cannot be exported: no {FILE} gives the same ids for a sample text",
     )
     return files
 
 
 def byte_level_tokenizer(tokenizer: tokenizers.ByteLevelTokenizer) -> library.Tokenizer:
-    """The library's tokenizer for a tiktoken encoding."""
+    """The library's tokenizer for a tiktoken encoding.
+
+    tiktoken joins the two neighbours whose union has the lowest rank; the library joins those that
+    come first in a list of merges. So every cut of a token into two tokens is a merge, in the order
+    of the tokens' ranks. Both take a whole piece of text first, if it is a token.
+    """
     ranks = tokenizer.ranks
-    merges, ignore_merges = recover_merges(ranks)
-
-    def spell(token: bytes) -> str:
-        return "".join(CHARACTER_OF_BYTE[byte] for byte in token)
-
-    special = {
-        text: i for text, i in tokenizer.special_tokens.items() if not UNUSED.fullmatch(text)
+    spelled = {
+        token: "".join(CHARACTER_OF_BYTE[byte] for byte in token)
+        for token in sorted(ranks, key=ranks.__getitem__)
     }
-    made = library.Tokenizer(
-        models.BPE(
-            # A special token that the vocabulary lacked would get another id.
-            vocab={spell(token): i for token, i in ranks.items()} | special,
-            merges=[(spell(a), spell(b)) for a, b in merges],
-            ignore_merges=ignore_merges,
-        )
-    )
+    merges = [
+        (spelled[token[:i]], spelled[token[i:]])
+        for token in spelled
+        for i in range(1, len(token))
+        if token[:i] in ranks and token[i:] in ranks
+    ]
+    vocabulary = {text: ranks[token] for token, text in spelled.items()}
+    made = library.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+
     # Oniguruma reads two things otherwise than tiktoken's engine: "{1,3}+" repeats a repetition
     # (where nothing can fail after it, it may be plain), and "$" also stands before a last newline.
     pattern = re.sub(r"(\{\d+,\d+\})\+(?=\||$)", r"\1", tokenizer.pattern)
@@ -213,52 +173,7 @@ def byte_level_tokenizer(tokenizer: tokenizers.ByteLevelTokenizer) -> library.To
         ]
     )
     made.decoder = decoders.ByteLevel()
-    by_id = sorted(special, key=special.__getitem__)
-    made.add_special_tokens([AddedToken(text, normalized=False) for text in by_id])
+    # The library gives them the next free ids.
+    special = sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.__getitem__)
+    made.add_special_tokens([AddedToken(text, normalized=False) for text in special])
     return made
-
-
-def character_tokenizer(tokenizer: tokenizers.CharTokenizer) -> library.Tokenizer:
-    """The library's tokenizer for single characters: a BPE that never merges."""
-    vocabulary = {character: i for i, character in enumerate(tokenizer.characters)}
-    vocabulary[tokenizers.END_OF_TEXT] = tokenizer.eot_token
-    made = library.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    made.decoder = decoders.Fuse()
-    made.add_special_tokens([AddedToken(tokenizers.END_OF_TEXT, normalized=False)])
-    return made
-
-
-def recover_merges(ranks: dict[bytes, int]) -> tuple[list[tuple[bytes, bytes]], bool]:
-    """The merges of a byte-level BPE from its tokens' ranks, in order; and whether a word that is a
-    token must be taken whole.
-
-    tiktoken joins the two neighbours whose union has the lowest rank. A token was therefore made
-    from the two parts into which it falls when only lower ranks are joined. Some tokens (21 of
-    Llama 3's) fall into more parts: they are reached only by being looked up as a whole, or from
-    any two tokens that make them up.
-    """
-    merges = []
-    ignore_merges = False
-    for token in sorted(ranks, key=ranks.__getitem__):
-        if len(token) == 1:
-            continue
-        parts = join_lower_ranks(token, ranks)
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-        else:
-            ignore_merges = True
-            cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-            merges += [(a, b) for a, b in cuts if a in ranks and b in ranks]
-    return merges, ignore_merges
-
-
-def join_lower_ranks(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The parts of `token` after joining all neighbours that rank below it, lowest first."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while True:
-        unions = [ranks.get(a + b, ranks[token]) for a, b in pairwise(parts)]
-        lowest = min(unions, default=ranks[token])
-        if lowest == ranks[token]:
-            return parts
-        i = unions.index(lowest)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]

@@ -15,7 +15,7 @@ import sysconfig
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.data.tokenizers import without_lone_surrogates
@@ -24,42 +24,16 @@ from gpt.errors import require
 PIECE = 2**20  # characters read at once; no piece of a text is twice as long
 UNREADABLE = (ValueError, OSError, EOFError, RecursionError, zlib.error)
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+NamedFile = tuple[Path, str]
 EXPECTED = "expected UTF-8 text, .jsonl with a text field on each line, or .gz of either"
-
-
-@dataclass(frozen=True)
-class Source:
-    """One file of text.
-
-    name: its path from the folder the user named, that folder's name first: it decides the
-        fingerprint, so it is the same wherever the folder lies.
-    origin: the path the user named.
-    """
-
-    path: Path
-    name: str
-    origin: Path
-
-
-@dataclass
-class Measure:
-    """What one reading of some text yields: see the fields of Corpus."""
-
-    hashes: array = field(default_factory=lambda: array("Q"))
-    lengths: array = field(default_factory=lambda: array("Q"))
-    n_bytes: int = 0
-
-    def add(self, other: "Measure") -> None:
-        """Append the documents of `other`."""
-        self.hashes.extend(other.hashes)
-        self.lengths.extend(other.lengths)
-        self.n_bytes += other.n_bytes
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
     """Documents in a fixed order.
 
+    files: each with its path from the folder the user named, that folder's name first: it decides
+        the fingerprint, so it is the same wherever the folder lies.
     skipped: names of the files in folders that are not text.
     fingerprint: SHA-256 in hex of names and contents.
     hashes: 64 bits of each document's SHA-256.
@@ -68,11 +42,11 @@ class Corpus:
     """
 
     description: str
-    sources: tuple[Source, ...] = field(repr=False)
-    skipped: tuple[str, ...]
+    files: list[NamedFile]
+    skipped: list[str]
     fingerprint: str
-    hashes: array = field(repr=False)
-    lengths: array = field(repr=False)
+    hashes: array
+    lengths: array
     size_bytes: int
 
     @property
@@ -82,8 +56,8 @@ class Corpus:
 
     def pieces(self) -> Iterator[tuple[str, bool]]:
         """The text in order, about a megabyte at a time, and whether a document ends with it."""
-        for source in self.sources:
-            yield from read_pieces(source.path)
+        for path, _ in self.files:
+            yield from read_pieces(path)
 
     def documents(self) -> Iterator[str]:
         """The texts in order, long ones in pieces of about a megabyte cut at line ends."""
@@ -98,11 +72,10 @@ def read_corpus(paths: Sequence[Path | str]) -> Corpus:
     that is missing, a named file that is empty or not text, and a folder without any text.
     """
     origins = [Path(path) for path in paths]
-    require(bool(origins), "no text was named: pass a text file or a folder of text")
-    sources = [source for origin in origins for source in find(origin)]
-    corpus = measure(sources, ", ".join(str(path) for path in origins))
+    files = [file for origin in origins for file in find(origin)]
+    corpus = measure(files, ", ".join(str(path) for path in origins), named=set(origins))
     for origin in origins:
-        used = any(source.origin == origin for source in corpus.sources)
+        used = any(path.is_relative_to(origin) for path, _ in corpus.files)
         require(used, f"{origin} holds no text: {EXPECTED}")
     return corpus
 
@@ -113,12 +86,10 @@ def standard_library() -> Corpus:
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     names = [name for name in names if not NOT_LIBRARY & set(Path(name).parts)]
     title = f"the source text of Python {platform.python_version()}'s standard library"
-    corpus = measure([Source(root / name, name, root) for name in names], title)
-    require(corpus.n_documents > 0, f"{title} is not at {root}: pass your own text with --data")
-    return corpus
+    return measure([(root / name, name) for name in names], title, named=set())
 
 
-def find(origin: Path) -> list[Source]:
+def find(origin: Path) -> list[NamedFile]:
     """The file `origin`, or the visible files below the folder `origin`, sorted by name.
 
     What training runs have written there is left out.
@@ -127,7 +98,7 @@ def find(origin: Path) -> list[Source]:
         os.path.exists(origin), f"{origin} does not exist: {EXPECTED}, or a folder of such files"
     )
     if not origin.is_dir():
-        return [Source(origin, origin.name, origin)]
+        return [(origin, origin.name)]
     found = []
     for folder, inside, files in os.walk(origin):
         if {"checkpoints", "tokenizer.json"} <= {*inside, *files}:
@@ -137,62 +108,67 @@ def find(origin: Path) -> list[Source]:
         found += [Path(folder, name) for name in files if not name.startswith(".")]
     found = [path for path in found if path.is_file()]  # reading a pipe would never end
     names = sorted(path.relative_to(origin).as_posix() for path in found)
-    return [Source(origin / name, f"{origin.resolve().name}/{name}", origin) for name in names]
+    return [(origin / name, f"{origin.resolve().name}/{name}") for name in names]
 
 
-def measure(sources: list[Source], title: str) -> Corpus:
-    """The corpus of those `sources` that hold text; UserError for a named file that does not."""
+def measure(files: list[NamedFile], title: str, named: set[Path]) -> Corpus:
+    """The corpus of those `files` that hold text; UserError if one of the `named` does not."""
     used = []
     skipped = []
-    total = Measure()
+    hashes = array("Q")
+    lengths = array("Q")
+    total_bytes = 0
     fingerprint = hashlib.sha256()
-    for source in sources:
+    for path, name in files:
+        n_before = len(hashes)
+        size_bytes = 0
+        contents = hashlib.sha256()
         try:
-            scanned, digest = scan(source.path)
+            for digest, length, n_bytes in measure_documents(path):
+                hashes.append(int.from_bytes(digest[:8], "little"))
+                lengths.append(length)
+                size_bytes += n_bytes
+                contents.update(digest)
         except UNREADABLE as error:
             reason = str(error)
             if isinstance(error, UnicodeDecodeError):
                 reason = f"bytes that are not valid UTF-8, {error.object[error.start]:#04x} first"
-            named = source.path == source.origin
-            require(not named, f"{source.path} cannot be read as text ({reason}): {EXPECTED}")
-            skipped.append(source.name)
+            require(path not in named, f"{path} cannot be read as text ({reason}): {EXPECTED}")
+            skipped.append(name)
+            del hashes[n_before:], lengths[n_before:]
             continue
-        if scanned.hashes:
-            used.append(source)
-            total.add(scanned)
-            line = f"{len(source.name)} {source.name} {digest}\n"
+        if len(hashes) > n_before:
+            used.append((path, name))
+            total_bytes += size_bytes
+            line = f"{len(name)} {name} {contents.hexdigest()}\n"
             fingerprint.update(line.encode("utf-8", "replace"))
-    files = "1 file" if len(used) == 1 else f"{len(used):,} files"
+    count = "1 file" if len(used) == 1 else f"{len(used):,} files"
     return Corpus(
-        description=f"{title}: {files}, {total.n_bytes / 1e6:.1f} MB",
-        sources=tuple(used),
-        skipped=tuple(skipped),
+        description=f"{title}: {count}, {total_bytes / 1e6:.1f} MB",
+        files=used,
+        skipped=skipped,
         fingerprint=fingerprint.hexdigest(),
-        hashes=total.hashes,
-        lengths=total.lengths,
-        size_bytes=total.n_bytes,
+        hashes=hashes,
+        lengths=lengths,
+        size_bytes=total_bytes,
     )
 
 
-def scan(path: Path) -> tuple[Measure, str]:
-    """The measure of one file's documents and a digest of them all; UNREADABLE if not text."""
-    found = Measure()
-    everything = hashlib.sha256()
-    document = hashlib.sha256()
+def measure_documents(path: Path) -> Iterator[tuple[bytes, int, int]]:
+    """The SHA-256, characters and bytes of each document in a file; UNREADABLE if not text."""
+    digest = hashlib.sha256()
     length = 0
+    n_bytes = 0
     for text, last in read_pieces(path):
         content = text.encode()
-        document.update(content)
+        digest.update(content)
         length += len(text)
-        found.n_bytes += len(content)
+        n_bytes += len(content)
         if last:
-            digest = document.digest()
-            found.hashes.append(int.from_bytes(digest[:8], "little"))
-            found.lengths.append(length)
-            everything.update(digest)
-            document = hashlib.sha256()
+            yield digest.digest(), length, n_bytes
+            digest = hashlib.sha256()
             length = 0
-    return found, everything.hexdigest()
+            n_bytes = 0
 
 
 def read_pieces(path: Path) -> Iterator[tuple[str, bool]]:

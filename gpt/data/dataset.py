@@ -5,13 +5,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from filelock import FileLock
-
 from gpt.data import token_files, tokenizers
-from gpt.data.corpus import Corpus, read_corpus, standard_library
+from gpt.data.corpus import read_corpus, standard_library
 from gpt.data.token_files import Dataset
 from gpt.data.tokenizers import Tokenizer
-from gpt.errors import UserError, require
+from gpt.errors import require
 
 MAX_NAMES = 5  # of skipped files that are listed
 
@@ -51,8 +49,8 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
             "--data names prepared tokens beside other paths: text cannot be added to them, "
             "so name them alone",
         )
-        (path,) = paths
-        beside = token_files.folder_of(path) / "tokenizer.json"
+        (folder,) = paths
+        beside = folder / "tokenizer.json"
         if beside.exists() and not saved_tokenizer:
             chosen = tokenizers.load(beside)
         else:
@@ -62,7 +60,7 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
                 "trained on tokens: name the one that made them with --tokenizer",
             )
             chosen = choose_tokenizer(lambda: ())
-        dataset = token_files.open_prepared(path, chosen)
+        dataset = token_files.open_prepared(folder, chosen)
         require_same(expected_fingerprint, dataset.fingerprint)
         return chosen, dataset
 
@@ -72,7 +70,11 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
         f"text           {text.description}, {text.n_documents:,} document(s), "
         f"fingerprint {text.fingerprint[:12]}{hint}"
     )
-    log_skipped(text, log)
+    if text.skipped:
+        count = len(text.skipped)
+        files = "1 file that is" if count == 1 else f"{count:,} files that are"
+        more = ", ..." if count > MAX_NAMES else ""
+        log(f"skipped        {files} not text: {', '.join(text.skipped[:MAX_NAMES])}{more}")
     chosen = choose_tokenizer(text.documents)
 
     # Text that has changed is refused before it is tokenized, which may take minutes.
@@ -82,25 +84,7 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
     # On POSIX the tokens stay readable after their files are gone: they are mapped into memory.
     kept = contextlib.nullcontext(cache_dir) if cache_dir else tempfile.TemporaryDirectory()
     with kept as folder:
-        # One process tokenizes, and others that want the same tokens wait for it.
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            lock = FileLock(Path(folder) / f".{fingerprint[:32]}.lock").acquire()
-        except OSError as error:
-            raise UserError(f"cannot write tokens to {folder}: {error}") from None
-        with lock:
-            return chosen, token_files.tokenize(text, chosen, Path(folder), progress)
-
-
-def log_skipped(text: Corpus, log: Callable[[str], None]) -> None:
-    """Name the files that were passed over."""
-    count = len(text.skipped)
-    if count == 0:
-        return
-    names = ", ".join(text.skipped[:MAX_NAMES])
-    more = ", ..." if count > MAX_NAMES else ""
-    files = "1 file that is" if count == 1 else f"{count:,} files that are"
-    log(f"skipped        {files} not text: {names}{more}")
+        return chosen, token_files.tokenize(text, chosen, Path(folder), progress)
 
 
 def require_same(expected: str | None, fingerprint: str) -> None:

@@ -16,22 +16,18 @@ from typing import Any
 
 import tokenizers as library
 
-from gpt.errors import UserError
+from gpt.errors import UserError, require
 
 KIND = "huggingface"
 FILE = "tokenizer.json"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
-
-def byte_alphabet() -> dict[int, str]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {byte: chr(byte) for byte in printable}
-    return alphabet | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
-
-
-CHARACTER_OF_BYTE = byte_alphabet()
+# In a byte-level vocabulary (GPT-2's) a printable character stands for each byte: itself where the
+# byte is one, and otherwise the next one from U+0100 on.
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+CHARACTER_OF_BYTE = {byte: chr(byte) for byte in PRINTABLE}
+CHARACTER_OF_BYTE |= {byte: chr(0x100 + i) for i, byte in enumerate(OTHERS)}
 BYTE_OF_CHARACTER = {character: byte for byte, character in CHARACTER_OF_BYTE.items()}
 
 
@@ -43,7 +39,10 @@ class HFTokenizer:
     special_ids: config.json's `bos_token_id`, `eos_token_id` (one id or several) and so on.
     eot_token: the id that ends a text.
 
-    Text is encoded as it is: special tokens in it are ordinary text, and none is put around it.
+    Text is encoded as it is: special tokens in it are ordinary text, and none is put around it. As
+    in transformers, added tokens that are not special are found, and a character without a token is
+    left out where the tokenizer has no token for the unknown. UserError if the library cannot read
+    the file.
     """
 
     name = KIND
@@ -55,88 +54,38 @@ class HFTokenizer:
         self.n_vocab = n_vocab
         self.special_ids = dict(special_ids)
         self.eot_token = eot
-        self._ordinary = self._load(special_as_text=True)
-        description = json.loads(self.files[FILE])
-        decoder = description.get("decoder")
-        self._decoders = [] if decoder is None else decoder.get("decoders", [decoder])
-        self._is_byte_level = any(step["type"] == "ByteLevel" for step in self._decoders)
-        self._may_drop_characters = self._find_whether_it_drops(description["model"])
+        self._ordinary = self._load()
+        self._ordinary.encode_special_tokens = True  # as if they were ordinary text
 
-    def _load(self, special_as_text: bool) -> library.Tokenizer:
-        """UserError if the library cannot read the file."""
+    def _load(self) -> library.Tokenizer:
         try:
-            loaded = library.Tokenizer.from_str(self.files[FILE].decode("utf-8"))
+            loaded = library.Tokenizer.from_str(self.files[FILE].decode())
         except Exception as error:  # the library raises plain Exception
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{FILE} cannot be read: {reason}") from None
         loaded.no_truncation()
         loaded.no_padding()
-        loaded.encode_special_tokens = special_as_text
         return loaded
 
     # ------------------------------------------------------------ text to ids
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of `text`, special tokens in it read as text; a lone surrogate becomes U+FFFD.
-
-        UserError for a character that has no token, where the library would leave it out.
-        """
-        text = _valid_unicode(text)
-        self._require_tokens(text)
+        """Ids of `text`; special tokens in it are read as text."""
         return self._ordinary.encode(text, add_special_tokens=False).ids
 
     def encode_ordinary_batch(self, texts: list[str], *, num_threads: int = 1) -> list[list[int]]:
         """Ids of each text. The library chooses its threads itself."""
-        texts = [_valid_unicode(text) for text in texts]
-        for text in texts:
-            self._require_tokens(text)
         encoded = self._ordinary.encode_batch_fast(texts, add_special_tokens=False)
         return [one.ids for one in encoded]
 
+    @functools.cached_property
+    def as_in_transformers(self) -> library.Tokenizer:
+        """The library's tokenizer, which finds special tokens in a text, and can add its own."""
+        return self._load()
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` in which special tokens are found, as transformers reads it."""
-        text = _valid_unicode(text)
-        self._require_tokens(text)
-        return self._with_special.encode(text, add_special_tokens=False).ids
-
-    @functools.cached_property
-    def _with_special(self) -> library.Tokenizer:
-        return self._load(special_as_text=False)
-
-    def vocabulary(self) -> dict[str, int]:
-        """Every token the library knows and its id."""
-        return self._ordinary.get_vocab(with_added_tokens=True)
-
-    def added_around(self) -> list[str]:
-        """The special tokens that transformers puts around a text, and that are not added here."""
-        return self._with_special.encode("", add_special_tokens=True).tokens
-
-    def _find_whether_it_drops(self, model: dict[str, Any]) -> bool:
-        """Whether the library may leave out characters without a word: a BPE does that if it has
-        neither a token for the unknown, nor a fallback to bytes, nor every byte."""
-        if model.get("type", "BPE") != "BPE":
-            return False
-        if model.get("unk_token") or model.get("byte_fallback"):
-            return False
-        has_all_bytes = model["vocab"].keys() >= set(CHARACTER_OF_BYTE.values())
-        return not (self._is_byte_level and has_all_bytes)
-
-    def _require_tokens(self, text: str) -> None:
-        """UserError if a character of `text` would be left out."""
-        if not self._may_drop_characters:
-            return
-        normalizer = self._ordinary.normalizer
-        if normalizer is not None:
-            text = normalizer.normalize_str(text)
-        for character in set(text):
-            if self._is_byte_level:
-                units = [CHARACTER_OF_BYTE[byte] for byte in character.encode()]
-            else:
-                units = [character]
-            if any(self._ordinary.token_to_id(unit) is None for unit in units):
-                raise UserError(
-                    f"the tokenizer has no token for the character {character!r}: leave it out"
-                )
+        return self.as_in_transformers.encode(text, add_special_tokens=False).ids
 
     # ------------------------------------------------------------ ids to text
 
@@ -155,9 +104,11 @@ class HFTokenizer:
     @functools.cached_property
     def _token_bytes(self) -> list[bytes]:
         """The bytes of every id of the model; those without a token get a name."""
+        decoder = json.loads(self.files[FILE]).get("decoder") or {"decoders": []}
+        steps = decoder.get("decoders", [decoder])
         tokens = [self._ordinary.id_to_token(i) for i in range(self.n_vocab)]
         return [
-            f"<|unused_{i}|>".encode() if token is None else _spell(token, self._decoders)
+            f"<|unused_{i}|>".encode() if token is None else spell(token, steps)
             for i, token in enumerate(tokens)
         ]
 
@@ -168,32 +119,32 @@ class HFTokenizer:
         digest = hashlib.sha256(self.files[FILE]).hexdigest()
         return {"kind": KIND, FILE: digest, "n_vocab": self.n_vocab, "end": self.eot_token}
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything, as plain JSON: `from_json` makes an equal tokenizer of it."""
+    def files_as_json(self) -> dict[str, Any]:
+        """What `from_json` needs beside the contents."""
         packed = {
             name: base64.b64encode(zlib.compress(data)).decode()
             for name, data in self.files.items()
         }
-        return self.contents() | {"files": packed, "special_ids": self.special_ids}
+        return {"files": packed, "special_ids": self.special_ids}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "HFTokenizer":
-        """The tokenizer of `to_json`'s values; UserError if they are not such."""
+        """The tokenizer of its contents and files; UserError if the files are damaged."""
+        packed = values["files"]
         try:
-            packed = values["files"]
             files = {name: zlib.decompress(base64.b64decode(packed[name])) for name in packed}
-            return cls(files, values["n_vocab"], values["special_ids"], values["end"])
-        except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
-            raise UserError(f"the saved tokenizer cannot be used: {error!r}") from None
+        except zlib.error as error:
+            raise UserError(f"the saved tokenizer is damaged: {error}") from None
+        tokenizer = cls(files, values["n_vocab"], values["special_ids"], values["end"])
+        require(
+            tokenizer.contents()[FILE] == values[FILE],
+            f"the saved tokenizer is damaged: its {FILE} does not have its digest",
+        )
+        return tokenizer
 
 
-def _valid_unicode(text: str) -> str:
-    """`text` with lone surrogates as U+FFFD: the library takes none."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _spell(token: str, decoders: list[dict[str, Any]]) -> bytes:
-    """The bytes that a token adds to a text."""
+def spell(token: str, decoders: list[dict[str, Any]]) -> bytes:
+    """The bytes that a token adds to a text, by the steps of a tokenizer.json's decoder."""
     for step in decoders:
         match step:
             case {"type": "ByteLevel"}:

@@ -6,16 +6,15 @@ read as well: the same two files with no header. Knows nothing of batches or JAX
 """
 
 import hashlib
-import itertools
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from gpt.data import tokenizers
 from gpt.data.corpus import PIECE, Corpus
@@ -23,16 +22,16 @@ from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError, require
 
 HEADER = "tokens.json"
-MAGIC = "gpt token shards"
 VERSION = 1
-SPLITS = ("train", "val")
+SPLITS = {"train": "training", "val": "validation"}  # names of the files, and what they are for
 MIN_DOCUMENTS = 20  # with at least this many, whole documents are held out
 HELD_OUT_DOCUMENTS = 0.05  # fraction of the documents, where there are many
 HELD_OUT_TAIL = 0.1  # fraction of the characters, where there are few
 THREADS = min(os.cpu_count() or 1, 16)
 SAMPLE = 2**26  # tokens checked in a file that has no header
 
-Report = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
+Part = tuple[str, str, bool]  # split, text, whether a document ends here
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,51 +61,51 @@ def fingerprint_of(corpus: Corpus, tokenizer: Tokenizer) -> str:
 
 
 def tokenize(
-    corpus: Corpus, tokenizer: Tokenizer, cache_folder: Path, report: Report | None = None
+    corpus: Corpus, tokenizer: Tokenizer, cache_folder: Path, progress: Progress | None = None
 ) -> Dataset:
     """The corpus as tokens, read from `cache_folder` if they were made there before.
 
     End-of-text follows each document, unless there is only one. Where there are many, one in
     twenty is held out, chosen by a hash of its content; otherwise the last tenth of all characters.
-    `report` is called now and then with the bytes of text done and the total. UserError if the
+    `progress` is called now and then with the bytes of text done and the total. UserError if the
     text is too small for two splits, or the folder cannot be written.
     """
     fingerprint = fingerprint_of(corpus, tokenizer)
     folder = cache_folder / fingerprint[:32]
-    if not (folder / HEADER).is_file():
-        try:
-            build(corpus, tokenizer, fingerprint, folder, report or (lambda done, total: None))
-        except OSError as error:
-            raise UserError(f"cannot write tokens to {cache_folder}: {error}") from None
+    try:
+        cache_folder.mkdir(parents=True, exist_ok=True)
+        # One process tokenizes, and others that want the same tokens wait for it.
+        with FileLock(cache_folder / f".{folder.name}.lock"):
+            if not (folder / HEADER).is_file():
+                write_shards(corpus, tokenizer, fingerprint, folder, progress)
+    except OSError as error:
+        raise UserError(f"cannot write tokens to {cache_folder}: {error}") from None
     return open_shards(folder, tokenizer)
 
 
-def build(
-    corpus: Corpus, tokenizer: Tokenizer, fingerprint: str, folder: Path, report: Report
+def write_shards(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    fingerprint: str,
+    folder: Path,
+    progress: Progress | None,
 ) -> None:
-    """Write the folder of shards under another name, then give it its own."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Fill a folder under another name, then give it its own: it is there whole or not at all."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as unfinished:
         made = Path(unfinished) / folder.name
         made.mkdir()
-        splits = write_tokens(corpus, tokenizer, made, report)
         header = {
-            "magic": MAGIC,
             "version": VERSION,
             "text": corpus.description,
             "fingerprint": fingerprint,
             "vocab_size": tokenizer.n_vocab,
             "tokenizer_digest": tokenizers.digest(tokenizer),
             "dtype": token_type(tokenizer).name,
-            "splits": splits,
+            "splits": write_tokens(corpus, tokenizer, made, progress),
         }
         tokenizers.save(tokenizer, made / "tokenizer.json")
         (made / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
-        try:
-            made.rename(folder)
-        except OSError:
-            if not (folder / HEADER).is_file():  # else another process was faster
-                raise
+        made.rename(folder)
 
 
 def token_type(tokenizer: Tokenizer) -> np.dtype:
@@ -115,31 +114,35 @@ def token_type(tokenizer: Tokenizer) -> np.dtype:
 
 
 def write_tokens(
-    corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Report
+    corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: Progress | None
 ) -> dict[str, dict[str, int]]:
     """Encode the corpus into train.bin and val.bin; the tokens and bytes of text in each."""
     counts = {split: {"tokens": 0, "text_bytes": 0} for split in SPLITS}
+    dtype = token_type(tokenizer)
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         files = {"train": train, "val": val}
         done = 0
         for group in groups(assign(corpus), THREADS * PIECE):
-            for split, tokens, n_bytes in encode(group, tokenizer, corpus.n_documents > 1):
-                tokens.tofile(files[split])
-                counts[split]["tokens"] += len(tokens)
+            texts = [text for _, text, _ in group]
+            encoded = tokenizer.encode_ordinary_batch(texts, num_threads=THREADS)
+            for ids, (split, text, last) in zip(encoded, group, strict=True):
+                if last and corpus.n_documents > 1:
+                    ids.append(tokenizer.eot_token)
+                files[split].write(np.array(ids, dtype))
+                n_bytes = len(text.encode())
+                counts[split]["tokens"] += len(ids)
                 counts[split]["text_bytes"] += n_bytes
                 done += n_bytes
-            report(done, corpus.size_bytes)
+            if progress:
+                progress(done, corpus.size_bytes)
     require(done == corpus.size_bytes, "the text changed while it was read: start again")
-    for split, purpose in (("train", "training"), ("val", "validation")):
+    for split, purpose in SPLITS.items():
         require(
             counts[split]["tokens"] >= 2,
             f"the text is too small: its {sum(corpus.lengths):,} characters leave fewer than two "
             f"tokens for {purpose}, give it more text",
         )
     return counts
-
-
-Part = tuple[str, str, bool]  # split, text, whether a document ends here
 
 
 def assign(corpus: Corpus) -> Iterator[Part]:
@@ -193,83 +196,43 @@ def groups(parts: Iterable[Part], size: int) -> Iterator[list[Part]]:
         yield group
 
 
-def encode(
-    group: list[Part], tokenizer: Tokenizer, mark_ends: bool
-) -> Iterator[tuple[str, np.ndarray, int]]:
-    """The tokens of a group for each split, and the bytes of text they stand for."""
-    encoded = tokenizer.encode_ordinary_batch([text for _, text, _ in group], num_threads=THREADS)
-    for ids, (_, _, last) in zip(encoded, group, strict=True):
-        if last and mark_ends:
-            ids.append(tokenizer.eot_token)
-    for split in SPLITS:
-        chosen = [i for i, part in enumerate(group) if part[0] == split]
-        ids = itertools.chain.from_iterable(encoded[i] for i in chosen)
-        tokens = np.fromiter(ids, token_type(tokenizer), sum(len(encoded[i]) for i in chosen))
-        yield split, tokens, sum(len(group[i][1].encode()) for i in chosen)
-
-
 def is_prepared(path: Path) -> bool:
-    """Whether `path` is a folder of token shards, ours or nanoGPT's, or a file in one of ours."""
-    path = Path(path)
-    if path.is_file():
-        names = {HEADER, *(f"{split}.bin" for split in SPLITS)}
-        return path.name in names and is_prepared(path.parent)
+    """Whether `path` is a folder of token shards, ours or nanoGPT's."""
     shards = all((path / f"{split}.bin").is_file() for split in SPLITS)
     return shards or (path / HEADER).is_file()
 
 
-def folder_of(path: Path) -> Path:
-    """The folder of prepared tokens that `path` names, itself or by a file in it."""
-    return path.parent if path.is_file() else path
-
-
-def open_prepared(path: Path, tokenizer: Tokenizer) -> Dataset:
-    """The dataset at a path that is_prepared; UserError unless `tokenizer` made its tokens."""
-    folder = folder_of(path)
+def open_prepared(folder: Path, tokenizer: Tokenizer) -> Dataset:
+    """The dataset in a folder that is_prepared; UserError unless `tokenizer` made its tokens."""
     if (folder / HEADER).is_file():
         return open_shards(folder, tokenizer)
     return open_headerless(folder, tokenizer)
 
 
 def open_shards(folder: Path, tokenizer: Tokenizer) -> Dataset:
-    """The dataset `build` wrote; UserError if it is damaged or was made by another tokenizer."""
-    header = read_header(folder)
+    """The dataset `tokenize` wrote; UserError if it is damaged or another tokenizer made it."""
+    damaged = f"the tokens in {folder} are damaged, delete the folder to have them made again"
+    try:
+        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+        version = header["version"]
+        fingerprint = header["fingerprint"]
+        tokenizer_digest = header["tokenizer_digest"]
+        counts = {split: header["splits"][split]["tokens"] for split in SPLITS}
+        n_bytes = {split: header["splits"][split]["text_bytes"] for split in SPLITS}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{damaged}: {HEADER} cannot be read ({error!r})") from None
+    require(version == VERSION, f"{damaged}: {HEADER} is not version {VERSION} of its format")
     require(
-        header["tokenizer_digest"] == tokenizers.digest(tokenizer),
+        tokenizer_digest == tokenizers.digest(tokenizer),
         f"the tokens in {folder} were made by another tokenizer: "
         f"pass --tokenizer {folder / 'tokenizer.json'}",
     )
     splits = {}
-    for split in SPLITS:
+    for split, count in counts.items():
         tokens = map_tokens(folder / f"{split}.bin", token_type(tokenizer))
-        count = header["splits"][split]["tokens"]
-        n_bytes = header["splits"][split]["text_bytes"]
-        require(len(tokens) == count, f"{damaged(folder)}: {split}.bin is not {count} tokens long")
-        splits[split] = Tokens(tokens, n_bytes)
-    return Dataset(**splits, fingerprint=header["fingerprint"])
-
-
-def damaged(folder: Path) -> str:
-    """How a message about tokens that cannot be used begins."""
-    return f"the tokens in {folder} are damaged, delete the folder to have them made again"
-
-
-def read_header(folder: Path) -> dict[str, Any]:
-    """The checked contents of tokens.json."""
-    try:
-        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-        known = header["magic"] == MAGIC and header["version"] == VERSION
-        strings = [header["fingerprint"], header["tokenizer_digest"]]
-        counts = [header["splits"][s][n] for s in SPLITS for n in ("tokens", "text_bytes")]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{damaged(folder)}: {HEADER} cannot be read ({error!r})") from None
-    well_typed = all(type(text) is str for text in strings)
-    positive = all(type(count) is int and count > 0 for count in counts)
-    require(
-        known and well_typed and positive,
-        f"{damaged(folder)}: {HEADER} is not version {VERSION} of its format",
-    )
-    return header
+        require(len(tokens) == count, f"{damaged}: {split}.bin is not {count} tokens long")
+        splits[split] = Tokens(tokens, n_bytes[split])
+    return Dataset(**splits, fingerprint=fingerprint)
 
 
 def map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:

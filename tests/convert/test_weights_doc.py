@@ -40,13 +40,13 @@ def test_each_command_runs(tmp_path, text, monkeypatch):
     for python, *words in commands():
         assert python == "python"
         name, rest = (words[0], words[1:]) if words[0] != "-m" else (" ".join(words[:2]), words[2:])
-        if "--check" in rest:  # slow, and tested on its own
+        if name == "sample.py" and rest[0] != "runs/mine":  # as another is, once fine-tuned
             continue
         rest = [{"200": "3", "20": "1", "40": "4"}.get(word, word) for word in rest]
         done = call(*PROGRAMS[name], *rest)
         assert done.code == 0, (words, done.err)
         ran.append(name)
-    assert set(ran) == set(PROGRAMS) and len(ran) == 6
+    assert set(ran) == set(PROGRAMS) and len(ran) == 4
     theirs, ours = (load_file(name + "/model.safetensors") for name in ("gpt2", "mine"))
     moved = [np.abs(ours[name] - theirs[name]).max() for name in theirs]
     assert 0 < max(moved) < 2e-4, "three steps of 3e-5 from the weights that came in"
@@ -56,7 +56,7 @@ def test_what_it_says_of_the_presets():
     kinds = {"shakespeare-char": "gpt2", "modern": "qwen3", "gpt2-xl": "gpt2"}
     for name, kind in kinds.items():
         assert to_hf_config(PRESETS[name].model)[0]["model_type"] == kind
-    with pytest.raises(UserError, match=r"biases of the norms.*--model\.no-bias"):
+    with pytest.raises(UserError, match=r"Llama's needs --model\.no-bias;"):
         to_hf_config(PRESETS["tiny"].model)
     without = dataclasses.replace(PRESETS["tiny"].model, bias=False)
     assert to_hf_config(without)[0]["model_type"] == "qwen3"

@@ -52,10 +52,9 @@ def test_an_earlier_runs_tokenizer_is_kept_and_its_text_must_be_the_same(text):
 def test_prepared_tokens_bring_their_tokenizer_and_stand_alone(text, tmp_path):
     tokenizer, dataset = load([text], "bpe", cache_dir=tmp_path / "cache")
     (folder,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-    for path in (folder, folder / "train.bin"):
-        found, again = load([path])
-        assert tokenizers.digest(found) == tokenizers.digest(tokenizer)
-        assert again.fingerprint == dataset.fingerprint
+    found, again = load([folder])
+    assert tokenizers.digest(found) == tokenizers.digest(tokenizer)
+    assert again.fingerprint == dataset.fingerprint
     with pytest.raises(UserError, match="name them alone"):
         load([folder, text])
     with pytest.raises(UserError, match="trained on other text"):

