@@ -16,7 +16,6 @@ import tyro
 
 from gpt import cli
 from gpt.config import Weights, optional
-from gpt.errors import not_negative
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,6 @@ class Export:
         None
     )
     """The average over the run, or the last weights."""
-
-    def __post_init__(self):
-        not_negative("step", self.step or 0)
 
 
 Command = (

@@ -65,27 +65,26 @@ def import_model(source: Path, dest: Path, ids_only: bool, log: Log) -> ModelCon
     ids_only: leave its tokenizer out. UserError, with nothing written, if something in `source`
     cannot be used.
     """
-    require_new(dest)
-    model = open_model(source)
-    config = model.config
-    tokenizer = import_tokenizer(source, model.values, config.vocab_size, ids_only, log)
-    if model.unused_fields:
-        names = shorten([repr(name) for name in model.unused_fields])
-        log(f"fields of config.json that are not used: {names}")
-    dtypes = sorted({tensor.dtype for tensor in model.tensors.values()})
-    if len(dtypes) > 1:
-        log(f"weights of several types ({', '.join(dtypes)}) are kept as {config.param_dtype}")
-
-    params = model.read_params()
-    about = {
-        "model": to_json(config),
-        "train": to_json(TrainConfig(model=config)),
-        "tokenizer": tokenizers.to_json(tokenizer),
-        "data": {"fingerprint": "imported"},
-        "source": {"model_type": model.values["model_type"], "dtypes": dtypes},
-        "step": 0,
-    }
     with new_folder(dest) as folder:
+        model = open_model(source)
+        config = model.config
+        tokenizer = import_tokenizer(source, model.values, config.vocab_size, ids_only, log)
+        if model.unused_fields:
+            names = shorten([repr(name) for name in model.unused_fields])
+            log(f"fields of config.json that are not used: {names}")
+        dtypes = sorted({tensor.dtype for tensor in model.tensors.values()})
+        if len(dtypes) > 1:
+            log(f"weights of several types ({', '.join(dtypes)}) are kept as {config.param_dtype}")
+
+        about = {
+            "model": to_json(config),
+            "train": to_json(TrainConfig(model=config)),
+            "tokenizer": tokenizers.to_json(tokenizer),
+            "data": {"fingerprint": "imported"},
+            "source": {"model_type": model.values["model_type"], "dtypes": dtypes},
+            "step": 0,
+        }
+        params = model.read_params()
         with checkpoint.CheckpointManager(folder, keep=1, low_memory=True) as writer:
             writer.save(0, {"params": params}, about, wait=True)
         tokenizers.save(tokenizer, folder / "tokenizer.json")
@@ -102,7 +101,6 @@ def export_model(
     if no form of transformers expresses the model or its tokenizer.
     """
     require(run.is_dir(), f"no folder {run}: expected a run's folder")
-    require_new(dest)
 
     def read(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         about = checkpoint.read_metadata(run, step)
@@ -111,60 +109,55 @@ def export_model(
         tree = choose_tree(run, about, weights)
         return about, checkpoint.restore(run, step, tree, transformer.abstract(config))
 
-    if step is not None:
-        about, params = read(step)
-    else:
-        _, (about, params), damaged = checkpoint.latest_good(run, read)
-        for note in damaged:
-            log(f"{note}; an earlier checkpoint is used")
-
-    # Tensors have the type of the weights, or float16 if the model was imported from it.
-    config = from_json(ModelConfig, about["model"])
-    dtype = {"float32": "F32", "bfloat16": "BF16"}[config.param_dtype]
-    if about.get("source", {}).get("dtypes") == ["F16"]:
-        dtype = "F16"
-
-    # The ids that config.json names are as they came, or our one end-of-text for both ends.
-    tokenizer = tokenizers.from_json(about["tokenizer"])
-    end = tokenizer.eot_token if tokenizer.eot_token >= 0 else None
-    special_ids = {"bos_token_id": end, "eos_token_id": end}
-    if isinstance(tokenizer, HFTokenizer):
-        special_ids = tokenizer.special_ids
-    elif isinstance(tokenizer, tokenizers.IdTokenizer):
-        special_ids = {"bos_token_id": None, "eos_token_id": end}
-    generation = {name: i for name, i in special_ids.items() if name != "pad_token_id"}
-    values, family = to_hf_config(config)
-    values |= {"dtype": DTYPE_NAMES[dtype]} | special_ids
-    files = {"config.json": dump(values), "generation_config.json": dump(generation)}
-    files |= export_tokenizer(tokenizer, config.context_length)
-
-    # The form may declare biases that the model lacks: they are written as zeros.
-    declared, _, _ = read_config(values)
-    shapes = hf_weights.tensor_shapes(declared, family)
-    tensors = hf_weights.to_tensors(declared, family, params, FLOATS[dtype])
     with new_folder(dest) as folder:
-        for name, content in files.items():
+        if step is not None:
+            about, params = read(step)
+        else:
+            _, (about, params), damaged = checkpoint.latest_good(run, read)
+            for note in damaged:
+                log(f"{note}; an earlier checkpoint is used")
+
+        # Tensors have the type of the weights, or float16 if the model was imported from it.
+        config = from_json(ModelConfig, about["model"])
+        dtype = {"float32": "F32", "bfloat16": "BF16"}[config.param_dtype]
+        if about.get("source", {}).get("dtypes") == ["F16"]:
+            dtype = "F16"
+
+        # The ids that config.json names are as they came, or our one end-of-text for both ends.
+        tokenizer = tokenizers.from_json(about["tokenizer"])
+        end = tokenizer.eot_token if tokenizer.eot_token >= 0 else None
+        special_ids = {"bos_token_id": end, "eos_token_id": end}
+        if isinstance(tokenizer, HFTokenizer):
+            special_ids = tokenizer.special_ids
+        elif isinstance(tokenizer, tokenizers.IdTokenizer):
+            special_ids = {"bos_token_id": None, "eos_token_id": end}
+        generation = {name: i for name, i in special_ids.items() if name != "pad_token_id"}
+        values, family = to_hf_config(config)
+        values |= {"dtype": DTYPE_NAMES[dtype]} | special_ids
+        for name, content in {"config.json": values, "generation_config.json": generation}.items():
+            text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+            (folder / name).write_text(text, encoding="utf-8")
+        # A generation_config.json that came with the tokenizer goes out as it came.
+        for name, content in export_tokenizer(tokenizer, config.context_length).items():
             (folder / name).write_bytes(content)
+
+        # The form may declare biases that the model lacks: they are written as zeros.
+        declared, _, _ = read_config(values)
+        shapes = hf_weights.tensor_shapes(declared, family)
+        tensors = hf_weights.to_tensors(declared, family, params, FLOATS[dtype])
         hf_weights.write_safetensors(folder / WEIGHTS, shapes, dtype, tensors)
     return values
-
-
-def dump(values: dict[str, Any]) -> bytes:
-    return (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode()
-
-
-def require_new(dest: Path) -> None:
-    """UserError if there is something at `dest` already; an empty folder is nothing."""
-    taken = any(dest.iterdir()) if dest.is_dir() else dest.exists()
-    require(not taken, f"{dest} is there already: name a new folder, or remove it first")
 
 
 @contextmanager
 def new_folder(dest: Path) -> Iterator[Path]:
     """A folder to fill, beside `dest`: it becomes `dest`, or is gone if filling it failed.
 
-    UserError where it cannot be written.
+    UserError if there is something at `dest` already (an empty folder is nothing), or it cannot be
+    written.
     """
+    taken = any(dest.iterdir()) if dest.is_dir() else dest.exists()
+    require(not taken, f"{dest} is there already: name a new folder, or remove it first")
     parent = dest.resolve().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -175,4 +168,6 @@ def new_folder(dest: Path) -> Iterator[Path]:
             yield folder
             os.replace(folder, dest.resolve())
     except OSError as error:
-        raise UserError(f"{dest} cannot be written: {error.strerror or error}") from None
+        # A file that cannot be opened, the source's for one, is named by the error.
+        what = error.filename or f"{dest} cannot be written"
+        raise UserError(f"{what}: {error.strerror or error}") from None

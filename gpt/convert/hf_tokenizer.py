@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from gpt.convert.hf_weights import read_json
 from gpt.data import tokenizers
-from gpt.data.hf_tokenizer import CHARACTER_OF_BYTE, FILE, HFTokenizer
+from gpt.data.hf_tokenizer import CHARACTER_OF_BYTE, FILE, HFTokenizer, load_library
 from gpt.errors import UserError, is_of, require
 
 # What is kept with the run beside tokenizer.json, and goes out again as it came.
@@ -61,12 +61,10 @@ def import_tokenizer(
         if config.get(name) is not None
     }
     try:
-        tokenizer = HFTokenizer(files, n_vocab, special_ids, eot=-1)
+        vocabulary = load_library(files[FILE]).get_vocab(with_added_tokens=True)
         generation = read_json(folder / GENERATION) if GENERATION in files else {}
     except UserError as error:
         raise UserError(f"{error}; {leave_out}") from None
-    as_in_transformers = tokenizer.as_in_transformers
-    vocabulary = as_in_transformers.get_vocab(with_added_tokens=True)
     largest = max(vocabulary.values(), default=-1)
     require(
         0 <= largest < n_vocab,
@@ -80,11 +78,12 @@ def import_tokenizer(
     require(
         bool(ends), f"no token ends a text: expected an eos_token_id in config.json; {leave_out}"
     )
-    tokenizer.eot_token = ends[0]
+    tokenizer = HFTokenizer(files, n_vocab, special_ids, ends[0])
     if len(ends) > 1:
         texts = [repr(tokenizer.decode([i])) for i in ends]
         log(f"{texts[0]} ends a text; so would {', '.join(texts[1:])}, at which nothing stops here")
-    if added := as_in_transformers.encode("", add_special_tokens=True).tokens:
+    added = tokenizer.as_in_transformers.encode("", add_special_tokens=True).tokens
+    if added:
         log(
             f"transformers puts {' '.join(added)} around a text; nothing is added here: "
             "--prompt-ids can give it"

@@ -26,6 +26,7 @@ from gpt.model import transformer
 
 FLOATS = {"F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 HEAD = "lm_head.weight"
 BUFFERS = re.compile(r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")  # of old files
 
@@ -205,9 +206,17 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
         files = sorted({str(file) for file in file_of.values()})
         expected = set(file_of)
     else:
+        advice = ""
+        if PICKLE_SUFFIXES & {path.suffix for path in (folder, *folder.glob("*"))}:
+            advice = (
+                ". A pickle can run any program when it is opened, so none is opened here: if you "
+                "trust it, load it with transformers and save it with save_pretrained(NEW_FOLDER); "
+                "docs/weights.md says what to do with nanoGPT's ckpt.pt, and nanochat's models "
+                "cannot be imported"
+            )
         raise UserError(
             f"{folder} holds no {WEIGHTS}: expected a folder with config.json and {WEIGHTS} or its "
-            f"shards with their index{pickle_advice(folder)}"
+            f"shards with their index{advice}"
         )
 
     tensors = {}
@@ -220,24 +229,6 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
     missing = sorted(expected - tensors.keys())
     require(not missing, f"{folder}: tensors of the index are in no file: {shorten(missing)}")
     return tensors
-
-
-def pickle_advice(folder: Path) -> str:
-    """What to do about weights in a pickle, if `folder` is one or holds some."""
-    paths = [folder, *folder.iterdir()] if folder.is_dir() else [folder]
-    suffixes = {path.suffix for path in paths}
-    advice = ""
-    if suffixes & {".bin", ".pkl", ".pt", ".pth", ".ckpt"}:
-        advice = (
-            ". A pickle can run any program when it is opened, so none is opened here: if you "
-            "trust it, load it with transformers and save it with model.save_pretrained(NEW_FOLDER)"
-        )
-    if suffixes & {".pt", ".pth", ".ckpt"}:
-        advice += (
-            "; if it is nanoGPT's, docs/weights.md has the lines of Python that make such a folder "
-            "of it; nanochat's models cannot be imported"
-        )
-    return advice
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -60,7 +60,9 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
                 "trained on tokens: name the one that made them with --tokenizer",
             )
             chosen = choose_tokenizer(lambda: ())
-        dataset = token_files.open_prepared(folder, chosen)
+        is_ours = (folder / token_files.HEADER).is_file()
+        open_tokens = token_files.open_shards if is_ours else token_files.open_headerless
+        dataset = open_tokens(folder, chosen)
         require_same(expected_fingerprint, dataset.fingerprint)
         return chosen, dataset
 

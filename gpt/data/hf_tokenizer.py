@@ -31,6 +31,18 @@ CHARACTER_OF_BYTE |= {byte: chr(0x100 + i) for i, byte in enumerate(OTHERS)}
 BYTE_OF_CHARACTER = {character: byte for byte, character in CHARACTER_OF_BYTE.items()}
 
 
+def load_library(content: bytes) -> library.Tokenizer:
+    """The library's tokenizer of a tokenizer.json; UserError if it cannot read that."""
+    try:
+        loaded = library.Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library raises plain Exception
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{FILE} cannot be read: {reason}") from None
+    loaded.no_truncation()
+    loaded.no_padding()
+    return loaded
+
+
 class HFTokenizer:
     """A tokenizer.json with the methods that all tokenizers here have.
 
@@ -54,18 +66,14 @@ class HFTokenizer:
         self.n_vocab = n_vocab
         self.special_ids = dict(special_ids)
         self.eot_token = eot
-        self._ordinary = self._load()
+        self.contents = {
+            "kind": KIND,
+            FILE: hashlib.sha256(self.files[FILE]).hexdigest(),
+            "n_vocab": n_vocab,
+            "end": eot,
+        }
+        self._ordinary = load_library(self.files[FILE])
         self._ordinary.encode_special_tokens = True  # as if they were ordinary text
-
-    def _load(self) -> library.Tokenizer:
-        try:
-            loaded = library.Tokenizer.from_str(self.files[FILE].decode())
-        except Exception as error:  # the library raises plain Exception
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{FILE} cannot be read: {reason}") from None
-        loaded.no_truncation()
-        loaded.no_padding()
-        return loaded
 
     # ------------------------------------------------------------ text to ids
 
@@ -81,7 +89,7 @@ class HFTokenizer:
     @functools.cached_property
     def as_in_transformers(self) -> library.Tokenizer:
         """The library's tokenizer, which finds special tokens in a text, and can add its own."""
-        return self._load()
+        return load_library(self.files[FILE])
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` in which special tokens are found, as transformers reads it."""
@@ -114,11 +122,6 @@ class HFTokenizer:
 
     # ------------------------------------------------------------ keeping it
 
-    def contents(self) -> dict[str, Any]:
-        """All that decides the ids, as plain JSON."""
-        digest = hashlib.sha256(self.files[FILE]).hexdigest()
-        return {"kind": KIND, FILE: digest, "n_vocab": self.n_vocab, "end": self.eot_token}
-
     def files_as_json(self) -> dict[str, Any]:
         """What `from_json` needs beside the contents."""
         packed = {
@@ -137,7 +140,7 @@ class HFTokenizer:
             raise UserError(f"the saved tokenizer is damaged: {error}") from None
         tokenizer = cls(files, values["n_vocab"], values["special_ids"], values["end"])
         require(
-            tokenizer.contents()[FILE] == values[FILE],
+            tokenizer.contents[FILE] == values[FILE],
             f"the saved tokenizer is damaged: its {FILE} does not have its digest",
         )
         return tokenizer

@@ -75,37 +75,29 @@ def tokenize(
     try:
         cache_folder.mkdir(parents=True, exist_ok=True)
         # One process tokenizes, and others that want the same tokens wait for it.
-        with FileLock(cache_folder / f".{folder.name}.lock"):
+        with (
+            FileLock(cache_folder / f".{folder.name}.lock"),
+            tempfile.TemporaryDirectory(dir=cache_folder, prefix=".unfinished-") as unfinished,
+        ):
             if not (folder / HEADER).is_file():
-                write_shards(corpus, tokenizer, fingerprint, folder, progress)
+                # Filled under another name, so that it is there whole or not at all.
+                made = Path(unfinished) / folder.name
+                made.mkdir()
+                header = {
+                    "version": VERSION,
+                    "text": corpus.description,
+                    "fingerprint": fingerprint,
+                    "vocab_size": tokenizer.n_vocab,
+                    "tokenizer_digest": tokenizers.digest(tokenizer),
+                    "dtype": token_type(tokenizer).name,
+                    "splits": write_tokens(corpus, tokenizer, made, progress),
+                }
+                tokenizers.save(tokenizer, made / "tokenizer.json")
+                (made / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
+                made.rename(folder)
     except OSError as error:
         raise UserError(f"cannot write tokens to {cache_folder}: {error}") from None
     return open_shards(folder, tokenizer)
-
-
-def write_shards(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    fingerprint: str,
-    folder: Path,
-    progress: Progress | None,
-) -> None:
-    """Fill a folder under another name, then give it its own: it is there whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as unfinished:
-        made = Path(unfinished) / folder.name
-        made.mkdir()
-        header = {
-            "version": VERSION,
-            "text": corpus.description,
-            "fingerprint": fingerprint,
-            "vocab_size": tokenizer.n_vocab,
-            "tokenizer_digest": tokenizers.digest(tokenizer),
-            "dtype": token_type(tokenizer).name,
-            "splits": write_tokens(corpus, tokenizer, made, progress),
-        }
-        tokenizers.save(tokenizer, made / "tokenizer.json")
-        (made / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
-        made.rename(folder)
 
 
 def token_type(tokenizer: Tokenizer) -> np.dtype:
@@ -147,13 +139,19 @@ def write_tokens(
 
 def assign(corpus: Corpus) -> Iterator[Part]:
     """Every piece of the corpus, in order, with its split."""
-    held_out = choose_documents(corpus)
+    # Whole documents are held out, unless there are few or they are a poor sample. The choice
+    # depends on their content alone: a corpus that grows moves none of them into training.
+    held_out = np.array(corpus.hashes, np.uint64) < np.uint64(HELD_OUT_DOCUMENTS * 2**64)
+    lengths = np.array(corpus.lengths)
+    is_fair = 0.01 <= lengths[held_out].sum() / lengths.sum() <= 0.2
+    by_document = corpus.n_documents >= MIN_DOCUMENTS and is_fair
+
     cut = int(sum(corpus.lengths) * (1 - HELD_OUT_TAIL))
     document = 0  # number of the one at hand
     position = 0  # characters before the piece at hand
     for text, last in corpus.pieces():
         head = cut - position  # characters of this piece before the cut
-        if held_out is not None:
+        if by_document:
             yield ("val" if held_out[document] else "train"), text, last
         elif head <= 0:
             yield "val", text, last
@@ -165,20 +163,6 @@ def assign(corpus: Corpus) -> Iterator[Part]:
         position += len(text)
         if last:
             document += 1
-
-
-def choose_documents(corpus: Corpus) -> np.ndarray | None:
-    """Which documents are held out, as booleans; None if there are few or they are a poor sample.
-
-    The choice depends on a document's content alone, so a corpus that grows moves none of its
-    held-out documents into training.
-    """
-    if corpus.n_documents < MIN_DOCUMENTS:
-        return None
-    held_out = np.array(corpus.hashes, np.uint64) < np.uint64(HELD_OUT_DOCUMENTS * 2**64)
-    lengths = np.array(corpus.lengths)
-    fair = 0.01 <= lengths[held_out].sum() / lengths.sum() <= 0.2
-    return held_out if fair else None
 
 
 def groups(parts: Iterable[Part], size: int) -> Iterator[list[Part]]:
@@ -200,13 +184,6 @@ def is_prepared(path: Path) -> bool:
     """Whether `path` is a folder of token shards, ours or nanoGPT's."""
     shards = all((path / f"{split}.bin").is_file() for split in SPLITS)
     return shards or (path / HEADER).is_file()
-
-
-def open_prepared(folder: Path, tokenizer: Tokenizer) -> Dataset:
-    """The dataset in a folder that is_prepared; UserError unless `tokenizer` made its tokens."""
-    if (folder / HEADER).is_file():
-        return open_shards(folder, tokenizer)
-    return open_headerless(folder, tokenizer)
 
 
 def open_shards(folder: Path, tokenizer: Tokenizer) -> Dataset:

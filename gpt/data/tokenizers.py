@@ -30,12 +30,14 @@ OPENAI_ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")
 class Tokenizer(Protocol):
     """What the rest of the project needs of a tokenizer.
 
-    `eot_token` is the id that ends a text, or -1 for none (only `IdTokenizer`).
+    `eot_token` is the id that ends a text, or -1 for none (only `IdTokenizer`). `contents` is all
+    that decides the ids, as plain JSON.
     """
 
     name: str
     n_vocab: int
     eot_token: int
+    contents: dict[str, Any]
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of `text`, never a special one."""
@@ -51,16 +53,13 @@ class Tokenizer(Protocol):
         """The text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    def contents(self) -> dict[str, Any]:
-        """All that decides the ids, as plain JSON."""
-
 
 def create(name: str, documents: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
     """The tokenizer called `name` (byte, char, bpe, an OpenAI encoding), or saved in that file.
 
     `documents` yields the training text, read only by char and bpe; `vocab_size` is bpe's number
-    of ids, end-of-text included. Raises UserError for a wrong name, file or size, and for a
-    vocabulary that cannot be downloaded.
+    of ids, end-of-text included: there are fewer if the text is too small for that many merges.
+    Raises UserError for a wrong name, file or size, and for a vocabulary that cannot be downloaded.
     """
     if name == "byte":
         return byte_level("byte", BYTE_PATTERN, SINGLE_BYTES)
@@ -69,7 +68,16 @@ def create(name: str, documents: Callable[[], Iterable[str]], vocab_size: int) -
         require(bool(characters), "the char tokenizer needs text to learn its characters from")
         return CharTokenizer("".join(characters))
     if name == "bpe":
-        return train_bpe(documents(), vocab_size)
+        require(
+            vocab_size >= 257,
+            f"vocab_size is {vocab_size}: a bpe needs at least 257, the 256 bytes and end-of-text",
+        )
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(
+            documents(), vocab_size - 1, buffer_size=TRAINING_BUFFER, pattern=GPT4_PATTERN
+        )
+        by_rank = sorted(trainer.get_mergeable_ranks(), key=lambda entry: entry[1])
+        return byte_level("bpe", GPT4_PATTERN, [bytes(token) for token, _ in by_rank])
     if name in OPENAI_ENCODINGS:
         return openai_encoding(name)
     names = ", ".join(["byte", "char", "bpe", *OPENAI_ENCODINGS])
@@ -101,13 +109,11 @@ class ByteLevelTokenizer(tiktoken.Encoding):
         self.pattern = pattern
         self.ranks = ranks
         self.special_tokens = special_tokens
-
-    def contents(self) -> dict[str, Any]:
-        by_rank = sorted(self.ranks, key=self.ranks.__getitem__)
-        return {
-            "pattern": self.pattern,
+        by_rank = sorted(ranks, key=ranks.__getitem__)
+        self.contents = {
+            "pattern": pattern,
             "ranks": [base64.b64encode(token).decode() for token in by_rank],
-            "special_tokens": dict(sorted(self.special_tokens.items())),
+            "special_tokens": dict(sorted(special_tokens.items())),
         }
 
 
@@ -122,6 +128,7 @@ class CharTokenizer(Tokenizer):
         self.n_vocab = len(characters) + 1
         self._ids = {character: i for i, character in enumerate(characters)}
         self._bytes = [character.encode() for character in characters] + [END_OF_TEXT.encode()]
+        self.contents = {"characters": characters}
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of `text`, never the special one; UserError names a character without an id."""
@@ -136,9 +143,6 @@ class CharTokenizer(Tokenizer):
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return b"".join([self._bytes[i] for i in ids])
 
-    def contents(self) -> dict[str, Any]:
-        return {"characters": self.characters}
-
 
 class IdTokenizer(Tokenizer):
     """The ids themselves, for a model that came without a tokenizer: id 5 is written `<5>`."""
@@ -148,6 +152,7 @@ class IdTokenizer(Tokenizer):
     def __init__(self, n_vocab: int, eot_token: int = -1):
         self.n_vocab = n_vocab
         self.eot_token = eot_token
+        self.contents = {"n_vocab": n_vocab, "end": eot_token}
 
     def encode_ordinary(self, text: str) -> list[int]:
         """No ids for an empty text, if texts have an end here; UserError for any other."""
@@ -160,9 +165,6 @@ class IdTokenizer(Tokenizer):
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return "".join(f"<{i}>" for i in ids).encode()
-
-    def contents(self) -> dict[str, Any]:
-        return {"n_vocab": self.n_vocab, "end": self.eot_token}
 
 
 # ------------------------------------------------------------ byte-level BPEs
@@ -180,20 +182,6 @@ def byte_level(name: str, pattern: str, tokens: Iterable[bytes]) -> ByteLevelTok
     """A byte-level BPE of `tokens` in the order in which they are merged; end-of-text is last."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
     return ByteLevelTokenizer(name, pattern, ranks, {END_OF_TEXT: len(ranks)})
-
-
-def train_bpe(documents: Iterable[str], vocab_size: int) -> ByteLevelTokenizer:
-    """A byte-level BPE of `vocab_size` ids, fewer if the text is too small for that many merges."""
-    require(
-        vocab_size >= 257,
-        f"vocab_size is {vocab_size}: a bpe needs at least 257, the 256 bytes and end-of-text",
-    )
-    trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(
-        documents, vocab_size - 1, buffer_size=TRAINING_BUFFER, pattern=GPT4_PATTERN
-    )
-    by_rank = sorted(trainer.get_mergeable_ranks(), key=lambda entry: entry[1])
-    return byte_level("bpe", GPT4_PATTERN, [bytes(token) for token, _ in by_rank])
 
 
 def openai_encoding(name: str) -> ByteLevelTokenizer:
@@ -218,20 +206,6 @@ def openai_encoding(name: str) -> ByteLevelTokenizer:
     return ByteLevelTokenizer(name, parts["pat_str"], ranks, special_tokens)
 
 
-def read_rank_file(name: str, text: str) -> ByteLevelTokenizer:
-    """The tokenizer of a `.tiktoken` file: on each line a token in base64 and its rank.
-
-    It holds no pattern: text is split by cl100k_base's. ValueError unless the ranks are complete.
-    """
-    lines = [line.split() for line in text.splitlines() if line]
-    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    if sorted(ranks.values()) != list(range(len(lines))):
-        raise ValueError("its ranks are not 0, 1, 2, ...")
-    if not ranks.keys() >= set(SINGLE_BYTES):
-        raise ValueError("a single byte has no token")
-    return byte_level(name, GPT4_PATTERN, sorted(ranks, key=ranks.__getitem__))
-
-
 def without_lone_surrogates(text: str) -> str:
     """`text` as valid Unicode: surrogate pairs are joined, lone surrogates become U+FFFD."""
     try:
@@ -247,13 +221,20 @@ def without_lone_surrogates(text: str) -> str:
 def load(path: Path) -> Tokenizer:
     """The tokenizer in `path`: a JSON file written by `save`, or a `.tiktoken` file of ranks.
 
-    UserError for a damaged file.
+    A rank file holds no pattern: text is split by cl100k_base's. UserError for a damaged file.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        if path.suffix == ".tiktoken":
-            return read_rank_file(path.stem, text)
-        return from_json(json.loads(text))
+        if path.suffix != ".tiktoken":
+            return from_json(json.loads(text))
+
+        # On each line a token in base64 and its rank.
+        lines = [line.split() for line in text.splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        are_complete = sorted(ranks.values()) == list(range(len(lines)))
+        require(are_complete, "its ranks are not 0, 1, 2, ...")
+        require(ranks.keys() >= set(SINGLE_BYTES), "a single byte has no token")
+        return byte_level(path.stem, GPT4_PATTERN, sorted(ranks, key=ranks.__getitem__))
     except (OSError, ValueError, RecursionError, UserError) as error:
         raise UserError(f"cannot read the tokenizer {path}: {error}") from None
 
@@ -270,12 +251,12 @@ def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer as plain JSON values, with its digest."""
     header = {"format": FORMAT, "version": VERSION, "name": tokenizer.name}
     files = tokenizer.files_as_json() if isinstance(tokenizer, HFTokenizer) else {}
-    return header | tokenizer.contents() | files | {"digest": digest(tokenizer)}
+    return header | tokenizer.contents | files | {"digest": digest(tokenizer)}
 
 
 def digest(tokenizer: Tokenizer) -> str:
     """SHA-256 in hex of what decides the ids: equal on every machine, whatever the name."""
-    return sha256_of(tokenizer.contents())
+    return sha256_of(tokenizer.contents)
 
 
 def sha256_of(contents: dict[str, Any]) -> str:

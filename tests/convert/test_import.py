@@ -146,9 +146,9 @@ def test_an_index_that_does_not_fit_is_refused(index, reason, tmp_path):
 @pytest.mark.parametrize(
     ("file", "advice"),
     {
-        "pytorch_model.bin": r"holds no model.*A pickle.*save_pretrained\(NEW_FOLDER\)$",
-        "ckpt.pt": r"A pickle.*if it is nanoGPT's, docs/weights.md has .*nanochat's models cannot",
-        "readme.txt": "shards with their index$",
+        "pytorch_model.bin": r"A pickle.*save it with save_pretrained\(NEW_FOLDER\)",
+        "ckpt.pt": r"docs/weights.md says what to do with nanoGPT's ckpt.pt, and nanochat's models",
+        "readme.txt": "holds no model.safetensors.*shards with their index$",
     }.items(),
 )
 def test_what_is_not_a_models_folder_is_refused_with_advice(file, advice, tmp_path):

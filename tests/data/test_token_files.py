@@ -164,10 +164,10 @@ def test_prepared_shards_are_recognised_and_opened(tmp_path):
     for path in (tmp_path, tmp_path / "missing", tmp_path / "text" / "0000.txt"):
         assert not token_files.is_prepared(path)
     own = tokenizers.load(folder / "tokenizer.json")
-    assert len(token_files.open_prepared(folder, own).val) == 24
+    assert len(token_files.open_shards(folder, own).val) == 24
     char = tokenizers.create("char", lambda: ["helo wrd"], 0)
     with pytest.raises(UserError, match=r"another tokenizer: pass --tokenizer .*tokenizer.json"):
-        token_files.open_prepared(folder, char)
+        token_files.open_shards(folder, char)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_wrong_header_is_refused(change, tmp_path):
         change = json.dumps(json.loads(path.read_text()) | change)
     path.write_text(change)
     with pytest.raises(UserError, match="damaged, delete the folder"):
-        token_files.open_prepared(path.parent, BYTE)
+        token_files.open_shards(path.parent, BYTE)
 
 
 def test_truncated_or_missing_token_files_are_refused(tmp_path):
@@ -196,10 +196,10 @@ def test_truncated_or_missing_token_files_are_refused(tmp_path):
     for content in (whole[:-2], whole[:-1], b""):
         (folder / "val.bin").write_bytes(content)
         with pytest.raises(UserError, match=r"val\.bin"):
-            token_files.open_prepared(folder, BYTE)
+            token_files.open_shards(folder, BYTE)
     (folder / "val.bin").unlink()
     with pytest.raises(UserError, match=r"val\.bin"):
-        token_files.open_prepared(folder, BYTE)
+        token_files.open_shards(folder, BYTE)
 
 
 def test_nanogpts_headerless_files_are_read(tmp_path):
@@ -207,15 +207,15 @@ def test_nanogpts_headerless_files_are_read(tmp_path):
     for split, tokens in ids.items():
         np.array(tokens, "<u2").tofile(tmp_path / f"{split}.bin")
     assert token_files.is_prepared(tmp_path)
-    data = token_files.open_prepared(tmp_path, BYTE)
+    data = token_files.open_headerless(tmp_path, BYTE)
     assert data.train.array.tolist() == ids["train"] and data.val.array.tolist() == ids["val"]
     assert (data.train.n_bytes, data.val.n_bytes) == (300, 40)  # end-of-text is no text
     np.array([104, 257], "<u2").tofile(tmp_path / "val.bin")
     with pytest.raises(UserError, match=r"val\.bin holds token 257, but byte has only 257"):
-        token_files.open_prepared(tmp_path, BYTE)
+        token_files.open_headerless(tmp_path, BYTE)
     changed = [*ids["val"][:-1], 106]
     np.array(changed, "<u2").tofile(tmp_path / "val.bin")
-    assert token_files.open_prepared(tmp_path, BYTE).fingerprint != data.fingerprint
+    assert token_files.open_headerless(tmp_path, BYTE).fingerprint != data.fingerprint
 
 
 @pytest.mark.slow
