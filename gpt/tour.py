@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
     command = cli.parse(Command, argv, program="python -m gpt.tour", description=__doc__)
     both = command.prompt is not None and command.prompt_ids is not None
     require(not both, "--prompt and --prompt-ids exclude each other: choose one")
+    require_file_path("--out", command.out)
     prompt: str | list[int] = EXAMPLE_PROMPT
     if command.prompt_ids is not None:
         prompt = terminal.parse_ids("--prompt-ids", command.prompt_ids)
@@ -69,13 +70,10 @@ def main(argv: list[str]) -> None:
 
     cli.prepare_jax()
     from gpt.data.tokenizers import IdTokenizer
-    from gpt.reports import html, tour, tour_recorder
+    from gpt.reports import tour, tour_recorder
     from gpt.sampling.language_model import load
 
-    require_file_path("--out", command.out)
-    load_flags = {"step": command.step, "dtype": command.dtype, "weights": command.weights}
-    load_flags = {name: value for name, value in load_flags.items() if value is not None}
-    model = load(command.checkpoint, **load_flags)
+    model = load(command.checkpoint, command.step, command.dtype, command.weights)
     if isinstance(model.tokenizer, IdTokenizer):
         # An empty prompt is read as end-of-text, where the model has one.
         is_readable = bool(prompt) or model.tokenizer.eot_token >= 0
@@ -85,8 +83,8 @@ def main(argv: list[str]) -> None:
             'ids, as in --prompt-ids "1 2 3"',
         )
     record = tour_recorder.record_tour(model, prompt, command.settings)
-    source = tour.Source(command.checkpoint, load_flags, cli.interpreter())
-    html.write(command.out, tour.build_tour(record, model, source, command.settings))
+    page = tour.build_tour(record, model, command.checkpoint.name)
+    command.out.write_text(page, encoding="utf-8", errors="replace")
     print(f"tour           {command.out} ({command.out.stat().st_size / 1e6:.2f} MB)")
 
 

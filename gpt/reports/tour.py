@@ -1,66 +1,66 @@
 """The tour page: a prompt on its way through a model, as recorded by tour_recorder.py.
 
-Sections in the order of the page. What does not depend on the token or head that the reader picks
-is HTML; attention maps, scores and the logit lens are painted by tour.js from packed arrays.
+tour.html has the text of the page. What does not depend on the token or head that the reader picks
+is filled in here; attention maps, scores and the logit lens are painted by tour.js from packed
+arrays.
 """
 
-import codecs
-import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any
+import base64
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from string import Template
 
 import numpy as np
 
 from gpt import flops
-from gpt.reports.html import build_page, escape, pack, table
+from gpt.reports.html import build_page, escape, read_asset, script_json, table
 from gpt.reports.tour_recorder import ModelCall, SampledToken, TourRecord
-from gpt.sampling.settings import Settings
 from gpt.sampling.text_stream import split_end
 from gpt.terminal import visible
 
 MAX_TABLE_ROWS = 10  # likeliest tokens shown of a distribution
 MAX_SLOTS = 128  # of the cache, shown
+MAX_UINT16 = 65535
 
 DecodeBytes = Callable[[Sequence[int]], bytes]
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where the model came from: the run, the flags it was loaded with by name, and the Python
-    interpreter as the user types it."""
-
-    run: Path
-    load_flags: Mapping[str, Any] = field(default_factory=dict)
-    python: str = "python"
-
-
-def build_tour(record: TourRecord, model, source: Source, settings: Settings) -> str:
-    """The whole page."""
+def build_tour(record: TourRecord, model, run_name: str) -> str:
+    """The whole page. `model`: as `gpt.load` returns it."""
     decode_bytes = model.tokenizer.decode_bytes
-    ids = [*record.prompt_ids, *(sampled.token for sampled in record.sampled)]
-    tokens = display_tokens(ids, decode_bytes)
+    new_ids = [sampled.token for sampled in record.sampled]
+    tokens = display_tokens([*record.prompt_ids, *new_ids], decode_bytes)
+    T = len(record.prompt_ids)
     prompt = record.prompt or decode_bytes(record.prompt_ids).decode("utf-8", "replace")
-    body = f"""<header>
-<h1>How “{escape(prompt)}” goes through the model</h1>
-{introduction(record, model, source, settings)}
-</header>
-<main>
-<noscript><p><b>The maps and scores below need JavaScript, which is turned off.</b></p></noscript>
-{tokens_section(record, tokens)}
-{shapes_section(record)}
-<div class="picker" aria-label="What is shown below">
-<div class="chips" id="tokens" role="radiogroup" aria-label="Token"></div>
-<div class="soft" id="picked" aria-live="polite"></div>
-</div>
-{ATTENTION_SECTION}
-{scores_section(record)}
-{lens_section(record)}
-{regimes_section(record, tokens, decode_bytes)}
-</main>"""
-    data = script_data(record, tokens, decode_bytes)
-    return build_page(f"Tour: {prompt[:60]}", body, "tour.js", data)
+    # New tokens may complete a character that the prompt ended in.
+    _, unfinished = split_end(decode_bytes(record.prompt_ids))
+    new_text = (unfinished + decode_bytes(new_ids)).decode("utf-8", "replace")
+
+    axes, shapes = describe_shapes(record)
+    body = Template(read_asset("tour.html")).substitute(
+        prompt=escape(prompt),
+        run=escape(run_name),
+        step=f"{model.step:,}",
+        n_layers=record.config.n_layers,
+        n_heads=record.config.n_heads,
+        n_parameters=f"{flops.parameters(record.config):,}",
+        text=escape(record.prompt),
+        new_text=escape(new_text),
+        n_calls=len(record.calls),
+        n_positions=len(record.read_ids),
+        vocab_size=f"{record.config.vocab_size:,}",
+        prompt_chips="".join(map(chip, tokens[:T], record.prompt_ids)),
+        new_chips="".join(map(sampled_chip, tokens[T:], new_ids)),
+        axes=axes,
+        shapes=shapes,
+        steps="".join(describe_call(record, i, tokens, decode_bytes) for i in range(len(new_ids))),
+    )
+    data = script_json(script_data(record, tokens, decode_bytes))
+    scripts = f"""<script type="application/json" id="data">{data}</script>
+<script>
+{read_asset("tour.js")}
+</script>"""
+    return build_page(f"Tour: {prompt[:60]}", body, scripts)
 
 
 def script_data(
@@ -78,18 +78,28 @@ def script_data(
         "v": pack(record.cached("v")),
         "mix": pack(record.by_position("mix")),
         "scores": pack(record.attention_map("scores")),
-        "weights": pack(record.attention_map("weights"), 0.0, 1.0),
+        "weights": pack(record.attention_map("weights")),
         "groups": record.config.n_heads // record.config.kv_heads,
         "prefilled": len(record.prompt_ids),
-        "tokens": [[t.text, int(t.is_partial), t.character] for t in tokens[: len(ids)]],
+        "tokens": [[t.text, int(t.is_partial), t.characters] for t in tokens[: len(ids)]],
         "following": [*ids[1:], record.sampled[-1].token],
         "words": lens_words,
         "lens": {
             "layers": record.lens_layers,
             "ids": record.lens_ids.tolist(),
-            "probs": pack(record.lens_probs, 0.0, 1.0),
+            "probs": pack(record.lens_probs),
         },
     }
+
+
+def pack(array: np.ndarray) -> dict:
+    """An array as base64, 16 bits per number between 0, or its smallest value, and its largest. The
+    error is at most half of `width` / 65535."""
+    low = float(array.min(initial=0))
+    width = float(array.max(initial=0)) - low or 1.0
+    levels = np.rint((array - low) / width * MAX_UINT16).astype("<u2")
+    data = base64.b64encode(levels.tobytes()).decode()
+    return {"shape": list(array.shape), "low": low, "width": width, "data": data}
 
 
 # Tokens as text
@@ -97,37 +107,34 @@ def script_data(
 
 @dataclass(frozen=True)
 class DisplayToken:
-    """A token as it is shown. `is_partial`: it is a part of a character and `text` has its bytes;
-    `character`: the character that it makes together with its neighbors."""
+    """A token as it is shown. `is_partial`: it ends within a character and `text` has its bytes;
+    `characters`: those that it makes together with its neighbors."""
 
     text: str
     is_partial: bool = False
-    character: str = ""
+    characters: str = ""
 
 
 def display_tokens(ids: Sequence[int], decode_bytes: DecodeBytes) -> list[DisplayToken]:
     """The tokens of a text. Spaces and line ends are shown as symbols."""
     token_bytes = [decode_bytes([token]) for token in ids]
+    text = b"".join(token_bytes).decode("utf-8", "surrogateescape")
+    character_of_byte = [
+        i for i, character in enumerate(text) for _ in character.encode("utf-8", "surrogateescape")
+    ]
     shown = []
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     start = 0
-    for i, token in enumerate(token_bytes):
+    for token in token_bytes:
+        end = start + len(token)
         try:
             shown.append(DisplayToken(show_blanks(token.decode())))
         except UnicodeDecodeError:
-            text = token.decode("utf-8", "backslashreplace")
-            shown.append(DisplayToken(show_blanks(text), is_partial=True))
-
-        # Where a character is complete, tell all tokens since the last such place.
-        decoded = decoder.decode(token)
-        if decoder.getstate()[0]:
-            continue
-        if "\ufffd" not in decoded:
-            character = show_blanks(b"".join(token_bytes[start : i + 1]).decode("utf-8", "replace"))
-            for j in range(start, i + 1):
-                if shown[j].is_partial:
-                    shown[j] = DisplayToken(shown[j].text, True, character)
-        start = i + 1
+            around = text[character_of_byte[start] : character_of_byte[end - 1] + 1]
+            if any("\ud800" <= character <= "\udfff" for character in around):
+                around = ""  # bytes that are no part of a character
+            escaped = show_blanks(token.decode("utf-8", "backslashreplace"))
+            shown.append(DisplayToken(escaped, is_partial=True, characters=show_blanks(around)))
+        start = end
     return shown
 
 
@@ -135,118 +142,44 @@ def show_blanks(text: str) -> str:
     return visible(text.translate(str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})))
 
 
-def chip(token: DisplayToken, token_id: int | None = None, is_sampled: bool = False) -> str:
+def chip(token: DisplayToken, token_id: int | None = None, css_class: str = "chip") -> str:
     """A token in a frame."""
-    css_class = "chip"
     if token.is_partial:
         css_class += " bytes"
-    if is_sampled:
-        css_class += " sampled"
-    title = f' title="part of {escape(token.character)}"' if token.character else ""
+    title = f' title="part of {escape(token.characters)}"' if token.characters else ""
     number = "" if token_id is None else f"<sup>{token_id}</sup>"
     return f'<span class="{css_class}"{title}>{escape(token.text)}{number}</span>'
 
 
-# Introduction, and sections 1 to 5
+def sampled_chip(token: DisplayToken, token_id: int | None = None) -> str:
+    return chip(token, token_id, "chip sampled")
 
 
-def introduction(record: TourRecord, model, source: Source, settings: Settings) -> str:
-    """The model, what it wrote, and the command that writes the same."""
-    c = record.config
-    # New tokens may complete a character that the prompt ended in.
-    _, unfinished = split_end(model.tokenizer.decode_bytes(record.prompt_ids))
-    new_bytes = model.tokenizer.decode_bytes([sampled.token for sampled in record.sampled])
-    new_text = (unfinished + new_bytes).decode("utf-8", "replace")
-    return f"""<p>{escape(source.run.name)}, step {model.step:,}: {c.n_layers} layers of {c.n_heads}
-heads, {flops.parameters(c):,} parameters. It read the prompt, then wrote:</p>
-<pre>{escape(record.prompt)}<b>{escape(new_text)}</b></pre>
-<p class="soft">Every number below is the model’s own, recorded during its forward pass in
-{len(record.calls)} calls over {len(record.read_ids)} positions.
-<code>{escape(sample_command(source, record, settings))}</code> writes the same text.</p>"""
+# Shapes
 
 
-def sample_command(source: Source, record: TourRecord, settings: Settings) -> str:
-    """The sample.py command that writes the same text."""
-    words = [source.python, "sample.py", str(source.run)]
-    for name, value in source.load_flags.items():
-        words += [f"--{name}", str(value)]
-    if record.prompt_is_ids:
-        words += ["--prompt-ids", " ".join(map(str, record.prompt_ids))]
-    else:
-        words.append(f"--prompt={record.prompt}")
-    for setting in fields(Settings):
-        value = getattr(settings, setting.name)
-        if value != getattr(Settings(), setting.name):
-            words += ["--" + setting.name.replace("_", "-"), str(value)]
-    return shlex.join(words)
-
-
-def tokens_section(record: TourRecord, tokens: list[DisplayToken]) -> str:
-    T = len(record.prompt_ids)
-    prompt = "".join(map(chip, tokens[:T], record.prompt_ids))
-    new = "".join(
-        chip(token, sampled.token, is_sampled=True)
-        for token, sampled in zip(tokens[T:], record.sampled, strict=True)
-    )
-    partial = ""
-    if any(token.is_partial for token in tokens):
-        partial = "<p>Colored tokens are bytes: a character was split into several tokens.</p>"
-    return f"""<section><h2>1. Tokens</h2>
-<p>The model does not see letters. The tokenizer splits the text into pieces from a fixed list of
-{record.config.vocab_size:,}, and the model gets their numbers. ␣ is a space, ⏎ a line end.</p>
-<div class="chips" id="prompt">{prompt}</div>
-{partial}
-<p>The model then wrote these (dashed), one token at a time; each was read before the next:</p>
-<div class="chips">{new}</div></section>"""
-
-
-AXES = {
-    "B": "rows of the batch, here one",
-    "T": "tokens read in one call",
-    "S": "keys attended to: in prefill those of the prompt, then all slots of the cache",
-    "D": "width of the residual stream",
-    "N": "query heads",
-    "K": "key/value heads",
-    "G": "query heads per key/value head, N/K",
-    "H": "width of one head",
-    "F": "width of the MLP",
-    "V": "vocabulary",
-    "L": "layers",
-}
-
-
-def shapes_section(record: TourRecord) -> str:
-    """The shapes of all arrays, in prefill and in a decode step."""
+def describe_shapes(record: TourRecord) -> tuple[str, str]:
+    """The axes, and the shapes of all arrays in prefill and in a decode step, as HTML."""
     c = record.config
     T = len(record.prompt_ids)
-    sizes = {"B": 1, "T": T, "S": T, "D": c.d_model, "N": c.n_heads, "K": c.kv_heads}
-    sizes |= {"G": c.n_heads // c.kv_heads, "H": c.head_width, "F": c.ff_width}
-    sizes |= {"V": c.vocab_size, "L": c.n_layers}
+    axes = [
+        ("B", 1, "rows of the batch, here one"),
+        ("T", T, "tokens read in one call"),
+        ("S", T, "keys attended to: in prefill those of the prompt, then all slots of the cache"),
+        ("D", c.d_model, "width of the residual stream"),
+        ("N", c.n_heads, "query heads"),
+        ("K", c.kv_heads, "key/value heads"),
+        ("G", c.n_heads // c.kv_heads, "query heads per key/value head, N/K"),
+        ("H", c.head_width, "width of one head"),
+        ("F", c.ff_width, "width of the MLP"),
+        ("V", c.vocab_size, "vocabulary"),
+        ("L", c.n_layers, "layers"),
+    ]
     legend = "".join(
-        f"<div><dt>{axis}</dt><dd>{sizes[axis]:,} <small>{meaning}</small></dd></div>"
-        for axis, meaning in AXES.items()
+        f"<div><dt>{letter}</dt><dd>{size:,} <small>{meaning}</small></dd></div>"
+        for letter, size, meaning in axes
     )
 
-    calls = {"prefill": record.calls[0]}
-    if len(record.calls) > 1:
-        calls["a decode step"] = record.calls[-1]
-    rows = []
-    for name, axes, explanation in forward_stages(record):
-        row = [f"{name} <code>{axes}</code><br><small>{explanation}</small>"]
-        for call in calls.values():
-            sizes |= {"T": len(call.tokens), "S": call.arrays["k"].shape[2]}
-            shape = ", ".join(str(sizes[axis]) for axis in axes)
-            row.append(f'<span class="mono">[{shape}]</span>')
-        rows.append(row)
-    return f"""<section><h2>2. Shapes</h2>
-<p>Every stage of the forward pass is an array of numbers. A letter stands for each of its axes:</p>
-<dl class="facts">{legend}</dl>
-{table(["stage", *calls], rows, "shapes")}</section>"""
-
-
-def forward_stages(record: TourRecord) -> list[tuple[str, str, str]]:
-    """The stages of the forward pass: name, axes, explanation."""
-    c = record.config
     position, rotated = "", ""
     if c.positions == "learned":
         position = " plus a learned vector for its position"
@@ -254,7 +187,7 @@ def forward_stages(record: TourRecord) -> list[tuple[str, str, str]]:
         position = " plus sines and cosines of its position"
     elif c.positions == "rope":
         rotated = ", then rotated by an angle proportional to the position"
-    return [
+    stages = [
         ("token ids", "BT", "the numbers of the tokens"),
         ("embedding", "BTD", f"each token’s row of a table{position}"),
         ("queries", "BTNH", f"what each token looks for: a learned projection{rotated}"),
@@ -267,82 +200,40 @@ def forward_stages(record: TourRecord) -> list[tuple[str, str, str]]:
         ("MLP", "BTF", f"each token by itself: wider, {escape(c.mlp)}, back, and added too"),
         ("logits", "BV", f"after {c.n_layers} such layers: a score for every possible next token"),
     ]
+    calls = {"prefill": record.calls[0]}
+    if len(record.calls) > 1:
+        calls["a decode step"] = record.calls[-1]
+    sizes = {letter: size for letter, size, _ in axes}
+    rows = []
+    for name, letters, explanation in stages:
+        row = [f"{name} <code>{letters}</code><br><small>{explanation}</small>"]
+        for call in calls.values():
+            sizes |= {"T": len(call.tokens), "S": call.arrays["k"].shape[2]}
+            shape = ", ".join(str(sizes[letter]) for letter in letters)
+            row.append(f'<span class="mono">[{shape}]</span>')
+        rows.append(row)
+    return legend, table(["stage", *calls], rows, "shapes")
 
 
-ATTENTION_SECTION = """<section><h2>3. Attention</h2>
-<p>Each small square is one head: a row for each token as query, a column for each token as key. The
-stronger the color, the larger the weight of that key. Nothing above the diagonal is used: later
-tokens are masked. Pick a head; then move over the large map, or use the arrow keys in it.</p>
-<div class="attention">
-<div><div class="heads" id="heads" role="radiogroup" aria-label="Layer and head"></div></div>
-<figure><canvas id="map" tabindex="0" role="img" aria-describedby="cell"></canvas>
-<figcaption class="readout" id="cell" aria-live="polite"></figcaption>
-<figcaption id="parts"></figcaption></figure>
-</div></section>"""
+# Prefill and decode
 
 
-def scores_section(record: TourRecord) -> str:
-    c = record.config
-    notes = ""
-    if c.qk_norm:
-        notes += (
-            " Queries and keys are normalized first, so that no score grows too large (QK-norm)."
-        )
-    if c.positions == "rope":
-        notes += " They are shown after the rotation by their positions (RoPE)."
-    return f"""<section><h2>4. The scores of one query</h2>
-<p>Queries, keys and values come from three separate learned projections of the same tokens. The
-score of a query and a key is their dot product q·k. It is divided by √H = √{c.head_width}, so that
-its size does not depend on the width of the head; scores of later tokens are masked; softmax turns
-the others into weights that sum to 1. The output is the sum of the values with these
-weights.{notes}</p>
-<p class="readout" id="question"></p>
-<div id="query"></div>
-<div class="scroll" tabindex="0" id="scores"></div>
-<div id="answer"></div></section>"""
-
-
-def lens_section(record: TourRecord) -> str:
-    start = "the embedding alone" if record.lens_layers[0] == 0 else "the first layer"
-    return f"""<section><h2>5. What each layer predicts</h2>
-<p>Each layer adds to the residual stream. If the model stopped after a layer, its head would
-already predict the next token: here from {start} to all {record.config.n_layers} layers (the
-“logit lens”). The token that really came next is marked.</p>
-<div class="scroll lens" tabindex="0" id="lens"></div></section>"""
-
-
-# Section 6: prefill and decode
-
-
-REGIMES_INTRODUCTION = """<h2>6. Two regimes: prefill, then decode</h2>
-<p><b>Prefill</b> reads the whole prompt at once: large matrix products for all tokens together,
-bound by arithmetic. It leaves the keys and values of each position in the cache, and one
-distribution: that of the next token. Each <b>decode</b> step then reads one token: it writes one
-key and one value per layer and head, and reads all earlier ones and all weights to do little
-arithmetic: bound by memory bandwidth.</p>
-<p class="key soft">A slot of the cache: <span class="slot read"></span>read
-<span class="slot written"></span>written now <span class="slot"></span>empty</p>
-<div class="steps" id="steps" role="radiogroup" aria-label="Prefill or decode step"></div>"""
-
-
-def regimes_section(
-    record: TourRecord, tokens: list[DisplayToken], decode_bytes: DecodeBytes
+def describe_call(
+    record: TourRecord, i: int, tokens: list[DisplayToken], decode_bytes: DecodeBytes
 ) -> str:
-    """All calls of the model, one below the other; the script shows one at a time."""
+    """A call of the model and the token sampled after it, as HTML; the script shows one of them."""
+    call, sampled = record.calls[i], record.sampled[i]
     T = len(record.prompt_ids)
-    steps = []
-    for i, (call, sampled) in enumerate(zip(record.calls, record.sampled, strict=True)):
-        name, title = "prefill", "Prefill"
-        if i > 0:
-            name = f"step {i}"
-            title = f"Decode step {i}: reads {tokens[T + i - 1].text}"
-        steps.append(
-            f'<article class="step" data-name="{name}"><h3>{escape(title)}</h3>'
-            f"{describe_cache(record, call)}"
-            f"{distribution_table(sampled, decode_bytes)}"
-            f"<p>{explain_choice(sampled, tokens[T + i])}</p></article>"
-        )
-    return f"<section>{REGIMES_INTRODUCTION}{''.join(steps)}</section>"
+    name, title = "prefill", "Prefill"
+    if i > 0:
+        name = f"step {i}"
+        title = f"Decode step {i}: reads {tokens[T + i - 1].text}"
+    return (
+        f'<article class="step" data-name="{name}"><h3>{escape(title)}</h3>'
+        f"{describe_cache(record, call)}"
+        f"{distribution_table(sampled, decode_bytes)}"
+        f"<p>{explain_choice(sampled, tokens[T + i])}</p></article>"
+    )
 
 
 def describe_cache(record: TourRecord, call: ModelCall) -> str:
@@ -364,13 +255,12 @@ def describe_cache(record: TourRecord, call: ModelCall) -> str:
         read = f"{n_before:,} positions, {format_bytes(flops.cache_bytes(c, 1, n_before))}"
         n_bytes = flops.decode_bytes(c, 1, n_before)
     n_flops = flops.forward_flops(c, n_new, n_before, 1)
-    tokens = "token" if n_new == 1 else "tokens"
     label = f"cache: {n_before} slots read, {n_new} written"
     return f"""<div class="slots" role="img" aria-label="{label}">{slots}</div>
 <p>Wrote {wrote}: a key and a value in each of {c.n_layers} layers and {c.kv_heads} heads,
 {written_size}. Read {read}.</p>
-<p class="soft">{n_flops / n_new / 1e6:,.2f} million operations per token, {format_bytes(n_bytes)}
-moved for {n_new} {tokens}, weights included:
+<p class="soft">{n_flops / n_new / 1e6:,.2f} million operations per token;
+{format_bytes(n_bytes)} moved, weights included:
 <b>{n_flops / n_bytes:,.1f} operations per byte</b>.</p>"""
 
 
@@ -389,29 +279,10 @@ def distribution_table(sampled: SampledToken, decode_bytes: DecodeBytes) -> str:
     rows = []
     for token in top:
         (shown,) = display_tokens([token], decode_bytes)
-        cells = "".join(f"<td>{format_prob(probs[token])}</td>" for probs in stages.values())
-        css_class = ' class="chosen"' if token == sampled.token else ""
-        rows.append(f"<tr{css_class}><td>{chip(shown)}</td>{cells}</tr>")
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("next token", *stages))
-    counts = "".join(
-        f'<td class="soft">{np.count_nonzero(probs):,}</td>' for probs in stages.values()
-    )
-    return f"""<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>
-<tbody>{"".join(rows)}<tr><td class="soft">tokens left</td>{counts}</tr></tbody></table></div>"""
-
-
-def explain_choice(sampled: SampledToken, shown: DisplayToken) -> str:
-    """How the token was chosen among those that were left."""
-    if sampled.uniform is None:
-        return f"Temperature 0: the likeliest token is taken, {chip(shown, is_sampled=True)}."
-    probs = list(sampled.stages.values())[-1]
-    low = float(probs[: sampled.token].sum(dtype=np.float64))
-    high = low + float(probs[sampled.token])
-    return (
-        "The probabilities laid end to end, in the order of the vocabulary, cover 0 to 1. The "
-        f"random number {sampled.uniform:.4f} falls between {low:.4f} and {high:.4f}: "
-        f"{chip(shown, is_sampled=True)}."
-    )
+        name = sampled_chip(shown) if token == sampled.token else chip(shown)
+        rows.append([name, *(format_prob(probs[token]) for probs in stages.values())])
+    rows.append(["tokens left", *(f"{np.count_nonzero(probs):,}" for probs in stages.values())])
+    return table(["next token", *stages], rows, "distribution")
 
 
 def format_prob(p: float) -> str:
@@ -420,3 +291,17 @@ def format_prob(p: float) -> str:
         return '<span class="gone">–</span>'
     text = f"{p:.1%}" if p >= 0.001 else f"{p:.0e}".replace("e-0", "e-")
     return f'<span class="share" style="--p:{100 * p:.1f}%">{text}</span>'
+
+
+def explain_choice(sampled: SampledToken, shown: DisplayToken) -> str:
+    """How the token was chosen among those that were left."""
+    if sampled.uniform is None:
+        return f"Temperature 0: the likeliest token is taken, {sampled_chip(shown)}."
+    probs = list(sampled.stages.values())[-1]
+    low = float(probs[: sampled.token].sum(dtype=np.float64))
+    high = low + float(probs[sampled.token])
+    return (
+        "The probabilities laid end to end, in the order of the vocabulary, cover 0 to 1. The "
+        f"random number {sampled.uniform:.4f} falls between {low:.4f} and {high:.4f}: "
+        f"{sampled_chip(shown)}."
+    )

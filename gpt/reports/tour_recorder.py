@@ -18,7 +18,7 @@ from gpt.config import ModelConfig
 from gpt.errors import require
 from gpt.model import kv_cache as kv
 from gpt.model import transformer
-from gpt.model.attention import Attend, attend
+from gpt.model.attention import attend
 from gpt.sampling import engine, generate, sampler
 from gpt.sampling.sampler import SamplingParams
 from gpt.sampling.settings import Settings
@@ -60,7 +60,6 @@ class SampledToken:
 class TourRecord:
     """The prefill and the decode steps, the token sampled after each, and the logit lens.
 
-    `prompt_is_ids`: the prompt was given as token ids, and `prompt` is their text.
     `lens_ids`, `lens_probs` [layers, P, LENS_TOP]: what the residual stream predicts after each of
     `lens_layers`, where 0 is the embedding.
     """
@@ -68,7 +67,6 @@ class TourRecord:
     config: ModelConfig
     prompt: str
     prompt_ids: list[int]
-    prompt_is_ids: bool
     calls: list[ModelCall]
     sampled: list[SampledToken]
     lens_layers: list[int]
@@ -108,59 +106,57 @@ def record_tour(model, prompt: generate.Prompt, settings: Settings) -> TourRecor
     config, params = model.config, model.params
     context, eot = config.context_length, model.tokenizer.eot_token
     read = generate.read_prompt(model, prompt)
-    text, prompt_ids = read.text, read.ids
-    T = len(prompt_ids)
-    fits = len(prompt_ids) <= context
+    T = len(read.ids)
     require(
-        fits,
+        len(read.ids) <= context,
         f"the prompt has {T} tokens: expected at most the model's context of {context}",
     )
     n_new = min(settings.max_new_tokens, context + 1 - T)
     require_page_size(config, T + n_new - 1)
 
     # Prefill, then room in the cache for all that follows.
-    call, cache = call_model(config, params, kv.empty(config, 1), prompt_ids)
+    call, cache = call_model(config, params, kv.empty(config, 1), read.ids)
     cache = engine.grow(cache, engine.bucket(T + n_new - 1, context))
     calls, sampled = [call], []
 
     # Sample a token and read it, until the last one.
-    params_of_row = generate.sampling_params([settings], config.vocab_size, eot)
-    stage_names = active_settings(settings)
+    sampling = generate.sampling_params([settings], config.vocab_size, eot)
+    names = active_settings(settings)
     seen_V = np.zeros(config.vocab_size, bool)
-    seen_V[prompt_ids] = True
+    seen_V[read.ids] = True
     while True:
         require(
             bool(np.isfinite(call.logits_TV).all()),
             "the model's output is not a number: its training diverged or its weights are damaged; "
             "take another checkpoint",
         )
-        position = T + len(sampled)
-        logits_V = call.logits_TV[-1]
-        sampled.append(sample_token(logits_V, params_of_row, stage_names, seen_V, position))
-        token = sampled[-1].token
+        position_B = np.array([T + len(sampled)], np.int32)
+        drawn = sample_recording(call.logits_TV[-1:], sampling, seen_V[None], position_B, names)
+        token, uniform, stages = jax.device_get(drawn)
+        stages = dict(zip(("the model", *names), stages, strict=True))
+        number = None if settings.temperature == 0 else float(uniform)
+        sampled.append(SampledToken(int(token), stages, number))
         if token == eot or len(sampled) == n_new:
             break
         seen_V[token] = True
-        call, cache = call_model(config, params, cache, [token])
+        call, cache = call_model(config, params, cache, [int(token)])
         calls.append(call)
 
     read_ids = [token for call in calls for token in call.tokens]
     lens = logit_lens(config, params, read_ids)
-    return TourRecord(config, text, prompt_ids, not isinstance(prompt, str), calls, sampled, *lens)
+    return TourRecord(config, read.text, read.ids, calls, sampled, *lens)
 
 
 def require_page_size(config: ModelConfig, n_positions: int) -> None:
     """UserError if the arrays of so many positions are too large for a page."""
     L, N, K, H = config.n_layers, config.n_heads, config.kv_heads, config.head_width
-
-    def size(P: int) -> float:  # two bytes per number, as base64
-        return L * P * (2 * N * P + (N + 2 * K) * H) * 2 * 4 / 3
-
-    fitting = max((P for P in range(1, 1024) if size(P) <= MAX_BYTES), default=1)
+    n_numbers = L * n_positions * (2 * N * n_positions + (N + 2 * K) * H)
+    n_bytes = n_numbers * 2 * 4 / 3  # two bytes each, as base64
     require(
-        n_positions <= fitting,
-        f"the prompt and the new tokens take {n_positions} positions: a page of this model holds "
-        f"{fitting}; give a shorter prompt or a smaller --max-new-tokens",
+        n_bytes <= MAX_BYTES,
+        f"a page of {n_positions} positions of this model would have {n_bytes / 1e6:.0f} MB: "
+        f"expected at most {MAX_BYTES / 1e6:.0f}; give a shorter prompt or a smaller "
+        "--max-new-tokens",
     )
 
 
@@ -186,15 +182,6 @@ def call_model(config: ModelConfig, params: dict, cache: kv.KVCache, tokens: Seq
 def forward_recording(config: ModelConfig, params: dict, cache: kv.KVCache, tokens_BT: jax.Array):
     """The forward pass: the new cache, logits_BTV, and the arrays of every layer."""
     layers: list[dict] = []
-    model = transformer.bind(config, params)
-    x_BTD, cache = model.hidden(tokens_BT, cache, attend=recording_attention(layers))
-    logits_BTV = model.unembed(x_BTD)
-    arrays = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
-    return cache.advanced(jnp.int32(tokens_BT.shape[1])), logits_BTV, arrays
-
-
-def recording_attention(layers: list[dict]) -> Attend:
-    """The model's attention, which also appends its inputs and outputs to `layers`."""
 
     def attend_recording(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop):
         mix_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
@@ -209,7 +196,11 @@ def recording_attention(layers: list[dict]) -> Attend:
         layers.append({name: array[0].astype(jnp.float32) for name, array in arrays.items()})
         return mix_BTNH
 
-    return attend_recording
+    model = transformer.bind(config, params)
+    x_BTD, cache = model.hidden(tokens_BT, cache, attend=attend_recording)
+    logits_BTV = model.unembed(x_BTD)
+    arrays = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+    return cache.advanced(jnp.int32(tokens_BT.shape[1])), logits_BTV, arrays
 
 
 def dot_products(q_BTNH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
@@ -250,26 +241,6 @@ def changed_slots(before: kv.KVCache, after: kv.KVCache) -> list[int]:
 # A sampled token
 
 
-def sample_token(
-    logits_V: np.ndarray,
-    rows: SamplingParams,
-    names: tuple[str, ...],
-    seen_V: np.ndarray,
-    position: int,
-) -> SampledToken:
-    """Sample the token at `position` of the text as sample.py does, and record each stage."""
-    position_B = np.array([position], np.int32)
-    token, uniform, stages = jax.device_get(
-        sample_recording(logits_V[None], rows, seen_V[None], position_B, names)
-    )
-    greedy = float(rows.temperature[0]) == 0
-    return SampledToken(
-        token=int(token),
-        stages=dict(zip(("the model", *names), stages, strict=True)),
-        uniform=None if greedy else float(uniform),
-    )
-
-
 @partial(jax.jit, static_argnames="names")
 def sample_recording(logits_BV, rows: SamplingParams, seen_BV, position_B, names: tuple[str, ...]):
     """The token of row 0, the random number that picked it, and the probabilities [V] before and
@@ -296,12 +267,13 @@ def sample_recording(logits_BV, rows: SamplingParams, seen_BV, position_B, names
 def active_settings(settings: Settings) -> tuple[str, ...]:
     """The settings that change the distribution, in the order in which they are applied."""
     s = settings
+    filters = s.temperature != 0
     active = {
         "penalty": s.repetition_penalty != 1 or bool(s.logit_bias) or s.ignore_eos,
         "temperature": s.temperature not in (0, 1),
-        "top-k": s.temperature != 0 and s.top_k > 0,
-        "top-p": s.temperature != 0 and s.top_p < 1,
-        "min-p": s.temperature != 0 and s.min_p > 0,
+        "top-k": filters and s.top_k > 0,
+        "top-p": filters and s.top_p < 1,
+        "min-p": filters and s.min_p > 0,
     }
     return tuple(name for name, is_active in active.items() if is_active)
 
@@ -313,27 +285,20 @@ def logit_lens(config: ModelConfig, params: dict, tokens: Sequence[int]):
     """What the head makes of the residual stream after each layer: the layers, and ids and
     probabilities [layers, P, LENS_TOP] of the likeliest next tokens.
 
-    With post-norm there is no residual stream before the first layer.
+    With post-norm there is no residual stream before the first layer. Not compiled as a whole,
+    since each number of layers would be another program.
     """
-    tokens_BT = jnp.array([tokens], jnp.int32)
     first = 0 if config.norm_place == "pre" else 1
     layers = list(range(first, config.n_layers + 1))
-    predictions = [predict_after(config, params, tokens_BT, n) for n in layers]
-    ids = np.stack([np.asarray(ids_TK) for ids_TK, _ in predictions])
-    probs = np.stack([np.asarray(probs_TK) for _, probs_TK in predictions])
-    return layers, ids, probs
-
-
-def predict_after(config: ModelConfig, params: dict, tokens_BT: jax.Array, n_layers: int):
-    """The likeliest next tokens after the first `n_layers` blocks: ids and probabilities [T, K].
-
-    It is not compiled as a whole, since each number of layers would be another program.
-    """
-    blocks = {i: params["blocks"][i] for i in range(max(n_layers, 1))}
-    if n_layers == 0:  # a block of zeros adds nothing to the embedding
-        blocks = jax.tree.map(jnp.zeros_like, blocks)
-    shorter = replace(config, n_layers=len(blocks))
-    logits_BTV = transformer.forward(shorter, params | {"blocks": blocks}, tokens_BT)
-    probs_TV = jax.nn.softmax(logits_BTV[0])
-    probs_TK, ids_TK = jax.lax.top_k(probs_TV, min(LENS_TOP, config.vocab_size))
-    return ids_TK, probs_TK
+    ids, probs = [], []
+    for n_layers in layers:
+        blocks = {i: params["blocks"][i] for i in range(max(n_layers, 1))}
+        if n_layers == 0:  # a block of zeros adds nothing to the embedding
+            blocks = jax.tree.map(jnp.zeros_like, blocks)
+        shorter = replace(config, n_layers=len(blocks))
+        logits_BTV = transformer.forward(shorter, params | {"blocks": blocks}, jnp.array([tokens]))
+        probs_TV = jax.nn.softmax(logits_BTV[0])
+        top_probs, top_ids = jax.lax.top_k(probs_TV, min(LENS_TOP, config.vocab_size))
+        ids.append(top_ids)
+        probs.append(top_probs)
+    return layers, np.stack(ids), np.stack(probs)

@@ -14,7 +14,8 @@ from gpt.reports.tour_recorder import LENS_TOP, ModelCall, SampledToken, TourRec
 def write_run(folder, n_steps=200, restart=None, text="a b", loss=2.0):
     """A run's log and samples as train.py writes them, each with a torn last line; no checkpoint.
 
-    Two updates are skipped in the middle, where the gradient has a peak of 400.
+    Two updates are skipped in the middle, where the gradient has a peak of 400. `restart`: the
+    first step of a second process.
     """
     folder.mkdir(parents=True)
     lines, began = [], 0
@@ -31,6 +32,7 @@ def write_run(folder, n_steps=200, restart=None, text="a b", loss=2.0):
             "tokens": step * 2048,
             "tokens_per_second": 9000 + 500 * wave,
             "seconds": 0.2 * (step - began),
+            "since_step": began,
             "mfu": 0.3 + 0.02 * wave,
             "step_seconds_p50": 0.2,
             "step_seconds_p99": 0.3,
@@ -66,7 +68,7 @@ def random_record(n_layers, n_heads, width, T, n_new):
         sampled.append(SampledToken(65 + i, stages, 0.5))
     lens_shape = (n_layers + 1, T + n_new - 1, LENS_TOP)
     record = TourRecord(
-        config, tokenizer.decode(prompt_ids), prompt_ids, False, calls, sampled,
+        config, tokenizer.decode(prompt_ids), prompt_ids, calls, sampled,
         list(range(n_layers + 1)), rng.integers(0, 257, lens_shape), rng.random(lens_shape),
     )  # fmt: skip
     return record, types.SimpleNamespace(config=config, tokenizer=tokenizer, step=7)

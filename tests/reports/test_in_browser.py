@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from reports.made_up import random_record, write_run
 
-from gpt.reports import html, run_report, tour
-from gpt.sampling.settings import Settings
+from gpt.reports import run_report, tour
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next((path for path in map(shutil.which, NAMES) if path), None)
@@ -32,7 +31,8 @@ def evaluate(page: str, script: str, folder: Path, width: int = 1280) -> dict:
     report += "{ id: 'result', textContent: JSON.stringify({ errors, ...value }) }));"
     test = f"<script>{HELPERS} const value = (() => {{ {script} }})(); {report}</script>"
     path = folder / "page.html"
-    html.write(path, page.replace("<head>", f"<head>{CATCH}").replace("</body>", f"{test}</body>"))
+    page = page.replace("<head>", f"<head>{CATCH}").replace("</body>", f"{test}</body>")
+    path.write_text(page, encoding="utf-8")
     command = [BROWSER, *FLAGS, f"--user-data-dir={folder}/profile", f"--window-size={width},900"]
     done = subprocess.run(
         [*command, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120
@@ -47,7 +47,7 @@ def evaluate(page: str, script: str, folder: Path, width: int = 1280) -> dict:
 
 def test_the_tour_follows_clicks_mouse_and_keys(tmp_path):
     record, model = random_record(3, 4, 8, T=6, n_new=3)
-    page = tour.build_tour(record, model, tour.Source(Path("x")), Settings())
+    page = tour.build_tour(record, model, "x")
     script = """
     one(".thumb[title='layer 2, head 3']").click();
     const clicked = say("#cell");

@@ -21,7 +21,7 @@ MODERN = ModelConfig(
     mlp="swiglu", qk_norm=True, tied=False,
 )  # fmt: skip
 POST = ModelConfig(257, 64, n_layers=2, n_heads=1, d_model=16, norm_place="post", d_head=6)
-TIED = ModelConfig(257, 32, n_layers=1, n_heads=2, d_model=64, positions="rope")
+TIED = ModelConfig(257, 8, n_layers=1, n_heads=2, d_model=64, positions="rope")
 SETTINGS = Settings(
     max_new_tokens=4, temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, seed=3
 )
@@ -96,7 +96,7 @@ def test_prefill_writes_all_slots_of_the_prompt_and_each_step_the_next(recorded)
 
 
 def test_a_tied_embedding_predicts_the_token_itself(tied):
-    record = record_tour(tied, "abc", Settings(max_new_tokens=1, temperature=0))
+    record = record_tour(tied, "abcdef", Settings(max_new_tokens=1, temperature=0))
     assert record.lens_layers[0] == 0
     assert record.lens_ids[0][:, 0].tolist() == record.read_ids
     assert record.sampled[0].uniform is None
@@ -104,21 +104,21 @@ def test_a_tied_embedding_predicts_the_token_itself(tied):
 
 
 def test_what_does_not_fit_is_refused(tied):
-    with pytest.raises(UserError, match="33 tokens: expected at most the model's context of 32"):
-        record_tour(tied, "a" * 33, SETTINGS)
+    with pytest.raises(UserError, match="9 tokens: expected at most the model's context of 8"):
+        record_tour(tied, "a" * 9, SETTINGS)
     large = ModelConfig(257, 2048, n_layers=12, n_heads=12, d_model=768)
     tour_recorder.require_page_size(large, 64)
-    with pytest.raises(UserError, match="a page of this model holds"):
+    with pytest.raises(UserError, match="a page of 200 positions of this model would have 45 MB"):
         tour_recorder.require_page_size(large, 200)
 
 
 def test_it_ends_where_the_context_does(tied):
-    record = record_tour(tied, "a" * 30, Settings(max_new_tokens=9, ignore_eos=True))
-    assert len(record.sampled) == 3 and len(record.read_ids) == 32
+    record = record_tour(tied, "a" * 6, Settings(max_new_tokens=9, temperature=0))
+    assert len(record.sampled) == 3 and len(record.read_ids) == 8
 
 
 def test_a_diverged_model_is_refused():
     model = byte_models.make_model(TIED)
     model.params = jax.tree.map(lambda a: a * np.nan, model.params)
     with pytest.raises(UserError, match="not a number"):
-        record_tour(model, "abc", Settings(max_new_tokens=1, temperature=0))
+        record_tour(model, "abcdef", Settings(max_new_tokens=1, temperature=0))
