@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt import cli, distributed, plan, train_flags
+from gpt import cli, plan, train_flags
 from gpt.presets import PRESETS
 from gpt.train_flags import Args
 
@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 
 def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     """From text to a trained model in `out`; the exit code."""
+    from gpt import distributed
     from gpt.hardware import default_dtype
     from gpt.sharding import make_mesh
-    from gpt.training import memory_plan, metrics, resume, run_plan, trainer, verify
+    from gpt.training import memory_plan, metrics, resume, run_plan, trainer
 
+    dtype = default_dtype()
     log = metrics.print_once(console)
     with distributed.exit_together():  # of several processes, all start or none does
         # Where the weights come from: fresh, from another run, or from where this one stopped.
@@ -43,7 +45,7 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
         # Text to tokens. A run that continues keeps its tokenizer, and its text must be the same.
         cache_dir = None if args.is_trial else cli.cache_folder() / "tokens"
         tokenizer, dataset = trainer.load_text(args, start, cache_dir, console)
-        config = args.train.completed(tokenizer.n_vocab, default_dtype())
+        config = args.train.completed(tokenizer.n_vocab, dtype)
 
         # The devices, and whether the run is possible on them.
         mesh = make_mesh(config.mesh)
@@ -56,6 +58,8 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
         console.print(*run_plan.describe_memory(config, mesh, args.memory_gb), sep="\n")
         return 0
     if args.verify_resume:
+        from gpt.training import verify
+
         return verify.verify_resume(run, fit, log)
     memory_plan.require_room(memory_plan.least_need(config, mesh))
 
@@ -64,7 +68,8 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     if state.step < config.steps:
         code = fit(run, state, config.steps)
     else:
-        code = trainer.report_complete(run)
+        console.print(f"complete       {config.steps:,} steps; --overwrite starts afresh")
+        code = trainer.finish(run)
     command = shlex.join([cli.interpreter(), "sample.py", str(out), "--prompt", "TEXT"])
     console.print(f"sample it      {command}")
     return code
@@ -72,9 +77,9 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
 
 def fit(run: "Run", state: "TrainState", until: int) -> int:
     """Train from `state` until step `until`, or until a signal; the exit code."""
-    from gpt.sampling.language_model import write_sample
+    from gpt.compile_log import Stopwatch
     from gpt.training import trainer
-    from gpt.training.train_step import evaluate
+    from gpt.training.train_step import compile_steps, evaluate
     from gpt.training.trainer import is_due
 
     config = run.config
@@ -85,10 +90,13 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
     # One program for a step and one for an evaluation. From here on a signal no longer ends the run
     # at once but after the next step.
     run.stop.defer(first_step)
-    train_step, eval_step = trainer.compile_run(run)
+    with Stopwatch() as watch:
+        train_step, eval_step = compile_steps(config, run.mesh)
+    run.console.print(f"compiled       in {watch.compile_seconds:.1f} s")
     trainer.take_over_folder(run, first_step)  # not before: a refused run leaves it alone
 
     with trainer.Recorder(run, state, until) as recorder:
+        recorder.try_save(state)
         for step, batch in recorder.batches():
             state, metrics = train_step(state, batch)
             # Reads the previous step's numbers while the device computes this one.
@@ -111,6 +119,8 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
             if ending or saves:
                 recorder.save(step, state, val_loss, wait=ending)
             if samples:
+                from gpt.sampling.language_model import write_sample
+
                 recorder.sample(step, partial(write_sample, run, weights))
             if ending:
                 break
@@ -128,6 +138,8 @@ def main(argv: list[str]) -> int:
 
     out = args.out or Path("runs") / args.preset
     cli.prepare_jax(cache=args.compile_cache and not args.is_trial)
+    from gpt import distributed
+
     # Before anything asks for a device.
     distributed.connect(args.processes, os.environ, lambda note: print(note, file=sys.stderr))
     from gpt.training import memory_plan, metrics, resume, run_dir, stop_signal

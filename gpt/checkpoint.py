@@ -13,7 +13,6 @@ import logging
 import math
 import shutil
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
@@ -40,7 +38,7 @@ class Damaged(UserError):
 
 
 class SaveFailed(UserError):
-    """A checkpoint could not be written, perhaps for lack of space; earlier ones are intact."""
+    """A checkpoint could not be written; the message says why. Earlier ones are intact."""
 
 
 def steps(folder: str | Path) -> list[int]:
@@ -57,7 +55,7 @@ def step_dir(folder: str | Path, step: int) -> Path:
 # Writing
 
 
-class CheckpointManager:
+class CheckpointManager(contextlib.AbstractContextManager):
     """Saves a run's checkpoints in the background; keeps the latest `keep` and the best.
 
     `keep_best`: how many of those with the lowest loss are kept as well. `resumed`: the step this
@@ -89,9 +87,8 @@ class CheckpointManager:
         if low_memory:
             self._context.array.saving.storage_options.chunk_byte_size = 2**25
             self._context.array.saving.use_ocdbt = False
-        self._quiet = contextlib.ExitStack()  # until `close`: background threads log at any time
-        self._quiet.enter_context(_quiet_logs())
-        with self._context, _quiet_orbax():
+        _quiet_orbax()
+        with self._context:
             self._orbax = ocp.training.Checkpointer(
                 Path(folder).absolute() / "checkpoints",
                 preservation_policy=_LatestAndBest(keep, keep_best, self._losses),
@@ -138,7 +135,6 @@ class CheckpointManager:
             "arrays": described,
         }
         record["sha256"] = _sha256(record)
-        stored = {name: _non_empty(tree) for name, tree in arrays.items()}
 
         with self._raising_save_failed(step), self._context:
             for abandoned in self.abandoned:
@@ -147,12 +143,18 @@ class CheckpointManager:
             self.latest = step
             self.pending = self._orbax.save_checkpointables_async(
                 step,
-                {name: tree for name, tree in stored.items() if tree},
+                arrays,
                 force=True,  # the caller decides when to save
                 custom_metadata=record,
             )
         if wait:
             self.wait()
+
+    def try_save(self, trees: Mapping[str, Tree], metadata: dict[str, Any]) -> None:
+        """Save as step 0 and remove it again: raises now the SaveFailed that would come later."""
+        self.save(0, trees, metadata, wait=True)
+        self._orbax.delete(0)
+        self.latest = None
 
     def wait(self) -> None:
         """Return once the save in the background is on disk; SaveFailed if it failed."""
@@ -166,12 +168,8 @@ class CheckpointManager:
         try:
             self.wait()
         finally:
-            with contextlib.suppress(OSError, ValueError), _quiet_orbax():
+            with contextlib.suppress(OSError, ValueError):
                 self._orbax.close()  # raises again what `wait` has already raised
-            self._quiet.close()
-
-    def __enter__(self) -> "CheckpointManager":
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -179,39 +177,28 @@ class CheckpointManager:
     @contextlib.contextmanager
     def _raising_save_failed(self, step: int) -> Iterator[None]:
         """Turn orbax's errors into SaveFailed, after removing what was partly written."""
-        with _quiet_orbax():
-            try:
-                yield
-            except (OSError, ValueError) as error:  # tensorstore's errors are ValueErrors
-                self.failed = True
-                with contextlib.suppress(OSError, ValueError):
-                    self._orbax.wait()  # or it would raise the same error at the next save
-                self._discard_partial()
-                self._orbax.reload()
-                self.latest = max(steps(self.folder), default=None)
-                kept = "no earlier checkpoint exists"
-                if self.latest is not None:
-                    kept = f"the last good one is step {self.latest}"
-                raise SaveFailed(
-                    f"the checkpoint of step {step} could not be saved in {self.folder}; {kept}: "
-                    f"{_reason(error)}"
-                ) from None
+        try:
+            yield
+        except (OSError, ValueError) as error:  # tensorstore's errors are ValueErrors
+            self.failed = True
+            with contextlib.suppress(OSError, ValueError):
+                self._orbax.wait()  # or it would raise the same error at the next save
+            self._discard_partial()
+            self._orbax.reload()
+            self.latest = max(steps(self.folder), default=None)
+            kept = "no earlier checkpoint exists"
+            if self.latest is not None:
+                kept = f"the last good one is step {self.latest}"
+            raise SaveFailed(
+                f"the checkpoint of step {step} could not be saved in {self.folder}; {kept}: "
+                f"{_reason(error)}"
+            ) from None
 
     def _discard_partial(self) -> None:
-        """Remove partly written checkpoints: they take the space that the next save needs.
-
-        Orbax raises the first error while other threads go on writing: wait until nothing new
-        has come for a while.
-        """
-        if not distributed.is_first():
-            return
-        deadline, unchanged = time.monotonic() + 3, 0
-        while unchanged < 3 and time.monotonic() < deadline:
-            partial = list((Path(self.folder) / "checkpoints").glob(f"*{PARTIAL}"))
-            for path in partial:
+        """Remove partly written checkpoints: they take the space that the next save needs."""
+        if distributed.is_first():
+            for path in (Path(self.folder) / "checkpoints").glob(f"*{PARTIAL}"):
                 shutil.rmtree(path, ignore_errors=True)
-            unchanged = 0 if partial else unchanged + 1
-            time.sleep(0.05)
 
 
 @dataclass
@@ -233,11 +220,6 @@ class _LatestAndBest:
         return [checkpoint.step in {*latest, *best} for checkpoint in checkpoints]
 
 
-def _non_empty(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Orbax refuses arrays without elements; they are made anew when they are read."""
-    return {name: x for name, x in arrays.items() if math.prod(x.shape)}
-
-
 # Reading
 
 
@@ -250,10 +232,11 @@ def read_record(folder: str | Path, step: int) -> dict[str, Any]:
         record = dict(ocp.checkpointables_metadata(path).custom_metadata)
     if record.pop("sha256", None) != _sha256(record):
         raise Damaged(f"{path} is damaged: its metadata differ from their digest")
+    maker = "a later" if record.get("format", 0) > FORMAT else "an earlier"
     require(
         record.get("format") == FORMAT,
-        f"{path} was made by {'a later' if record.get('format', 0) > FORMAT else 'an earlier'} "
-        "version of this project, which this one cannot read: train again, or use that version",
+        f"{path} was made by {maker} version of this project, which this one cannot read: train "
+        "again, or use that version",
     )
     if record["step"] != step:
         raise Damaged(f"{path} is damaged: it was saved as step {record['step']}")
@@ -263,12 +246,6 @@ def read_record(folder: str | Path, step: int) -> dict[str, Any]:
 def read_metadata(folder: str | Path, step: int) -> dict[str, Any]:
     """The JSON saved with `step`, verified, without reading an array."""
     return read_record(folder, step)["metadata"]
-
-
-def read_shapes(folder: str | Path, step: int, name: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the tree saved as `name`, by leaf, without reading an array."""
-    described = read_record(folder, step)["arrays"].get(name, {})
-    return {k: jax.ShapeDtypeStruct(d["shape"], d["dtype"]) for k, d in described.items()}
 
 
 def restore(folder: str | Path, step: int, name: str, like: Tree) -> Tree:
@@ -286,13 +263,12 @@ def restore(folder: str | Path, step: int, name: str, like: Tree) -> Tree:
         described = read_record(folder, step)["arrays"].get(name, {})
         stored_shapes = {leaf: tuple(d["shape"]) for leaf, d in described.items()}
         shapes = {leaf: tuple(x.shape) for leaf, x in wanted.items()}
-        lines = [
-            f"\n  {leaf}: stored {stored_shapes.get(leaf, 'none')}, "
-            f"expected {shapes.get(leaf, 'none')}"
-            for leaf in shapes | stored_shapes
-            if stored_shapes.get(leaf) != shapes.get(leaf)
-        ]
-        require(not lines, f"{path} does not fit this configuration:{''.join(lines)}")
+        differing = ""
+        for leaf in shapes | stored_shapes:
+            stored, expected = stored_shapes.get(leaf, "none"), shapes.get(leaf, "none")
+            if stored != expected:
+                differing += f"\n  {leaf}: stored {stored}, expected {expected}"
+        require(not differing, f"{path} does not fit this configuration:{differing}")
 
     # Each array in the dtype it was saved in, which its digest is of.
     first_device = SingleDeviceSharding(jax.devices()[0])
@@ -300,12 +276,8 @@ def restore(folder: str | Path, step: int, name: str, like: Tree) -> Tree:
     for leaf, x in wanted.items():
         sharding = getattr(x, "sharding", None) or first_device
         saved_as[leaf] = jax.ShapeDtypeStruct(x.shape, described[leaf]["dtype"], sharding=sharding)
-    stored = _non_empty(saved_as)
     with distributed.all_or_none(elsewhere), _raising_damaged(path):
-        arrays = ocp.load_checkpointables(path.parent, {name: stored})[name] if stored else {}
-    for leaf in saved_as.keys() - stored.keys():
-        x = saved_as[leaf]
-        arrays[leaf] = jnp.zeros(x.shape, x.dtype, device=x.sharding)
+        arrays = ocp.load_checkpointables(path.parent, {name: saved_as})[name]
 
     found = digest(arrays)
     changed = [leaf for leaf in wanted if found[leaf] != described[leaf]["digest"]]
@@ -342,7 +314,9 @@ def _sha256(record: dict[str, Any]) -> str:
 @contextlib.contextmanager
 def _raising_damaged(path: Path) -> Iterator[None]:
     """Turn whatever orbax raises for an unreadable file into Damaged."""
-    with _quiet_orbax():
+    _quiet_orbax()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):
@@ -359,38 +333,13 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(text.split())[:400]}"
 
 
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Keep orbax's own reports, which go through absl, from the terminal: every failure it meets
-    is raised as well."""
-    _ignore_abandoned_reads()
-    with _quiet_logs(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        yield
-
-
-@contextlib.contextmanager
-def _quiet_logs() -> Iterator[None]:
-    loggers = {
-        logging.getLogger("absl"): lambda record: "orbax" not in record.pathname,
-        logging.getLogger("asyncio"): lambda record: "never retrieved" not in str(record.msg),
-    }
-    for logger, keep in loggers.items():
-        logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        for logger, keep in loggers.items():
-            logger.removeFilter(keep)
-
-
 @functools.cache
-def _ignore_abandoned_reads() -> None:
-    """From the first use of orbax on, keep one kind of traceback from the terminal.
-
-    Besides a read that fails orbax abandons others, which complain from their own threads at any
-    time later. So this, unlike the rest, cannot be confined to a call.
-    """
+def _quiet_orbax() -> None:
+    """From the first use of orbax on, keep its own reports from the terminal: every failure it
+    meets is raised as well. Besides a read that fails it abandons others, which complain from their
+    own threads at any time later."""
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
     report = sys.unraisablehook
 
     def report_others(unraisable: Any) -> None:

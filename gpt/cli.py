@@ -23,7 +23,6 @@ from typing import NoReturn, TypeVar
 
 import tyro
 
-from gpt import distributed
 from gpt.errors import Failed, UserError, is_out_of_memory, require
 
 Args = TypeVar("Args")
@@ -152,7 +151,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         os._exit(interrupt.args[0] if interrupt.args else 130)
     except Exception as error:
         code = _report_bug(error)
-    if code in (1, 2) and distributed.is_connected():
+    if code in (1, 2) and _is_connected():
         # The other processes do not know: an orderly shutdown would wait for them.
         sys.stderr.flush()
         os._exit(code)
@@ -163,10 +162,16 @@ def _report_bug(error: Exception) -> int:
     """Raise `error` again, unless it is a lack of memory, or other processes wait for this one."""
     if is_out_of_memory(error):
         return _refuse("out of memory: ask for less at once, or use a smaller model")
-    if not distributed.is_connected():
+    if not _is_connected():
         raise error
     traceback.print_exc()
     return 1
+
+
+def _is_connected() -> bool:
+    """Whether this process trains with others, which it must not leave without notice."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def _refuse(message: str, code: int = 2) -> int:

@@ -1,21 +1,18 @@
-"""Digests of arrays, computed where they live: the same number on any mesh, without a gather."""
+"""Digests of arrays, computed where they lie: the same number on any mesh, without a gather."""
 
-import functools
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
     """The leaves of `tree` by name: the keys, fields and indices of their paths, joined by `/`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
-    if len(named) < len(leaves):
-        raise ValueError("two leaves of the tree have the same name")
-    return named
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
 def digest(tree: Any) -> dict[str, int]:
@@ -26,10 +23,6 @@ def digest(tree: Any) -> dict[str, int]:
     arrays = named_leaves(tree)
     if not arrays:
         return {}
-    # Replicated by name: each of several processes needs the sums, and may fetch no other's part.
-    sharding = next(iter(arrays.values())).sharding
-    named = isinstance(sharding, NamedSharding)
-    replicated = NamedSharding(sharding.mesh, PartitionSpec()) if named else None
 
     # The first axis of each array that is not split among devices; None for a vector.
     whole_axes: list[int | None] = []
@@ -37,19 +30,21 @@ def digest(tree: Any) -> dict[str, int]:
         local = x.sharding.shard_shape(x.shape)
         whole = [axis for axis in range(x.ndim) if local[axis] == x.shape[axis]]
         whole_axes.append(whole[0] if x.ndim > 1 and x.size and whole else None)
-    sums = jax.device_get(digest_program(replicated)(list(arrays.values()), tuple(whole_axes)))
-    return dict(zip(arrays, sums.tolist(), strict=True))
+
+    # Each of several processes needs the sums, and may fetch no other's part.
+    sharding = next(iter(arrays.values())).sharding
+    replicated = None
+    if isinstance(sharding, NamedSharding):
+        replicated = NamedSharding(sharding.mesh, PartitionSpec())
+    sums = _digest_arrays(list(arrays.values()), tuple(whole_axes), replicated)
+    return dict(zip(arrays, jax.device_get(sums).tolist(), strict=True))
 
 
-@functools.cache
-def digest_program(replicated: Sharding | None):
-    """One compiled program for all arrays, so that one fetch brings all digests."""
-
-    def digest_arrays(arrays, whole_axes):
-        pairs = zip(arrays, whole_axes, strict=True)
-        return jnp.stack([digest_array(x, axis) for x, axis in pairs])
-
-    return jax.jit(digest_arrays, static_argnums=1, out_shardings=replicated)
+@partial(jax.jit, static_argnums=(1, 2))
+def _digest_arrays(arrays, whole_axes, replicated) -> jax.Array:
+    """One program for all arrays, so that one fetch brings all digests."""
+    sums = jnp.stack([digest_array(x, axis) for x, axis in zip(arrays, whole_axes, strict=True)])
+    return sums if replicated is None else jax.lax.with_sharding_constraint(sums, replicated)
 
 
 def digest_array(x: jax.Array, axis: int | None = None) -> jax.Array:
@@ -65,29 +60,26 @@ def digest_array(x: jax.Array, axis: int | None = None) -> jax.Array:
         index += jax.lax.broadcasted_iota(jnp.uint32, sizes, i) * stride
 
     if axis is None:
-        return jnp.sum(mix(bits_of(x), index), dtype=jnp.uint32)
+        return jnp.sum(_mix(x, index), dtype=jnp.uint32)
 
-    def add(i, sums):
+    def add_slice(i, sums):
         # XLA would widen all of a bfloat16 x before the loop, did it not seem to change in it.
         whole, i = jax.lax.optimization_barrier((x, i))
-        bits = bits_of(jax.lax.dynamic_slice_in_dim(whole, i, 1, axis))
-        return sums + mix(bits, index + jnp.uint32(i) * strides[axis])
+        part = jax.lax.dynamic_slice_in_dim(whole, i, 1, axis)
+        return sums + _mix(part, index + jnp.uint32(i) * strides[axis])
 
-    sums = jax.lax.fori_loop(0, x.shape[axis], add, jnp.zeros(sizes, jnp.uint32))
+    sums = jax.lax.fori_loop(0, x.shape[axis], add_slice, jnp.zeros(sizes, jnp.uint32))
     return jnp.sum(sums, dtype=jnp.uint32)
 
 
-def mix(bits: jax.Array, index: jax.Array) -> jax.Array:
-    """The bits of elements mixed with their indices; ends as MurmurHash3 does."""
+def _mix(x: jax.Array, index: jax.Array) -> jax.Array:
+    """The bits of each element mixed with its index; ends as MurmurHash3 does."""
+    if x.dtype == jnp.bool_:
+        bits = x.astype(jnp.uint32)
+    else:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     h = bits ^ (index * jnp.uint32(0x9E3779B1))
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     return h ^ (h >> 16)
-
-
-def bits_of(x: jax.Array) -> jax.Array:
-    """The bits of each element as uint32; elements of 64 bits become a last axis of two."""
-    if x.dtype == jnp.bool_:
-        return x.astype(jnp.uint32)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)

@@ -2,8 +2,6 @@
 
 jax.distributed does the work, with its coordination service and its heartbeats. A process that
 trains alone passes through every function here at no cost, and never calls jax.distributed at all.
-JAX is imported inside the functions because the command line reads its flags from this module, and
-`--help` should not have to wait for JAX.
 """
 
 import contextlib
@@ -12,18 +10,18 @@ import importlib.util
 import os
 import signal
 import socket
-import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from tyro.conf import arg as flag
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import NamedSharding, PartitionSpec
 
-from gpt.errors import Failed, UserError, positive, require
+from gpt.errors import Failed, UserError
 
 JOIN_SECONDS = 300  # how long a process waits for the others to start
 TPU_HOST_LISTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
@@ -31,101 +29,37 @@ TPU_HOST_LISTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 LOST_PEER = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "oordination")
 
 
-@dataclass(frozen=True)
-class Processes:
-    """How this process meets the others of its run: by flags, or from what a launcher has set.
-
-    SLURM, Open MPI, Kubernetes and Cloud TPU are recognized.
-    """
-
-    coordinator: Annotated[str | None, flag(metavar="HOST:PORT", help_behavior_hint="")] = None
-    """Where the first of several processes listens; not needed under a launcher."""
-    num_processes: Annotated[int | None, flag(metavar="INT", help_behavior_hint="")] = None
-    """How many processes train together; 1: this one alone, whatever the environment says."""
-    process_id: Annotated[int | None, flag(metavar="INT", help_behavior_hint="")] = None
-    """Which of them this one is, from 0; the first one writes logs and checkpoint metadata."""
-    heartbeat: int = 60
-    """Seconds without a sign of life after which a process counts as dead and all others end."""
-
-    def __post_init__(self):
-        positive("heartbeat", self.heartbeat)
-        if self.num_processes is not None:
-            positive("num_processes", self.num_processes)
-        given = [x is not None for x in (self.coordinator, self.num_processes, self.process_id)]
-        alone = self.num_processes == 1 and self.coordinator is None
-        require(
-            alone or all(given) or not any(given),
-            "--coordinator HOST:PORT, --num-processes N and --process-id I belong together: give "
-            "all three, or none under a launcher (SLURM, Open MPI, Kubernetes, Cloud TPU), or "
-            "--num-processes 1 to train in this process alone",
-        )
-        require(
-            self.process_id is None or 0 <= self.process_id < self.num_processes,
-            f"--process-id is {self.process_id}: expected 0 to {(self.num_processes or 1) - 1}, "
-            f"since --num-processes is {self.num_processes}",
-        )
-        if self.coordinator is not None:
-            parse_address(self.coordinator)
-
-
-FROM_ENVIRONMENT = Processes()
-
-
-def parse_address(coordinator: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT; UserError for anything else."""
-    host, _, port = coordinator.rpartition(":")
-    good = bool(host) and port.isdecimal() and 0 < int(port) < 2**16
-    require(good, f"--coordinator is {coordinator!r}: expected HOST:PORT, such as 10.0.0.1:8476")
-    return host.strip("[]"), int(port)
-
-
 # Finding and meeting the other processes
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """A launcher that has started this process as one of several."""
-
-    launcher: str
-    variable: str
-    """Where that was read."""
-    n_processes: int | None = None
-    """None where only the launcher's own service knows."""
-
-
-def find_cluster(environ: Mapping[str, str]) -> Cluster | None:
-    """The launcher that started this process as one of several; None if it trains alone.
+def find_cluster(environ: Mapping[str, str]) -> tuple[str, int | None] | None:
+    """The launcher's variable by which this process is one of several, in words, and how many they
+    are (None where only the launcher's own service knows); None if the process trains alone.
 
     An allocation is not yet a launch: inside `salloc`, in a batch script, and in an interactive
     `srun --pty` shell SLURM_NTASKS may be 4, but only one process of the step runs. Likewise every
     Kubernetes pod sees KUBERNETES_SERVICE_HOST, but only an indexed Job has several alike.
     """
-    counts = (("Open MPI", "OMPI_COMM_WORLD_SIZE"), ("SLURM", "SLURM_STEP_NUM_TASKS"))
-    for launcher, variable in counts:
+    for launcher, variable in (
+        ("Open MPI", "OMPI_COMM_WORLD_SIZE"),
+        ("SLURM", "SLURM_STEP_NUM_TASKS"),
+    ):
         value = environ.get(variable, "")
         if value.isdecimal() and int(value) > 1:
-            return Cluster(launcher, variable, int(value))
-    if any(variable in environ for variable in TPU_HOST_LISTS):  # on Kubernetes or elsewhere
-        return find_tpu_slice(environ)
-    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
-        return Cluster("Kubernetes", "JOB_COMPLETION_INDEX")
-    if "JAX_COORDINATOR_ADDRESS" in environ:
-        return Cluster("JAX", "JAX_COORDINATOR_ADDRESS")
-    return find_tpu_slice(environ)
+            return f"{launcher}'s {variable}", int(value)
 
-
-def find_tpu_slice(environ: Mapping[str, str]) -> Cluster | None:
-    """The Cloud TPU slice of several hosts that this process is part of, if it is.
-
-    Google Kubernetes Engine says so in the environment, a TPU VM by its metadata server
-    (cloud.google.com/compute/docs/metadata).
-    """
     n_slices = int(environ.get("MEGASCALE_NUM_SLICES") or 1)
-    for variable in TPU_HOST_LISTS:
+    for variable in TPU_HOST_LISTS:  # as Google Kubernetes Engine sets them
         if variable in environ:
             n_processes = len(environ[variable].split(",")) * n_slices
-            return Cluster("Cloud TPU", variable, n_processes) if n_processes > 1 else None
+            return (f"Cloud TPU's {variable}", n_processes) if n_processes > 1 else None
 
+    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
+        return "Kubernetes's JOB_COMPLETION_INDEX", None
+    if "JAX_COORDINATOR_ADDRESS" in environ:
+        return "JAX's JAX_COORDINATOR_ADDRESS", None
+
+    # A TPU VM has a metadata server to ask (cloud.google.com/compute/docs/metadata).
     if "TPU_SKIP_MDS_QUERY" in environ or not has_tpu_chips():
         return None
     server = environ.get("GCE_METADATA_IP", "metadata.google.internal")
@@ -138,9 +72,7 @@ def find_tpu_slice(environ: Mapping[str, str]) -> Cluster | None:
             n_processes = len(answer.read().decode().split(",")) * n_slices
     except OSError:  # no such server: some other cloud's TPU, or none
         return None
-    if n_processes > 1:
-        return Cluster("Cloud TPU", "worker-network-endpoints", n_processes)
-    return None
+    return ("Cloud TPU's worker-network-endpoints", n_processes) if n_processes > 1 else None
 
 
 def has_tpu_chips() -> bool:
@@ -149,46 +81,48 @@ def has_tpu_chips() -> bool:
     return bool(devices) and importlib.util.find_spec("libtpu") is not None
 
 
-def connect(processes: Processes, environ: Mapping[str, str], log: Callable[[str], None]) -> None:
+def connect(processes: Any, environ: Mapping[str, str], log: Callable[[str], None]) -> None:
     """Meet the other processes, if there are any; call it before anything asks for a device.
 
-    UserError if they cannot be met. If they do not come within JOIN_SECONDS this logs one error
-    line and ends the process with exit code 2. Ctrl-C ends it at once meanwhile.
+    `processes`: the flags of that name in gpt/train_flags.py. UserError if the others cannot be
+    met. If they do not come within JOIN_SECONDS this logs one error line and ends the process with
+    exit code 2. Ctrl-C ends it at once meanwhile.
     """
     if processes.num_processes == 1:
         return
-    arguments: dict[str, Any] = {}
     if processes.coordinator:
-        require_reachable(processes)
-        expected = f"{processes.num_processes} processes at {processes.coordinator}"
-        arguments["coordinator_address"] = processes.coordinator
-        arguments["num_processes"] = processes.num_processes
-        arguments["process_id"] = processes.process_id
+        require_reachable(processes.coordinator, listens=processes.process_id == 0)
+        expected = f"{processes.num_processes} processes"
+        found = f"at {processes.coordinator}"
+        arguments = {
+            "coordinator_address": processes.coordinator,
+            "num_processes": processes.num_processes,
+            "process_id": processes.process_id,
+        }
     else:
         cluster = find_cluster(environ)
         if cluster is None:
             return
-        if cluster.launcher == "Kubernetes" and not importlib.util.find_spec("kubernetes"):
+        variable, n_processes = cluster
+        if variable.startswith("Kubernetes") and not importlib.util.find_spec("kubernetes"):
             raise UserError(
                 "this is an indexed Kubernetes Job, whose pods JAX joins with a package that is "
                 "not installed: pip install 'jax[k8s]', or give --num-processes 1 to train in "
                 "each pod alone"
             )
-        expected = f"{cluster.n_processes or 'several'} processes"
-        log(
-            f"waiting        for the {expected} of this run, found by {cluster.launcher}'s "
-            f"{cluster.variable}; --num-processes 1 trains in this process alone"
-        )
-        if cluster.n_processes:
-            arguments["num_processes"] = cluster.n_processes
-
-    import jax
+        expected = f"{n_processes or 'several'} processes"
+        found = f"found by {variable}"
+        arguments = {"num_processes": n_processes} if n_processes else {}
+    log(
+        f"waiting        for the {expected} of this run, {found}; --num-processes 1 trains in this "
+        "process alone"
+    )
 
     # JAX aborts the process with a stack trace if its own timeout runs out, so ours is shorter.
     def give_up():
         log(
-            f"error: the {expected} of this run did not all come within {JOIN_SECONDS} seconds: "
-            "start them all, or give --num-processes 1 to train in this process alone"
+            f"error: the {expected} of this run, {found}, did not all come within {JOIN_SECONDS} "
+            "seconds: start them all, or give --num-processes 1 to train in this process alone"
         )
         os._exit(2)
 
@@ -215,102 +149,58 @@ def connect(processes: Processes, environ: Mapping[str, str], log: Callable[[str
         deadline.cancel()
 
 
-def require_reachable(processes: Processes) -> None:
+def require_reachable(coordinator: str, listens: bool) -> None:
     """Raise UserError if the port is taken or the host unknown: JAX would crash or wait forever."""
-    host, port = parse_address(processes.coordinator)
+    host, _, port = coordinator.rpartition(":")
     try:
-        if processes.process_id == 0:
-            socket.create_server(("", port)).close()
+        if listens:
+            socket.create_server(("", int(port))).close()
         else:
-            socket.getaddrinfo(host, port)
+            socket.getaddrinfo(host.strip("[]"), int(port))
     except OSError as error:
-        problem = "cannot listen there" if processes.process_id == 0 else "no such host"
-        raise UserError(f"--coordinator {processes.coordinator}: {problem}: {error}") from None
-
-
-def is_connected() -> bool:
-    """Whether this process is connected to others, which it must not leave without notice."""
-    jax = sys.modules.get("jax")
-    return jax is not None and jax.distributed.is_initialized()
+        problem = "cannot listen there" if listens else "no such host"
+        raise UserError(f"--coordinator {coordinator}: {problem}: {error}") from None
 
 
 def disconnect() -> None:
     """Disconnect from the other processes, which must do the same now; each may then exit."""
-    import jax
-
-    if is_connected():
+    if jax.distributed.is_initialized():
         jax.distributed.shutdown()
 
 
-# Who is who, and what all agree on
+# Who is who, and what all agree on. All processes must call what asks the others in the same order,
+# and when no training step is running.
 
 
 def is_multi_process() -> bool:
     """Whether more than one process trains this run."""
-    import jax
-
-    return is_connected() and jax.process_count() > 1
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
     """Whether this is the process that writes what is written once; true if it trains alone."""
-    import jax
-
     return not is_multi_process() or jax.process_index() == 0
-
-
-def gather(value: Any) -> Any:
-    """`value` of every process, stacked in their order: [n_processes, ...].
-
-    An array or a number of at most 32 bits. All processes must call this in the same order of
-    calls, and when no training step is running.
-    """
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(value)
-
-
-def all_agree(good: bool) -> bool:
-    """Whether `good` is true in every process; all of them must ask at the same point."""
-    import numpy as np
-
-    return bool(np.all(gather(np.uint32(good)))) if is_multi_process() else good
 
 
 def agree_on_code(code: int) -> int:
     """One exit code for all processes: the smallest that is not 0, or 0 if all are."""
-    import numpy as np
-
     if not is_multi_process():
         return code
-    codes = gather(np.uint32(code)).ravel().tolist()
+    codes = process_allgather(np.uint32(code)).ravel().tolist()
     return min((c for c in codes if c), default=0)
 
 
 def require_same(values: Mapping[str, object]) -> None:
     """UserError in every process, naming what differs, unless each `repr` is the same in all."""
-    import numpy as np
-
     if not is_multi_process():
         return
     digests = [hashlib.sha256(repr(value).encode()).digest() for value in values.values()]
     own = np.frombuffer(b"".join(digests), np.uint32).reshape(len(values), -1)
-    same = (gather(own) == own).all(axis=(0, 2)).tolist()
+    same = (process_allgather(own) == own).all(axis=(0, 2)).tolist()
     differing = [name for name, equal in zip(values, same, strict=True) if not equal]
     if differing:
         disconnect()
         raise UserError(f"the processes of a run must agree on {' and '.join(differing)}")
-
-
-def preempted(n_steps: int) -> bool:
-    """Whether all processes must stop now because one of them received SIGTERM.
-
-    Each process asks after each step, `n_steps` after they met. JAX's preemption service picks a
-    step that none of them has passed, so all stop at the same one. Takes about 20 microseconds.
-    """
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.reached_preemption_sync_point(n_steps)
 
 
 # Ending together
@@ -328,7 +218,10 @@ def all_or_none(otherwise: Exception) -> Iterator[None]:
         yield
     except (UserError, OSError) as error:
         failure = error
-    if not all_agree(failure is None):
+    all_good = failure is None
+    if is_multi_process():
+        all_good = bool(np.all(process_allgather(np.uint32(all_good))))
+    if not all_good:
         raise failure or otherwise
 
 
@@ -344,23 +237,11 @@ def exit_together() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def on_first_process(context: AbstractContextManager) -> Iterator[None]:
-    """Enter `context` in the first process only; if that fails there, all processes end."""
-    with contextlib.ExitStack() as stack:
-        with exit_together():
-            if is_first():
-                stack.enter_context(context)
-        yield
-
-
-@contextlib.contextmanager
 def report_lost_peer() -> Iterator[None]:
     """Raise Failed, one sentence, if a collective fails because another process is gone.
 
     A Failed from inside is one that all processes raise alike: they disconnect first.
     """
-    import jax
-
     try:
         yield
     except Failed:
@@ -382,9 +263,6 @@ def copy_to_first_process(tree: Any) -> Any:
     Copied one after another, so that no other device ever holds more than one of them besides its
     own part. A process that trains alone gets `tree` itself.
     """
-    import jax
-    from jax.sharding import NamedSharding, PartitionSpec
-
     if not is_multi_process():
         return tree
 

@@ -6,10 +6,51 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gpt import cli, distributed
+from gpt import cli
 from gpt.config import TrainConfig, optional
-from gpt.errors import above_zero, not_negative, require
+from gpt.errors import above_zero, not_negative, positive, require
 from gpt.presets import PRESETS
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How this process meets the others of its run: by flags, or from what a launcher has set.
+
+    SLURM, Open MPI, Kubernetes and Cloud TPU are recognized.
+    """
+
+    coordinator: Annotated[str | None, optional("HOST:PORT")] = None
+    """Where the first of several processes listens; not needed under a launcher."""
+    num_processes: Annotated[int | None, optional("INT")] = None
+    """How many processes train together; 1: this one alone, whatever the environment says."""
+    process_id: Annotated[int | None, optional("INT")] = None
+    """Which of them this one is, from 0; the first one writes logs and checkpoint metadata."""
+    heartbeat: int = 60
+    """Seconds without a sign of life after which a process counts as dead and all others end."""
+
+    def __post_init__(self):
+        positive("heartbeat", self.heartbeat)
+        if self.num_processes is not None:
+            positive("num_processes", self.num_processes)
+        given = [x is not None for x in (self.coordinator, self.num_processes, self.process_id)]
+        alone = self.num_processes == 1 and self.coordinator is None
+        require(
+            alone or all(given) or not any(given),
+            "--coordinator HOST:PORT, --num-processes N and --process-id I belong together: give "
+            "all three, or none under a launcher (SLURM, Open MPI, Kubernetes, Cloud TPU), or "
+            "--num-processes 1 to train in this process alone",
+        )
+        require(
+            self.process_id is None or 0 <= self.process_id < self.num_processes,
+            f"--process-id is {self.process_id}: expected 0 to {(self.num_processes or 1) - 1}, "
+            f"since --num-processes is {self.num_processes}",
+        )
+        if self.coordinator is not None:
+            host, _, port = self.coordinator.rpartition(":")
+            require(
+                bool(host) and port.isdecimal() and 0 < int(port) < 2**16,
+                f"--coordinator is {self.coordinator!r}: expected HOST:PORT, such as 10.0.0.1:8476",
+            )
 
 
 @dataclass(frozen=True)
@@ -42,9 +83,7 @@ class Args:
     """Steps to trace for XProf after a short warm-up, in DIR/profile; 0: none."""
     compile_cache: bool = True
     """Keep compiled programs in your cache folder for the next run."""
-    processes: Annotated[distributed.Processes, tyro.conf.arg(name="")] = (
-        distributed.FROM_ENVIRONMENT
-    )
+    processes: Annotated[Processes, tyro.conf.arg(name="")] = Processes()
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = PRESETS["tiny"]
 
     def __post_init__(self):

@@ -119,11 +119,17 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(folder)): None if p.is_dir() else p.read_bytes() for p in paths}
 
 
+def stored_shapes(folder: Path, step: int, tree: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of a tree of a checkpoint, by name."""
+    described = checkpoint.read_record(folder, step)["arrays"][tree]
+    return {name: jax.ShapeDtypeStruct(d["shape"], d["dtype"]) for name, d in described.items()}
+
+
 def arrays(folder: Path, step: int) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint, by tree and name: weights, optimizer, step."""
     found = {}
     for tree in ("params", "optimizer"):
-        shapes = checkpoint.read_shapes(folder, step, tree)
+        shapes = stored_shapes(folder, step, tree)
         restored = checkpoint.restore(folder, step, tree, shapes)
         found |= {f"{tree}/{name}": np.asarray(array) for name, array in restored.items()}
     return found

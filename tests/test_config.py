@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def wild_settings(kind):
 
 
 @pytest.mark.parametrize("kind", [ModelConfig, MeshConfig, TrainConfig])
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_wild_values_raise_nothing_but_user_errors(kind, data):
     values = data.draw(wild_settings(kind))
@@ -111,7 +112,7 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(CONFIGS)
 def test_a_config_survives_json(config):
     assert from_json(TrainConfig, json.loads(json.dumps(to_json(config)))) == config
@@ -187,6 +188,7 @@ def attributes(node: ast.AST) -> set[str]:
     return {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
 
 
+@functools.cache
 def reads() -> set[str]:
     """Attributes read anywhere in the project, the checks of config.py left out.
 

@@ -10,8 +10,11 @@ import pytest
 from programs import ROOT
 
 from gpt import distributed
-from gpt.distributed import Processes, connect, find_cluster
+from gpt.distributed import connect, find_cluster
 from gpt.errors import UserError
+from gpt.train_flags import Processes
+
+FROM_ENVIRONMENT = Processes()
 
 INTERACTIVE = {
     "SLURM_JOB_ID": "7",
@@ -57,7 +60,7 @@ def initialized(monkeypatch):
 
 @pytest.mark.parametrize("environ", ALONE.values(), ids=ALONE)
 def test_a_process_without_peers_never_waits(environ, initialized):
-    connect(distributed.FROM_ENVIRONMENT, environ, pytest.fail)
+    connect(FROM_ENVIRONMENT, environ, pytest.fail)
     assert not initialized
 
 
@@ -67,9 +70,9 @@ def test_a_launcher_is_recognized_and_named(
 ):
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
     lines = []
-    connect(distributed.FROM_ENVIRONMENT, environ, lines.append)
+    connect(FROM_ENVIRONMENT, environ, lines.append)
     (line,) = lines
-    assert f"{n_processes or 'several'} processes" in line and f"by {launcher}'s" in line
+    assert f"{n_processes or 'several'} processes" in line and f"found by {launcher}'s" in line
     assert "--num-processes 1" in line
     (arguments,) = initialized
     assert arguments.get("num_processes") == n_processes
@@ -80,9 +83,9 @@ def test_a_launcher_is_recognized_and_named(
 
 def test_a_job_that_jax_cannot_join_is_refused_not_trained_alone():
     with pytest.raises(UserError, match=r"jax\[k8s\].*--num-processes 1"):
-        connect(distributed.FROM_ENVIRONMENT, LAUNCHED["an indexed Job"][0], lambda line: None)
+        connect(FROM_ENVIRONMENT, LAUNCHED["an indexed Job"][0], lambda line: None)
     with pytest.raises(UserError, match=r"cannot join .* --num-processes 1"):
-        connect(distributed.FROM_ENVIRONMENT, {"OMPI_COMM_WORLD_SIZE": "2"}, lambda line: None)
+        connect(FROM_ENVIRONMENT, {"OMPI_COMM_WORLD_SIZE": "2"}, lambda line: None)
 
 
 @pytest.mark.parametrize(("hosts", "n_processes"), [("10.0.0.1", None), ("a:1:b,c:2:d", 2)])
@@ -103,15 +106,15 @@ def test_a_tpu_vm_asks_its_metadata_server(hosts, n_processes, monkeypatch):
         environ = {"GCE_METADATA_IP": f"localhost:{server.server_port}"}
         found = find_cluster(environ)
         server.shutdown()
-    assert (found and found.n_processes) == n_processes
+    assert (found and found[1]) == n_processes
     assert find_cluster(environ) is None  # nobody answers there any more
 
 
 NEVER_COME = """
 import sys
-from gpt import cli, distributed
+from gpt import cli, distributed, train_flags
 distributed.JOIN_SECONDS = 2
-processes = distributed.Processes("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
+processes = train_flags.Processes("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
 cli.run(lambda _: distributed.connect(processes, {}, lambda line: print(line, file=sys.stderr)))
 """
 
@@ -122,14 +125,22 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_if_the_others_never_come_the_first_ends_with_one_line():
+def test_if_the_others_never_come_the_first_says_so_at_once_and_ends_with_one_error():
+    port = free_port()
     done = subprocess.run(
-        [sys.executable, "-c", NEVER_COME, str(free_port()), "0"],
+        [sys.executable, "-c", NEVER_COME, str(port), "0"],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "error: the 2 processes at localhost:" in done.stderr
-    assert "did not all come within 2 seconds" in done.stderr and "--num-processes 1" in done.stderr
+    waiting, error = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert waiting == (
+        f"waiting        for the 2 processes of this run, at localhost:{port}; --num-processes 1 "
+        "trains in this process alone"
+    )
+    assert error.startswith(
+        f"error: the 2 processes of this run, at localhost:{port}, did not all "
+    )
+    assert "all come within 2 seconds" in error and "--num-processes 1" in error
 
 
 def test_a_taken_port_and_an_unknown_host_are_refused():

@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from programs import SHAPE, arrays, call, same_bits
+from programs import SHAPE, arrays, call, same_bits, stored_shapes
 
 from gpt import checkpoint
 from gpt.sampling.language_model import load
@@ -30,7 +30,7 @@ def modern(text, tmp_path_factory):
 
 
 def averages(folder, step):
-    shapes = checkpoint.read_shapes(folder, step, "ema_params")
+    shapes = stored_shapes(folder, step, "ema_params")
     return checkpoint.restore(folder, step, "ema_params", shapes)
 
 

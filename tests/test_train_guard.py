@@ -1,6 +1,7 @@
 """train.py with a NaN at a known step and layer: skipped, counted, reported, stopped."""
 
 import os
+import shutil
 import signal
 
 import jax
@@ -10,7 +11,7 @@ from programs import TINY, arrays, call, read_lines, same_bits
 
 from gpt import checkpoint
 from gpt.training import train_step
-from gpt.training.nonfinite import NonFiniteStreak
+from gpt.training.trainer import Recorder
 
 RUN = [*TINY, "--eval-every", "100", "--sample-every", "0", "--ema-decay", "0.9"]
 AT, LAYER = 7, 1
@@ -67,23 +68,30 @@ def test_a_planted_nan_is_reported_with_its_step_and_layer(text, tmp_path, plant
 
 def test_a_few_bad_steps_are_skipped_and_shown(text, tmp_path, plant):
     """The run goes on with the next data; where it stops and continues, it ends the same."""
+    run = tmp_path / "run"
     plant({AT, 20})
-    done = call("train", *RUN, "--data", text, "--out", tmp_path / "run")
+    done = call("train", *RUN, "--data", text, "--out", run)
     assert done.code == 0, done.err
-    lines = [line for line in read_lines(tmp_path / "run") if "loss" in line]
+    lines = [line for line in read_lines(run) if "loss" in line]
     assert [line["skipped"] for line in lines] == [0] * (AT - 1) + [1] * (13 - AT)
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert "  1 skipped" in done.err
     rates = [line["learning_rate"] for line in lines]
     assert rates[AT - 1] == rates[AT]  # it waits with the moments
-    weights = arrays(tmp_path / "run", 12)
-    for saved in checkpoint.steps(tmp_path / "run")[1:]:
-        checkpoint.step_dir(tmp_path / "run", saved).rename(tmp_path / str(saved))
-    plant({20})
-    done = call("train", *RUN, "--data", text, "--out", tmp_path / "run")
-    assert done.code == 0 and "continues" in done.err
-    assert [x["skipped"] for x in read_lines(tmp_path / "run") if "loss" in x][8:] == [1] * 4
-    assert same_bits(arrays(tmp_path / "run", 12), weights)
+    weights = arrays(run, 12)
+    shutil.rmtree(checkpoint.step_dir(run, 12))
+    done = call("train", *RUN, "--data", text, "--out", run)
+    assert done.code == 0 and "continues      from step 8" in done.err
+    assert [x["skipped"] for x in read_lines(run) if "loss" in x][8:] == [1] * 4
+    assert same_bits(arrays(run, 12), weights)
+
+
+def test_a_run_does_not_end_with_a_bad_step(text, tmp_path, plant):
+    """No good one can follow it."""
+    plant({12})
+    done = call("train", *RUN, "--data", text, "--out", tmp_path)
+    assert done.code == 1 and "error: step 12: " in done.err and "1 step(s) in a row" in done.err
+    assert checkpoint.steps(tmp_path) == [4, 8]
 
 
 def test_a_signal_at_a_skipped_step_waits_for_one_that_can_be_saved(
@@ -91,15 +99,14 @@ def test_a_signal_at_a_skipped_step_waits_for_one_that_can_be_saved(
 ):
     """A whole interval of steps would be lost otherwise."""
     plant({AT, 99})  # and made good again
-    honest = NonFiniteStreak.add
+    honest = Recorder.step
 
-    def add(streak, done, skipped):
-        if done == AT - 1:  # step AT is on its way by then
+    def step(recorder, step, state, metrics):
+        if step == AT:
             os.kill(os.getpid(), signal.SIGTERM)
-        return honest(streak, done, skipped)
+        honest(recorder, step, state, metrics)
 
-    monkeypatch.setattr(NonFiniteStreak, "add", add)
-    run = tmp_path / "run"
-    done = call("train", *RUN, "--save-every", "10", "--data", text, "--out", run)
+    monkeypatch.setattr(Recorder, "step", step)
+    done = call("train", *RUN, "--save-every", "10", "--data", text, "--out", tmp_path)
     assert done.code == 143 and "not saved" not in done.err
-    assert checkpoint.steps(run) == [AT + 1]
+    assert checkpoint.steps(tmp_path) == [AT + 1]

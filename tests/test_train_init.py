@@ -4,7 +4,7 @@ import shutil
 
 import jax
 import numpy as np
-from programs import EVERY, TINY, call, snapshot, write_text
+from programs import EVERY, TINY, call, snapshot, stored_shapes, write_text
 
 from gpt import checkpoint, cli, train_flags
 from gpt.data import tokenizers
@@ -37,8 +37,7 @@ def test_a_run_takes_weights_tokenizer_and_model_of_another(trained, tmp_path, m
     argv += ["--tokenizer", "char"]
     done = call("train", *RUN, *argv, "--init-from", trained[1])
     assert done.code == 0, done.err
-    like = checkpoint.read_shapes(trained[1], 12, "params")
-    weights = checkpoint.restore(trained[1], 12, "params", like)
+    weights = checkpoint.restore(trained[1], 12, "params", stored_shapes(trained[1], 12, "params"))
     assert bits(kept[0].params) == bits(weights) and kept[0].step == 0
     source = checkpoint.read_metadata(trained[1], 12)
     began = checkpoint.read_metadata(tmp_path / "run", 12)
@@ -72,5 +71,4 @@ def test_init_from_another_shape_lists_the_shapes(text, trained, tmp_path):
     done = call("train", *argv, "--out", tmp_path / "run")
     assert done.code == 2
     assert "\n  tokens: stored (384, 16), expected (384, 32)\n" in done.err
-    assert "\n  blocks/" in done.err
     assert snapshot(tmp_path) == {}

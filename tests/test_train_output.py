@@ -64,11 +64,13 @@ def test_a_sample_that_crashes_does_not_cost_the_checkpoint_of_its_step(
     assert [line["step"] for line in read_lines(tmp_path / "run")] == [1, 2, 3, 4, 4]
 
 
-def test_a_profile_is_a_trace_of_the_steps_asked_for(text, tmp_path):
-    run = tmp_path / "run"
-    done = call("train", *TINY, "--data", text, "--out", run, "--profile", "2")
+def test_a_profile_is_a_trace_of_the_steps_asked_for(text, finished):
+    """Of a run that was stopped after step 8, too: step 12 of those that are left."""
+    run = finished
+    shutil.rmtree(run / "checkpoints" / "12")
+    done = call("train", *TINY, "--data", text, "--out", run, "--profile", "1")
     assert done.code == 0, done.err
-    assert f"profile        steps 4 to 5: xprof {run / 'profile'}" in done.err
+    assert f"profile        steps 12 to 12: xprof {run / 'profile'}" in done.err
     (xplane,) = run.glob("profile/plugins/profile/*/*.xplane.pb")
     (trace,) = run.glob("profile/plugins/profile/*/*.trace.json.gz")
     assert xplane.stat().st_size > 1000
@@ -79,14 +81,6 @@ def test_a_profile_is_a_trace_of_the_steps_asked_for(text, tmp_path):
     (run / "tensorboard" / "events.out.tfevents.1").write_text("a run's")
     run_dir.remove_run(run)
     assert snapshot(run) == {"checkpoints": None, "profile": None, "profile/notes.txt": b"mine"}
-
-
-def test_a_profile_that_the_run_is_too_short_for(text, tmp_path):
-    argv = [*TINY, "--data", text, "--out", tmp_path / "run", "--profile"]
-    for n, words in (("10", "the run has 12 steps"), ("-1", "profile is -1")):
-        done = call("train", *argv, n)
-        assert done.code == 2 and words in done.err, done.err
-    assert snapshot(tmp_path) == {}
 
 
 def test_tensorboard_reads_what_metrics_jsonl_holds(text, tmp_path):
@@ -111,15 +105,12 @@ def test_tensorboard_reads_what_metrics_jsonl_holds(text, tmp_path):
     assert all(np.isclose(found[k], v, rtol=1e-6) for k, v in expected.items())
 
 
-def test_tensorboard_that_is_not_installed(text, tmp_path, monkeypatch):
+def test_what_the_output_needs_is_refused_where_it_is_missing(text, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    done = call("train", *TINY, "--data", text, "--out", tmp_path / "run", "--tensorboard")
-    assert done.code == 2 and "gpt-jax[tensorboard]" in done.err
-    assert done.err.count("error: ") == 1 and snapshot(tmp_path) == {}
-
-
-def test_a_run_that_was_stopped_continues_with_its_profile(finished, text):
-    """Of the steps to trace those that are left, though fewer than asked for."""
-    shutil.rmtree(finished / "checkpoints" / "12")
-    done = call("train", *TINY, "--data", text, "--out", finished, "--profile", "6")
-    assert done.code == 0, done.err
+    for flags, words in (
+        (["--tensorboard"], "pip install 'gpt-jax[tensorboard]'"),
+        (["--profile", "10"], "the run has 12 steps"),
+    ):
+        done = call("train", *TINY, "--data", text, "--out", tmp_path / "run", *flags)
+        assert done.code == 2 and words in done.err and done.err.count("error: ") == 1
+    assert snapshot(tmp_path) == {}

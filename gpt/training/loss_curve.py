@@ -8,41 +8,34 @@ import numpy as np
 
 from gpt.training.metrics import read_metrics
 
-Curve = tuple[list[int], list[float]]  # steps and values
 
+def save_loss_curve(metrics_path: Path, png_path: Path) -> Any:
+    """Plot the losses of a metrics.jsonl: each batch faint, their running mean over it, validation
+    on top. Returns matplotlib's figure, or None if there are no losses to plot."""
 
-def save_loss_curve(metrics_path: Path, png_path: Path) -> None:
-    """Plot the training and validation losses of a metrics.jsonl; nothing if it has none."""
+    def curve(name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric, where it was a number."""
+        points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float)]
+        return [step for step, _ in points], [value for _, value in points]
+
     records = read_metrics(metrics_path)
-    training = curve_of(records, "loss")
-    validation = curve_of(records, "val_loss")
-    if not training[0] and not validation[0]:
-        return
+    steps, losses = curve("loss")
+    val_steps, val_losses = curve("val_loss")
+    if not steps and not val_steps:
+        return None
     from matplotlib.figure import Figure  # takes half a second to import
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    plot_losses(figure.subplots(), training, validation)
-    unfinished = png_path.with_suffix(".new")
-    figure.savefig(unfinished, format="png")
-    os.replace(unfinished, png_path)
-
-
-def curve_of(records: list[dict[str, Any]], name: str) -> Curve:
-    """Steps and values of one metric, where it was a number."""
-    points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float)]
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def plot_losses(axes: Any, training: Curve, validation: Curve) -> None:
-    """Both curves on `axes`: each batch faint, their running mean over it, validation on top."""
+    axes = figure.subplots()
     blue, orange = "#3b6ea8", "#d9702f"
-    steps, losses = training
     axes.plot(steps, losses, color=blue, alpha=0.3, linewidth=0.8)
     axes.plot(steps, smoothed(losses), color=blue, linewidth=1.8, label="training")
-    axes.plot(*validation, "o-", color=orange, linewidth=1.6, markersize=4, label="validation")
+    axes.plot(
+        val_steps, val_losses, "o-", color=orange, linewidth=1.6, markersize=4, label="validation"
+    )
     axes.set(xlabel="optimizer steps", ylabel="loss, nats per token")
-    if validation[0]:
-        title = f"Validation loss {validation[1][-1]:.3f} after {validation[0][-1]:,} steps"
+    if val_steps:
+        title = f"Validation loss {val_losses[-1]:.3f} after {val_steps[-1]:,} steps"
     else:
         title = f"Training loss {losses[-1]:.3f} after {steps[-1]:,} steps"
     axes.set_title(title, loc="left", fontsize=11, pad=10)
@@ -52,6 +45,11 @@ def plot_losses(axes: Any, training: Curve, validation: Curve) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+
+    unfinished = png_path.with_suffix(".new")
+    figure.savefig(unfinished, format="png")
+    os.replace(unfinished, png_path)
+    return figure
 
 
 def smoothed(values: list[float]) -> list[float]:

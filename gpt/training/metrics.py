@@ -2,13 +2,13 @@
 
 import contextlib
 import errno
-import importlib.util
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from gpt.config import TrainConfig
-from gpt.errors import require
 from gpt.training.step_timer import StepTimer
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal to show a bar on
@@ -46,9 +45,18 @@ class RunLog:
         self.file = None if out is None else open_metrics(out / "metrics.jsonl", first_step)
         self.board = None
         if tensorboard and out is not None:
-            self.board = TensorBoard(out / "tensorboard", first_step)
-        self.bar = ProgressBar(console, first_step, config.steps) if console.is_terminal else None
+            from tensorboardX import SummaryWriter  # an optional package
+
+            # Later steps that an earlier process wrote were given up with them.
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
         self.last_line_at = -math.inf
+        self.bar = None
+        if console.is_terminal:
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn())
+            columns += (TextColumn("{task.description}"),)
+            self.bar = Progress(*columns, console=console, refresh_per_second=4)
+            self.bar_task = self.bar.add_task("", completed=first_step, total=config.steps)
+            self.bar.start()
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """`step` has been computed. Every `log_every` steps, and at the last, write its line.
@@ -57,9 +65,9 @@ class RunLog:
         so far) and any others, on the device or not: they are fetched only for a line.
         """
         self.timer.note(step)
+        if self.bar:
+            self.bar.update(self.bar_task, completed=step)
         if step % self.config.log_every and step != self.config.steps:
-            if self.bar:
-                self.bar.advance(step)
             return
         line = {"step": step}
         line |= {name: np.asarray(value).item() for name, value in metrics.items()}
@@ -67,7 +75,7 @@ class RunLog:
         line |= self.timer.measure()
         self._write(line)
 
-        # Advance the bar; where there is no terminal print a line now and then.
+        # Beside the bar; where there is no terminal, in a line now and then.
         speed = line["tokens_per_second"]
         tokens_left = (self.config.steps - step) * self.timer.tokens_per_step
         text = f"loss {line['loss']:.4f}  {speed:,.0f} tokens/s"
@@ -76,10 +84,10 @@ class RunLog:
         if line["skipped"]:
             text += f"  {line['skipped']} skipped"
         if tokens_left and speed:
-            text += f"  {format_seconds(tokens_left / speed)} left"
+            text += f"  {timedelta(seconds=round(tokens_left / speed))} left"
         now = time.perf_counter()
         if self.bar:
-            self.bar.advance(step, text)
+            self.bar.update(self.bar_task, description=text)
         elif now - self.last_line_at >= SECONDS_BETWEEN_LINES or not tokens_left:
             self.last_line_at = now
             self.console.print(f"step {step:,}/{self.config.steps:,}  {text}")
@@ -95,37 +103,38 @@ class RunLog:
         """Show what the model wrote at `step`, and keep it in samples.jsonl, where samples that an
         earlier process wrote from this step on are dropped."""
         self.console.print(f"--- sample ---\n{text}\n---")
-        if self.out is None:
-            return
-        try:
-            with open_metrics(self.out / "samples.jsonl", step - 1) as file:
+        if self.out is not None:
+            path = self.out / "samples.jsonl"
+            with self._tolerating_full_disk(), open_metrics(path, step - 1) as file:
                 file.write(to_line({"step": step, "text": text}))
-        except OSError:
-            if not self.config.keep_going:
-                raise
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl, whole or not at all.
-
-        Where there is no room for it raise OSError, or with `keep_going` leave it out.
-        """
+        """Append a line to metrics.jsonl, whole or not at all, and its numbers to TensorBoard."""
         if self.file is not None:
-            line = to_line(record)
-            end = self.file.seek(0, os.SEEK_END)
-            try:
+            with self._tolerating_full_disk():
+                line = to_line(record)
+                end = self.file.seek(0, os.SEEK_END)
                 if self.file.write(line) < len(line):
+                    self.file.truncate(end)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError as error:
-                self.file.truncate(end)
-                if not self.config.keep_going:
-                    raise OSError(error.errno, error.strerror, self.file.name) from None
         if self.board:
-            self.board.add(record)
+            for name, value in record.items():
+                if name != "step" and math.isfinite(value):
+                    self.board.add_scalar(name, value, record["step"])
+
+    @contextlib.contextmanager
+    def _tolerating_full_disk(self):
+        """With `keep_going`, what cannot be written is left out, and training goes on."""
+        try:
+            yield
+        except OSError as error:
+            if not self.config.keep_going:
+                raise OSError(error.errno, error.strerror, str(self.out)) from None
 
     def close(self) -> None:
         """Remove the bar, print how long steps took, close the files."""
         if self.bar:
-            self.bar.progress.stop()
+            self.bar.stop()
         if self.board:
             self.board.close()
         summary = self.timer.summary()
@@ -176,77 +185,6 @@ def to_line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(finite, allow_nan=False).encode() + b"\n"
 
 
-def format_seconds(seconds: float) -> str:
-    """Seconds as m:ss, or h:mm:ss from an hour on."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-class TensorBoard:
-    """Event files in `folder`, through tensorboardX: one scalar for each number of a line."""
-
-    def __init__(self, folder: Path, first_step: int):
-        from tensorboardX import SummaryWriter
-
-        # Later steps that an earlier process wrote were given up with them.
-        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        for name, value in record.items():
-            if name != "step" and math.isfinite(value):
-                self.writer.add_scalar(name, value, record["step"])
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-def require_tensorboard() -> None:
-    """Raise UserError unless tensorboardX can be imported."""
-    require(
-        importlib.util.find_spec("tensorboardX") is not None,
-        "--tensorboard needs tensorboardX, which is not installed: "
-        "pip install 'gpt-jax[tensorboard]', or train without it (metrics.jsonl has the same)",
-    )
-
-
-class ProgressBar:
-    """A bar over the steps of a run, with the latest numbers beside it."""
-
-    def __init__(self, console: Console, first_step: int, steps: int):
-        columns = (
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[text]}"),
-        )
-        self.progress = Progress(*columns, console=console, refresh_per_second=4)
-        self.task = self.progress.add_task("train", completed=first_step, total=steps, text="")
-        self.progress.start()
-
-    def advance(self, step: int, text: str | None = None) -> None:
-        """Move to `step`; `text` replaces what stands beside the bar."""
-        changed = {} if text is None else {"text": text}
-        self.progress.update(self.task, completed=step, **changed)
-
-
-@contextlib.contextmanager
-def show_tokenizing(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over the bytes of text, shown from the first report on."""
-    progress = Progress(console=console, transient=True)
-    task = progress.add_task("tokenizing")
-
-    def report(done: int, total: int) -> None:
-        progress.start()
-        progress.update(task, completed=done, total=total)
-
-    try:
-        yield report
-    finally:
-        if progress.live.is_started:
-            progress.stop()
-
-
 class LossyStream:
     """A stream on which no write fails: what cannot be written any more, because the terminal is
     gone or the disk of a log is full, is lost, and training goes on."""
@@ -255,17 +193,12 @@ class LossyStream:
         self.stream = stream
 
     def write(self, text: str) -> None:
-        self._try(self.stream.write, text)
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
 
     def flush(self) -> None:
-        self._try(self.stream.flush)
-
-    def _try(self, operation: Callable, *args: str) -> None:
-        try:
-            operation(*args)
-        except OSError:
-            # What the stream has buffered would fail again at exit, so send it nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

@@ -47,21 +47,6 @@ class StartingPoint:
     resuming: bool = False
     metadata: dict[str, Any] | None = None
 
-    @property
-    def tokenizer(self) -> dict[str, Any] | None:
-        """The tokenizer that the weights belong to, as JSON."""
-        return self.metadata["tokenizer"] if self.metadata else None
-
-    @property
-    def fingerprint(self) -> str | None:
-        """The fingerprint of the text that a run which continues was trained on."""
-        return self.metadata["data"]["fingerprint"] if self.resuming else None
-
-    @property
-    def steps(self) -> list[int]:
-        """The checkpoints to choose from."""
-        return checkpoint.steps(self.source) if self.source else []
-
 
 def find_starting_point(args: Any, out: Path, log: Callable[[str], None]) -> StartingPoint:
     """Where the run of `args`, the flags of train.py, starts if its folder is `out`.
@@ -125,13 +110,13 @@ def differences(saved: dict[str, Any], config: TrainConfig, steps_done: int) -> 
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name, as flags spell them; lists as tuples."""
+    """Nested settings by dotted name, as flags spell them."""
     flat = {}
     for name, value in values.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = tuple(value) if isinstance(value, list) else value
+            flat[prefix + name] = value
     return flat
 
 
@@ -152,30 +137,28 @@ def initial_state(
         return make_state(config, mesh)
     like = abstract_state(config, mesh)
     if start.resuming:
-        return newest(start.source, partial(_load_state, like), log)
-    params = newest(start.source, partial(_load_weights, like), log)
+        return newest(start.source, partial(load_state, like), log)
+
+    def load_weights(folder: Path, step: int) -> dict:
+        """The averaged weights, where the other run kept an average."""
+        saved = from_json(TrainConfig, checkpoint.read_metadata(folder, step)["train"])
+        tree = "ema_params" if saved.ema_decay else "params"
+        return checkpoint.restore(folder, step, tree, like.params)
+
+    params = newest(start.source, load_weights, log)
     state = make_state(config, mesh)
     return dataclasses.replace(state, params=params, ema_params=start_ema(config, params))
 
 
-def _load_state(like: TrainState, folder: Path, step: int) -> TrainState:
-    """The whole state saved at `step`, with the shardings of `like`."""
+def load_state(like: TrainState, folder: Path, step: int) -> TrainState:
+    """The whole state saved at `step`, with the shapes and shardings of `like`."""
     counted = {"opt_state": like.opt_state, "step": like.step}
     counted = checkpoint.restore(folder, step, "optimizer", counted)
-    if int(counted["step"]) != step:
-        raise checkpoint.Damaged(f"{folder}: checkpoint {step} holds step {counted['step']}")
     params = checkpoint.restore(folder, step, "params", like.params)
     ema_params = {}
     if like.ema_params:
         ema_params = checkpoint.restore(folder, step, "ema_params", like.ema_params)
     return TrainState(params, counted["opt_state"], counted["step"], ema_params)
-
-
-def _load_weights(like: TrainState, folder: Path, step: int) -> dict:
-    """What a new run starts from: the averaged weights where the other run kept an average."""
-    saved = from_json(TrainConfig, checkpoint.read_metadata(folder, step)["train"])
-    tree = "ema_params" if saved.ema_decay else "params"
-    return checkpoint.restore(folder, step, tree, like.params)
 
 
 def describe_run(

@@ -12,29 +12,20 @@ from gpt import checkpoint, distributed
 from gpt.errors import UserError, require
 
 LOCK = ".lock"
-FILES = (
+# Beside the checkpoints. The `.new` files are of a process that was killed.
+WRITTEN = (
     "metrics.jsonl",
+    "metrics.jsonl.new",
     "samples.jsonl",
+    "samples.jsonl.new",
     "tokenizer.json",
     "loss.png",
-    # unfinished files of a process that was killed
-    "metrics.jsonl.new",
-    "samples.jsonl.new",
     "loss.new",
+    "tensorboard/events.out.tfevents.*",
+    "profile/plugins/profile/[0-9]*/*",
 )
-TENSORBOARD_EVENTS = "tensorboard/events.out.tfevents.*"
-PROFILES = "profile/plugins/profile/[0-9]*"
-FOLDERS = ("profile/plugins/profile", "profile/plugins", "profile", "tensorboard")
-
-
-def require_writable(out: Path) -> None:
-    """Raise UserError unless a run can be kept in `out`, which need not exist yet."""
-    nearest = next(path for path in (out, *out.parents) if path.exists())
-    require(
-        nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
-        f"--out {out} cannot be used: {nearest} is not a folder that you may write to; "
-        "choose another --out",
-    )
+FOLDERS = ("profile/plugins/profile/[0-9]*", "profile/plugins/profile", "profile/plugins")
+FOLDERS += ("profile", "tensorboard")
 
 
 @contextlib.contextmanager
@@ -47,7 +38,10 @@ def reserve(out: Path, is_trial: bool) -> Iterator[None]:
         require_writable(out)
         yield
         return
-    with distributed.on_first_process(lock_run(out)):
+    with contextlib.ExitStack() as stack:
+        with distributed.exit_together():
+            if distributed.is_first():
+                stack.enter_context(lock_run(out))
         with distributed.exit_together():
             require(
                 out.is_dir(),
@@ -55,6 +49,16 @@ def reserve(out: Path, is_trial: bool) -> Iterator[None]:
                 "that they share",
             )
         yield
+
+
+def require_writable(out: Path) -> None:
+    """Raise UserError unless a run can be kept in `out`, which need not exist yet."""
+    nearest = next(path for path in (out, *out.parents) if path.exists())
+    require(
+        nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
+        f"--out {out} cannot be used: {nearest} is not a folder that you may write to; "
+        "choose another --out",
+    )
 
 
 @contextlib.contextmanager
@@ -87,15 +91,11 @@ def lock_run(out: Path) -> Iterator[None]:
 def remove_run(out: Path) -> None:
     """Remove what a run wrote in its folder, and nothing else."""
     for step in checkpoint.steps(out):
-        path = checkpoint.step_dir(out, step)
-        if path.is_symlink():
+        shutil.rmtree(checkpoint.step_dir(out, step))
+    for pattern in WRITTEN:
+        for path in out.glob(pattern):
             path.unlink()
-        else:
-            shutil.rmtree(path)
-    for path in [*(out / name for name in FILES), *out.glob(TENSORBOARD_EVENTS)]:
-        path.unlink(missing_ok=True)
-    for path in out.glob(PROFILES):
-        shutil.rmtree(path)
-    for name in FOLDERS:
-        with contextlib.suppress(OSError):  # missing, or it holds somebody else's files
-            (out / name).rmdir()
+    for pattern in FOLDERS:
+        for path in out.glob(pattern):
+            with contextlib.suppress(OSError):  # it holds somebody else's files
+                path.rmdir()

@@ -19,7 +19,7 @@ SPEED_FIELDS = (
 
 
 class StepTimer:
-    """Times the steps of a run that starts after `first_step`.
+    """Times the steps of a run that starts after `first_step`, which is now.
 
     `peak_flops`: FLOP/s of matrix products as measured on all devices; None: MFU is not reported.
     """
@@ -33,10 +33,6 @@ class StepTimer:
         self.window_first_step = first_step  # of the steps since the last `measure`
         self.window_seconds: list[float] = []
         self.earlier_seconds: list[float] = []
-        self.start()
-
-    def start(self) -> None:
-        """Start the clock: when compilation is over and the first step begins."""
         self.started_at = self.window_started_at = self.last_at = time.perf_counter()
         self.paused_at = None
 
@@ -68,36 +64,32 @@ class StepTimer:
             "since_step": self.first_step,
         }
         if self.peak_flops:
-            measured["mfu"] = self.mfu(tokens_per_second)
-        measured |= percentiles(self.window_seconds)
+            # Model FLOPs utilization: the arithmetic of the model as a fraction of the peak
+            # (Chowdhery et al. 2022, PaLM, appendix B).
+            measured["mfu"] = tokens_per_second * self.flops_per_token / self.peak_flops
+        if self.window_seconds:
+            for p, seconds in zip(PERCENTILES, percentiles(self.window_seconds), strict=True):
+                measured[f"step_seconds_p{p}"] = seconds
 
         self.earlier_seconds += self.window_seconds
         self.window_seconds = []
         self.window_first_step, self.window_started_at = self.last_step, self.last_at
         return measured
 
-    def mfu(self, tokens_per_second: float) -> float:
-        """Model FLOPs utilization: the arithmetic of the model as a fraction of the peak (Chowdhery
-        et al. 2022, PaLM, appendix B)."""
-        return tokens_per_second * self.flops_per_token / self.peak_flops
-
     def summary(self) -> str:
         """A line about all steps so far; "" if there were none."""
-        seconds = self.earlier_seconds + self.window_seconds
-        if not seconds:
+        all_seconds = self.earlier_seconds + self.window_seconds
+        if not all_seconds:
             return ""
-        times = percentiles(seconds)
-        listed = ", ".join(f"p{p} {times[f'step_seconds_p{p}'] * 1e3:,.1f}" for p in PERCENTILES)
-        line = f"step time      {listed} ms"
+        times = zip(PERCENTILES, percentiles(all_seconds), strict=True)
+        line = "step time      "
+        line += ", ".join(f"p{p} {seconds * 1e3:,.1f}" for p, seconds in times) + " ms"
         if self.peak_flops:
-            mfu = self.mfu(self.tokens_per_step / float(np.mean(seconds)))
-            line += f"; {mfu:.1%} of the measured peak"
+            flops_per_second = self.tokens_per_step * self.flops_per_token / np.mean(all_seconds)
+            line += f"; {flops_per_second / self.peak_flops:.1%} of the measured peak"
         return line
 
 
-def percentiles(seconds: list[float]) -> dict[str, float]:
+def percentiles(seconds: list[float]) -> list[float]:
     """The step times that half, 90 % and 99 % of the steps do not exceed."""
-    if not seconds:
-        return {}
-    values = np.percentile(seconds, PERCENTILES).tolist()
-    return {f"step_seconds_p{p}": value for p, value in zip(PERCENTILES, values, strict=True)}
+    return np.percentile(seconds, PERCENTILES).tolist()

@@ -24,7 +24,7 @@ from gpt.data import batches
 from gpt.data.token_files import Tokens
 from gpt.errors import require
 from gpt.model import transformer
-from gpt.training import device_batches, memory_plan
+from gpt.training import memory_plan
 from gpt.training.loss import objective, sequence_losses
 from gpt.training.optimizer import make_optimizer, make_schedule
 from gpt.training.train_state import TrainState, abstract_state, shardings_of
@@ -216,7 +216,10 @@ def compile_steps(config: TrainConfig, mesh: Mesh) -> tuple[Callable, Callable]:
 
     def run_eval_step(params: dict, *arrays):
         with sharding.on_mesh(mesh):
-            placed = [device_batches.place_rows(rows, array) for array in arrays]
+            placed = [
+                jax.make_array_from_callback(array.shape, rows, array.__getitem__)
+                for array in arrays
+            ]
             return jitted_eval_step(params, *placed)
 
     return run_train_step, run_eval_step

@@ -1,36 +1,37 @@
-"""What stands around the training loop of train.py: compiling, recording, saving, ending.
+"""What stands around the training loop of train.py: text, batches, recording, saving, ending.
 
 The loop itself is in train.py. What a reader does not need in order to follow it is here: numbers
 that are read one step late, steps that are not finite, several processes, traces.
 """
 
 import contextlib
+import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
+from rich.progress import Progress
 
-from gpt import checkpoint, distributed, hardware
-from gpt.compile_log import Stopwatch
+from gpt import checkpoint, distributed, hardware, sharding
 from gpt.config import TrainConfig
 from gpt.data import batches, tokenizers
 from gpt.data.dataset import load_dataset
-from gpt.data.token_files import Dataset
+from gpt.data.token_files import Dataset, Tokens
 from gpt.errors import UserError, is_out_of_memory, require
-from gpt.training import device_batches, run_dir, train_step
+from gpt.training import run_dir, train_step
 from gpt.training.loss_curve import save_loss_curve
-from gpt.training.metrics import RunLog, require_tensorboard, show_tokenizing
-from gpt.training.nonfinite import NonFiniteStreak, explain_divergence
-from gpt.training.profile import StepProfiler, require_steps
+from gpt.training.metrics import RunLog
 from gpt.training.resume import StartingPoint, describe_run, require_same_settings
 from gpt.training.stop_signal import StopSignal
 from gpt.training.train_state import TrainState, checkpoint_trees
-from gpt.training.train_step import require_fit
+
+PROFILE_AFTER = 3  # steps: the first ones still wait for data and memory
 
 
 @dataclass(frozen=True)
@@ -53,31 +54,47 @@ def load_text(
 ) -> tuple[tokenizers.Tokenizer, Dataset]:
     """The tokenizer and the tokens of --data, see gpt.data.dataset. A run that continues keeps its
     tokenizer and must have the same text; one that starts from other weights keeps theirs."""
-    with show_tokenizing(console) as progress:
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("tokenizing")
+
+    def report(done: int, total: int) -> None:
+        bar.start()  # not before there is something to report
+        bar.update(task, completed=done, total=total)
+
+    try:
         return load_dataset(
             args.data or (),
             args.train.tokenizer,
             args.train.vocab_size,
-            saved_tokenizer=start.tokenizer,
-            expected_fingerprint=start.fingerprint,
+            saved_tokenizer=start.metadata["tokenizer"] if start.metadata else None,
+            expected_fingerprint=start.metadata["data"]["fingerprint"] if start.resuming else None,
             cache_dir=cache_dir,
             log=console.print,
-            progress=progress,
+            progress=report,
         )
+    finally:
+        bar.stop()
 
 
 def require_possible(run: Run) -> None:
     """Raise UserError unless the run can do what was asked for, with its text and its devices."""
     args, config, start = run.args, run.config, run.start
-    for note in require_fit(config, run.mesh):
+    for note in train_step.require_fit(config, run.mesh):
         run.console.print(note)
     batches.require_length(run.dataset.train, config.sequence_length)
     if start.resuming:
         require_same_settings(start, config)
     else:
-        require_steps(args.profile, config.steps)
-    if args.tensorboard:
-        require_tensorboard()
+        require(
+            args.profile <= max(config.steps - PROFILE_AFTER, 0),
+            f"--profile {args.profile} traces steps after {PROFILE_AFTER} of warm-up, but the run "
+            f"has {config.steps} steps: ask for fewer, or for more --steps",
+        )
+    require(
+        not args.tensorboard or importlib.util.find_spec("tensorboardX") is not None,
+        "--tensorboard needs tensorboardX, which is not installed: "
+        "pip install 'gpt-jax[tensorboard]', or train without it (metrics.jsonl has the same)",
+    )
     require(
         not (args.verify_resume and distributed.is_multi_process()),
         "--verify-resume proves a run of one process: add --num-processes 1",
@@ -86,22 +103,15 @@ def require_possible(run: Run) -> None:
 
 def require_same_everywhere(run: Run) -> None:
     """Raise UserError in all processes of the run unless they were given the same."""
+    source = run.start.source
+    found = checkpoint.steps(source) if source else []
     distributed.require_same(
         {
             "the settings": (run.config, run.args.overwrite),
             "the text": run.dataset.fingerprint,
-            "what they find in --out": (run.start.resuming, run.start.steps),
+            "what they find in --out": (run.start.resuming, found),
         }
     )
-
-
-def compile_run(run: Run) -> tuple[Callable, Callable]:
-    """The training step, compiled now, and the evaluation step, compiled when it is first called;
-    see train_step.compile_steps. Raises UserError if the step does not fit in memory."""
-    with Stopwatch() as watch:
-        steps = train_step.compile_steps(run.config, run.mesh)
-    run.console.print(f"compiled       in {watch.compile_seconds:.1f} s")
-    return steps
 
 
 def take_over_folder(run: Run, first_step: int) -> None:
@@ -113,7 +123,30 @@ def take_over_folder(run: Run, first_step: int) -> None:
             tokenizers.save(run.tokenizer, run.out / "tokenizer.json")
 
 
-class Recorder:
+def batch_of_step(config: TrainConfig, tokens: Tokens, mesh: Mesh, index: int) -> jax.Array:
+    """Batch `index`, counted from 0, on its devices: int32 [grad_accum, rows, T+1].
+
+    Step n of a run, counted from 1, trains on batch n - 1. Each process reads only the rows that
+    its own devices hold.
+    """
+    A = config.grad_accum
+    B = config.batch_size // A
+    U = config.sequence_length + 1
+
+    @functools.cache  # some devices hold the same rows
+    def read(first: int, end: int) -> np.ndarray:
+        rows = np.arange(A)[:, None] * B + np.arange(first, end)  # in the whole batch
+        found = batches.batch(tokens, config.seed, index, config.batch_size, U - 1, rows.ravel())
+        return found.reshape(A, end - first, U)
+
+    def part_of_device(where: tuple[slice, ...]) -> np.ndarray:
+        first, end, _ = where[1].indices(B)
+        return read(first, end)
+
+    return jax.make_array_from_callback((A, B, U), sharding.rows(mesh, axis=1), part_of_device)
+
+
+class Recorder(contextlib.AbstractContextManager):
     """Hands out the batches of a run from `state` until step `until`, and takes what comes of them.
 
     Numbers of a step are read one step late, while the device computes the next one. Use it in
@@ -121,39 +154,39 @@ class Recorder:
     """
 
     def __init__(self, run: Run, state: TrainState, until: int):
+        config = run.config
+        is_first = distributed.is_first()  # of several processes, the one that writes
         self.run = run
         self.until = until
         self.first_step = int(state.step)
         self.unread = None  # the last step and its metrics, until they are read
-        skipped = self.first_step - int(train_step.count_updates(state.opt_state))
-        self.streak = NonFiniteStreak(run.config, skipped)
-        self.batch = partial(device_batches.batch_of_step, run.config, run.dataset.train, run.mesh)
-        self.metadata = describe_run(run.args, run.config, run.tokenizer, run.dataset, run.start)
+        self.skipped = self.first_step - int(train_step.count_updates(state.opt_state))
+        self.n_bad = 0  # steps that were skipped one after another, up to the last one read
+        self.n_profiled = run.args.profile if is_first else 0
+        self.metadata = describe_run(run.args, config, run.tokenizer, run.dataset, run.start)
 
-    def __enter__(self) -> "Recorder":
-        run, config, first_step = self.run, self.run.config, self.first_step
-        is_first = distributed.is_first()  # of several processes, the one that writes
-        log = run.console.print
-        self.checkpoints = checkpoint.CheckpointManager(
-            run.out, config.keep, config.keep_best, resumed=first_step or None
+        self.stack = contextlib.ExitStack()
+        self.checkpoints = self.stack.enter_context(
+            checkpoint.CheckpointManager(
+                run.out, config.keep, config.keep_best, resumed=self.first_step or None
+            )
         )
         self.log = RunLog(
             run.out if is_first else None,
-            first_step,
+            self.first_step,
             config,
             run.console,
             peak_flops=hardware.matmul_rate(config.model.compute_dtype) * run.mesh.size,
             tensorboard=run.args.tensorboard,
         )
-        n_profiled = run.args.profile if is_first else 0
-        self.profiler = StepProfiler(run.out / "profile", n_profiled, first_step, log)
-        self.stack = contextlib.ExitStack()
-        for resource in (self.checkpoints, self.log, self.profiler):
-            self.stack.enter_context(contextlib.closing(resource))
-        return self
+        self.stack.callback(self.log.close)
+        self.trace = self.stack.enter_context(contextlib.ExitStack())
 
     def __exit__(self, *error) -> None:
         self.stack.__exit__(*error)
+
+    def batch(self, index: int) -> jax.Array:
+        return batch_of_step(self.run.config, self.run.dataset.train, self.run.mesh, index)
 
     def batches(self) -> Iterator[tuple[int, jax.Array]]:
         """Each step that is to be made, counted from 1, and its tokens [A, B, T+1]."""
@@ -165,32 +198,99 @@ class Recorder:
 
     def step(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> None:
         """`step`, which gave `state` and `metrics`, has been handed to the device."""
-        self.profiler.after_dispatch(step, metrics)
-        self._log_unread(state)
+        self._profile(step, metrics)
+        self._read_last_step(state)
         self.unread = step, metrics
-        if self.streak.one_more_ends_the_run:
-            # No further step must change the weights that the explanation looks at.
-            self._log_unread(state)
+        if self.n_bad + 1 >= self.run.config.max_bad_steps:
+            # If this one is bad, no further step must change the weights that are to be explained.
+            self._read_last_step(state)
 
     def catch_up(self, state: TrainState) -> bool:
         """Wait for the last step, and stop the clock until the next one. Returns whether its update
         was applied: else this must not be the last step, nor be saved."""
-        self._log_unread(state)
+        self._read_last_step(state)
         self.log.timer.pause()
-        return self.streak.length == 0
+        return self.n_bad == 0
 
-    def _log_unread(self, state: TrainState) -> None:
-        """Log the last step, if it is unread. Raise Failed if it ends the run."""
+    def _read_last_step(self, state: TrainState) -> None:
+        """Log the last step, if it is unread. Raise Failed if too many in a row were skipped, or
+        the last one of the run was, which no good one can follow."""
         if self.unread is None:
             return
+        config = self.run.config
         step, metrics = self.unread
         self.unread = None
         self.log.step(step, jax.block_until_ready(metrics))
-        if self.streak.add(step, int(metrics["skipped"])):
+
+        skipped = int(metrics["skipped"])
+        self.n_bad = self.n_bad + 1 if skipped > self.skipped else 0
+        self.skipped = skipped
+        if self.n_bad and (self.n_bad >= config.max_bad_steps or step == config.steps):
+            from gpt.training import nonfinite
+
             self.checkpoints.wait()
-            raise explain_divergence(
-                self.run.config, self.streak, self.run.out, state.params, self.batch
+            first_bad = step - self.n_bad + 1
+            tokens = self.batch(first_bad - 1)
+            raise nonfinite.explain_divergence(
+                config, first_bad, self.n_bad, self.run.out, state.params, tokens
             )
+
+    def _profile(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Trace the steps that --profile asks for. `metrics` is ready when `step` is computed."""
+        begin = self.first_step + PROFILE_AFTER
+        end = begin + self.n_profiled
+        if begin < end and step in (begin, end):
+            jax.block_until_ready(metrics)
+            folder = self.run.out / "profile"
+            if step == begin:
+                self.trace.enter_context(jax.profiler.trace(folder))
+            else:
+                self.trace.close()
+                self.run.console.print(f"profile        steps {begin + 1} to {end}: xprof {folder}")
+
+    def try_save(self, state: TrainState) -> None:
+        """Save a fresh state and remove it again: a save that cannot succeed should be known before
+        hours are spent on what it would have kept."""
+        if self.first_step == 0:
+            self.log.timer.pause()
+            with self._explaining_a_failed_save(goes_on=self.run.config.keep_going):
+                self.checkpoints.try_save(checkpoint_trees(state), self.metadata | {"step": 0})
+            self.log.timer.resume()
+
+    def save(self, step: int, state: TrainState, val_loss: float | None, wait: bool) -> None:
+        """Save a checkpoint in the background; with `wait` return when it is on disk.
+
+        `val_loss`: nats per token, which the best checkpoints are chosen by. With `keep_going` a
+        checkpoint that cannot be written is noted, and training goes on; else it is a UserError.
+        """
+        if self.n_bad:
+            # It may go on like this: these weights must not replace good ones.
+            self.run.console.print(f"note: step {step} is not saved: its update was skipped")
+            return
+        with self._explaining_a_failed_save(goes_on=True):
+            # An earlier save may have failed. There may be room again, so this one is tried anyway.
+            self.checkpoints.wait()
+        with self._explaining_a_failed_save(goes_on=self.run.config.keep_going and not wait):
+            self.checkpoints.save(
+                step,
+                checkpoint_trees(state),
+                self.metadata | {"step": step},
+                loss=val_loss,
+                wait=wait or self.checkpoints.failed,
+            )
+
+    @contextlib.contextmanager
+    def _explaining_a_failed_save(self, goes_on: bool) -> Iterator[None]:
+        """Turn SaveFailed into a note if training `goes_on`, else into a UserError."""
+        try:
+            yield
+        except checkpoint.SaveFailed as error:
+            if not goes_on:
+                raise UserError(
+                    f"{error}; give the same command again when this is mended, or train on "
+                    "unsaved: --keep-going"
+                ) from None
+            self.run.console.print(f"note: {error}; training goes on")
 
     def sample(self, step: int, write: Callable[[], str | None]) -> None:
         """Show what the model writes; a lack of memory for it is noted, and training goes on.
@@ -207,38 +307,6 @@ class Recorder:
         if text is not None:
             self.log.sample(step, text)
 
-    def save(self, step: int, state: TrainState, val_loss: float | None, wait: bool) -> None:
-        """Save a checkpoint in the background; with `wait` return when it is on disk.
-
-        `val_loss`: nats per token, which the best checkpoints are chosen by. With `keep_going` a
-        checkpoint that cannot be written is noted, and training goes on; else it is a UserError.
-        """
-        log = self.run.console.print
-        if self.streak.length:
-            # It may go on like this: these weights must not replace good ones.
-            log(f"note: step {step} is not saved: its update was skipped")
-            return
-        try:
-            self.checkpoints.wait()
-        except checkpoint.SaveFailed as error:
-            # An earlier save has failed. There may be room again, so this one is tried anyway.
-            log(f"note: {error}; training goes on")
-        try:
-            self.checkpoints.save(
-                step,
-                checkpoint_trees(state),
-                self.metadata | {"step": step},
-                loss=val_loss,
-                wait=wait or self.checkpoints.failed,
-            )
-        except checkpoint.SaveFailed as error:
-            if wait or not self.run.config.keep_going:
-                raise UserError(
-                    f"{error}; make room and give the same command again, or train on unsaved: "
-                    "--keep-going"
-                ) from None
-            log(f"note: {error}; training goes on")
-
 
 def is_due(config: TrainConfig, step: int, every: int) -> bool:
     """Whether what is done `every` so many steps, and at the end of the run, is due after `step`;
@@ -248,7 +316,9 @@ def is_due(config: TrainConfig, step: int, every: int) -> bool:
 
 def finish(run: Run) -> int:
     """Plot the losses, and say how a run that was stopped is continued; the exit code."""
-    plot_losses(run)
+    if distributed.is_first():
+        save_loss_curve(run.out / "metrics.jsonl", run.out / "loss.png")
+    run.console.print(f"loss curve     {run.out / 'loss.png'}")
     code = distributed.agree_on_code(run.stop.code)
     if code:
         command = "the same command"
@@ -256,18 +326,3 @@ def finish(run: Run) -> int:
             command += " without --overwrite"
         run.console.print(f"stopped        {command} continues the run")
     return code
-
-
-def report_complete(run: Run) -> int:
-    """Say that a run has nothing left to do; the exit code."""
-    if not (run.out / "loss.png").exists():  # the process was killed at the very end
-        plot_losses(run)
-    run.console.print(f"complete       {run.config.steps:,} steps; --overwrite starts afresh")
-    return 0
-
-
-def plot_losses(run: Run) -> None:
-    """Plot the losses up to now into loss.png."""
-    if distributed.is_first():
-        save_loss_curve(run.out / "metrics.jsonl", run.out / "loss.png")
-    run.console.print(f"loss curve     {run.out / 'loss.png'}")

@@ -32,7 +32,6 @@ def params(seed: int = 0):
         "scalar": jnp.float32(3 + seed),
         "bits": jnp.array([0, 2**32 - 1], jnp.uint32),
         "odd": jnp.array([jnp.nan, -jnp.inf, -0.0]),
-        "empty": jnp.zeros((0, 3)),
     }
 
 
@@ -81,8 +80,3 @@ def run_python(code: str, *arguments) -> subprocess.CompletedProcess:
 
 def newest_metadata(folder):
     return checkpoint.latest_good(folder, lambda step: checkpoint.read_metadata(folder, step))
-
-
-def largest_data_file(folder, step):
-    files = [p for p in files_of(folder, step) if "params/ocdbt.process_0/d" in str(p)]
-    return max(files, key=lambda p: p.stat().st_size)
