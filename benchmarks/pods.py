@@ -13,7 +13,6 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 from gpt import cli
@@ -28,16 +27,12 @@ from jax.sharding import Mesh  # noqa: E402
 from gpt import flops, sharding  # noqa: E402
 from gpt.config import MeshConfig, ModelConfig, TrainConfig  # noqa: E402
 from gpt.errors import is_out_of_memory, require  # noqa: E402
-from gpt.plan import absent, collectives, devices, programs  # noqa: E402
+from gpt.plan import absent, devices, programs  # noqa: E402
+from gpt.plan.programs import PlannedProgram  # noqa: E402
 from gpt.presets import PRESETS  # noqa: E402
 from gpt.training import memory_plan, train_step  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "pods.json"
-# A v5e by its vendor (docs.cloud.google.com/tpu/docs/v5e). A ring uses two of its four links, one
-# each way: together as much as one link carries in both directions.
-FLOPS_PER_SECOND = 197e12  # in bfloat16
-READ_BYTES_PER_SECOND = 819e9
-RING_BYTES_PER_SECOND = 400e9 / 4
 SLICES = {8: "v5e:2x4", 64: "v5e:8x8", 256: "v5e:16x16"}
 LLAMA = ModelConfig(
     32_000,
@@ -75,21 +70,11 @@ HEAD = (
 )
 
 
-def figures(
-    compile_program: Callable[[], jax.stages.Compiled],
-    mesh: Mesh,
-    n_flops: float,
-    predicted: Counter,
-    read_bytes: int = 0,
-) -> dict:
-    """One program as JSON values, or what it lacks to fit. Bytes of one chip, and seconds.
-
-    `n_flops`: on all chips. `read_bytes`: what a chip must at least read from its memory, where
-    that and not the arithmetic takes the time.
-    """
+def figures(program: PlannedProgram, mesh: Mesh, chip: devices.Chip, predicted: Counter) -> dict:
+    """One program as JSON values, or what it lacks to fit. Bytes of one chip, and seconds."""
     begun = time.perf_counter()
     try:
-        compiled = compile_program()
+        compiled = program.compile()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -98,15 +83,14 @@ def figures(
 
     # The time of the work at the chip's peak, and of sending everything over one ring: without any
     # overlap of the two they add up, with full overlap the longer one counts.
-    n_flops /= mesh.size
-    sent = sum(one.sent_bytes for one in collectives.find(compiled.as_text(), mesh.shape))
-    work = max(n_flops / FLOPS_PER_SECOND, read_bytes / READ_BYTES_PER_SECOND)
-    links = sent / RING_BYTES_PER_SECOND
+    plan = absent.describe(program, compiled, mesh, chip)
+    sent = sum(over["bytes"] for over in plan["sent"].values())
+    work, links = plan["floor_seconds"], sent / chip.link_bytes_per_second
     moved = predicted_bytes.moved(compiled, mesh)
     return {
-        "given": compiled.memory_analysis().argument_size_in_bytes,
+        "given": plan["given_bytes"],
         "total": memory_plan.need_of(compiled).total,
-        "flops": n_flops,
+        "flops": program.flops,
         "sent": sent,
         "moved": [[*row, n] for row, n in moved.items()],
         "predicted": [[*row, n] for row, n in predicted.items()],
@@ -120,7 +104,7 @@ def figures(
 def measure(row: str) -> dict:
     """All programs of a row."""
     model, n = row.split("/")
-    found, _ = devices.topology_devices(SLICES[int(n)])
+    found, chip = devices.topology_devices(SLICES[int(n)])
     training, sampling = (sharding.make_mesh(MeshConfig(*sizes), found) for sizes in MESHES[row])
 
     # The tokenizer that leaves the model its own vocabulary.
@@ -128,37 +112,21 @@ def measure(row: str) -> dict:
     config = absent.completed(config, "bfloat16")
     config = absent.with_micro_batches_that_divide(config, training)
     train_step.require_fit(config, training)
-    c = config.model
-    train = figures(
-        lambda: train_step.compile_train_step(config, training),
-        training,
-        config.batch_size * config.sequence_length * flops.train_flops_per_token(c),
-        predicted_bytes.training(config, training, tpu=True),
-    )
+    train, *_ = programs.planned(config, training)
+    _, prefill, decode, _ = programs.planned(config, sampling)
 
-    n_rows, length = programs.count_rows(sampling), programs.prompt_length(c)
-    prefill = figures(
-        lambda: programs.compile_prefill(c, sampling),
-        sampling,
-        n_rows * flops.forward_flops(c, length, n_logit_positions=1),
-        predicted_bytes.decoding(c, sampling, n_rows, length),
-    )
-    weights = programs.abstract_weights(c, sampling)
-    cache = programs.abstract_cache(c, sampling)
-    decode = figures(
-        lambda: programs.compile_decode(c, sampling),
-        sampling,
-        n_rows * flops.forward_flops(c, 1, c.context_length - 1, n_logit_positions=1),
-        predicted_bytes.decoding(c, sampling, n_rows, 1),
-        read_bytes=programs.bytes_on_device((weights, cache)),
-    )
+    c, n_rows = config.model, programs.count_rows(sampling)
+    n_prompt = programs.prompt_length(c)
+    by_step = predicted_bytes.training(config, training, tpu=True)
+    by_prefill = predicted_bytes.decoding(c, sampling, n_rows, n_prompt)
+    by_decode = predicted_bytes.decoding(c, sampling, n_rows, 1)
     return {
         "parameters": flops.parameters(c),
         "grad_accum": config.grad_accum,
         "state": absent.state_bytes(config, training),
-        "train": train,
-        "prefill": prefill,
-        "decode": decode,
+        "train": figures(train, training, chip, by_step),
+        "prefill": figures(prefill, sampling, chip, by_prefill),
+        "decode": figures(decode, sampling, chip, by_decode),
         "jax": jax.__version__,
     }
 

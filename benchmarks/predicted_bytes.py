@@ -21,7 +21,7 @@ from gpt import sharding
 from gpt.config import ModelConfig, TrainConfig
 from gpt.flops import ITEM_BYTES
 from gpt.model import transformer
-from gpt.plan import collectives
+from gpt.plan import collectives, program_text
 from gpt.training.loss import count_chunks, recomputes_logits
 
 Row = tuple[str, tuple[str, ...]]
@@ -32,7 +32,7 @@ WHAT = {"all-gather": "gather", "all-reduce": "reduce", "reduce-scatter": "reduc
 def moved(compiled: jax.stages.Compiled, mesh: Mesh) -> Counter:
     """Bytes by row of the collectives of a compiled program."""
     rows = Counter()
-    for one in collectives.find(compiled.as_text(), mesh.shape):
+    for one in collectives.find(program_text.read(compiled.as_text()), mesh.shape):
         rows[WHAT.get(one.kind, one.kind), one.axes] += one.n_bytes * one.n_runs
     return rows
 

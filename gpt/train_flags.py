@@ -76,7 +76,10 @@ class Args:
     devices: Annotated[int | None, optional("INT")] = None
     """With --dry-run: plan for this many devices that are not here, virtual ones of this CPU."""
     topology: Annotated[str | None, optional("NAME")] = None
-    """With --dry-run: plan for TPUs that are not here, by their own compiler: v5e:16x16."""
+    """With --dry-run: plan for TPUs or GPUs that are not here, by their own compiler: v5e:16x16,
+    h100:8."""
+    json: Annotated[Path | None, optional("FILE")] = None
+    """With --dry-run: write the plan for devices that are not here to this file too."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, in DIR/tensorboard (needs tensorboardX)."""
     profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0

@@ -1,11 +1,11 @@
-"""Print the plan: what each program takes of a device, and what it sends to the others."""
+"""Print the plan: what each program takes of a device, what it sends to the others, and on a GPU
+its kernels and the time to expect."""
 
 import dataclasses
+import json
 import re
 import time
-from collections import Counter, defaultdict
 from collections.abc import Iterator
-from functools import partial
 
 import jax
 from jax.sharding import Mesh
@@ -15,11 +15,13 @@ from gpt import flops, sharding
 from gpt.config import TrainConfig
 from gpt.data import tokenizers
 from gpt.errors import is_out_of_memory
-from gpt.plan import collectives, devices, programs
+from gpt.plan import collectives, devices, kernels, program_text, programs
+from gpt.plan.devices import Chip
 from gpt.training import memory_plan, train_state, train_step
 
 MB = 10**6
 PUBLIC_SIZES = {"gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
+N_LONGEST = 10  # kernels that are listed
 
 
 def print_plan(args, preset_config: TrainConfig) -> int:
@@ -30,40 +32,44 @@ def print_plan(args, preset_config: TrainConfig) -> int:
     log = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True).print
 
     # The mesh, and a config as text and machine would complete it.
-    limit = None  # bytes of memory of a device
+    chip = limit = None
     if args.topology:
-        found, limit = devices.topology_devices(args.topology)
+        found, chip = devices.topology_devices(args.topology)
+        limit = chip.usable_bytes
     else:
         found = devices.virtual_devices(args.devices)
     if args.memory_gb:
-        limit = int(args.memory_gb * devices.GB)
+        limit = args.memory_gb * devices.GB
     mesh = sharding.make_mesh(args.train.mesh, found)
-    config = completed(args.train, "bfloat16" if args.topology else "float32")
+    config = completed(args.train, "bfloat16" if chip else "float32")
     if args.train.grad_accum == preset_config.grad_accum:
         config = with_micro_batches_that_divide(config, mesh)
     notes = train_step.require_fit(config, mesh)
-
-    for line in [*run_lines(args, config, mesh), *notes]:
+    for line in [*run_lines(args, config, mesh, chip), *notes]:
         log(line)
 
     # Each program, as soon as it is compiled.
-    for name, compile_program in (
-        ("training step", partial(train_step.compile_train_step, config, mesh)),
-        ("prefill", partial(programs.compile_prefill, config.model, mesh)),
-        ("decode step", partial(programs.compile_decode, config.model, mesh)),
-    ):
+    described = []
+    for program in programs.planned(config, mesh):
         begun = time.perf_counter()
         try:
-            compiled = compile_program()
+            compiled = program.compile()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            log(f"{name:14} DOES NOT FIT: {shortfall(str(error))}")
+            lacking = shortfall(str(error))
+            log(f"{program.name:14} DOES NOT FIT: {lacking}")
+            described.append({"name": program.name, "does_not_fit": lacking})
             continue
         seconds = time.perf_counter() - begun
-        log(f"{name:14} {memory_line(compiled, limit)}; compiled in {seconds:.0f} s")
-        for line in traffic_lines(compiled, mesh):
+        log(f"{program.name:14} {memory_line(compiled, limit)}; compiled in {seconds:.0f} s")
+        figures = describe(program, compiled, mesh, chip)
+        for line in program_lines(figures):
             log(line)
+        described.append(figures)
+    if args.json:
+        plan = {"topology": args.topology, "programs": described}
+        args.json.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -93,7 +99,46 @@ def state_bytes(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
     return {name: programs.bytes_on_device(tree) for name, tree in parts.items() if tree}
 
 
-def run_lines(args, config: TrainConfig, mesh: Mesh) -> Iterator[str]:
+def describe(
+    program: programs.PlannedProgram, compiled: jax.stages.Compiled, mesh: Mesh, chip: Chip | None
+) -> dict:
+    """One program on one device as JSON values; None for what is not known: the least time of a
+    virtual device, and kernels and the expected time of anything but a GPU."""
+    text = program_text.read(compiled.as_text())
+    sent = collectives.find(text, mesh.shape)
+    sent_over: dict[str, dict] = {}
+    for one in sent:
+        axis = sent_over.setdefault("+".join(one.axes) or "none", {"bytes": 0})
+        axis["bytes"] += one.sent_bytes
+        axis[one.kind] = axis.get(one.kind, 0) + one.n_runs
+
+    floor = None
+    if chip:
+        by_memory = program.read_bytes / chip.bytes_per_second
+        floor = max(program.flops / chip.flops_per_second, by_memory)
+    found = kernels.find(text, chip, mesh, sent) if chip and chip.is_gpu else None
+
+    def total(figure: str) -> float | None:
+        return None if found is None else sum(getattr(kernel, figure) for kernel in found)
+
+    return {
+        "name": program.name,
+        "given_bytes": compiled.memory_analysis().argument_size_in_bytes,
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "sent": sent_over,
+        "kernels": total("runs"),
+        "moved_bytes": total("moved_bytes"),
+        "flops": total("flops"),
+        "expected_seconds": total("seconds"),
+        "floor_seconds": floor,
+        "bound": "MBU" if program.read_bytes else "MFU",
+        "data_dependent_loops": text.count_data_dependent_loops(),
+        "conditionals": text.count_conditionals(),
+        "top": [vars(kernel) for kernel in kernels.longest(found or [], N_LONGEST)],
+    }
+
+
+def run_lines(args, config: TrainConfig, mesh: Mesh, chip: Chip | None) -> Iterator[str]:
     """Lines about the devices and the run."""
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     n_tokens = config.batch_size * config.sequence_length
@@ -114,9 +159,16 @@ def run_lines(args, config: TrainConfig, mesh: Mesh) -> Iterator[str]:
         )
     parts = state_bytes(config, mesh).items()
     yield "on a device    " + ", ".join(f"{name} {n / MB:,.1f} MB" for name, n in parts)
+    if chip:
+        yield (
+            "times          expected from the data sheet, not measured: "
+            f"{chip.flops_per_second / 1e12:,.0f} TFLOP/s in bfloat16, "
+            f"{chip.bytes_per_second / 1e9:,.0f} GB/s of memory, "
+            f"{chip.link_bytes_per_second / 1e9:,.0f} GB/s to other devices"
+        )
 
 
-def memory_line(compiled: jax.stages.Compiled, limit: int | None) -> str:
+def memory_line(compiled: jax.stages.Compiled, limit: float | None) -> str:
     """What a program takes of a device, and whether that is within `limit` bytes."""
     given = compiled.memory_analysis().argument_size_in_bytes
     need = memory_plan.need_of(compiled)
@@ -130,24 +182,36 @@ def memory_line(compiled: jax.stages.Compiled, limit: int | None) -> str:
     return f"{line} of {limit / MB:,.0f} MB: {verdict}"
 
 
-def traffic_lines(compiled: jax.stages.Compiled, mesh: Mesh) -> Iterator[str]:
-    """What a program sends over each axis of the mesh, or set of axes; most first."""
-    sent: Counter[str] = Counter()
-    kinds: dict[str, Counter[str]] = defaultdict(Counter)
-    for one in collectives.find(compiled.as_text(), mesh.shape):
-        axes = "+".join(one.axes) or "none"
-        sent[axes] += one.sent_bytes
-        kinds[axes][one.kind] += one.n_runs
-    for axes, n_bytes in sent.most_common():
-        listed = ", ".join(f"{n} {kind}" for kind, n in kinds[axes].items())
-        yield f"  sends over {axes}: {n_bytes / MB:,.3f} MB ({listed})"
+def program_lines(figures: dict) -> Iterator[str]:
+    """What a program sends over each axis of the mesh, or set of axes, how long it takes, and the
+    kernels that take longest; most first."""
+    for axes, sent in sorted(figures["sent"].items(), key=lambda item: -item[1]["bytes"]):
+        listed = ", ".join(f"{n} {kind}" for kind, n in sent.items() if kind != "bytes")
+        yield f"  sends over {axes}: {sent['bytes'] / MB:,.3f} MB ({listed})"
+
+    floor, expected = figures["floor_seconds"], figures["expected_seconds"]
+    if floor and not expected:
+        yield f"  takes at least {floor * 1e3:,.3f} ms"
+    if not expected:
+        return
+    yield (
+        f"  expected: {expected * 1e3:,.3f} ms, at least {floor * 1e3:,.3f} ms: "
+        f"{floor / expected:.0%} {figures['bound']}; {figures['kernels']:,} kernels, "
+        f"{figures['moved_bytes'] / 1e9:,.2f} GB, {figures['flops'] / 1e12:,.3f} TFLOP"
+    )
+    loops, branches = figures["data_dependent_loops"], figures["conditionals"]
+    if loops or branches:
+        yield f"  steered by data: {loops} loop(s), counted as one turn, and {branches} branch(es)"
+    yield "         ms    runs         MB     GFLOP  kernel, and the line that it comes from"
+    for kernel in figures["top"]:
+        yield (
+            f"  {kernel['seconds'] * 1e3:9.3f} {kernel['runs']:7,} "
+            f"{kernel['moved_bytes'] / MB:10,.1f} {kernel['flops'] / 1e9:9,.1f}  "
+            f"{kernel['name']}  {kernel['line']}"
+        )
 
 
 def shortfall(message: str) -> str:
     """What a compiler says about missing memory, in few words."""
-    sizes = re.search(r"\((\S+)\) exceeds available HBM \((\S+)\)", message)
-    if sizes is None:
-        sizes = re.search(r"Used (\S+) of (\S+) hbm", message)
-    if sizes is None:
-        return message.splitlines()[0]
-    return f"takes {sizes[1]}iB of {sizes[2]}iB"
+    sizes = re.findall(r"\b\d[\d.]*[KMGT]\b", message)
+    return f"takes {sizes[0]}iB of {sizes[1]}iB" if len(sizes) > 1 else message.splitlines()[0]

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from the text that XLA prints of it.
+"""What a compiled program sends between devices.
 
 The TPU compiler hides communication behind matrix products, in two ways that must not be counted
 as they are written:
@@ -11,24 +11,15 @@ as they are written:
 
 import math
 import re
-from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+from gpt.plan.program_text import WINDOWED, Instruction, Program, integers
 
-COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
-ARRAY = re.compile(r"\b(pred|[a-z]+(\d+))\[([\d,]*)\]")
-CALLED = re.compile(r"\b(?:calls|body|branch_computations)=\{?((?:%[\w.-]+(?:, (?=%))?)+)")
-CONDITION = re.compile(r"condition=%([\w.-]+)")
-TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(\d+)"')
-CONSTANT = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
-NAME = re.compile(r"%([\w.-]+)")
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 CHANNEL = re.compile(r"channel_id=(\d+)")
-WINDOWED = re.compile(r"windowed_dot_general_body_(ag|rs)")
 WINDOWED_KINDS = {"ag": "all-gather", "rs": "reduce-scatter"}
 FUSED_SCATTER = "all-reduce-scatter"  # the TPU compiler's name of a fused computation
 
@@ -41,14 +32,16 @@ PERMUTED_PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective of one instruction. `n_bytes`: the whole array on one device, after it is
-    gathered or before it is scattered. `axes`: the mesh axes over which it goes, `group_size`
-    devices in all. `n_runs`: how often it runs in one call of the program."""
+    """A collective of one instruction, by its name. `n_bytes`: the whole array on one device, after
+    it is gathered or before it is scattered. `axes`: the mesh axes over which it goes; `group`: the
+    first of the groups of devices that take part. `n_runs`: how often it runs in one call of the
+    program."""
 
+    name: str
     kind: str
     n_bytes: int
     axes: tuple[str, ...]
-    group_size: int
+    group: tuple[int, ...]
     n_runs: int
 
     @property
@@ -57,57 +50,38 @@ class Collective:
         if self.kind == "collective-permute":
             return self.n_runs * self.n_bytes
         rounds = 2 if self.kind == "all-reduce" else 1
-        return self.n_runs * rounds * self.n_bytes * (self.group_size - 1) / self.group_size
+        size = len(self.group)
+        return self.n_runs * rounds * self.n_bytes * (size - 1) / size
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """One line of a computation. `callees`: the computations that it runs."""
-
-    opcode: str
-    result_bytes: int
-    operand_bytes: int
-    callees: list[str]
-    line: str
-
-
-Computations = Mapping[str, list[Instruction]]
-
-
-def find(text: str, mesh: Mapping[str, int]) -> list[Collective]:
-    """The collectives of a compiled program.
-
-    `text`: what `compiled.as_text()` returns. `mesh`: the sizes of its axes, by name.
-    """
-    computations, fused, entry = parse(text)
-    n_runs_of: Counter[str] = Counter()
-    count_runs(computations, entry, 1, n_runs_of)
-
+def find(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
+    """The collectives of a program. `mesh`: the sizes of its axes, by name."""
     found, counted = [], set()
-    for computation, n_runs in n_runs_of.items():
-        is_windowed = WINDOWED.search(computation) is not None
-        for one in computations[computation]:
+    for computation, n_runs in program.n_runs.items():
+        for one in program.computations[computation]:
             kind = kind_of(one, computation)
             if kind is None:
                 continue
 
             # The permutes of a windowed product count once, and so do pieces of one collective.
-            origin, channel = one.line, CHANNEL.search(one.line)
+            is_windowed = WINDOWED.search(computation) is not None
+            origin, channel = one.name, CHANNEL.search(one.line)
             if is_windowed:
                 origin = computation
-            elif channel and computation in fused:
+            elif channel and computation in program.fused:
                 origin = channel[1]
             if origin in counted:
                 continue
             counted.add(origin)
 
             group = first_group(one.line, math.prod(mesh.values()))
-            n_bytes = one.operand_bytes
+            n_bytes = sum(program.instructions[name].n_bytes for name in one.operands)
             if is_windowed or kind == "all-gather":
                 n_bytes *= len(group)
             elif one.opcode == "all-reduce":
-                n_bytes = one.result_bytes  # may be of another type than the terms
-            found.append(Collective(kind, n_bytes, axes_of(group, mesh), len(group), n_runs))
+                n_bytes = one.n_bytes  # may be of another type than the terms
+            axes = axes_of(group, mesh)
+            found.append(Collective(one.name, kind, n_bytes, axes, tuple(group), n_runs))
     return found
 
 
@@ -121,52 +95,6 @@ def kind_of(one: Instruction, computation: str) -> str | None:
     if kind == "all-reduce" and computation.startswith(FUSED_SCATTER):
         return "reduce-scatter"
     return kind
-
-
-def parse(text: str) -> tuple[Computations, set[str], str]:
-    """The instructions of each computation of a program, the names of the fused computations, and
-    the name of the one that the program starts with."""
-    entry = current = ""
-    computations: dict[str, list[Instruction]] = defaultdict(list)
-    fused: set[str] = set()
-    n_bytes: dict[str, int] = {}
-    for line in text.splitlines():
-        start, match = COMPUTATION.match(line), INSTRUCTION.match(line)
-        if start:
-            current = start[2]
-            entry = current if start[1] else entry
-        elif match:
-            name, shape, opcode, rest = match.groups()
-            arrays = ARRAY.findall(shape)  # several in a tuple
-            n_bytes[name] = sum(
-                math.prod(integers(sizes)) * int(bits or 8) // 8 for _, bits, sizes in arrays
-            )
-            operand_bytes = sum(n_bytes.get(one, 0) for one in NAME.findall(rest.split(")")[0]))
-            callees = NAME.findall(" ".join(CALLED.findall(line)))
-            if opcode == "fusion":
-                fused.update(callees)
-            computations[current].append(
-                Instruction(opcode, n_bytes[name], operand_bytes, callees, line)
-            )
-    return computations, fused, entry
-
-
-def count_runs(computations: Computations, name: str, n_runs: int, n_runs_of: Counter[str]) -> None:
-    """Count `n_runs` more runs of a computation and of all that it calls.
-
-    A loop runs its body as often as the compiler knows, else as the constant says to which it
-    counts up. That of a windowed product stands for one collective.
-    """
-    n_runs_of[name] += n_runs
-    for one in computations[name]:
-        n_calls = n_runs
-        known = TRIP_COUNT.search(one.line)
-        if one.opcode == "while" and not WINDOWED.search(one.callees[0]):
-            condition = computations[CONDITION.search(one.line)[1]]
-            limits = CONSTANT.findall("\n".join(test.line for test in condition))
-            n_calls *= int(known[1]) if known else max(map(int, limits), default=1)
-        for callee in one.callees:
-            count_runs(computations, callee, n_calls, n_runs_of)
 
 
 def axes_of(devices: list[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
@@ -203,8 +131,3 @@ def first_group(line: str, n_devices: int) -> list[int]:
             step = stride * int(size) // (int(before or 1) * length)
             group = [device + i * step for device in group for i in range(length)]
     return sorted(group)
-
-
-def integers(listed: str) -> list[int]:
-    """`2,4` as [2, 4]."""
-    return [int(word) for word in listed.split(",") if word]

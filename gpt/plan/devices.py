@@ -2,45 +2,128 @@
 
 import importlib.util
 import re
+from dataclasses import dataclass
 
 import jax
 
 from gpt.errors import UserError, require
 
-GB = 10**9
+GB, TERA = 10**9, 10**12
+GPUS_OF_A_NODE = 8
+JAX_TAKES = 0.75  # of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 
 
-# docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e, "Key chip specifications".
-MEMORY_BYTES = {"v5e": 16 * GB, "v5p": 95 * GB, "v6e": 32 * GB}
+@dataclass(frozen=True)
+class Chip:
+    """An accelerator by its data sheet.
 
-
-def topology_devices(topology: str) -> tuple[list, int]:
-    """The devices of a TPU slice such as v5e:16x16, and the bytes of memory of each.
-
-    UserError if there is no such slice or no compiler for it.
+    `flops_per_second`: of matrix products in bfloat16, without sparsity. `link_bytes_per_second`:
+    what it can send to others of its slice or node while it receives as much;
+    `network_bytes_per_second`: to other nodes. `target`: further facts that XLA asks about a GPU.
     """
-    kind = topology.partition(":")[0]
+
+    memory_bytes: float
+    bytes_per_second: float
+    flops_per_second: float
+    link_bytes_per_second: float
+    network_bytes_per_second: float = 0
+    target: str = ""
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.target != ""
+
+    @property
+    def usable_bytes(self) -> float:
+        """What JAX may take of its memory."""
+        return self.memory_bytes * (JAX_TAKES if self.is_gpu else 1)
+
+
+# What XLA asks about any of these GPUs, and what differs from one to the next.
+TARGET = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152
+  device_memory_size: {memory_bytes:.0f} memory_bandwidth: {bytes_per_second:.0f}
+  {target}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "NVIDIA {name}"
+"""
+AMPERE = (
+    "cuda_compute_capability { major: 8 } core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41 "
+    "l2_cache_size: 41943040 shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912"
+)
+HOPPER = (
+    "cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 "
+    "l2_cache_size: 52428800 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448"
+)
+BLACKWELL = (
+    "cuda_compute_capability { major: 10 } core_count: 148 fpus_per_core: 128 clock_rate_ghz: 1.96 "
+    "l2_cache_size: 132644864 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448"
+)
+
+# GPUs: NVIDIA's data sheets of the SXM form and of the DGX that holds eight (A100 80 GB). TPUs:
+# docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e; a ring uses two of a chip's links, one each
+# way, which together carry what one link does in both directions.
+CHIPS = {
+    "a100": Chip(80 * GB, 2039 * GB, 312 * TERA, 300 * GB, 25 * GB, AMPERE),
+    "h100": Chip(80 * GB, 3350 * GB, 989 * TERA, 450 * GB, 50 * GB, HOPPER),
+    "h200": Chip(141 * GB, 4800 * GB, 989 * TERA, 450 * GB, 50 * GB, HOPPER),
+    "b200": Chip(180 * GB, 8000 * GB, 2250 * TERA, 900 * GB, 50 * GB, BLACKWELL),
+    "v5e": Chip(16 * GB, 819 * GB, 197 * TERA, 100 * GB),
+    "v5p": Chip(95 * GB, 2765 * GB, 459 * TERA, 200 * GB),
+    "v6e": Chip(32 * GB, 1640 * GB, 918 * TERA, 200 * GB),
+}
+
+
+def topology_devices(topology: str) -> tuple[list, Chip]:
+    """The devices of a TPU slice such as v5e:16x16, or of nodes of GPUs such as h100:8 or h100:4x8,
+    and what they are.
+
+    UserError if there are no such devices or no compiler for them.
+    """
+    kind, _, shape = topology.partition(":")
+    chip = CHIPS.get(kind)
+    is_slice = re.fullmatch(r"\d+(x\d+)+" if chip and not chip.is_gpu else r"(\d+x)?\d+", shape)
     require(
-        kind in MEMORY_BYTES and re.fullmatch(r"\w+:\d+(x\d+)+", topology) is not None,
-        f"--topology {topology}: expected a chip ({', '.join(MEMORY_BYTES)}) and the shape of a "
-        "slice, as in v5e:16x16",
+        chip is not None and is_slice is not None,
+        f"--topology {topology}: expected a chip ({', '.join(CHIPS)}) and how many: the shape of a "
+        "slice of TPUs as in v5e:16x16, GPUs as in h100:8, or nodes x GPUs as in h100:4x8",
     )
+    sizes = [int(size) for size in shape.split("x")]
     require(
-        importlib.util.find_spec("libtpu") is not None,
-        "--topology needs the TPU compiler, preferably in an environment of its own: "
-        "pip install libtpu (or the extra of this project: pip install -e '.[tpu]')",
+        not chip.is_gpu or (0 < sizes[-1] <= GPUS_OF_A_NODE and sizes[0] > 0),
+        f"--topology {topology}: expected 1 to {GPUS_OF_A_NODE} GPUs in a node, and several nodes "
+        f"as in {kind}:4x{GPUS_OF_A_NODE}",
+    )
+    extra = "cuda" if chip.is_gpu else "tpu"
+    modules = ("jax_cuda13_plugin", "jax_cuda12_plugin") if chip.is_gpu else ("libtpu",)
+    require(
+        any(importlib.util.find_spec(module) for module in modules),
+        f"--topology {kind} needs its compiler, preferably in an environment of its own: "
+        f"pip install -e '.[{extra}]'",
     )
     from jax.experimental import topologies
 
     jax.config.update("jax_platforms", "cpu")
+    name, platform, options = topology, "tpu", {}
+    if chip.is_gpu:
+        target = TARGET.format(name=kind.upper(), **vars(chip))
+        n_nodes = sizes[0] if len(sizes) == 2 else 1
+        name, platform = "", "cuda"
+        options = {"target_config": target, "topology": f"1x{n_nodes}x{sizes[-1]}"}
     try:
-        found = topologies.get_topology_desc(topology, "tpu").devices
+        found = topologies.get_topology_desc(name, platform, **options).devices
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"--topology {topology}: the TPU compiler does not accept it: {reason}"
+            f"--topology {topology}: its compiler does not accept it: {reason}"
         ) from None
-    return list(found), MEMORY_BYTES[kind]
+    return list(found), chip
 
 
 def virtual_devices(n: int) -> list:

@@ -1,42 +1,82 @@
-"""The programs of sampling, compiled for a mesh from shapes alone.
+"""The programs that are planned, compiled for a mesh from shapes alone, and their least work.
 
 Shape letters: see gpt/model/transformer.py.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from gpt import sharding
-from gpt.config import ModelConfig
+from gpt import flops, sharding
+from gpt.config import ModelConfig, TrainConfig
 from gpt.model import kv_cache, transformer
-from gpt.sampling import engine
+from gpt.sampling import decode_loop, engine, generate
+from gpt.sampling.settings import Settings
+from gpt.training import train_step
 
 ROWS = 8  # sampled together on each part of the batch axes
 
 
-def compile_prefill(config: ModelConfig, mesh: Mesh) -> jax.stages.Compiled:
-    """Reading prompts, as much of them as is read at once."""
-    n_rows, by_row = count_rows(mesh), sharding.rows(mesh)
-    shape = (n_rows, prompt_length(config))
-    tokens_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=by_row)
-    lengths_B = jax.ShapeDtypeStruct((n_rows,), jnp.int32, sharding=by_row)
-    weights = abstract_weights(config, mesh)
-    with sharding.on_mesh(mesh):
-        return engine.prefill.lower(config, weights, tokens_BT, lengths_B).compile()
+@dataclass(frozen=True)
+class PlannedProgram:
+    """A program, and what one device must at least compute and, where memory is what limits it,
+    read."""
+
+    name: str
+    compile: Callable[[], jax.stages.Compiled]
+    flops: float
+    read_bytes: float = 0
 
 
-def compile_decode(config: ModelConfig, mesh: Mesh) -> jax.stages.Compiled:
-    """One decode step with a cache of the whole context."""
-    n_rows, by_row = count_rows(mesh), sharding.rows(mesh)
-    token_B = jax.ShapeDtypeStruct((n_rows,), jnp.int32, sharding=by_row)
-    active_B = jax.ShapeDtypeStruct((n_rows,), jnp.bool_, sharding=by_row)
-    weights = abstract_weights(config, mesh)
-    cache = abstract_cache(config, mesh)
-    with sharding.on_mesh(mesh):
-        return engine.decode_step.lower(config, weights, cache, token_B, active_B).compile()
+def planned(config: TrainConfig, mesh: Mesh) -> list[PlannedProgram]:
+    """Training step, prefill, one decode step, and a chunk of the decode loop."""
+    c = config.model.for_sampling()
+    n_rows, n_prompt, chunk = count_rows(mesh), prompt_length(c), generate.CHUNK
+    n_tokens = config.batch_size * config.sequence_length
+    train_flops = n_tokens * flops.train_flops_per_token(c) / mesh.size
+    prefill_flops = n_rows * flops.forward_flops(c, n_prompt, n_logit_positions=1) / mesh.size
+    one_token = flops.forward_flops(c, 1, c.context_length - 1, n_logit_positions=1)
+    decode_flops = n_rows * one_token / mesh.size
+    decode_bytes = flops.decode_bytes(c, ROWS, c.context_length) / mesh.shape["tensor"]
+
+    # What the programs of sampling are given.
+    weights, cache = abstract_weights(c, mesh), abstract_cache(c, mesh)
+    tokens_BT = jax.ShapeDtypeStruct((n_rows, n_prompt), jnp.int32)
+    count_B = jax.ShapeDtypeStruct((n_rows,), jnp.int32)
+    active_B = jax.ShapeDtypeStruct((n_rows,), jnp.bool_)
+    state = decode_loop.DecodeState(
+        cache=cache,
+        token_B=count_B,
+        remaining_B=count_B,
+        seen_BV=jax.ShapeDtypeStruct((n_rows, c.vocab_size), jnp.bool_),
+        dropped_B=count_B,
+        eot=jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    sampling = generate.sampling_params([Settings()] * n_rows, c.vocab_size, eot=0)
+
+    def compile_sampling(function, *args, **static) -> jax.stages.Compiled:
+        with sharding.on_mesh(mesh):
+            placed = jax.tree.map(partial(place_rows, mesh), args)
+            return function.lower(c, weights, *placed, **static).compile()
+
+    prefill = partial(compile_sampling, engine.prefill, tokens_BT, count_B)
+    decode = partial(compile_sampling, engine.decode_step, cache, count_B, active_B)
+    loop = partial(
+        compile_sampling, decode_loop.decode_chunk, state, sampling, active_B, size=chunk
+    )
+    return [
+        PlannedProgram(
+            "training step", partial(train_step.compile_train_step, config, mesh), train_flops
+        ),
+        PlannedProgram("prefill", prefill, prefill_flops),
+        PlannedProgram("decode step", decode, decode_flops, decode_bytes),
+        PlannedProgram("decode loop", loop, chunk * decode_flops, chunk * decode_bytes),
+    ]
 
 
 def count_rows(mesh: Mesh) -> int:
@@ -65,12 +105,15 @@ def abstract_cache(config: ModelConfig, mesh: Mesh) -> kv_cache.KVCache:
     def full_cache() -> kv_cache.KVCache:
         return kv_cache.grow(kv_cache.empty(config, count_rows(mesh)), config.context_length)
 
-    def placed(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        names = kv_cache.AXES if a.ndim == len(kv_cache.AXES) else ("batch",)
-        split = NamedSharding(mesh, sharding.fitting(mesh, a.shape, names))
-        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=split)
+    return jax.tree.map(partial(place_rows, mesh), jax.eval_shape(full_cache))
 
-    return jax.tree.map(placed, jax.eval_shape(full_cache))
+
+def place_rows(mesh: Mesh, a: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The shape of an array whose first axis is rows, or that is part of a cache, split over
+    `mesh` as sampling splits it."""
+    names = kv_cache.AXES if a.ndim == len(kv_cache.AXES) else ("batch", None)[: a.ndim]
+    split = NamedSharding(mesh, sharding.fitting(mesh, a.shape, names))
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=split)
 
 
 def bytes_on_device(tree) -> int:

@@ -2,70 +2,62 @@
 
 import pytest
 
-from gpt.plan.collectives import Collective, find, first_group
+from gpt.plan import collectives, program_text
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 2}
+FSDP = "replica_groups=[4,4]<=[2,4,2]T(0,2,1)"
 
-LOOP = """HloModule step
 
-%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
-  %p = (s32[], f32[8,4]) parameter(0)
-  %x = f32[2,4]{1,0} get-tuple-element(%p), index=1
-  %g = f32[8,4]{1,0} all-gather(%x), channel_id=1, replica_groups=[4,4]<=[2,4,2]T(0,2,1), \
-dimensions={0}
-}
+def find(text: str, mesh: dict = MESH) -> list[collectives.Collective]:
+    return collectives.find(program_text.read(text), mesh)
 
-%cond (p.1: (s32[], f32[8,4])) -> pred[] {
-  %n = s32[] constant(12)
-  ROOT %lt = pred[] compare(%i, %n), direction=LT
-}
 
-ENTRY %main (a: f32[8,4]) -> f32[8,4] {
-  %a = f32[8,4]{1,0} parameter(0)
-  %b = f32[2]{0} constant({1, 2})
-  %w = (s32[], f32[8,4]) while(%t), condition=%cond, body=%body
-  %s = (f32[8,4]{1,0}, f32[2]{0}) all-reduce(%a, %b), channel_id=2, \
-replica_groups={{0,1},{2,3},{4,5},{6,7},{8,9},{10,11},{12,13},{14,15}}, to_apply=%add
-}
-"""
+def rows(text: str, mesh: dict = MESH) -> list[tuple]:
+    return [(c.kind, c.n_bytes, c.axes, len(c.group), c.n_runs) for c in find(text, mesh)]
 
 
 def test_a_collective_in_a_loop_counts_for_each_turn():
-    reduce, gather = find(LOOP, MESH)  # those of the program itself come first
-    assert gather == Collective("all-gather", 128, ("fsdp",), 4, 12)
-    assert reduce == Collective("all-reduce", 136, ("tensor",), 2, 1)  # all of a tuple
+    """A ring sends all but a device's own part, and of a sum twice."""
+    gather, reduce = find(f"""
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {{
+  %p = (s32[], f32[8,4]) parameter(0)
+  %x = f32[2,4]{{1,0}} get-tuple-element(%p), index=1
+  %s = (f32[2,4]{{1,0}}, f32[8,4]{{1,0}}) all-gather-start(%x), channel_id=1, {FSDP}
+  ROOT %d = f32[8,4]{{1,0}} all-gather-done(%s)
+}}
 
-    known = LOOP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
-    assert find(known, MESH)[1].n_runs == 7  # known trip counts go before constants
+%cond (p.1: (s32[], f32[8,4])) -> pred[] {{
+  %n = s32[] constant(12)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}}
 
-
-def test_rings_send_all_but_a_devices_own_part():
-    reduce, gather = find(LOOP, MESH)  # those of the program itself come first
+ENTRY %main (a: f32[8,4]) -> f32[8,4] {{
+  %a = f32[8,4]{{1,0}} parameter(0)
+  %b = f32[2]{{0}} constant({{1, 2}})
+  %w = (s32[], f32[8,4]) while(%a), condition=%cond, body=%body
+  %s.2 = (f32[8,4]{{1,0}}, f32[2]{{0}}) all-reduce(%a, %b), replica_groups={{{{0,1}},{{2,3}}}}
+}}
+""")[::-1]
+    assert (gather.kind, gather.n_bytes, gather.axes, gather.n_runs) == (
+        *("all-gather", 8 * 4 * 4, ("fsdp",), 12),
+    )
     assert gather.sent_bytes == 12 * 128 * 3 / 4
+    assert (reduce.kind, reduce.n_bytes, reduce.axes) == ("all-reduce", 136, ("tensor",))
     assert reduce.sent_bytes == 2 * 136 / 2
 
 
 def test_pieces_of_one_gather_fused_with_products_count_once():
     """One collective cut in pieces bears one channel; two of them, two."""
-
-    def piece(name, channel):
-        return (
-            f"%{name} (p: bf16[4]) -> bf16[16] {{\n"
-            "  %p = bf16[4]{0} parameter(0)\n"
-            f"  ROOT %g.{name} = bf16[16]{{0}} all-gather(%p), channel_id={channel}, "
-            "replica_groups=[4,4]<=[16], dimensions={0}\n}\n\n"
-        )
-
-    names = [("a", 5), ("b", 5), ("c", 6), ("d", 5)]
-    calls = "".join(
-        f"  %f.{name} = bf16[16]{{0}} fusion(%x), kind=kCustom, calls=%{name}\n"
-        for name, _ in names
-    )
-    text = (
-        "".join(piece(*one) for one in names) + f"ENTRY %main (x: bf16[4]) -> bf16[4] {{\n{calls}}}"
-    )
-    found = find(text, MESH)
-    assert [one.n_bytes for one in found] == [32, 32]
+    pieces, calls = "", ""
+    for name, channel in (("a", 5), ("b", 5), ("c", 6), ("d", 5)):
+        pieces += f"""%{name} (p: bf16[4]) -> bf16[16] {{
+  %p = bf16[4]{{0}} parameter(0)
+  ROOT %g.{name} = bf16[16]{{0}} all-gather(%p), channel_id={channel}, {FSDP}
+}}
+"""
+        calls += f"  %f.{name} = bf16[16]{{0}} fusion(%x), kind=kCustom, calls=%{name}\n"
+    text = f"{pieces}\nENTRY %main (x: bf16[4]) -> bf16[4] {{\n{calls}}}"
+    assert rows(text) == [("all-gather", 32, ("fsdp",), 4, 1)] * 2
 
 
 @pytest.mark.parametrize(("role", "kind"), [("ag", "all-gather"), ("rs", "reduce-scatter")])
@@ -89,36 +81,22 @@ ENTRY %main (a: bf16[8]) -> bf16[8] {{
   %w = (bf16[8], u32[]) while(%t), condition=%cond, body={body}
 }}
 """
-    assert find(text, {"data": 1, "fsdp": 4, "tensor": 2}) == [
-        Collective(kind, 64, ("fsdp",), 4, 1)
-    ]
+    mesh = {"data": 1, "fsdp": 4, "tensor": 2}
+    assert rows(text, mesh) == [(kind, 64, ("fsdp",), 4, 1)]
 
 
 def test_a_fused_reduction_and_slice_is_a_reduce_scatter():
-    text = """
-%all-reduce-scatter.2 (p: f32[16]) -> f32[4] {
-  %p = f32[16]{0} parameter(0)
-  %r = f32[16]{0} all-reduce(%p), channel_id=9, replica_groups=[4,4]<=[16], to_apply=%add
-}
+    text = f"""
+%all-reduce-scatter.2 (p: f32[16]) -> f32[4] {{
+  %p = f32[16]{{0}} parameter(0)
+  %r = f32[16]{{0}} all-reduce(%p), channel_id=9, {FSDP}, to_apply=%add
+}}
 
-ENTRY %main (a: f32[16]) -> f32[4] {
-  ROOT %f = f32[4]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.2
-}
+ENTRY %main (a: f32[16]) -> f32[4] {{
+  ROOT %f = f32[4]{{0}} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.2
+}}
 """
-    (one,) = find(text, {"data": 4, "fsdp": 4})
-    assert one == Collective("reduce-scatter", 64, ("fsdp",), 4, 1)
-
-
-def test_the_start_of_an_asynchronous_gather_counts_and_its_end_does_not():
-    text = """
-ENTRY %main (a: f32[4]) -> f32[16] {
-  %a = f32[4]{0} parameter(0)
-  %s = (f32[4]{0}, f32[16]{0}) all-gather-start(%a), channel_id=1, replica_groups=[4,4]<=[16]
-  ROOT %d = f32[16]{0} all-gather-done(%s)
-}
-"""
-    (one,) = find(text, {"data": 4, "fsdp": 4})
-    assert one.n_bytes == 64 and one.axes == ("fsdp",)
+    assert rows(text) == [("reduce-scatter", 64, ("fsdp",), 4, 1)]
 
 
 @pytest.mark.parametrize(
@@ -136,4 +114,5 @@ ENTRY %main (a: f32[4]) -> f32[16] {
     ],
 )
 def test_groups_in_each_of_xlas_spellings(spelled, group):
-    assert first_group(f"  %x = f32[] all-reduce(%y), {spelled}, to_apply=%add", 16) == group
+    line = f"  %x = f32[] all-reduce(%y), {spelled}, to_apply=%add"
+    assert collectives.first_group(line, 16) == group

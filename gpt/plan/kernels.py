@@ -1,0 +1,165 @@
+"""The kernels of a program compiled for a GPU: what each moves and computes, and how long that
+takes at the rates of the chip's data sheet.
+
+A kernel takes as long as the slowest of memory, arithmetic, links and launch. Nothing overlaps and
+every rate is reached, so the sum is what to expect, not a measurement.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jax.sharding import Mesh
+
+from gpt.plan.collectives import Collective
+from gpt.plan.devices import Chip
+from gpt.plan.program_text import Instruction, Program, integers, shapes_in
+
+LAUNCH_SECONDS = 2e-6
+NO_KERNELS = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while")
+NO_KERNELS += ("conditional", "call", "after-all", "partition-id", "replica-id", "opt-barrier")
+READ_IN_PART = ("gather", "dynamic-slice", "slice")
+WRITTEN_IN_PART = {"dynamic-update-slice": 1, "scatter": -1}  # the operand that is written
+CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{|ensions": ?\[)([\d,"]+)')
+SCORES = re.compile(r'"intermediate_tensor_shape".*?"dimensions": ?\[([\d, "]+)\]')
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, or all of one kind. The figures are those of all its runs together."""
+
+    name: str
+    line: str
+    runs: int
+    moved_bytes: float
+    flops: float
+    seconds: float
+
+
+def find(
+    program: Program, chip: Chip, mesh: Mesh, collectives: Sequence[Collective] = ()
+) -> list[Kernel]:
+    """The kernels of a program compiled for a mesh of these chips; `collectives` are among them."""
+    link_seconds = {}
+    for one in collectives:
+        rate = link_rate(chip, [mesh.devices.flat[i].process_index for i in one.group])
+        link_seconds[one.name] = one.sent_bytes / one.n_runs / rate
+    found = []
+    for computation, n_runs in program.n_runs.items():
+        if computation in program.fused:
+            continue
+        for one in program.computations[computation]:
+            if one.opcode in NO_KERNELS or one.opcode.endswith("-done"):
+                continue
+            n_bytes = moved_bytes(program, one)
+            flops, flops_in_bf16 = count_flops(program, one)
+            seconds = max(
+                n_bytes / chip.bytes_per_second,
+                flops_in_bf16 / chip.flops_per_second,
+                link_seconds.get(one.name, 0),
+                LAUNCH_SECONDS,
+            )
+            figures = (n_runs * n for n in (1, n_bytes, flops, seconds))
+            found.append(Kernel(one.name, program.source_line(one), *figures))
+    return found
+
+
+def link_rate(chip: Chip, nodes: Sequence[int]) -> float:
+    """Bytes/s that each GPU of a group sends to the next one. `nodes`: the node of each.
+
+    Where a ring leaves a node, it does so over the network cards of all its GPUs in the group.
+    """
+    n_of_a_node = max(Counter(nodes).values())
+    if n_of_a_node == len(nodes):
+        return chip.link_bytes_per_second
+    return min(chip.link_bytes_per_second, n_of_a_node * chip.network_bytes_per_second)
+
+
+def longest(kernels: Sequence[Kernel], n: int) -> list[Kernel]:
+    """The `n` kinds of kernels that take longest, each with its sums. A kind has one name, apart
+    from its number, and one line."""
+    kinds: dict[tuple[str, str], list[tuple]] = {}
+    for one in kernels:
+        figures = (one.runs, one.moved_bytes, one.flops, one.seconds)
+        kinds.setdefault((one.name.split(".")[0], one.line), []).append(figures)
+    merged = [Kernel(*kind, *map(sum, zip(*rows, strict=True))) for kind, rows in kinds.items()]
+    return sorted(merged, key=lambda kernel: -kernel.seconds)[:n]
+
+
+def moved_bytes(program: Program, kernel: Instruction) -> int:
+    """Bytes that a kernel reads and writes.
+
+    Of an array that is only looked up in, the rows that are read; of one that is updated in its
+    place, the rows that are written.
+    """
+    body = [kernel]
+    given = [program.instructions[name] for name in kernel.operands]
+    if kernel.opcode == "fusion":
+        body = program.computations[kernel.callees[0]]
+        given = [one for one in body if one.opcode == "parameter"]
+    views = {one.name: one.operands[0] for one in body if one.opcode == "bitcast"}
+
+    def origin(name: str) -> str:
+        return origin(views[name]) if name in views else name
+
+    # What is read of each array, by all instructions that use it.
+    read = dict.fromkeys((array.name for array in given), 0)
+    for user in body:
+        for place, name in enumerate(user.operands):
+            array = origin(name)
+            if array in read and user.opcode != "bitcast":
+                read[array] += read_bytes(program.instructions[array], user, place)
+    total = sum(min(read[array.name], array.n_bytes) for array in given)
+
+    # What is written of each result.
+    root = next((one for one in body if one.is_root), kernel)
+    for name in root.operands if root.opcode == "tuple" else [root.name]:
+        result = program.instructions[origin(name)]
+        if result.name in read:
+            continue  # handed on
+        written = WRITTEN_IN_PART.get(result.opcode)
+        if written and origin(result.operands[0]) in read:
+            result = program.instructions[result.operands[written]]
+        total += result.n_bytes
+    return total
+
+
+def read_bytes(array: Instruction, user: Instruction, place: int) -> int:
+    """Bytes of an array that an instruction reads whose operand number `place` it is."""
+    if place == 0 and user.opcode in READ_IN_PART:
+        return user.n_bytes
+    if place == 0 and user.opcode in WRITTEN_IN_PART:
+        return 0
+    return array.n_bytes
+
+
+def count_flops(program: Program, one: Instruction) -> tuple[float, float]:
+    """FLOPs of the matrix products in a kernel, and as many in bfloat16 as take the same time.
+
+    By the data sheets products take twice as long when their factors have twice the bytes: those
+    of float32 are multiplied as TF32.
+    """
+    inside = [inner for callee in one.callees for inner in program.computations[callee]]
+    flops, flops_in_bf16 = 0.0, 0.0
+    for inner in inside:
+        more, more_in_bf16 = count_flops(program, inner)
+        flops += more
+        flops_in_bf16 += more_in_bf16
+    contracted, scores = CONTRACTED.search(one.line), SCORES.search(one.line)
+    if one.opcode not in ("dot", "custom-call") or not (contracted or scores):
+        return flops, flops_in_bf16
+
+    sizes, item = shapes_in(program.instructions[one.operands[0]].shape)[0]
+    if scores:
+        # Attention of cuDNN: two products of this many scores, and five on the way back.
+        n_products = 5 if "Backward" in one.line else 2
+        visible = 0.5 if '"CAUSAL"' in one.line else 1
+        entries = n_products * visible * math.prod(integers(re.sub('[ "]', "", scores[1])))
+        depth = sizes[-1]
+    else:
+        entries = math.prod(shapes_in(one.shape)[0][0])
+        depth = math.prod(sizes[axis] for axis in integers(contracted[1].replace('"', "")))
+    n = 2 * entries * depth
+    return flops + n, flops_in_bf16 + n * item / 2

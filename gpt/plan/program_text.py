@@ -1,0 +1,150 @@
+"""A compiled program, read from the text that XLA prints of it."""
+
+import math
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+
+COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
+ARRAY = re.compile(r"\b(pred|[a-z]+(\d+))\[([\d,]*)\]")
+CALLED = re.compile(r"\b(?:calls|body|\w+_computations?)=\{?((?:%[\w.-]+(?:, (?=%))?)+)")
+CONDITION = re.compile(r"condition=%([\w.-]+)")
+TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+CONSTANT = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
+WINDOWED = re.compile(r"windowed_dot_general_body_(ag|rs)")  # see collectives.py
+NAME = re.compile(r"%([\w.-]+)")
+FRAME = re.compile(r"stack_frame_id=(\d+)")
+
+# Tables at the top of the text, which say from which line of Python an instruction comes.
+TABLE = re.compile(r"^(FileNames|FileLocations|StackFrames)\n((?:\d+ .+\n)+)", re.MULTILINE)
+FILE_NAME = re.compile(r'(\d+) "(.*)"')
+FILE_LOCATION = re.compile(r"(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)")
+STACK_FRAME = re.compile(r"(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)")
+
+
+def shapes_in(text: str) -> list[tuple[list[int], int]]:
+    """The sizes, and the bytes of an entry, of each array that a shape names; several in a tuple.
+
+    What takes less than a byte counts as one.
+    """
+    found = []
+    for _, bits, sizes in ARRAY.findall(text):
+        found.append((integers(sizes), max(int(bits or 8) // 8, 1)))
+    return found
+
+
+def integers(listed: str) -> list[int]:
+    """`2,4` as [2, 4]."""
+    return [int(word) for word in listed.split(",") if word]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation. `shape`: that of its result, as XLA writes it. `callees`: the
+    computations that it runs, other than as the condition of a loop or to reduce."""
+
+    name: str
+    opcode: str
+    shape: str
+    operands: list[str]
+    callees: list[str]
+    is_root: bool
+    line: str
+
+    @cached_property
+    def n_bytes(self) -> int:
+        return sum(math.prod(sizes) * item for sizes, item in shapes_in(self.shape))
+
+
+@dataclass
+class Program:
+    """The instructions of each computation, and all by name. `fused`: the computations that are
+    part of a kernel. `n_runs`: how often each computation runs in one call of the program; all
+    branches of a conditional count, and a loop of unknown length as one turn."""
+
+    computations: dict[str, list[Instruction]]
+    instructions: dict[str, Instruction]
+    fused: set[str]
+    lines_of_frames: dict[str, str]
+    n_runs: Counter[str] = field(default_factory=Counter)
+
+    def count_runs(self, computation: str, n_runs: int) -> None:
+        """Count `n_runs` more runs of a computation and of all that it calls."""
+        self.n_runs[computation] += n_runs
+        for one in self.computations[computation]:
+            n_turns = 1
+            if one.opcode == "while":
+                n_turns = self.count_turns(one) or 1
+            for callee in one.callees:
+                self.count_runs(callee, n_runs * n_turns)
+
+    def count_turns(self, loop: Instruction) -> int | None:
+        """How often a loop runs its body: as often as the compiler knows, else the constant that
+        its condition compares with. None if neither tells, so that it depends on data. The loop of
+        a windowed product counts as one turn."""
+        if WINDOWED.search(loop.callees[0]):
+            return 1
+        if known := TRIP_COUNT.search(loop.line):
+            return int(known[1])
+        condition = self.computations[CONDITION.search(loop.line)[1]]
+        limits = CONSTANT.findall("\n".join(one.line for one in condition))
+        is_compound = any(one.opcode in ("and", "or", "reduce", "call") for one in condition)
+        return int(limits[0]) if len(limits) == 1 and not is_compound else None
+
+    def count_data_dependent_loops(self) -> int:
+        loops = [one for one in self.instructions.values() if one.opcode == "while"]
+        return sum(self.count_turns(loop) is None for loop in loops)
+
+    def count_conditionals(self) -> int:
+        return sum(one.opcode == "conditional" for one in self.instructions.values())
+
+    def source_line(self, one: Instruction) -> str:
+        """The line of this project that an instruction comes from, such as
+        `gpt/model/layers.py:91`; empty if the compiler does not say."""
+        frame = FRAME.search(one.line)
+        return self.lines_of_frames.get(frame[1], "") if frame else ""
+
+
+def read(text: str) -> Program:
+    """A program from what `compiled.as_text()` returns."""
+    entry = current = ""
+    computations: dict[str, list[Instruction]] = defaultdict(list)
+    instructions: dict[str, Instruction] = {}
+    fused: set[str] = set()
+    for line in text.splitlines():
+        start, match = COMPUTATION.match(line), INSTRUCTION.match(line)
+        if start:
+            current = start[2]
+            entry = current if start[1] else entry
+        elif match:
+            root, name, shape, opcode, rest = match.groups()
+            operands = NAME.findall(rest.split(")")[0])
+            callees = NAME.findall(" ".join(CALLED.findall(line)))
+            if opcode == "fusion":
+                fused.update(callees)
+            one = Instruction(name, opcode, shape, operands, callees, root is not None, line)
+            instructions[name] = one
+            computations[current].append(one)
+    program = Program(computations, instructions, fused, lines_of_frames(text))
+    program.count_runs(entry, 1)
+    return program
+
+
+def lines_of_frames(text: str) -> dict[str, str]:
+    """For each stack frame, by its number: the innermost line of this project in it."""
+    tables = dict(TABLE.findall(text))
+    files = dict(FILE_NAME.findall(tables.get("FileNames", "")))
+    places = {}
+    for location, file, line in FILE_LOCATION.findall(tables.get("FileLocations", "")):
+        path = Path(files[file])
+        if path.is_relative_to(PACKAGE):
+            places[location] = f"{path.relative_to(PACKAGE.parent)}:{line}"
+    found: dict[str, str] = {}
+    for frame, location, parent in STACK_FRAME.findall(tables.get("StackFrames", "")):
+        found[frame] = places.get(location) or found.get(parent, "")
+    return found
