@@ -12,6 +12,7 @@ import importlib.util
 import io
 import os
 import platform
+import re
 import sys
 import tempfile
 import traceback
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from gpt.errors import Failed, UserError, is_out_of_memory, require
 
@@ -64,13 +66,41 @@ def parse(
 
     stdout, stderr = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        with paths, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             return tyro.cli(kind, args=argv, **options)
     except SystemExit as leaving:
         if leaving.code:
             raise UserError(_first_sentence(stderr.getvalue(), program)) from None
         print(stdout.getvalue(), end="")
         raise
+
+
+paths = ConstructorRegistry()
+
+
+@paths.primitive_rule
+def _parse_path(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """How tyro reads a path: `~`, which a shell leaves as it is in `--out=~/runs`, is expanded; an
+    address such as gs://bucket/run is a UserError, since it would be taken for a local folder."""
+
+    def read(words: list[str]) -> Path:
+        (word,) = words
+        require(
+            not re.match("[a-z][a-z0-9+.-]*://", word),
+            f"{word} is an address, and files are read and written through the file system only: "
+            "mount that storage (gcsfuse, s3fs, rclone), and give the path of a folder in it",
+        )
+        return Path(os.path.expanduser(word))
+
+    if type_info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=read,
+        is_instance=lambda instance: isinstance(instance, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
 
 
 def _first_sentence(message: str, program: str) -> str:
@@ -219,11 +249,13 @@ def _temporary_cache() -> tempfile.TemporaryDirectory:
 def prepare_jax(cache: bool = True, cache_dir: str | None = None) -> None:
     """Set JAX up through the environment; call this before JAX is imported.
 
-    Variables that the user has set are kept. `cache` keeps compiled programs on disk between runs,
+    Variables that the user has set are kept, but JAX_ENABLE_X64: no type of ours has 64 bits, and
+    with it some numbers would take that many. `cache` keeps compiled programs on disk between runs,
     in `cache_dir` if one is named; without it none are read or written, wherever the user keeps
     them.
     """
     environ = os.environ
+    environ["JAX_ENABLE_X64"] = "0"
     environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's errors, not its warnings
     if cache:
         # Even a small program takes longer to compile than to read.

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import psutil
 
+from gpt.errors import UserError
+
 clock = time.perf_counter
 RUNS = 5  # the fastest counts: a ceiling is the speed of an undisturbed run
 PASSES_BYTES = 2**30  # moved in one run, so that the time to start it does not matter
@@ -98,5 +100,16 @@ def ceilings(n_bytes: int, dtype: str) -> dict[str, float]:
 
 
 def default_dtype() -> str:
-    """The dtype to compute in where nothing says otherwise: only accelerators gain by bfloat16."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    """The dtype to compute in where nothing says otherwise: only accelerators gain by bfloat16.
+
+    Raises UserError if JAX finds no device of the kind that it was told to use.
+    """
+    try:
+        backend = jax.default_backend()
+    except (RuntimeError, AssertionError):  # the latter is how JAX 0.10 says it
+        raise UserError(
+            f"JAX_PLATFORMS is {jax.config.jax_platforms!r}, and JAX finds no such device: install "
+            "what drives it (pip install 'gpt-jax[cuda]' for NVIDIA GPUs, 'gpt-jax[tpu]' for "
+            "TPUs), or leave JAX_PLATFORMS unset"
+        ) from None
+    return "float32" if backend == "cpu" else "bfloat16"

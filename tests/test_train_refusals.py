@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
 import pytest
 from programs import ROOT, TINY, call, snapshot, write_text
 
+from gpt import cli, train_flags
 from gpt.training import train_step
 
 # One of each kind: what is refused by a setting or by the text is tested where it is raised.
@@ -16,6 +19,8 @@ BAD = {
     "no path at all": (["--data"], "--data names nothing"),
     "an empty path": (["--data", ""], "a flag has an empty value"),
     "an empty folder": (["--out="], "--out= has an empty value"),
+    "remote storage": (["--out", "gs://bucket/run"], "gs://bucket/run is an address"),
+    "remote weights": (["--init-from=s3://bucket/run"], "s3://bucket/run is an address"),
     "too short": (["--data", "short.txt"], "too few for --seq-len 16"),
     "a missing checkpoint": (["--init-from", "gone"], "no checkpoint in gone"),
     "an unknown flag": (["--stepz", "3"], "did you mean --steps"),
@@ -38,6 +43,38 @@ def test_bad_input_is_one_error_and_changes_nothing(case, tmp_path, monkeypatch)
     error = done.err[done.err.index("error: ") :]
     assert words in error and error.count("\n") == 1 and done.err.count("error: ") == 1
     assert snapshot(tmp_path) == before
+
+
+def test_typed_paths_are_expanded(tmp_path, monkeypatch):
+    """A shell leaves `--out=~/run` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    argv = ["--out=~/run", "--init-from", "~/other", "--data", "a.txt", "~/b.txt", "~nobody-here/c"]
+    args = train_flags.parse_args(argv, "")
+    assert (args.out, args.init_from) == (tmp_path / "run", tmp_path / "other")
+    assert args.data == (Path("a.txt"), tmp_path / "b.txt", Path("~nobody-here/c"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError])
+def test_devices_that_are_not_there(error, text, tmp_path, monkeypatch):
+    """JAX_PLATFORMS=cuda without CUDA, as JAX 0.12 and 0.10 report it."""
+
+    def default_backend():
+        raise error("Unable to initialize backend 'cuda'")
+
+    monkeypatch.setattr(jax, "default_backend", default_backend)
+    done = call("train", *TINY, "--data", text, "--out", tmp_path / "run")
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "JAX finds no such device" in done.err and "gpt-jax[cuda]" in done.err
+    assert snapshot(tmp_path) == {}
+
+
+def test_numbers_of_64_bits_are_turned_off(tmp_path, monkeypatch):
+    """Muon's state would have some, and no checkpoint has a digest for them."""
+    monkeypatch.setattr(cli, "_keep_freed_memory", lambda: None)
+    environ = {"JAX_ENABLE_X64": "1", "XDG_CACHE_HOME": str(tmp_path)}
+    monkeypatch.setattr(cli.os, "environ", environ)
+    cli.prepare_jax()
+    assert environ["JAX_ENABLE_X64"] == "0"
 
 
 def test_a_batch_that_the_mesh_cannot_divide(text, tmp_path, monkeypatch):

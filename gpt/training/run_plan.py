@@ -52,7 +52,8 @@ def describe(config: TrainConfig, mesh: Mesh, n_tokens: int) -> list[str]:
         f"computation    {model.compute_dtype}, {flops_per_token / 1e6:,.2f} MFLOP per token to "
         "train",
         f"batch          {config.batch_size} x {config.sequence_length} = {tokens_per_step:,} "
-        f"tokens per step, in {config.grad_accum} micro-batch(es), on {mesh.size} device(s)",
+        f"tokens per step, in {config.grad_accum} micro-batch(es), on {mesh.size} device(s): "
+        f"{mesh.devices.flat[0].device_kind}",
         f"run            {config.steps:,} steps, {tokens:,} tokens ({epochs:,.2f} epochs), "
         f"{tokens * flops_per_token:.3g} FLOPs",
     ]

@@ -7,6 +7,7 @@ that are read one step late, steps that are not finite, several processes, trace
 import contextlib
 import functools
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def load_text(
     try:
         return load_dataset(
             args.data or (),
-            args.train.tokenizer,
+            os.path.expanduser(args.train.tokenizer),
             args.train.vocab_size,
             saved_tokenizer=start.metadata["tokenizer"] if start.metadata else None,
             expected_fingerprint=start.metadata["data"]["fingerprint"] if start.resuming else None,
