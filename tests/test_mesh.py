@@ -18,8 +18,6 @@ from gpt.config import MeshConfig, TrainConfig
 from gpt.errors import UserError
 from gpt.training import train_step
 
-SLOW_MESHES = ["data", "fsdp", "tensor", "rows and heads"]
-
 
 def on_eight(*words):
     """What eight virtual devices gave, in a process of their own."""
@@ -35,77 +33,10 @@ def on_eight(*words):
 
 
 @pytest.fixture(scope="module")
-def mixed():
-    """One device, and a mesh that splits rows, weights and heads."""
-    return on_eight("meshes", "one", "all")
-
-
-@pytest.fixture(scope="module")
-def others():
-    few = ["few heads, one", "few heads, tensor"]
-    return on_eight("meshes", "one", *SLOW_MESHES, "pmap", *few)
-
-
-@pytest.fixture(scope="module")
 def ran(text, tmp_path_factory):
-    """How a run on the mixed mesh ended, and its folder."""
+    """How a run on a mesh that splits rows, weights and heads ended, and its folder."""
     folder = tmp_path_factory.mktemp("mesh") / "run"
     return on_eight("run", folder, text), folder
-
-
-def agrees(found, one):
-    """The losses of one device, an evaluation too, and each array split as its sharding says."""
-    assert np.allclose(found["losses"], one["losses"], rtol=1e-5, atol=0)
-    assert len(set(one["losses"])) == 20
-    assert found["evaluation"] == pytest.approx(one["evaluation"], rel=1e-5)
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | found["mesh"]
-    for path, array in (found["params"] | found["opt_state"]).items():
-        names = [name for part in array["spec"] for name in np.atleast_1d(part or [])]
-        parts = math.prod(sizes[name] for name in names)
-        assert array["most"] * parts == array["bytes"], path
-
-
-def test_a_mesh_gives_the_losses_of_one_device(mixed):
-    agrees(mixed["all"], mixed["one"])
-    assert mixed["all"]["notes"] == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW_MESHES)
-def test_every_mesh_gives_the_losses_of_one_device(name, others):
-    agrees(others[name], others["one"])
-    assert others[name]["notes"] == []
-
-
-@pytest.mark.slow
-def test_heads_that_do_not_divide_change_no_loss(others):
-    agrees(others["few heads, tensor"], others["few heads, one"])
-    assert len(others["few heads, tensor"]["notes"]) == 1
-
-
-@pytest.mark.slow
-def test_the_data_axis_is_the_data_parallelism_of_pmap(others):
-    """With dropout and two micro-batches, which pmap's devices take as one."""
-    losses = others["data"]["losses"]
-    assert np.allclose(losses, others["pmap"]["losses"], rtol=1e-5, atol=0)
-
-
-@pytest.mark.slow
-def test_five_hundred_steps_end(text, tmp_path):
-    """Two steps in flight, evaluations and checkpoints between: no collective waits for another."""
-    flags = ["--steps", "500", "--save-every", "500", "--eval-every", "100", "--sample-every", "0"]
-    done = on_eight("run", tmp_path / "run", text, *flags)
-    assert done["code"] == 0, done["err"]
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    losses = {x["step"]: x["loss"] for x in map(json.loads, lines) if "loss" in x}
-    assert losses[500] < losses[1] / 2
-
-
-def test_a_batch_that_does_not_divide_is_refused():
-    config = TrainConfig(mesh=MeshConfig(2, 2, 2), batch_size=8, grad_accum=8)
-    mesh = AbstractMesh((2, 2, 2), sharding.AXES)
-    with pytest.raises(UserError, match=r"a micro-batch of 1 sequences .* among 4 devices"):
-        train_step.require_fit(config, mesh)
 
 
 def test_a_run_on_a_mesh_is_a_run_anywhere(text, ran, tmp_path):
@@ -129,3 +60,47 @@ def test_a_run_of_a_mesh_continues_on_one_device(text, ran):
     assert done.code == 0 and "on 1 device(s)" in done.err
     after = arrays(folder, 12)
     assert int(before["optimizer/step"]) == 8 and int(after["optimizer/step"]) == 12
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    config = TrainConfig(mesh=MeshConfig(2, 2, 2), batch_size=8, grad_accum=8)
+    mesh = AbstractMesh((2, 2, 2), sharding.AXES)
+    with pytest.raises(UserError, match=r"a micro-batch of 1 sequences .* among 4 devices"):
+        train_step.require_fit(config, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("few_heads", ["", "few heads, "])
+def test_every_mesh_trains_as_one_device(few_heads):
+    """Losses and an evaluation; of each array a device has the part that its sharding says."""
+    names = ["tensor"] if few_heads else ["data", "fsdp", "tensor", "all", "rows and heads"]
+    found = on_eight("meshes", *(few_heads + name for name in ["one", *names]))
+    one = found[few_heads + "one"]
+    assert len(set(one["losses"])) == 20
+    for name in names:
+        mesh = found[few_heads + name]
+        assert np.allclose(mesh["losses"], one["losses"], rtol=1e-5, atol=0), name
+        assert mesh["evaluation"] == pytest.approx(one["evaluation"], rel=1e-5), name
+        assert len(mesh["notes"]) == bool(few_heads)
+        for path, array in mesh["arrays"].items():
+            axes = [axis for part in array["spec"] for axis in np.atleast_1d(part or [])]
+            parts = math.prod(mesh["mesh"][axis] for axis in axes)
+            assert array["most"] * parts == array["bytes"], path
+
+
+@pytest.mark.slow
+def test_the_data_axis_is_the_data_parallelism_of_pmap():
+    """With dropout and two micro-batches, which pmap's devices take as one."""
+    found = on_eight("meshes", "data", "pmap")
+    assert np.allclose(found["data"]["losses"], found["pmap"]["losses"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_five_hundred_steps_end(text, tmp_path):
+    """Two steps in flight, evaluations and checkpoints between: no collective waits for another."""
+    flags = ["--steps", "500", "--save-every", "500", "--eval-every", "100", "--sample-every", "0"]
+    done = on_eight("run", tmp_path / "run", text, *flags)
+    assert done["code"] == 0, done["err"]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = {x["step"]: x["loss"] for x in map(json.loads, lines) if "loss" in x}
+    assert losses[500] < losses[1] / 2
