@@ -29,26 +29,24 @@ PLACEHOLDERS = {"N": "1", "ID": "1", "VALUE": "1"}
 def typed(path: Path) -> list[list[str]]:
     """The commands of a document, as words: in blocks, in indented lines, between backticks."""
     text = path.read_text(encoding="utf-8")
-    return [words for line in lines_of(text) if (words := words_of(line))]
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+    lines = re.findall(r"^ {4}(\S.*?)(?: {2,}.*)?$", prose, re.MULTILINE)
+    lines += re.findall(r"(?<!`)`([^`]+)`(?!`)", prose)
+    return in_blocks(path) + commands(lines)
 
 
 def in_blocks(path: Path) -> list[list[str]]:
-    """The commands of its blocks, which a reader copies one after the other."""
+    """The commands of its blocks, which a reader copies one after the other; those of several lines
+    end each but the last in a backslash."""
     text = path.read_text(encoding="utf-8")
-    return [words for line in block_lines(text) if (words := words_of(line))]
-
-
-def lines_of(text: str) -> list[str]:
-    """The lines of blocks and of indented blocks, and inline code."""
-    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
-    indented = re.findall(r"^ {4}(\S.*?)(?: {2,}.*)?$", prose, re.MULTILINE)
-    return block_lines(text) + indented + re.findall(r"(?<!`)`([^`]+)`(?!`)", prose)
-
-
-def block_lines(text: str) -> list[str]:
-    """Lines of the blocks without a language; lines that end in a backslash are joined."""
     blocks = re.findall(r"^```(?:sh)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return commands("\n".join(blocks).replace("\\\n", " ").splitlines())
+
+
+def commands(lines: list[str]) -> list[list[str]]:
+    """The words of those lines that are commands of ours."""
+    found = [words_of(line) for line in lines]
+    return [words for words in found if words]
 
 
 def words_of(line: str) -> list[str]:
