@@ -12,15 +12,9 @@ from gpt.training.metrics import read_metrics
 def save_loss_curve(metrics_path: Path, png_path: Path) -> Any:
     """Plot the losses of a metrics.jsonl: each batch faint, their running mean over it, validation
     on top. Returns matplotlib's figure, or None if there are no losses to plot."""
-
-    def curve(name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one metric, where it was a number."""
-        points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float)]
-        return [step for step, _ in points], [value for _, value in points]
-
     records = read_metrics(metrics_path)
-    steps, losses = curve("loss")
-    val_steps, val_losses = curve("val_loss")
+    steps, losses = curve_of(records, "loss")
+    val_steps, val_losses = curve_of(records, "val_loss")
     if not steps and not val_steps:
         return None
     from matplotlib.figure import Figure  # takes half a second to import
@@ -50,6 +44,12 @@ def save_loss_curve(metrics_path: Path, png_path: Path) -> Any:
     figure.savefig(unfinished, format="png")
     os.replace(unfinished, png_path)
     return figure
+
+
+def curve_of(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric, where it was a number."""
+    points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float)]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def smoothed(values: list[float]) -> list[float]:
