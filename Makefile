@@ -26,7 +26,7 @@ endif
 
 INSTALL = -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-all test-parity bench-peers cpu-torch lint clean
+.PHONY: setup demo test test-all test-parity faults bench-peers cpu-torch lint clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/ready
@@ -56,6 +56,10 @@ test: setup
 
 test-all: setup
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not parity"
+
+# Faults planted one at a time in a copy of the project: which test notices each? Half an hour.
+faults: setup
+	@$(BIN)/python benchmarks/planted_faults.py
 
 test-parity: $(PARITY_VENV)/ready
 	@$(PARITY_VENV)/bin/python -m pytest -q -m parity

@@ -81,9 +81,9 @@ def whole_and_through_cache(config, params, tokens_BT):
     return whole_BTV, jnp.concatenate([model.unembed(x_BTD), logits_TBV.swapaxes(0, 1)], axis=1)
 
 
-MODELS = [pytest.param(config, id=f"model {i}") for i, config in enumerate(models(10, seed=0))]
+MODELS = [pytest.param(config, id=f"model-{i}") for i, config in enumerate(models(10, seed=0))]
 MODELS += [
-    pytest.param(config, id=f"another {i}", marks=pytest.mark.slow)
+    pytest.param(config, id=f"another-{i}", marks=pytest.mark.slow)
     for i, config in enumerate(models(100, seed=1))
 ]
 

@@ -80,6 +80,7 @@ shares = st.one_of(st.sampled_from([0.0, 1e-7, 0.5, 0.9, 1.0]), st.floats(0, 1, 
 )
 @example([0.0] * V, 1, 1.0, 0.0, 1.0)  # all tied: one may not be chosen among equals
 @example([1.0, *[0.0] * (V - 1)], 0, 0.0, 1.0, 1.0)
+@example([0.0, -0.8, *[-9.0] * (V - 2)], 0, 1.0, 0.5, 1.0)  # exp(-0.8) is a little below a half
 def test_filters_keep_what_sorting_keeps(logits, k, p, m, temperature):
     """Top-k, then top-p of what is left, then min-p, in Hugging Face's order."""
     x = np.array(logits, np.float32)

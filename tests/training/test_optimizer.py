@@ -131,6 +131,27 @@ def test_decay_pulls_matrices_alone_and_by_the_rate():
         assert np.allclose(update, -1e-3 * 0.5 * weight if decays else 0, atol=1e-9), path
 
 
+def test_adamw_is_that_of_the_textbook():
+    """Clipping, then both moments, decoupled decay and the rate of each step, in NumPy."""
+    config = dataclasses.replace(
+        CONFIG, optimizer="adamw", beta1=0.8, beta2=0.95, weight_decay=0.1, clip_norm=1.0
+    )
+    rate, noise = rates(config), np.random.default_rng(0)
+    weight, first, second = np.ones((3, 2)), 0, 0
+    adamw = optimizer.make_optimizer(config)
+    state = adamw.init({"kernel": weight})
+    for n in range(3):
+        gradient = noise.normal(0, n + 1, weight.shape)
+        updates, state = adamw.update({"kernel": gradient}, state, {"kernel": weight})
+        clipped = gradient / max(1, np.linalg.norm(gradient))
+        first = 0.8 * first + 0.2 * clipped
+        second = 0.95 * second + 0.05 * clipped**2
+        unbiased = first / (1 - 0.8 ** (n + 1)), second / (1 - 0.95 ** (n + 1))
+        expected = -rate[n] * (unbiased[0] / np.sqrt(unbiased[1]) + 0.1 * weight)
+        assert np.allclose(updates["kernel"], expected, rtol=1e-5)
+        weight = weight + expected
+
+
 def test_average_lags_behind_and_starts_quickly():
     config = dataclasses.replace(CONFIG, ema_decay=0.99)
     old, new = {"w": jnp.zeros(3)}, {"w": jnp.ones(3)}
