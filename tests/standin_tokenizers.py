@@ -2,6 +2,7 @@
 library itself, with the steps and options that the models' own tokenizer.json have."""
 
 import functools
+import json
 from unittest import mock
 
 from tiktoken_ext import openai_public
@@ -99,38 +100,24 @@ def byte_fallback(normalizer, pre_tokenizer, decoder, special):
     )
     made.train_from_iterator(TEXT[:1] * 8, trainer)  # other scripts have only bytes
     # The trainer marks the byte tokens as special; in these models they are ordinary.
-    whole = made.to_str()
-    for token in BYTE_TOKENS:
-        whole = whole.replace(special_entry(made, token) + ",", "").replace(
-            "," + special_entry(made, token), ""
-        )
-    return Tokenizer.from_str(whole)
+    whole = json.loads(made.to_str())
+    added = [token for token in whole["added_tokens"] if token["content"] not in BYTE_TOKENS]
+    return Tokenizer.from_str(json.dumps(whole | {"added_tokens": added}))
 
 
-def special_entry(made, token):
-    flags = '"single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true'
-    return f'{{"id":{made.token_to_id(token)},"content":"{token}",{flags}}}'
+SPACES_AND_BYTES = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
 
 
 def tinyllama():
     """Llama 2's form: a ▁ before the text, no cutting, one space stripped when decoding."""
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    return byte_fallback(normalizer, None, decoder, ["<unk>", "<s>", "</s>"])
+    steps = [*SPACES_AND_BYTES, decoders.Strip(" ", 1, 0)]
+    return byte_fallback(normalizer, None, decoders.Sequence(steps), ["<unk>", "<s>", "</s>"])
 
 
 def gemma():
     """Spaces become ▁, none is put before, and words are cut at them."""
-    decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    decoder = decoders.Sequence(SPACES_AND_BYTES)
     cutting = cut.Split(" ", "merged_with_previous")
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     return byte_fallback(normalizers.Replace(" ", "▁"), cutting, decoder, special)

@@ -116,8 +116,10 @@ def write_tokens(
         done = 0
         for group in groups(assign(corpus), THREADS * PIECE):
             texts = [text for _, text, _ in group]
-            encoded = tokenizer.encode_ordinary_batch(texts, num_threads=THREADS)
-            for ids, (split, text, last) in zip(encoded, group, strict=True):
+            # The ids have no name, so that they are gone when the next group's are made.
+            for ids, (split, text, last) in zip(
+                tokenizer.encode_ordinary_batch(texts, num_threads=THREADS), group, strict=True
+            ):
                 if last and corpus.n_documents > 1:
                     ids.append(tokenizer.eot_token)
                 files[split].write(np.array(ids, dtype))

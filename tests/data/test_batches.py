@@ -67,10 +67,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert np.array_equal(once, again)
     assert not np.array_equal(once[0], batches.batch(tokens, 8, 0, 4, 16))
     assert not np.array_equal(once[0], once[1])
-
-
-def test_large_steps_do_not_overflow():
-    rows = batches.batch(count_up(5000), 2**31 - 1, 2**40, 512, 16)
+    rows = batches.batch(tokens, 2**31 - 1, 2**40, 512, 16)  # no number overflows
     assert rows.min() >= 0 and (np.diff(rows, axis=1) == 1).all()
 
 
@@ -144,25 +141,21 @@ def test_prefetch_yields_in_order_and_stays_a_little_ahead():
     assert made == [3, 4, 5]
     assert list(steps) == [step * step for step in range(4, 10)]
     assert list(batches.prefetch(str, 5, 5)) == []
-    assert list(batches.prefetch(str, 0, 1)) == ["0"]
 
 
-def test_an_error_in_the_thread_surfaces_in_its_turn():
+def test_an_error_in_the_thread_surfaces_in_its_turn_and_closing_ends_it():
     def make(step):
         if step == 2:
             raise UserError("broken")
         return step
 
+    def threads():
+        return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
+
     steps = batches.prefetch(make, 0, 5)
     assert list(itertools.islice(steps, 2)) == [0, 1]
     with pytest.raises(UserError, match="broken"):
         next(steps)
-
-
-def test_closing_ends_the_thread():
-    def threads():
-        return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
-
     steps = batches.prefetch(lambda step: step, 0, 1000)
     next(steps)
     assert len(threads()) == 1

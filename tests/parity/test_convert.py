@@ -20,7 +20,13 @@ from programs import call  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
 import gpt  # noqa: E402
+from gpt.convert.hf_config import read_config, to_hf_config  # noqa: E402
+from gpt.data.tokenizers import IdTokenizer  # noqa: E402
 from gpt.model import transformer  # noqa: E402
+from gpt.sampling import generate  # noqa: E402
+from gpt.sampling.language_model import LanguageModel  # noqa: E402
+from gpt.sampling.settings import Settings  # noqa: E402
+from gpt.training import loss  # noqa: E402
 
 KINDS = their_models.KINDS
 forward = jax.jit(transformer.forward, static_argnums=0)
@@ -95,32 +101,46 @@ def test_half_precision_comes_back_to_the_bit(kind, dtype, tmp_path):
     model = their_models.make(KINDS[kind].config()).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "theirs")
     convert("import", tmp_path / "theirs", tmp_path / "run")
-    lm = gpt.load(tmp_path / "run", dtype="float32")
-    ids = token_ids(lm.config, 2, 64)
-    agree(
-        forward(lm.config, lm.params, ids),
-        their_models.logits_of(load(tmp_path / "theirs", dtype=torch.float32), ids),
-    )
     convert("export", tmp_path / "run", tmp_path / "back")
     assert bits(tmp_path / "back") == bits(tmp_path / "theirs")
     assert load(tmp_path / "back").dtype == getattr(torch, dtype)
 
 
-def test_a_body_alone_and_old_buffers(tmp_path):
-    """distilgpt2's first files: no prefix, no head, the masks among the weights."""
-    from safetensors.numpy import save_file
+@pytest.mark.parametrize("family", ["GPT2", "Llama", "Qwen2", "Qwen3"])
+def test_a_config_with_all_its_defaults_is_read(family):
+    """Every field of transformers' own class, as its to_dict has them."""
+    values = getattr(transformers, f"{family}Config")().to_dict()
+    config, _, unused = read_config(values)
+    assert config.n_layers >= 12 and "vocab_size" not in unused
+    exported = to_hf_config(config)[0]
+    assert all(hasattr(transformers, name) for name in exported["architectures"])
 
-    model = their_models.make(KINDS["gpt2"].config())
-    model.save_pretrained(tmp_path / "theirs")
-    file = tmp_path / "theirs/model.safetensors"
-    tensors = {n.removeprefix("transformer."): a for n, a in load_file(file).items()}
-    for i in range(3):
-        tensors[f"h.{i}.attn.bias"] = np.tri(256, dtype=np.float32)[None, None]
-        tensors[f"h.{i}.attn.masked_bias"] = np.array(-1e4, np.float32)
-    save_file(tensors, file)
-    config, params = their_models.read(tmp_path / "theirs")
-    ids = token_ids(config, 2, 64)
+
+WIDE = {"vocab_size": 50257, "n_embd": 768, "n_layer": 2, "n_head": 12}
+SAME = {name: KINDS[name] for name in ("gpt2", "llama 3", "qwen2", "qwen3")}
+SAME["gpt2's width"] = their_models.Kind("GPT2", WIDE)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_loss_and_greedy_text(name, tmp_path):
+    """Their loss shifts the labels itself and is a mean over the predicted tokens. 60 tokens after
+    prompts of several lengths, read together by us and one by one by them."""
+    model = their_models.make(SAME[name].config(), loud=0.08 if name == "gpt2's width" else 0.2)
+    model.save_pretrained(tmp_path)
+    config, params = their_models.read(tmp_path)
+    ids = token_ids(config, 3, 65)
     agree(forward(config, params, ids), their_models.logits_of(model, ids))
+    with torch.no_grad():
+        expected = model(torch.tensor(ids), labels=torch.tensor(ids)).loss.item()
+    losses, *_ = jax.jit(loss.sequence_losses, static_argnums=0)(config, params, ids)
+    assert expected > 1 and float(losses.mean()) == pytest.approx(expected, rel=1e-5)
+
+    prompts = [token_ids(config, 1, length, seed=length)[0].tolist() for length in (1, 33, 60)]
+    lm = LanguageModel(config, transformer.unstack(params), IdTokenizer(config.vocab_size), step=0)
+    done = generate.complete(lm, prompts, Settings(max_new_tokens=60, temperature=0))
+    for prompt, completion in zip(prompts, done, strict=True):
+        assert completion.token_ids == their_models.greedy(model, prompt, 60)
+    assert len({token for one in done for token in one.token_ids}) > 8
 
 
 OURS = {
