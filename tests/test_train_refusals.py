@@ -77,6 +77,13 @@ def test_numbers_of_64_bits_are_turned_off(tmp_path, monkeypatch):
     assert environ["JAX_ENABLE_X64"] == "0"
 
 
+def test_a_warmup_that_takes_the_whole_run_is_noted(text, tmp_path):
+    argv = [*TINY, "--data", text, "--out", tmp_path / "run", "--profile", "10"]  # is refused
+    done = call("train", *argv, "--warmup-steps", "11")
+    assert "note: a warm-up of 11 steps takes the whole run of 12: " in done.err
+    assert "note: " not in call("train", *argv, "--warmup-steps", "10").err
+
+
 def test_a_batch_that_the_mesh_cannot_divide(text, tmp_path, monkeypatch):
     """As with two devices, of which there is one here."""
     honest = train_step.require_fit

@@ -20,23 +20,26 @@ KERNEL_AXES = {
 
 
 def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, no step at zero, then as config.schedule says.
+    """Learning rate by step, counted from 0: linear warm-up, no step at zero, then as
+    config.schedule says, down to the minimum at the last step.
 
-    For another `peak` than config.learning_rate the same shape, scaled.
+    A warm-up that is as long as the run ends one step before. For another `peak` than
+    config.learning_rate the same shape, scaled.
     """
     peak = config.learning_rate if peak is None else peak
     low = peak * config.min_learning_rate / config.learning_rate
-    warmup = min(config.warmup_steps, config.steps - 1)
+    last_step = config.steps - 1
+    warmup = min(config.warmup_steps, max(last_step - 1, 0))
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
 
-    steps = config.steps - warmup
+    rest_steps = max(last_step - warmup, 1)
     if config.schedule == "cosine":
-        rest = optax.cosine_decay_schedule(peak, steps, low / peak)
+        rest = optax.cosine_decay_schedule(peak, rest_steps, low / peak)
     else:
-        falling = steps
-        if config.schedule != "linear":
-            falling = min(config.steps - config.decay_start, steps)
-        rest = optax.linear_schedule(peak, low, falling, steps - falling)
+        falling = rest_steps
+        if config.schedule == "wsd":
+            falling = min(config.steps - config.decay_start, rest_steps)
+        rest = optax.linear_schedule(peak, low, falling, rest_steps - falling)
     return optax.join_schedules([rise, rest], [warmup])
 
 

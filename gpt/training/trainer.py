@@ -83,6 +83,12 @@ def require_possible(run: Run) -> None:
     for note in train_step.require_fit(config, run.mesh):
         run.console.print(note)
     batches.require_length(run.dataset.train, config.sequence_length)
+    if config.warmup_steps > max(config.steps - 2, 0):
+        run.console.print(
+            f"note: a warm-up of {config.warmup_steps:,} steps takes the whole run of "
+            f"{config.steps:,}: the learning rate falls to its minimum in the last step alone; "
+            "lower --warmup-steps"
+        )
     if start.resuming:
         require_same_settings(start, config)
     else:

@@ -28,7 +28,7 @@ CONFIG = TrainConfig(model=MODEL, batch_size=4, steps=100, warmup_steps=10, opti
 
 
 def rates(config):
-    return [float(optimizer.make_schedule(config)(i)) for i in range(config.steps + 1)]
+    return [float(optimizer.make_schedule(config)(i)) for i in range(config.steps)]
 
 
 def test_every_parameter_has_its_group():
@@ -103,11 +103,23 @@ def test_schedules_rise_and_fall_as_named():
     for curve in (cosine, linear, wsd):
         assert 0 < curve[0] < curve[5] < curve[10] == pytest.approx(1e-3)
         assert all(a >= b - 1e-12 for a, b in itertools.pairwise(curve[10:]))
-        assert curve[100] == pytest.approx(1e-4)
-    assert cosine[55] == linear[55] == pytest.approx((1e-3 + 1e-4) / 2)
+    middle = (1e-3 + 1e-4) / 2
+    assert (cosine[54] + cosine[55]) / 2 == pytest.approx(middle)
+    assert (linear[54] + linear[55]) / 2 == pytest.approx(middle)
     assert cosine[30] > linear[30]
-    assert wsd[10:81] == pytest.approx([1e-3] * 71)
-    assert wsd[90] == pytest.approx((1e-3 + 1e-4) / 2)
+    assert wsd[10:80] == pytest.approx([1e-3] * 70) and wsd[80] < 1e-3
+    assert wsd[89] == pytest.approx(middle)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 10, 11, 100])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_the_last_step_has_the_minimum_whatever_the_warmup(schedule, warmup):
+    for steps in (2, 3, 12):
+        config = dataclasses.replace(
+            CONFIG, schedule=schedule, steps=steps, warmup_steps=warmup, min_learning_rate=1e-4
+        )
+        curve = rates(config)
+        assert curve[-1] == pytest.approx(1e-4) and max(curve) == pytest.approx(1e-3)
 
 
 def test_muons_rate_follows_the_same_schedule():
