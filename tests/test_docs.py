@@ -1,10 +1,8 @@
 """README.md and docs/: every command parses, every flag and every linked file exists."""
 
 import io
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -124,25 +122,3 @@ def test_the_readme_can_be_followed(workspace, monkeypatch):
 @pytest.mark.parametrize("name", GUIDES)
 def test_a_guide_can_be_followed(name, workspace, monkeypatch):
     assert follow(ROOT / f"{name}.md", workspace, monkeypatch)
-
-
-@pytest.mark.slow
-def test_the_guide_to_many_devices_can_be_followed_on_virtual_ones(text, tmp_path):
-    """Each command in a process with eight virtual devices. Commands that need several processes
-    are tested in test_processes.py, those that need a TPU's compiler in tests/plan/."""
-    small = [*SHRINK["train"], "--batch-size", "64", "--model.d-model", "64", "--model.n-heads"]
-    read = ["--data", text, "--overwrite"]
-    eight = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    commands = documents.typed(ROOT / "docs/parallelism.md")
-    not_here = {"--coordinator", "--topology", "benchmarks/pods.py"}
-    tried = [words for words in commands if not not_here & {*words}]
-    for program, *words in tried:
-        argv = [{"RUN": "runs/gpt2"}.get(word, word) for word in words]
-        if program == "train.py":
-            argv += [*small, "4", *([] if "--dry-run" in words else read)]
-        done = subprocess.run(
-            [sys.executable, ROOT / program, *map(str, argv)],
-            cwd=tmp_path, env=os.environ | {"XLA_FLAGS": eight}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, (words, done.stderr)
-    assert len(tried) == 5 and (tmp_path / "runs/gpt2-xl/loss.png").exists()

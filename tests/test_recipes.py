@@ -9,9 +9,6 @@ from programs import SHAPE, arrays, call, same_bits, stored_shapes
 from gpt import checkpoint
 from gpt.sampling.language_model import load
 
-# A longer run has a program of its own, that must round as the shorter one's does.
-pytestmark = pytest.mark.exact
-
 MORE = [
     *SHAPE,
     *("--warmup-steps", "2", "--log-every", "1", "--save-every", "6", "--sample-every", "0"),
@@ -34,6 +31,7 @@ def averages(folder, step):
     return checkpoint.restore(folder, step, "ema_params", shapes)
 
 
+@pytest.mark.exact
 def test_resumed_equals_uninterrupted(modern, text, tmp_path):
     """Muon's momentum and the average too, to the bit."""
     again = shutil.copytree(modern, tmp_path / "run")
@@ -45,6 +43,7 @@ def test_resumed_equals_uninterrupted(modern, text, tmp_path):
         assert np.array_equal(average, averages(again, 12)[name]), name
 
 
+@pytest.mark.exact
 def test_the_average_is_what_is_sampled_and_scored(modern):
     kept, last = load(modern), load(modern, weights="raw")
     assert kept.weights == "ema" and last.weights == "raw"
@@ -60,6 +59,7 @@ def test_an_average_that_was_not_kept_is_refused(trained):
     assert done.code == 2 and "keeps no average" in done.err
 
 
+@pytest.mark.exact  # a longer run has a program of its own, which must round as this one's does
 def test_wsd_may_be_lengthened_before_it_falls_and_not_after(modern, text, tmp_path):
     """The longer run from the start and the lengthened one end with the same bits."""
     again = shutil.copytree(modern, tmp_path / "again")
