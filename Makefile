@@ -51,8 +51,7 @@ demo: setup
 	@sed '$$d' runs/tiny/bench.txt
 
 test: setup
-	@$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10 -m "not slow and not parity and not exact"
-	@$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10 -m "exact and not slow"
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
 
 test-all: setup
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not parity"

@@ -33,8 +33,9 @@ sys.path.append(str(Path(__file__).parent))  # for programs.py, numpy_transforme
 
 
 def pytest_configure(config):
-    """Without optimisation XLA compiles in half the time. Tests marked `exact` compare bits or
-    rounding, so where they are asked for all is compiled as users compile it."""
+    """Without optimization XLA compiles in half the time. Tests marked `exact` compare bits or
+    rounding, so where they are asked for all is compiled as users compile it: by default that is
+    in a process of its own, see test_exact.py."""
     if "not exact" in config.option.markexpr:
         os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
         if metadata.version("jaxlib").startswith("0.10."):  # later ones know of no other emitters
