@@ -47,37 +47,36 @@ def import_tokenizer(
         log("the model comes without a tokenizer: prompts are ids, as in --prompt-ids '1 2 3'")
         return tokenizers.IdTokenizer(n_vocab, ends[0] if ends else -1)
 
-    leave_out = "--ids-only imports the model without its tokenizer"
-    require(
-        FILE in found,
-        f"{folder} has {', '.join(found)} but no {FILE}: load the tokenizer with AutoTokenizer of "
-        f"transformers, which can save one with save_pretrained(NEW_FOLDER); {leave_out}",
-    )
-    names = [name for name in (FILE, *COMPANIONS) if (folder / name).is_file()]
-    files = {name: (folder / name).read_bytes() for name in names}
+    try:
+        require(
+            FILE in found,
+            f"{folder} has {', '.join(found)} but no {FILE}: load the tokenizer with AutoTokenizer "
+            "of transformers, which can save one with save_pretrained(NEW_FOLDER)",
+        )
+        names = [name for name in (FILE, *COMPANIONS) if (folder / name).is_file()]
+        files = {name: (folder / name).read_bytes() for name in names}
+        vocabulary = load_library(files[FILE]).get_vocab(with_added_tokens=True)
+        largest = max(vocabulary.values(), default=-1)
+        require(
+            0 <= largest < n_vocab,
+            f"the largest id of the tokenizer is {largest}, and the model's vocabulary is "
+            f"{n_vocab:,}",
+        )
+
+        # The ends of a text are those that either file names, or else a token with a usual name.
+        if GENERATION in files:
+            generation = read_json(folder / GENERATION)
+            ends += [i for i in end_ids(generation, n_vocab) if i not in ends]
+        ends = ends or [vocabulary[name] for name in END_NAMES if name in vocabulary][:1]
+        require(bool(ends), "no token ends a text: expected an eos_token_id in config.json")
+    except UserError as error:
+        raise UserError(f"{error}; --ids-only imports the model without its tokenizer") from None
+
     special_ids = {
         name: config[name]
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
         if config.get(name) is not None
     }
-    try:
-        vocabulary = load_library(files[FILE]).get_vocab(with_added_tokens=True)
-        generation = read_json(folder / GENERATION) if GENERATION in files else {}
-    except UserError as error:
-        raise UserError(f"{error}; {leave_out}") from None
-    largest = max(vocabulary.values(), default=-1)
-    require(
-        0 <= largest < n_vocab,
-        f"the largest id of the tokenizer is {largest}, and the model's vocabulary is {n_vocab:,}; "
-        f"{leave_out}",
-    )
-
-    # The ends of a text are those that either file names, or else a token with a usual name.
-    ends += [i for i in end_ids(generation, n_vocab) if i not in ends]
-    ends = ends or [vocabulary[name] for name in END_NAMES if name in vocabulary][:1]
-    require(
-        bool(ends), f"no token ends a text: expected an eos_token_id in config.json; {leave_out}"
-    )
     tokenizer = HFTokenizer(files, n_vocab, special_ids, ends[0])
     if len(ends) > 1:
         texts = [repr(tokenizer.decode([i])) for i in ends]
