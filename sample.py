@@ -78,11 +78,10 @@ def converse(model, args: Args) -> None:
     from gpt.sampling.generate import require_usable
 
     require_usable(model, [args.settings], args.show_probs or 0)
-    for line in terminal.read_lines(cli.cache_folder() / "prompts"):
-        prompt = terminal.typed_text("the line", line)
+    for line in terminal.read_lines():
         try:
             with terminal.deferred_interrupt() as pressed:
-                completions = generate(model, args, [prompt], pressed.is_set)
+                completions = generate(model, args, [line], pressed.is_set)
             terminal.note(terminal.describe_end(completions, model.config.context_length))
         except UserError as error:
             if not sys.stdout.isatty():

@@ -4,6 +4,7 @@ Only entry points import this file: train.py, sample.py, gpt/report.py, gpt/tour
 gpt/*/__main__.py. It imports neither JAX nor NumPy, so that `--help` is quick.
 """
 
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -13,6 +14,7 @@ import io
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
 import traceback
@@ -31,11 +33,8 @@ Args = TypeVar("Args")
 
 # Failures of the file system that a user causes and can mend.
 USER_OS_ERRORS = (
-    FileNotFoundError,
-    FileExistsError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
+    *(FileNotFoundError, FileExistsError, PermissionError),
+    *(IsADirectoryError, NotADirectoryError),
 )
 USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
 
@@ -56,8 +55,7 @@ def parse(
     options = {"prog": program, "description": description}
     if default is not None:
         options["default"] = default
-    wants_help = "--help" in argv or "-h" in argv
-    if wants_help:
+    if "--help" in argv or "-h" in argv:
         # tyro leaves flags that were given out of its help, so ask for the help of nothing else,
         # except of a subcommand.
         has_subcommands = typing.get_origin(kind) in (typing.Union, types.UnionType)
@@ -70,7 +68,7 @@ def parse(
             return tyro.cli(kind, args=argv, **options)
     except SystemExit as leaving:
         if leaving.code:
-            raise UserError(_first_sentence(stderr.getvalue(), program)) from None
+            raise UserError(_one_line(stderr.getvalue(), program)) from None
         print(stdout.getvalue(), end="")
         raise
 
@@ -103,27 +101,14 @@ def _parse_path(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None
     )
 
 
-def _first_sentence(message: str, program: str) -> str:
-    """tyro's message as one line: the problem, the flags it suggests, and where to find help.
-
-    Where standard error is not a terminal tyro prints a title, the problem and its suggestions as
-    paragraphs between lines of dashes.
-    """
-    paragraphs: list[list[str]] = [[]]
-    for line in message.splitlines():
-        text = line.strip()
-        if set(text) == {"-"}:
-            paragraphs.append([])
-        elif text:
-            paragraphs[-1].append(text)
-    if len(paragraphs) < 2:
-        return " ".join(message.split())
-    _title, problem, *details = paragraphs
-    sentence = " ".join(problem).rstrip(".")
-    for rows in details:
-        if rows[0].startswith(("Perhaps you meant", "Arguments similar to")):
-            suggestions = [row for row in rows if row.startswith("--")]
-            sentence += f"; did you mean {' or '.join(suggestions)}?"
+def _one_line(message: str, program: str) -> str:
+    """tyro's message as one line: the problem, the flags it suggests, and where to find help."""
+    # Between lines of dashes stand a title, the problem, and perhaps flags with their help.
+    _title, problem, *_ = re.split(r"\n *-{5,} *\n", message)
+    sentence = " ".join(problem.split()).rstrip(".")
+    if "Perhaps you meant" in message or "Arguments similar to" in message:
+        suggestions = re.findall(r"^ +(--\w.*?) *$", message, re.MULTILINE)
+        sentence += f"; did you mean {' or '.join(suggestions)}?"
     return f"{sentence}; see {program} --help"
 
 
@@ -133,9 +118,9 @@ def require_no_empty_values(argv: list[str]) -> None:
     As a path it would mean the current folder.
     """
     for word in argv:
-        require(word != "", "a flag has an empty value: fill it in, or leave the flag out")
-        empty = word.startswith("--") and word.endswith("=")
-        require(not empty, f"{word} has an empty value: fill it in, or leave the flag out")
+        name = word if word else "a flag"
+        empty = word == "" or (word.startswith("--") and word.endswith("="))
+        require(not empty, f"{name} has an empty value: fill it in, or leave the flag out")
 
 
 def flags_given(argv: list[str]) -> set[str]:
@@ -160,8 +145,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         try:
             code = main(sys.argv[1:]) or 0
         finally:
-            if sys.stdout is not None:  # as it is where the shell has closed it
-                sys.stdout.flush()  # here, where a closed pipe can still be handled
+            sys.stdout.flush()  # here, where a closed pipe can still be handled
     except UserError as error:
         code = _refuse(str(error))
     except Failed as error:
@@ -224,43 +208,34 @@ def interpreter() -> str:
     return "python"
 
 
+@functools.cache
 def cache_folder() -> Path:
-    """The folder for what can be made again: `$XDG_CACHE_HOME/gpt-jax` or `~/.cache/gpt-jax`.
-
-    Created when asked for. Where the home cannot be written, a folder that lasts as long as the
-    process.
-    """
+    """The folder for what can be made again, created: `$XDG_CACHE_HOME/gpt-jax`, else
+    `~/.cache/gpt-jax`; where that cannot be written, one that lasts as long as the process."""
     try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(base) / "gpt-jax"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gpt-jax"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
     except (OSError, RuntimeError):  # RuntimeError: no home folder is known
         pass
-    return Path(_temporary_cache().name)
+    folder = Path(tempfile.mkdtemp(prefix="gpt-jax-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
-@functools.cache
-def _temporary_cache() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="gpt-jax-")
-
-
-def prepare_jax(cache: bool = True, cache_dir: str | None = None) -> None:
+def prepare_jax(cache: bool = True) -> None:
     """Set JAX up through the environment; call this before JAX is imported.
 
     Variables that the user has set are kept, but JAX_ENABLE_X64: no type of ours has 64 bits, and
-    with it some numbers would take that many. `cache` keeps compiled programs on disk between runs,
-    in `cache_dir` if one is named; without it none are read or written, wherever the user keeps
-    them.
+    with it some numbers would take that many. `cache` keeps compiled programs on disk between runs;
+    without it none are read or written, wherever the user keeps them.
     """
     environ = os.environ
     environ["JAX_ENABLE_X64"] = "0"
     environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's errors, not its warnings
     if cache:
         # Even a small program takes longer to compile than to read.
-        if cache_dir is not None:
-            environ["JAX_COMPILATION_CACHE_DIR"] = cache_dir
         environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
         environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -18,16 +18,14 @@ CACHE_HIT = "/jax/compilation_cache/cache_hits"  # comes before COMPILED of the 
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program."""
+    """A compiled program: the name of its function, the seconds of tracing, lowering and compiling,
+    whether it was found in the cache on disk, and what it was compiled for ("batch 2, bucket 32").
+    """
 
     name: str
-    """Of its function."""
     seconds: float
-    """Of tracing, lowering and compiling."""
     cached: bool
-    """Whether it was found in the cache on disk."""
     sizes: str = ""
-    """What it was compiled for, such as "batch 2, bucket 32"."""
 
 
 @dataclass

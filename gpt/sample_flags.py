@@ -146,10 +146,8 @@ def parse_args(argv: list[str], description: str) -> tuple[Args, str]:
 
 def read_inputs(args: Args) -> list:
     """The prompts, or the text to score: texts or token ids."""
-    if args.interactive:
-        terminal.require_input("--interactive")
     if args.score is not None:
-        return [terminal.typed_text("--score", args.score)]
+        return [args.score]
     if args.score_file is not None:
         return [terminal.read_text("--score-file", args.score_file)]
     if args.score_ids is not None:
@@ -158,4 +156,4 @@ def read_inputs(args: Args) -> list:
         return [terminal.read_text("--prompt-file", args.prompt_file)]
     if args.prompt_ids:
         return [terminal.parse_ids("--prompt-ids", ids) for ids in args.prompt_ids]
-    return [terminal.typed_text("--prompt", text) for text in args.prompt or ("",)]
+    return [*args.prompt] or [""]

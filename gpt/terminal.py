@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import math
-import os
 import re
 import signal
 import sys
@@ -24,8 +23,6 @@ from gpt.errors import UserError, require
 # the overrides and isolates that make text look like other text (Unicode Bidirectional Algorithm,
 # 2.2-2.5).
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-HISTORY_LINES = 1000
-MAX_TEXT_BYTES = 2**30  # of a prompt's file: a device file may never end
 TIMING = "compilation is left out; the first completion of a process includes its start-up"
 
 
@@ -33,12 +30,9 @@ TIMING = "compilation is left out; the first completion of a process includes it
 
 
 def prepare_streams() -> None:
-    """Let no character fail for the locale: an output shows what it cannot encode as escapes.
-    Raises UserError if standard output is closed, since all output would be lost."""
-    require(sys.stdout is not None, "standard output is closed: send it to a file or a terminal")
-    if sys.stderr is None:  # also closed: print() would write notes to standard output instead
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "surrogateescape")):
+    """Let no character fail for the locale: standard output shows what it cannot encode as escapes,
+    and what standard input cannot decode becomes U+FFFD."""
+    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "replace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
 
@@ -79,13 +73,11 @@ class InOrder:
         self.waiting[row] = self.waiting.get(row, "") + text
         if ended:
             self.ended.add(row)
-        ready = ""
         while self.current < self.n_rows:
-            ready += self.waiting.pop(self.current, "")
+            self._show(self.waiting.pop(self.current, ""))
             if self.current not in self.ended:
                 break
             self.current += 1
-        self._show(ready)
 
     def flush(self, end_line: bool) -> None:
         """Show the rows that have ended and wait; `end_line`: end the line in any case."""
@@ -180,19 +172,9 @@ def probability_tables(completion, first: int, tokenizer) -> str:
 
 def completion_json(completion) -> dict[str, Any]:
     """A completion as JSON values."""
-    names = (
-        "prompt",
-        "text",
-        "token_ids",
-        "logprobs",
-        "finish_reason",
-        "prefill_seconds",
-        "decode_seconds",
-        "tokens_per_second",
-        "seed",
-        "sample",
-    )
-    return {name: getattr(completion, name) for name in names} | {"timing": TIMING}
+    names = "prompt text token_ids logprobs finish_reason prefill_seconds decode_seconds"
+    names += " tokens_per_second seed sample"
+    return {name: getattr(completion, name) for name in names.split()} | {"timing": TIMING}
 
 
 def json_piece(piece, with_top: bool) -> str:
@@ -206,11 +188,9 @@ def json_piece(piece, with_top: bool) -> str:
 
 
 def to_json(value: Any) -> str:
-    """`value` as one line of strict JSON that is safe on a terminal; NaN and infinities, which JSON
-    does not have, become null."""
-    is_utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
-    line = json.dumps(_finite(value), ensure_ascii=not is_utf8, allow_nan=False)
-    return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", line)
+    """`value` as one line of strict JSON in ASCII, which every terminal and every locale can take;
+    NaN and infinities, which JSON does not have, become null."""
+    return json.dumps(_finite(value), allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
@@ -229,23 +209,18 @@ def describe_end(completions: Sequence, context_length: int, may_slide: bool = T
     `may_slide`: whether a full context can slide, which it cannot in beam search.
     """
     slowest = max(completions, key=lambda completion: completion.decode_seconds)
-    rate = ""
-    if slowest.tokens_per_second:
-        rate = f", {slowest.tokens_per_second:.0f} tokens/s per row"
     counts = Counter(completion.finish_reason or "Ctrl-C" for completion in completions)
-    reasons = []
-    for reason, n in counts.items():
-        reasons.append(f"{reason} ({n} times)" if n > 1 else reason)
+    line = f"prefill {slowest.prefill_seconds * 1e3:.1f} ms, decode {slowest.decode_seconds:.2f} s"
+    if slowest.tokens_per_second:
+        line += f", {slowest.tokens_per_second:.0f} tokens/s per row"
+    reasons = [f"{reason} ({n} times)" if n > 1 else reason for reason, n in counts.items()]
+    line += f" (compilation left out); stopped by {', '.join(reasons)}"
     advice = []
     if "length" in counts:
         advice.append("--max-new-tokens for more")
     if "context" in counts:
         slide = ", --on-context-full slide goes on" if may_slide else ""
         advice.append(f"the model's context of {context_length} tokens is full{slide}")
-    line = (
-        f"prefill {slowest.prefill_seconds * 1e3:.1f} ms, decode {slowest.decode_seconds:.2f} s"
-        f"{rate} (compilation left out); stopped by {', '.join(reasons)}"
-    )
     if advice:
         line += f": {'; '.join(advice)}"
     return line
@@ -285,90 +260,36 @@ def parse_ids(flag: str, text: str) -> list[int]:
 def read_text(flag: str, path: Path) -> str:
     """The text of a file, or of standard input for `-`; UserError, which names `flag`, if it cannot
     be read. Bytes that are not valid UTF-8 become U+FFFD, with a note."""
-    if str(path) == "-":
-        require_input(f"{flag} -")
-        opened = contextlib.nullcontext(sys.stdin.buffer)
-    else:
-        try:
-            opened = path.expanduser().open("rb")
-        except OSError as error:
-            raise UserError(f"{flag} {path}: {error.strerror}; expected a text file") from None
     try:
-        with opened as file:
-            content = file.read(MAX_TEXT_BYTES + 1)
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.expanduser().read_bytes()
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}; expected a text file") from None
-    require(
-        len(content) <= MAX_TEXT_BYTES,
-        f"{flag} {path}: expected a text of at most {MAX_TEXT_BYTES:,} bytes",
-    )
-    return _decode(f"{flag} {path}", content)
-
-
-def typed_text(name: str, typed: str) -> str:
-    """What was typed as `name`; Python keeps its invalid UTF-8 as lone surrogates."""
-    return _decode(name, typed.encode("utf-8", "surrogateescape"))
-
-
-def _decode(name: str, content: bytes) -> str:
     text = content.decode("utf-8", "replace")
     if text.encode() != content:
-        note(f"note: {name} is not valid UTF-8: what cannot be decoded is read as U+FFFD")
+        note(f"note: {flag} {path} is not valid UTF-8: what cannot be decoded is read as U+FFFD")
     return text
 
 
-def require_input(flag: str) -> None:
-    """Raise UserError, which names `flag`, if standard input is closed."""
-    require(sys.stdin is not None, f"{flag}: standard input is closed, so there is nothing to read")
-
-
-def read_lines(history: Path) -> Iterator[str]:
-    """The lines that a person types, until Ctrl-D, or those of a pipe.
-
-    On a terminal lines can be edited, those of earlier sessions are kept in the file `history`, and
-    Ctrl-C discards the line.
-    """
+def read_lines() -> Iterator[str]:
+    """The lines that a person types, until Ctrl-D, or those of a pipe. On a terminal they can be
+    edited, earlier ones come back with the arrow keys, and Ctrl-C discards the line."""
     if not sys.stdin.isatty():
         for line in sys.stdin:
             yield line.rstrip("\r\n")
         return
-    save_history = _use_history(history)
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 - from now on input() edits lines
+    question = "> " if sys.stdout.isatty() else ""  # a pipe gets completions alone
     while True:
         try:
-            line = _ask("> ")
+            line = input(question)
         except KeyboardInterrupt:
             note("")
             continue
         except EOFError:
             note("")
             return
-        save_history()
         yield line
-
-
-def _ask(question: str) -> str:
-    """A line from the terminal; the question must not reach a pipe that standard output may be."""
-    if sys.stdout.isatty():
-        return input(question)
-    print(question, end="", file=sys.stderr, flush=True)
-    return input()
-
-
-def _use_history(path: Path):
-    """Turn line editing on with the lines in `path`; returns a function that saves them there."""
-    try:
-        import readline
-    except ImportError:  # on Windows: lines can be typed all the same
-        return lambda: None
-    with contextlib.suppress(OSError):
-        readline.read_history_file(path)
-    readline.set_history_length(HISTORY_LINES)
-
-    def save() -> None:
-        with contextlib.suppress(OSError):
-            readline.write_history_file(path)
-
-    return save
 
 
 @contextlib.contextmanager

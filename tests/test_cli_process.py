@@ -73,47 +73,32 @@ WHERE = "from gpt.cli import cache_folder; print(cache_folder(), cache_folder().
 
 
 def test_the_cache_folder(tmp_path):
-    folder = tmp_path / "own"
+    """Without a home that can be written it lasts as long as the process."""
+    folder, home = tmp_path / "own", str(tmp_path)
     assert python(WHERE, XDG_CACHE_HOME=str(folder)) == f"{folder / 'gpt-jax'} True"
-    home = str(tmp_path)
-    at_home = python(WHERE, HOME=home, XDG_CACHE_HOME=None)
+    at_home = python(WHERE, HOME=home, XDG_CACHE_HOME="")
     assert at_home == f"{tmp_path / '.cache' / 'gpt-jax'} True"
-    assert python(WHERE, HOME=home, XDG_CACHE_HOME="") == at_home
 
-
-def test_without_a_home_the_cache_lives_as_long_as_the_process(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    said = python(WHERE, HOME=str(tmp_path / "file"), XDG_CACHE_HOME=None, TMPDIR=str(tmp_path))
+    said = python(WHERE, HOME=str(tmp_path / "file"), XDG_CACHE_HOME=None, TMPDIR=home)
     folder, existed = said.split()
     assert Path(folder).parent == tmp_path and existed == "True"
     assert not Path(folder).exists()
 
 
-COMPILE = """
-from gpt.cli import prepare_jax
-prepare_jax()
-import jax
-print(jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((64, 64))).item())
-"""
-
-
-def test_compiled_programs_are_kept_unless_that_is_turned_off(tmp_path):
-    mine = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine")}
-    mine |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    python(COMPILE.replace("prepare_jax()", "prepare_jax(cache=False)"), **mine)
-    assert not (tmp_path / "mine").exists()
-    python(COMPILE, **mine)
-    assert list((tmp_path / "mine").iterdir())
-
-
 def test_where_compiled_programs_are_kept(tmp_path, monkeypatch):
+    """Where the user wants them, else in the cache folder, unless that is turned off."""
     monkeypatch.setattr(cli, "_keep_freed_memory", lambda: None)
-    monkeypatch.setattr(cli.os, "environ", {"JAX_COMPILATION_CACHE_DIR": "mine"})
-    cli.prepare_jax()
-    assert cli.os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
-    monkeypatch.setattr(cli.os, "environ", {"XDG_CACHE_HOME": str(tmp_path)})
-    cli.prepare_jax()
-    assert cli.os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "gpt-jax" / "xla")
+    monkeypatch.setattr(cli, "cache_folder", lambda: tmp_path)
+    for environment, cache, kept, enabled in (
+        ({"JAX_COMPILATION_CACHE_DIR": "mine"}, True, "mine", None),
+        ({}, True, str(tmp_path / "xla"), None),
+        ({}, False, None, "false"),
+    ):
+        monkeypatch.setattr(cli.os, "environ", environment)
+        cli.prepare_jax(cache=cache)
+        assert cli.os.environ.get("JAX_COMPILATION_CACHE_DIR") == kept
+        assert cli.os.environ.get("JAX_ENABLE_COMPILATION_CACHE") == enabled
 
 
 @pytest.mark.parametrize(

@@ -59,10 +59,8 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs, named by their folders, or by their paths where two folders have one name.
-
-    UserError if a folder does not hold a run.
-    """
+    """The runs, named by their folders, or by their paths where two folders have one name;
+    UserError if a folder does not hold a run."""
     names = [folder.resolve().name for folder in folders]
     runs = []
     for folder, name in zip(folders, names, strict=True):
@@ -113,13 +111,13 @@ def read_samples(path: Path) -> list[tuple[int, str]]:
 
 def build_report(runs: Sequence[Run]) -> str:
     """The whole page."""
-    title = "Run report: " + ", ".join(run.name for run in runs)
-    charts = [
-        f'<figure class="chart">{to_svg(figure, chart)}</figure>'
-        for chart, figure in ((chart, draw_chart(chart, runs)) for chart in CHARTS)
-        if figure
-    ]
-    body = f"""<header><h1>{escape(title)}</h1></header>
+    heading = "Run report: " + ", ".join(run.name for run in runs)
+    charts = ""
+    for title in CHARTS:
+        figure = draw_chart(title, runs)
+        if figure:
+            charts += f'<figure class="chart">{to_svg(figure, title)}</figure>\n'
+    body = f"""<header><h1>{escape(heading)}</h1></header>
 <main>
 {summary_section(runs)}
 <h2>Curves</h2>
@@ -128,12 +126,12 @@ logged step faint behind them; the validation loss and the 99th percentile are d
 vertical line: the run was stopped and continued there. A red triangle: an update was skipped
 because its loss or gradient was not finite.</p>
 <section class="charts" aria-label="Curves">
-{"".join(charts) or "<p>No step has been logged yet.</p>"}
+{charts or "<p>No step has been logged yet.</p>"}
 </section>
 {samples_section(runs)}
 {settings_section(runs)}
 </main>"""
-    return build_page(title, body)
+    return build_page(heading, body)
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
@@ -186,9 +184,7 @@ def progress(run: Run) -> str:
     total = run.settings.get("steps")
     if reached == total:
         return f"{total:,}, complete"
-    text = f"{reached:,}"
-    if total:
-        text += f" of {total:,}"
+    text = f"{reached:,} of {total:,}" if total else f"{reached:,}"
     if run.last_written:
         text += f"<br><small>last update {run.last_written:%Y-%m-%d %H:%M}</small>"
     return text
@@ -209,8 +205,7 @@ def samples_section(runs: Sequence[Run]) -> str:
             )
     if not parts:
         return ""
-    introduction = "<p class='soft'>Without a prompt, during training.</p>"
-    return f"<h2>Samples</h2>{introduction}{''.join(parts)}"
+    return "<h2>Samples</h2><p class='soft'>Without a prompt, during training.</p>" + "".join(parts)
 
 
 def settings_section(runs: Sequence[Run]) -> str:
@@ -250,25 +245,16 @@ def settings_table(runs: Sequence[Run], names: Iterable[str]) -> str:
 # Charts
 
 
-@dataclass(frozen=True)
-class Chart:
-    """One picture of the metrics of these names in metrics.jsonl."""
-
-    name: str
-    title: str
-    y_label: str
-    metrics: tuple[str, ...]
-
-
-CHARTS = (
-    Chart("loss", "Loss", "nats per token", ("loss", "val_loss")),
-    Chart("bits", "Validation, bits per byte", "bits per byte", ("val_bits_per_byte",)),
-    Chart("learning_rate", "Learning rate", "learning rate", ("learning_rate",)),
-    Chart("grad_norm", "Gradient norm", "before clipping", ("grad_norm",)),
-    Chart("speed", "Speed", "tokens per second", ("tokens_per_second",)),
-    Chart("mfu", "Model FLOPs utilization", "share of the measured peak", ("mfu",)),
-    Chart("step_seconds", "Time per step", "seconds", ("step_seconds_p50", "step_seconds_p99")),
-)
+# Title: what the y axis shows, and metrics by their names in metrics.jsonl.
+CHARTS = {
+    "Loss": ("nats per token", ("loss", "val_loss")),
+    "Validation, bits per byte": ("bits per byte", ("val_bits_per_byte",)),
+    "Learning rate": ("learning rate", ("learning_rate",)),
+    "Gradient norm": ("before clipping", ("grad_norm",)),
+    "Speed": ("tokens per second", ("tokens_per_second",)),
+    "Model FLOPs utilization": ("share of the measured peak", ("mfu",)),
+    "Time per step": ("seconds", ("step_seconds_p50", "step_seconds_p99")),
+}
 NOISY = {"loss", "grad_norm", "tokens_per_second", "mfu"}  # drawn faint, their mean in front
 DASHED = {"val_loss", "val_bits_per_byte", "step_seconds_p99"}
 # The colors of the runs, and of all else, on a light screen: page.css names them, and has others
@@ -280,23 +266,23 @@ CSS_NAMES |= {INK: "ink", RED: "bad", GRID: "line"}
 LOG_SCALE_FROM = 40.0  # largest value over median, from which the y axis is logarithmic
 
 
-def draw_chart(chart: Chart, runs: Sequence[Run]) -> Figure | None:
+def draw_chart(title: str, runs: Sequence[Run]) -> Figure | None:
     """All runs in one picture; None if no run has logged these metrics."""
+    y_label, metrics = CHARTS[title]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(chart.title, loc="left", fontsize=11, pad=10, color=INK)
+    axes.set_title(title, loc="left", fontsize=11, pad=10, color=INK)
     axes.set_xlabel("optimizer steps", color=INK)
-    axes.set_ylabel(chart.y_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
     axes.tick_params(which="both", colors=INK)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
     axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(INK)
     axes.margins(x=0.01, y=0.04)
 
-    curves = [curve_of(run.records, metric) for run in runs for metric in chart.metrics]
+    curves = [curve_of(run.records, metric) for run in runs for metric in metrics]
     values = [value for _, of_curve in curves for value in of_curve]
     if not values:
         return None
@@ -306,7 +292,7 @@ def draw_chart(chart: Chart, runs: Sequence[Run]) -> Figure | None:
 
     for i, run in enumerate(runs):
         color = COLORS[i % len(COLORS)]
-        for metric in chart.metrics:
+        for metric in metrics:
             steps, values = curve_of(run.records, metric)
             style = {"color": color, "linewidth": 1.7}
             if metric in DASHED:
@@ -329,17 +315,18 @@ def draw_chart(chart: Chart, runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
-def to_svg(figure: Figure, chart: Chart) -> str:
+def to_svg(figure: Figure, title: str) -> str:
     """The figure as SVG to be placed in a page, in the page's colors."""
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # nothing but the picture
     # Curves of many points are simplified to what can be seen, peaks included.
-    style = {"svg.fonttype": "none", "svg.hashsalt": chart.name, "path.simplify_threshold": 0.5}
+    style = {"svg.fonttype": "none", "svg.hashsalt": title, "path.simplify_threshold": 0.5}
     with rc_context(style):
         figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{chart.name}-", svg)  # ids differ by chart
+    prefix = re.sub(r"\W+", "-", title).lower()  # ids differ by chart
+    svg = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
     for color, name in CSS_NAMES.items():
         svg = svg.replace(color, f"var(--{name})")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(chart.title)}" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)

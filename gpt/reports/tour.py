@@ -1,8 +1,7 @@
 """The tour page: a prompt on its way through a model, as recorded by tour_recorder.py.
 
-tour.html has the text of the page. What does not depend on the token or head that the reader picks
-is filled in here; attention maps, scores and the logit lens are painted by tour.js from packed
-arrays.
+tour.html has the text of the page, which is filled in here. What depends on the token or head that
+the reader picks is painted by tour.js, from packed arrays.
 """
 
 import base64
@@ -68,10 +67,8 @@ def script_data(
 ) -> dict:
     """What tour.js reads."""
     ids = record.read_ids
-    lens_words = {}
-    for token in np.unique(record.lens_ids).tolist():
-        (word,) = display_tokens([token], decode_bytes)
-        lens_words[token] = [word.text, int(word.is_partial)]
+    lens_ids = np.unique(record.lens_ids).tolist()
+    words = {token: display_tokens([token], decode_bytes)[0] for token in lens_ids}
     return {
         "q": pack(record.by_position("q")),
         "k": pack(record.cached("k")),
@@ -83,7 +80,7 @@ def script_data(
         "prefilled": len(record.prompt_ids),
         "tokens": [[t.text, int(t.is_partial), t.characters] for t in tokens[: len(ids)]],
         "following": [*ids[1:], record.sampled[-1].token],
-        "words": lens_words,
+        "words": {token: [word.text, int(word.is_partial)] for token, word in words.items()},
         "lens": {
             "layers": record.lens_layers,
             "ids": record.lens_ids.tolist(),
@@ -265,9 +262,7 @@ def describe_cache(record: TourRecord, call: ModelCall) -> str:
 
 
 def format_bytes(n: int) -> str:
-    if n < 10_000:
-        return f"{n:,} bytes"
-    return f"{n / 1e3:,.0f} kB" if n < 1e6 else f"{n / 1e6:,.1f} MB"
+    return f"{n / 1e3:,.1f} kB" if n < 1e6 else f"{n / 1e6:,.1f} MB"
 
 
 def distribution_table(sampled: SampledToken, decode_bytes: DecodeBytes) -> str:

@@ -92,8 +92,7 @@ class TourRecord:
         rows = []
         for call in self.calls:
             rows_LTNS = call.arrays[name][..., :P]
-            missing = P - rows_LTNS.shape[-1]
-            rows.append(np.pad(rows_LTNS, [(0, 0), (0, 0), (0, 0), (0, missing)]))
+            rows.append(np.pad(rows_LTNS, [(0, 0)] * 3 + [(0, P - rows_LTNS.shape[-1])]))
         return np.concatenate(rows, axis=1).transpose(0, 2, 1, 3)
 
 
@@ -232,9 +231,8 @@ def changed_slots(before: kv.KVCache, after: kv.KVCache) -> list[int]:
     """The slots of row 0 whose key or value differs in any layer; all if `before` had none."""
     if not before.capacity:
         return list(range(after.capacity))
-    changed_S = np.zeros(after.capacity, bool)
-    for old, new in zip((*before.k, *before.v), (*after.k, *after.v), strict=True):
-        changed_S |= np.any(np.asarray(old[0]) != np.asarray(new[0]), axis=(0, 2))
+    pairs = zip((*before.k, *before.v), (*after.k, *after.v), strict=True)
+    changed_S = np.any([np.any(old[0] != new[0], axis=(0, 2)) for old, new in pairs], axis=0)
     return np.flatnonzero(changed_S).tolist()
 
 

@@ -201,37 +201,27 @@ def test_lengths_fit_the_context(context, given, expected):
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("given", "message"),
     [
-        ({"prompt_lengths": "60", "new_tokens": 5}, ["60", "5", "context of 64"]),
-        ({"prompt_lengths": "8,x"}, ["--prompt-lengths", "8,x"]),
-        ({"prompt_lengths": ""}, ["--prompt-lengths"]),
-        ({"prompt_lengths": "0"}, ["at least 1"]),
-        ({"new_tokens": 1}, ["--new-tokens", "at least 2"]),
-        ({"repeats": 0}, ["--repeats", "at least 1"]),
-        ({"json": bench.Path("no/such/folder/x.json")}, ["--json", "folder"]),
-        ({"json": bench.Path()}, ["--json", "is a folder"]),
-        ({"plot": bench.Path("x.pdf")}, ["--plot", ".svg"]),
-        ({"checkpoint": bench.Path("run"), "preset": "tiny"}, ["--preset", "checkpoint"]),
-        ({"fail_if_slower": "5%"}, ["--compare"]),
-        ({"grad_accum": 2}, ["--grad-accum needs --train"]),
-        ({"train": True, "plot": bench.Path("x.png")}, ["--train measures", "drop --plot"]),
+        ({"prompt_lengths": "60", "new_tokens": 5}, "60 tokens and 5 new ones .* context of 64"),
+        ({"prompt_lengths": "8,x"}, "--prompt-lengths 8,x: expected whole numbers"),
+        ({"prompt_lengths": ""}, "--prompt-lengths : expected whole numbers"),
+        ({"prompt_lengths": "0"}, "at least 1"),
+        ({"new_tokens": 1}, "--new-tokens 1: expected at least 2"),
+        ({"repeats": 0}, "--repeats is 0: expected at least 1"),
+        ({"json": bench.Path("no/such/folder/x.json")}, "--json .* does not exist"),
+        ({"plot": bench.Path("x.pdf")}, "--plot .*.svg"),
+        ({"checkpoint": bench.Path("run"), "preset": "tiny"}, "--preset exclude each other"),
+        ({"fail_if_slower": "5%"}, "needs --compare"),
+        ({"grad_accum": 2}, "--grad-accum needs --train"),
+        ({"train": True, "plot": bench.Path("x.png")}, "--train measures .* drop --plot"),
     ],
 )
-def test_bad_input_is_one_line(given, words):
+def test_bad_input_is_one_line(given, message):
     args = bench.Args(**given)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match=f"^[^\n]*{message}[^\n]*$"):
         bench.check(args)
         bench.choose_lengths(args, 64)
-    assert "\n" not in str(refused.value)
-    assert all(word in str(refused.value) for word in words)
-
-
-def test_a_missing_checkpoint_and_an_unknown_preset(tmp_path):
-    with pytest.raises(UserError, match="no folder"):
-        bench.main([str(tmp_path / "none")])
-    with pytest.raises(UserError, match="no preset named"):
-        bench.main(["--preset", "none"])
 
 
 def test_training_figures_of_known_times(monkeypatch, capsys):

@@ -41,15 +41,15 @@ def test_the_ratio_is_of_medians_and_the_spread_of_quartiles():
     assert change.verdict == "slower"
 
 
-@pytest.mark.parametrize(("slower", "verdict"), [(1.15, "slower"), (0.87, "faster")])
-def test_a_changed_figure_is_told_from_one_that_is_not(slower, verdict):
-    rng = np.random.default_rng(1)
-    verdicts = {"decode step": [], "prefill": []}
-    for _ in range(50):
-        for change in report.changes_between(result(rng), result(rng, slower)):
-            verdicts[change.name].append(change.verdict)
-    assert np.mean([v == verdict for v in verdicts["decode step"]]) > 0.95
-    assert np.mean([v != "no difference" for v in verdicts["prefill"]]) < 0.12
+def test_a_changed_figure_is_told_from_one_that_is_not():
+    for slower, verdict in ((1.15, "slower"), (0.87, "faster")):
+        rng = np.random.default_rng(1)
+        verdicts = {"decode step": [], "prefill": []}
+        for _ in range(50):
+            for change in report.changes_between(result(rng), result(rng, slower)):
+                verdicts[change.name].append(change.verdict)
+        assert np.mean([v == verdict for v in verdicts["decode step"]]) > 0.95
+        assert np.mean([v != "no difference" for v in verdicts["prefill"]]) < 0.12
 
 
 @pytest.fixture
