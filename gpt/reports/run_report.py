@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from gpt import checkpoint
 from gpt.errors import UserError, require
 from gpt.reports.html import build_page, escape, table
-from gpt.training.loss_curve import curve_of, smoothed
+from gpt.training.loss_curve import smoothed
 from gpt.training.metrics import read_metrics
 from gpt.training.resume import flatten
 
@@ -56,6 +56,11 @@ class Run:
     def restarts(self) -> list[int]:
         """The step from which each later process continued."""
         return list(self.last_lines)[1:]
+
+    def curve(self, metric: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric, where it was a number."""
+        points = [(r["step"], r[metric]) for r in self.records if r.get(metric) is not None]
+        return [step for step, _ in points], [value for _, value in points]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -157,10 +162,10 @@ def summarize(run: Run) -> dict[str, str]:
     """What a run has reached, and how fast, as HTML by label."""
 
     def show(metric: str, form: str, of_all: Callable = lambda values: values[-1]) -> str:
-        _, values = curve_of(run.records, metric)
+        _, values = run.curve(metric)
         return form.format(of_all(values)) if values else "–"
 
-    val_losses = zip(*curve_of(run.records, "val_loss"), strict=True)
+    val_losses = zip(*run.curve("val_loss"), strict=True)
     best = min(((loss, step) for step, loss in val_losses), default=None)
     seconds = sum(line["seconds"] for line in run.last_lines.values())
     return {
@@ -282,7 +287,7 @@ def draw_chart(title: str, runs: Sequence[Run]) -> Figure | None:
     axes.spines[["left", "bottom"]].set_color(INK)
     axes.margins(x=0.01, y=0.04)
 
-    curves = [curve_of(run.records, metric) for run in runs for metric in metrics]
+    curves = [run.curve(metric) for run in runs for metric in metrics]
     values = [value for _, of_curve in curves for value in of_curve]
     if not values:
         return None
@@ -293,7 +298,7 @@ def draw_chart(title: str, runs: Sequence[Run]) -> Figure | None:
     for i, run in enumerate(runs):
         color = COLORS[i % len(COLORS)]
         for metric in metrics:
-            steps, values = curve_of(run.records, metric)
+            steps, values = run.curve(metric)
             style = {"color": color, "linewidth": 1.7}
             if metric in DASHED:
                 style["linestyle"] = "--"
@@ -307,7 +312,7 @@ def draw_chart(title: str, runs: Sequence[Run]) -> Figure | None:
             axes.axvline(step, color=color, linestyle=":", linewidth=1, gid=f"restart-{i}-{step}")
 
         # Triangles at the foot where the number of skipped updates has grown.
-        steps, counts = curve_of(run.records, "skipped")
+        steps, counts = run.curve("skipped")
         growth = np.diff(counts, prepend=0)
         grown = [step for step, more in zip(steps, growth, strict=True) if more > 0]
         at_foot = {"transform": axes.get_xaxis_transform(), "clip_on": False}

@@ -112,7 +112,7 @@ def test_ceilings_come_from_the_shortest_run(monkeypatch):
     readings = iter([0, 50, 50, 53, 53, 55, 55, 59, 59, 60, 60, 68, 68, 75])
     monkeypatch.setattr(hardware, "clock", lambda: next(readings))
     assert hardware.best_seconds(lambda: None) == 1
-    monkeypatch.setattr(hardware, "PASSES_BYTES", 2**20)
+    monkeypatch.setitem(hardware.PASSES_BYTES, "cpu", 2**20)
     monkeypatch.setattr(hardware, "timed", lambda f, *args: (0.5, f(*args)))
     assert hardware.read_rate(256 * 256 * 4) == 2**21
     assert hardware.matmul_rate.__wrapped__("float32") == 4 * 2 * 1024**3 / 0.5
