@@ -251,10 +251,10 @@ def read_metadata(folder: str | Path, step: int) -> dict[str, Any]:
 def restore(folder: str | Path, step: int, name: str, like: Tree) -> Tree:
     """The tree saved as `name`, verified; the other trees are not read.
 
-    `like`: ShapeDtypeStructs; the result has their shardings (any mesh; default: the first
-    device) and dtypes. UserError lists the leaves that are missing, unknown or of another shape;
-    Damaged names those that cannot be read or differ from their digest. Of several processes all
-    raise, or none: none may fall back alone to an earlier checkpoint.
+    `like`: ShapeDtypeStructs; the result has their shardings (default: the first device) and
+    dtypes. UserError lists leaves that are missing, unknown or of another shape, Damaged those that
+    cannot be read or differ from their digest. Of several processes all raise, or none: none may
+    fall back alone to an earlier checkpoint.
     """
     path = step_dir(folder, step) / name
     elsewhere = Damaged(f"{path} cannot be read by another process")
@@ -307,7 +307,7 @@ def latest_good(folder: str | Path, load: Callable[[int], T]) -> tuple[int, T, l
 
 
 def _sha256(record: dict[str, Any]) -> str:
-    """Digest of a JSON object's canonical text: orbax adds none."""
+    """Digest of a JSON object's canonical text."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 

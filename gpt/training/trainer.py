@@ -23,7 +23,7 @@ from gpt import checkpoint, distributed, hardware, sharding
 from gpt.config import TrainConfig
 from gpt.data import batches, tokenizers
 from gpt.data.dataset import load_dataset
-from gpt.data.token_files import Dataset, Tokens
+from gpt.data.token_files import Dataset
 from gpt.errors import UserError, is_out_of_memory, require
 from gpt.training import run_dir, train_step
 from gpt.training.loss_curve import save_loss_curve
@@ -130,29 +130,6 @@ def take_over_folder(run: Run, first_step: int) -> None:
             tokenizers.save(run.tokenizer, run.out / "tokenizer.json")
 
 
-def batch_of_step(config: TrainConfig, tokens: Tokens, mesh: Mesh, index: int) -> jax.Array:
-    """Batch `index`, counted from 0, on its devices: int32 [grad_accum, rows, T+1].
-
-    Step n of a run, counted from 1, trains on batch n - 1. Each process reads only the rows that
-    its own devices hold.
-    """
-    A = config.grad_accum
-    B = config.batch_size // A
-    U = config.sequence_length + 1
-
-    @functools.cache  # some devices hold the same rows
-    def read(first: int, end: int) -> np.ndarray:
-        rows = np.arange(A)[:, None] * B + np.arange(first, end)  # in the whole batch
-        found = batches.batch(tokens, config.seed, index, config.batch_size, U - 1, rows.ravel())
-        return found.reshape(A, end - first, U)
-
-    def part_of_device(where: tuple[slice, ...]) -> np.ndarray:
-        first, end, _ = where[1].indices(B)
-        return read(first, end)
-
-    return jax.make_array_from_callback((A, B, U), sharding.rows(mesh, axis=1), part_of_device)
-
-
 class Recorder(contextlib.AbstractContextManager):
     """Hands out the batches of a run from `state` until step `until`, and takes what comes of them.
 
@@ -193,7 +170,30 @@ class Recorder(contextlib.AbstractContextManager):
         self.stack.__exit__(*error)
 
     def batch(self, index: int) -> jax.Array:
-        return batch_of_step(self.run.config, self.run.dataset.train, self.run.mesh, index)
+        """Batch `index`, counted from 0, on its devices: int32 [grad_accum, rows, T+1].
+
+        Step n of a run, counted from 1, trains on batch n - 1. Each process reads only the rows
+        that its own devices hold.
+        """
+        config, tokens = self.run.config, self.run.dataset.train
+        A = config.grad_accum
+        B = config.batch_size // A
+        U = config.sequence_length + 1
+
+        @functools.cache  # some devices hold the same rows
+        def read(first: int, end: int) -> np.ndarray:
+            rows = np.arange(A)[:, None] * B + np.arange(first, end)  # in the whole batch
+            found = batches.batch(
+                tokens, config.seed, index, config.batch_size, U - 1, rows.ravel()
+            )
+            return found.reshape(A, end - first, U)
+
+        def part_of_device(where: tuple[slice, ...]) -> np.ndarray:
+            first, end, _ = where[1].indices(B)
+            return read(first, end)
+
+        sharded = sharding.rows(self.run.mesh, axis=1)
+        return jax.make_array_from_callback((A, B, U), sharded, part_of_device)
 
     def batches(self) -> Iterator[tuple[int, jax.Array]]:
         """Each step that is to be made, counted from 1, and its tokens [A, B, T+1]."""
