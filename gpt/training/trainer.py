@@ -256,9 +256,9 @@ class Recorder(contextlib.AbstractContextManager):
                 self.run.console.print(f"profile        steps {begin + 1} to {end}: xprof {folder}")
 
     def try_save(self, state: TrainState) -> None:
-        """Save a fresh state and remove it again: a save that cannot succeed should be known before
-        hours are spent on what it would have kept."""
-        if self.first_step == 0:
+        """Where nothing was ever saved, save the state and remove it again: a save that cannot
+        succeed should be known before hours are spent on what it would have kept."""
+        if self.checkpoints.latest is None:
             self.log.timer.pause()
             with self._explaining_a_failed_save(goes_on=self.run.config.keep_going):
                 self.checkpoints.try_save(checkpoint_trees(state), self.metadata | {"step": 0})
