@@ -19,30 +19,21 @@ ROOT = Path(__file__).parent.parent
 
 REFUSED = [
     (ModelConfig, {"norm": "rmsnorm"}, "model.norm is 'rmsnorm': expected one of layer, rms"),
-    (TrainConfig, {"schedule": "cosin"}, "schedule is 'cosin': expected one of cosine,"),
     (ModelConfig, {"n_layers": 0}, "model.n_layers is 0: expected at least 1"),
-    (ModelConfig, {"n_kv_heads": 0}, "model.n_kv_heads is 0: expected at least 1"),
     (ModelConfig, {"d_model": 100, "n_heads": 3}, "model.d_model 100 is not divisible by"),
     (ModelConfig, {"n_heads": 4, "n_kv_heads": 3}, "model.n_heads 4 is not divisible by"),
     (ModelConfig, {"dropout": 1.0}, "model.dropout is 1.0: expected 0 <= dropout < 1"),
-    (ModelConfig, {"dropout": -0.1}, "model.dropout is -0.1: expected 0 <= dropout < 1"),
     (ModelConfig, {"dropout": float("nan")}, "model.dropout is nan"),
-    (MeshConfig, {"fsdp": 0}, "mesh (-1, 0, 1): expected positive sizes"),
     (MeshConfig, {"tensor": -1}, "mesh (-1, 1, -1): expected positive sizes, at most one"),
     (TrainConfig, {"steps": 0}, "steps is 0: expected at least 1"),
-    (TrainConfig, {"batch_size": -4}, "batch_size is -4: expected at least 1"),
     (TrainConfig, {"batch_size": 10, "grad_accum": 4}, "batch_size 10 is not divisible by"),
     (TrainConfig, {"learning_rate": 0.0}, "learning_rate is 0.0: expected a positive number"),
-    (TrainConfig, {"learning_rate": float("nan")}, "learning_rate is nan"),
     (TrainConfig, {"min_learning_rate": 1.0}, "min_learning_rate is 1.0: expected between"),
     (TrainConfig, {"warmup_steps": -1}, "warmup_steps is -1: expected zero or more"),
     (TrainConfig, {"clip_norm": float("inf")}, "clip_norm is inf: expected zero or more"),
     (TrainConfig, {"beta1": 1.0}, "beta1 is 1.0: expected 0 <= beta1 < 1"),
-    (TrainConfig, {"beta2": -0.1}, "beta2 is -0.1: expected 0 <= beta2 < 1"),
     (TrainConfig, {"seed": -1}, "seed is -1: expected 0 <= seed < 2^31"),
     (TrainConfig, {"seq_len": 0}, "seq_len is 0: expected at least 1"),
-    (TrainConfig, {"keep": 0}, "keep is 0: expected at least 1"),
-    (TrainConfig, {"vocab_size": 0}, "vocab_size is 0: expected at least 1"),
 ]
 
 
@@ -55,8 +46,6 @@ def test_impossible_settings_are_refused_in_one_sentence(kind, values, sentence)
 
 
 NUMBERS = st.integers(-(2**70), 2**70) | st.integers(-3, 70) | st.floats()
-SMALL = st.integers(1, 6)
-HEADS = st.tuples(SMALL, SMALL, SMALL)  # key/value heads, queries per group, head width
 
 
 def wild_settings(kind):
@@ -71,7 +60,7 @@ def wild_settings(kind):
 
 
 @pytest.mark.parametrize("kind", [ModelConfig, MeshConfig, TrainConfig])
-@settings(max_examples=25)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_wild_values_raise_nothing_but_user_errors(kind, data):
     values = data.draw(wild_settings(kind))
@@ -82,62 +71,16 @@ def test_wild_values_raise_nothing_but_user_errors(kind, data):
     assert made == kind(**values)
 
 
-MODELS = st.builds(
-    lambda heads, **rest: ModelConfig(
-        n_kv_heads=heads[0],
-        n_heads=heads[0] * heads[1],
-        d_model=heads[0] * heads[1] * heads[2],
-        **rest,
-    ),
-    HEADS,
-    vocab_size=st.integers(1, 10**6),
-    context_length=st.integers(1, 10**5),
-    n_layers=SMALL,
-    d_ff=st.none() | SMALL,
-    bias=st.booleans(),
-    dropout=st.floats(0, 0.99),
-    compute_dtype=st.sampled_from([None, "float32", "bfloat16"]),
-)
-CONFIGS = st.builds(
-    lambda accum, micro, **rest: TrainConfig(batch_size=accum * micro, grad_accum=accum, **rest),
-    SMALL,
-    SMALL,
-    model=MODELS,
-    mesh=st.builds(MeshConfig, st.sampled_from([-1, 1, 4]), SMALL, SMALL),
-    tokenizer=st.text(),
-    seq_len=st.none() | st.integers(1, 10**4),
-    learning_rate=st.floats(1e-4, 10),
-    seed=st.integers(0, 2**31 - 1),
-    dtype=st.sampled_from([None, "float32", "bfloat16"]),
-)
-
-
-@settings(max_examples=15)
-@given(CONFIGS)
-def test_a_config_survives_json(config):
-    assert from_json(TrainConfig, json.loads(json.dumps(to_json(config)))) == config
-    assert from_json(ModelConfig, json.loads(json.dumps(to_json(config.model)))) == config.model
+def test_a_config_survives_json():
+    for config in PRESETS.values():
+        config = dataclasses.replace(config, seq_len=7, dtype="bfloat16", tokenizer="今天")
+        assert from_json(TrainConfig, json.loads(json.dumps(to_json(config)))) == config
 
 
 @pytest.mark.parametrize("values", [{"stepz": 1}, {"model": {"depth": 2}}, {"model": 3}, [1]])
 def test_json_of_another_shape_is_refused(values):
     with pytest.raises(UserError):
         from_json(TrainConfig, values)
-
-
-@settings(max_examples=30)
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-    ),
-    st.sampled_from([field.name for field in dataclasses.fields(TrainConfig)]),
-)
-def test_wild_json_raises_nothing_but_user_errors(value, name):
-    try:
-        from_json(TrainConfig, {name: value})
-    except UserError as error:
-        assert str(error)
 
 
 @pytest.mark.parametrize(

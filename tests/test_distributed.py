@@ -1,9 +1,8 @@
 """How a process finds out whether it trains alone, and what happens if the others never come."""
 
-import http.server
+import io
 import subprocess
 import sys
-import threading
 
 import jax
 import pytest
@@ -34,18 +33,10 @@ ALONE = {
 }
 LAUNCHED = {
     "srun -n 4": (INTERACTIVE | {"SLURM_STEP_NUM_TASKS": "4"}, "SLURM", 4),
-    "mpirun in a SLURM step": (
-        {"SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "2"},
-        "Open MPI",
-        2,
-    ),
+    "mpirun in a SLURM step": (INTERACTIVE | {"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI", 2),
     "an indexed Job": (POD | {"JOB_COMPLETION_INDEX": "0"}, "Kubernetes", None),
     "a TPU pod": (POD | {"TPU_WORKER_HOSTNAMES": "a,b"}, "Cloud TPU", 2),
-    "two TPU slices": (
-        {"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "2"},
-        "Cloud TPU",
-        4,
-    ),
+    "two slices": ({"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "2"}, "Cloud TPU", 4),
     "an address for JAX": ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX", None),
 }
 
@@ -90,24 +81,19 @@ def test_a_job_that_jax_cannot_join_is_refused_not_trained_alone():
 
 @pytest.mark.parametrize(("hosts", "n_processes"), [("10.0.0.1", None), ("a:1:b,c:2:d", 2)])
 def test_a_tpu_vm_asks_its_metadata_server(hosts, n_processes, monkeypatch):
-    class Metadata(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            assert self.path.endswith("/attributes/worker-network-endpoints")
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(hosts.encode())
-
-        def log_message(self, *_):
-            pass
+    def urlopen(request, timeout):
+        assert request.full_url.endswith("/attributes/worker-network-endpoints")
+        return io.BytesIO(hosts.encode())
 
     monkeypatch.setattr(distributed, "has_tpu_chips", lambda: True)
-    with http.server.HTTPServer(("localhost", 0), Metadata) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        environ = {"GCE_METADATA_IP": f"localhost:{server.server_port}"}
-        found = find_cluster(environ)
-        server.shutdown()
+    monkeypatch.setattr(distributed.urllib.request, "urlopen", urlopen)
+    found = find_cluster({})
     assert (found and found[1]) == n_processes
-    assert find_cluster(environ) is None  # nobody answers there any more
+
+
+def test_a_tpu_elsewhere_has_no_metadata_server(monkeypatch):
+    monkeypatch.setattr(distributed, "has_tpu_chips", lambda: True)
+    assert find_cluster({"GCE_METADATA_IP": f"localhost:{free_port()}"}) is None
 
 
 NEVER_COME = """

@@ -1,7 +1,6 @@
 """train.py: what a run leaves, that it continues to the bit, what it refuses and never harms."""
 
 import dataclasses
-import json
 import os
 import shlex
 import signal
@@ -21,7 +20,6 @@ from programs import (
     call,
     read_lines,
     same_bits,
-    same_losses,
     snapshot,
     write_text,
 )
@@ -31,6 +29,7 @@ from gpt.config import MeshConfig, TrainConfig, from_json
 from gpt.data import tokenizers
 from gpt.errors import UserError
 from gpt.training import resume, run_plan, train_step
+from gpt.training.metrics import read_metrics
 
 
 @pytest.fixture
@@ -79,8 +78,7 @@ def test_a_run_leaves_what_the_next_command_needs(trained):
 
 
 def test_metrics_have_the_fields_that_others_read(trained):
-    text = (trained[1] / "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = read_metrics(trained[1] / "metrics.jsonl")
     training = [line for line in lines if "loss" in line]
     evaluation = [line for line in lines if "val_loss" in line]
     fields = {"step", "loss", "learning_rate", "grad_norm", "tokens", *TIMINGS}
@@ -197,33 +195,12 @@ def test_only_what_changes_no_result_may_differ(trained):
     assert changed == ["clip_norm: the run has 1.0, you asked for 0.5"]
 
 
-@pytest.mark.slow
-def test_without_data_the_standard_library_is_the_text(tmp_path):
-    done = call("train", "--dry-run", "--tokenizer", "byte", "--out", tmp_path / "run")
-    assert done.code == 0, done.err
-    assert "standard library" in done.err and "--data PATH" in done.err
-
-
 def test_changed_data_are_refused(finished, tmp_path):
     before = snapshot(finished)
     other = write_text(tmp_path / "text.txt", seed=1)
     done = call("train", *TINY, "--data", other, "--out", finished)
     assert done.code == 2 and "data: the run was trained on other text" in done.err
     assert snapshot(finished) == before
-
-
-def test_what_changes_no_result_may_change(text, trained, tmp_path, interrupt):
-    argv = [*TINY, "--data", text, "--out", tmp_path / "run"]
-    interrupt(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert call("train", *argv).code == 143
-    interrupt(0, None)
-    argv += ["--log-every", "3", "--eval-every", "4", "--save-every", "11", "--keep", "3"]
-    argv += ["--grad-accum", "1", "--mesh.data", "1", "--no-remat", "--sample-every", "0"]
-    done = call("train", *argv, "--eval-tokens", "64", "--model.context-length", "16")
-    assert done.code == 0, done.err
-    assert checkpoint.steps(tmp_path / "run") == [6, 11, 12]
-    assert "--- sample ---" not in done.err
-    assert same_losses(tmp_path / "run", trained[1])
 
 
 def test_overwrite_starts_afresh_and_removes_only_what_a_run_wrote(text, finished, interrupt):
