@@ -25,7 +25,7 @@ from programs import (
 )
 
 from gpt import checkpoint, cli
-from gpt.config import MeshConfig, TrainConfig, from_json
+from gpt.config import MeshConfig, TrainConfig, from_json, to_json
 from gpt.data import tokenizers
 from gpt.errors import UserError
 from gpt.training import resume, run_plan, train_step
@@ -187,6 +187,11 @@ def test_only_what_changes_no_result_may_differ(trained):
     for name, value in {"steps": 24, "batch_size": 8, "dtype": "bfloat16", "seed": 7}.items():
         (line,) = resume.differences(about["train"], replace(config, **{name: value}), 12)
         assert line.startswith(f"{name}: the run has ")
+
+    # Nor does the number of steps matter to wsd, if the warm-up is whole and nothing falls yet.
+    for warmup, n_lines in ((10, 0), (11, 1)):
+        wsd = replace(config, schedule="wsd", warmup_steps=warmup)
+        assert len(resume.differences(to_json(wsd), replace(wsd, steps=24), 9)) == n_lines
 
     # A setting that the run is older than had its default.
     del about["train"]["clip_norm"], about["train"]["model"]["n_kv_heads"]

@@ -96,9 +96,10 @@ def differences(saved: dict[str, Any], config: TrainConfig, steps_done: int) -> 
 
     # Nor does the number of steps matter where both schedules are wsd and not yet falling.
     both_wsd = earlier.schedule == config.schedule == "wsd"
-    past_warmup = min(earlier.steps, config.steps) > max(earlier.warmup_steps, config.warmup_steps)
+    longest_warmup = max(earlier.warmup_steps, config.warmup_steps)
+    whole_warmup = longest_warmup < min(earlier.steps, config.steps) - 1
     not_falling = steps_done <= min(earlier.decay_start, config.decay_start)
-    if both_wsd and past_warmup and not_falling:
+    if both_wsd and whole_warmup and not_falling:
         may_change.add("steps")
 
     before = flatten(to_json(earlier))
