@@ -8,6 +8,7 @@ error.
 """
 
 import sys
+from dataclasses import replace
 from functools import partial
 
 from gpt import cli, sample_flags, terminal
@@ -23,7 +24,9 @@ def main(argv: list[str]) -> int:
     cli.prepare_jax(cache=args.compile_cache)
     import gpt
 
-    model = gpt.load(args.checkpoint, args.step, args.dtype, args.weights, args.mesh, args.quantize)
+    model = gpt.load(
+        args.checkpoint, args.step, args.dtype, args.weights, args.mesh, args.quantize, args.prefix
+    )
     if model.weights == "ema":
         terminal.note("note: these are the averaged weights; --weights raw for the last ones")
     for text in model.notes:
@@ -31,14 +34,11 @@ def main(argv: list[str]) -> int:
 
     code = 0
     if mode == "generate":
-        completions = generate(model, args, inputs)
-        terminal.note(terminal.describe_end(completions, model.config.context_length))
+        generate(model, args, inputs)
     elif mode == "interactive":
         converse(model, args)
     elif mode == "beam":
-        completions = search(model, args, inputs)
-        context_length = model.config.context_length
-        terminal.note(terminal.describe_end(completions, context_length, may_slide=False))
+        search(model, args, inputs)
     elif mode == "score":
         score(model, args, inputs[0])
     else:
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     return code
 
 
-def generate(model, args: Args, prompts: list, interrupted=lambda: False) -> list:
+def generate(model, args: Args, prompts: list, interrupted=lambda: False) -> None:
     """Complete the prompts, and show each completion as it grows, or as JSON when it has ended;
     until all have ended, or `interrupted()`."""
     from gpt.sampling.generate import stream
@@ -70,7 +70,8 @@ def generate(model, args: Args, prompts: list, interrupted=lambda: False) -> lis
             if interrupted():
                 output.flush(end_line=True)
                 break
-    return list(completions.values())
+    ends = terminal.describe_end(list(completions.values()), model.config.context_length)
+    terminal.note(ends)
 
 
 def converse(model, args: Args) -> None:
@@ -78,18 +79,19 @@ def converse(model, args: Args) -> None:
     from gpt.sampling.generate import require_usable
 
     require_usable(model, [args.settings], args.show_probs or 0)
-    for line in terminal.read_lines():
+    for i, line in enumerate(terminal.read_lines()):
+        # A seed of its own, so that the same line again gets another sample.
+        settings = replace(args.settings, seed=(args.settings.seed + i) % 2**31)
         try:
             with terminal.deferred_interrupt() as pressed:
-                completions = generate(model, args, [line], pressed.is_set)
-            terminal.note(terminal.describe_end(completions, model.config.context_length))
+                generate(model, replace(args, settings=settings), [line], pressed.is_set)
         except UserError as error:
             if not sys.stdout.isatty():
                 terminal.write("\n")  # one output line for each line of a pipe
             terminal.note(f"error: {error}")
 
 
-def search(model, args: Args, prompts: list) -> list:
+def search(model, args: Args, prompts: list) -> None:
     """Show the likeliest texts that beam search finds after each prompt, the best first."""
     from gpt.sampling import beam_search
 
@@ -97,6 +99,7 @@ def search(model, args: Args, prompts: list) -> list:
         width=args.beam_width,
         n_best=args.settings.num_samples,
         length_penalty=args.length_penalty,
+        early_stopping=args.early_stopping,
         max_new_tokens=args.settings.max_new_tokens,
         logit_bias=args.settings.logit_bias,
         repetition_penalty=args.settings.repetition_penalty,
@@ -114,9 +117,8 @@ def search(model, args: Args, prompts: list) -> list:
                 terminal.write(f"{one}\n\n")
             else:
                 terminal.write(f"{one}\n")
-        if len(hypotheses) < settings.n_best:
-            terminal.note(f"note: prompt {i + 1} has only {len(hypotheses)} texts")
-    return [one for hypotheses in found for one in hypotheses]
+    every = [one for hypotheses in found for one in hypotheses]
+    terminal.note(terminal.describe_end(every, model.config.context_length, may_slide=False))
 
 
 def score(model, args: Args, text: str | list[int]) -> None:
@@ -124,12 +126,14 @@ def score(model, args: Args, text: str | list[int]) -> None:
     adds to it."""
     import gpt
 
-    result = model.score(text, args.stride)
+    result = model.score(text, args.stride, args.window)
     added = None
     if args.quantize:
         # The same checkpoint, though a newer one may have been saved by now.
-        exact = gpt.load(args.checkpoint, model.step, args.dtype, args.weights, args.mesh)
-        added = result.mean_nll - exact.score(text, args.stride).mean_nll
+        exact = gpt.load(
+            args.checkpoint, model.step, args.dtype, args.weights, args.mesh, prefix=args.prefix
+        )
+        added = result.mean_nll - exact.score(text, args.stride, args.window).mean_nll
     if args.json:
         values = result.to_json()
         if added is not None:
@@ -148,14 +152,11 @@ def check(model) -> int:
     from gpt.sampling.cache_check import run_checks
 
     n_failed = 0
-    for result in run_checks(model.config, model.params, model.mesh):
+    for result in run_checks(model):
         print(result)
         n_failed += not result.passed
-    if n_failed:
-        print(f"{n_failed} checks FAILED")
-        return 1
-    print("the cache contract holds")
-    return 0
+    print(f"{n_failed} checks FAILED" if n_failed else "the cache contract holds")
+    return int(n_failed > 0)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,18 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from gpt import cli, terminal
 from gpt.config import DTYPES, ONE_DEVICE, Dtype, MeshConfig, Quantize, Weights, optional
 from gpt.errors import UserError, each, positive, require
-from gpt.sampling.settings import Settings
+from gpt.sampling.settings import Prefix, Settings
 
 AVERAGE = "the average where one is kept"
 DEFAULT = Settings()
+EARLY_STOPPING = tyro.conf.arg(metavar="{True,False,never}")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Args:
     """A file of text to continue, its last newline included; - is standard input."""
     prompt_ids: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Token ids to continue, separated by spaces: "1 2 3"."""
+    prefix: Annotated[Prefix | None, optional("{bos,eos,none}", "as its tokenizer has it")] = None
+    """What stands before each text: beginning-of-text, end-of-text or nothing. By default what the
+    model's tokenizer puts there, or else end-of-text before a scored text and an empty prompt."""
     interactive: bool = False
     """Complete each line that you type. Ctrl-C ends the completion, Ctrl-D the program."""
     settings: Annotated[tyro.conf.UseAppendAction[Settings], tyro.conf.arg(name="")] = DEFAULT
@@ -36,6 +40,9 @@ class Args:
     --num-samples are then the best ones found."""
     length_penalty: float = 1.0
     """Beam search: exponent of the length that divides a text's log-probability."""
+    early_stopping: Annotated[bool | Literal["never"], EARLY_STOPPING] = False
+    """Beam search: stop as soon as enough texts have ended (True), when no other is likely to beat
+    them (False), or when none can (never), as in Hugging Face transformers."""
     show_probs: Annotated[int | None, optional("INT")] = None
     """Show this many likeliest next tokens, after prefill and at each step; * marks the chosen one.
     Each different number compiles the loop again."""
@@ -45,9 +52,11 @@ class Args:
     """Do not sample: score a file of text of any length; - is standard input."""
     score_ids: Annotated[str | None, optional("IDS")] = None
     """Do not sample: score token ids, separated by spaces: "1 2 3"."""
-    stride: Annotated[int | None, optional("INT", "half the context")] = None
-    """Scoring text longer than the context: tokens from one window to the next; fewer give each
-    token more context, and take longer."""
+    window: Annotated[int | None, optional("INT", "the context")] = None
+    """Scoring: tokens that are read at once; a longer text is read in several windows."""
+    stride: Annotated[int | None, optional("INT", "half the window")] = None
+    """Scoring: tokens from one window to the next; fewer give each token more context, and take
+    longer."""
     check: bool = False
     """Do not sample: check the cache contract on this model; exit code 1 if it does not hold."""
     json: bool = False
@@ -70,44 +79,36 @@ class Args:
 PROMPTS = {"prompt", "prompt_file", "prompt_ids"}
 SCORES = {"score", "score_file", "score_ids"}
 SETTINGS = {field.name for field in fields(Settings)}
-BEAM_SETTINGS = {
-    "max_new_tokens",
-    "num_samples",
-    "logit_bias",
-    "repetition_penalty",
-    "ignore_eos",
-    "temperature",
-}
-# The flags that each mode uses, in addition to those about the model and the machine, which apply
-# to all.
+BEAM = {"beam_width", "length_penalty", "early_stopping", "max_new_tokens", "num_samples"}
+BEAM |= {"logit_bias", "repetition_penalty", "ignore_eos", "temperature"}
+MODEL = {"step", "dtype", "weights", "quantize", "compile_cache", "verbose"}
+# The flags that have an effect in each mode, beside those of the mesh.
 USED_BY = {
-    "generate": PROMPTS | SETTINGS | {"beam_width", "show_probs", "json"},
-    "interactive": SETTINGS | {"interactive", "beam_width", "show_probs"},
-    "beam": PROMPTS | BEAM_SETTINGS | {"beam_width", "length_penalty", "json"},
-    "score": SCORES | {"stride", "json"},
-    "check": {"check"},
+    "generate": MODEL | PROMPTS | SETTINGS | {"prefix", "beam_width", "show_probs", "json"},
+    "interactive": MODEL | SETTINGS | {"prefix", "interactive", "beam_width", "show_probs"},
+    "beam": MODEL | PROMPTS | BEAM | {"prefix", "json"},
+    "score": MODEL | SCORES | {"prefix", "window", "stride", "json"},
+    "check": MODEL | {"check"},
 }
-USED_BY_ALL = {"step", "dtype", "weights", "quantize", "compile_cache", "verbose"}
-NEEDS = {"stride": "--score", "length_penalty": "--beam-width"}
 
 
 def parse_args(argv: list[str], description: str) -> tuple[Args, str]:
     """The flags, and the mode that they ask for; UserError for flags that exclude each other or
     have no effect."""
     args = cli.parse(Args, argv, program="sample.py", description=description)
-    each(positive, args, "stride show_probs beam_width")
+    each(positive, args, "window stride show_probs beam_width")
     # Of two biases for the same token only the last would be left.
     n_biases = sum(word.partition("=")[0] in ("--logit-bias", "--logit_bias") for word in argv)
     require(
         n_biases <= len(args.settings.logit_bias),
         "--logit-bias names a token twice: expected one bias for each token",
     )
-    given = {name for name in cli.flags_given(argv) if getattr(args, name, None) is not False}
 
-    what = sorted(given & (PROMPTS | SCORES | {"check", "interactive"}))
+    given = {name for name in cli.flags_given(argv) if getattr(args, name, None) is not False}
+    sources = sorted(given & (PROMPTS | SCORES | {"check", "interactive"}))
     require(
-        len(what) < 2,
-        f"{' and '.join(map(terminal.flag, what))} exclude each other: choose one",
+        len(sources) < 2,
+        f"{' and '.join(map(terminal.flag, sources))} exclude each other: choose one",
     )
     mode = "generate"
     if args.check:
@@ -119,27 +120,22 @@ def parse_args(argv: list[str], description: str) -> tuple[Args, str]:
     elif args.beam_width > 1:
         mode = "beam"
 
-    for name in sorted(given):
-        if name in USED_BY[mode] | USED_BY_ALL or name.startswith("mesh."):
-            continue
+    useless = {name for name in given - USED_BY[mode] if not name.startswith("mesh.")}
+    if mode == "interactive" and args.beam_width > 1:
+        useless.add("beam_width")
+    if mode == "beam" and args.settings.temperature > 0:
+        useless |= given & {"temperature"}
+    for name in sorted(useless):
         flag = terminal.flag(name)
         if mode == "generate":
-            raise UserError(f"{flag} needs {NEEDS[name]}: add that, or leave {flag} out")
-        reason = terminal.flag(what[0]) if what and mode != "beam" else "--beam-width"
+            needed = "--score" if name in ("window", "stride") else "--beam-width"
+            raise UserError(f"{flag} needs {needed}: add that, or leave {flag} out")
+        reason = "--beam-width" if mode == "beam" else terminal.flag(sources[0])
         raise UserError(f"{flag} has no effect with {reason}: leave it out")
-    if mode == "beam":
-        require(
-            "temperature" not in given or args.settings.temperature == 0,
-            "--temperature has no effect with --beam-width: leave it out",
-        )
-        require(
-            args.settings.num_samples <= args.beam_width,
-            f"--num-samples is {args.settings.num_samples}: it must not exceed --beam-width, "
-            f"{args.beam_width}",
-        )
     require(
-        mode != "interactive" or args.beam_width == 1,
-        "--beam-width has no effect with --interactive: leave it out",
+        mode != "beam" or args.settings.num_samples <= args.beam_width,
+        f"--num-samples is {args.settings.num_samples}: it must not exceed --beam-width, "
+        f"{args.beam_width}",
     )
     return args, mode
 

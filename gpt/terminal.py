@@ -152,7 +152,7 @@ def probability_tables(completion, first: int, tokenizer) -> str:
     """The likeliest tokens at each step from token `first` on, the chosen one marked with *."""
     chosen = list(completion.token_ids)
     if completion.finish_reason == "eos":
-        chosen.append(tokenizer.eot_token)
+        chosen.append(completion.end_id)
     text = ""
     for step in range(first, len(chosen)):
         text += f"step {step}\n" if step else "after prefill\n"

@@ -1,15 +1,17 @@
 """Untrained byte-level models, loud enough to prefer some bytes over others."""
 
 import functools
-import types
 
 import jax
 
 from gpt.config import ModelConfig
 from gpt.data import tokenizers
 from gpt.model import transformer
+from gpt.sampling.language_model import LanguageModel
 
 LETTERS = tokenizers.create("byte", lambda: (), 0)
+# What tests use unless another shape is the point: its programs are compiled once for all of them.
+CONFIG = ModelConfig(257, context_length=128, n_layers=2, n_heads=2, d_model=32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -20,7 +22,9 @@ def weights(config: ModelConfig, seed, loudness) -> dict:
     return transformer.unstack(params)
 
 
-def make_model(config: ModelConfig, seed: int = 0, loudness: float = 6.0):
-    """What generate, beam and score take for a model."""
-    params = weights(config, seed, loudness)
-    return types.SimpleNamespace(config=config, params=params, tokenizer=LETTERS, mesh=None)
+@functools.cache
+def make_model(
+    config: ModelConfig = CONFIG, seed: int = 0, loudness: float = 6.0, tokenizer=LETTERS
+) -> LanguageModel:
+    """A model as `gpt.load` returns it."""
+    return LanguageModel(config, weights(config, seed, loudness), tokenizer, step=0)

@@ -7,7 +7,6 @@ Prints one JSON object: what each of these meshes gave."""
 
 import json
 import sys
-import types
 from dataclasses import replace
 from functools import reduce
 
@@ -22,7 +21,8 @@ from gpt import sharding  # noqa: E402
 from gpt.compile_log import compilations  # noqa: E402
 from gpt.config import MeshConfig, ModelConfig  # noqa: E402
 from gpt.model import transformer  # noqa: E402
-from gpt.sampling import beam_search, cache_check, generate, scoring  # noqa: E402
+from gpt.sampling import beam_search, cache_check, generate  # noqa: E402
+from gpt.sampling.language_model import LanguageModel  # noqa: E402
 from gpt.sampling.settings import Settings  # noqa: E402
 
 CONFIG = ModelConfig(257, context_length=64, n_layers=2, n_heads=8, n_kv_heads=4, d_model=32)
@@ -51,8 +51,7 @@ def place(config: ModelConfig, sizes: tuple[int, int, int]):
     params, axes = weights(config, 0, 6.0), transformer.logical_axes(config, stacked=False)
     shardings = sharding.state_shardings(mesh, axes, params, sharding.DECODING)
     params = jax.device_put(params, shardings)
-    model = types.SimpleNamespace(config=config, params=params, tokenizer=LETTERS, mesh=mesh)
-    return model, notes
+    return LanguageModel(config, params, LETTERS, step=0, mesh=mesh), notes
 
 
 def caches(model) -> list:
@@ -83,11 +82,10 @@ def report(sizes: tuple[int, int, int]) -> dict:
     found["alone"] = generate.complete(model, ["some text"], GREEDY)[0].token_ids
     settings = beam_search.BeamSettings(width=3, max_new_tokens=8)
     found["beam"] = [h[0].token_ids for h in beam_search.search(model, PROMPTS[:2], settings)]
-    found["score"] = scoring.score(model, "some text, longer than the context" * 4).logprobs
+    found["score"] = model.score("some text, longer than the context" * 4).logprobs
     found["weights"] = spread(model.params)
     with jax.default_matmul_precision("highest"), sharding.on_mesh(model.mesh):
-        probe = cache_check.make_probe(model.config, model.params)
-        found["check"] = str(cache_check.check_cached(probe))
+        found["check"] = str(cache_check.check_cached(cache_check.Probe(model)))
     return found
 
 

@@ -6,7 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from programs import ROOT, call
+from programs import ROOT
 
 import gpt
 
@@ -57,13 +57,6 @@ def test_the_stream_is_the_completion_in_pieces(model):
     assert [texts[row] for row in range(4)] == [done.text for done in collected]
 
 
-def test_a_score_is_that_of_the_command_line(model, trained):
-    score = model.score("the cat")
-    assert len(score.logprobs) == len(score.token_ids) == 7
-    done = call("sample", trained[1], "--score", "the cat")
-    assert f"{score.mean_nll:.4f} nats per token, {score.bits_per_byte:.4f} bits" in done.out
-
-
 def test_logits_and_module_are_those_that_score(model):
     score = model.score("the cat")
     # The logits after end-of-text and each token but the last predict the tokens.
@@ -79,13 +72,6 @@ def test_logits_and_module_are_those_that_score(model):
 def test_a_folder_in_the_home_is_found(trained, monkeypatch):
     monkeypatch.setenv("HOME", str(trained[1].parent))
     assert gpt.load(f"~/{trained[1].name}").step == 12
-
-
-def test_half_a_pair_counts_as_the_bytes_that_are_read_for_it(model):
-    """A lone surrogate is read as U+FFFD, of three bytes; a whole pair as its character."""
-    assert model.score("a\ud800b") == model.score("a\ufffdb")
-    assert model.score("a\ud83d\ude00") == model.score("a\U0001f600")
-    assert model.score("a\ud800b").n_bytes == len(model.score("a\ud800b").token_ids) == 5
 
 
 def test_mistakes_are_user_errors(trained, tmp_path, model):
@@ -108,15 +94,6 @@ def test_each_prompt_with_its_own_settings(model):
     assert done[1].token_ids == model.generate("the", each[1]).token_ids
     with pytest.raises(gpt.UserError, match="not both"):
         model.generate("a", each[0], seed=3)
-
-
-def test_search_finds_the_likeliest_first(model):
-    found = model.search("the ", width=3, n_best=2, max_new_tokens=6)
-    assert found[0].score >= found[1].score
-    assert [one.prompt for (one,) in model.search(["a", "b"], width=1, max_new_tokens=3)] == [
-        "a",
-        "b",
-    ]
 
 
 def test_ids_are_prompts_too(model):

@@ -20,7 +20,7 @@ LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 CLI = "cli"  # it imports the lowest layers alone, and is imported by entry points alone
 ENTRY_POINTS = {"train.py", "sample.py", "gpt/cli.py", "gpt/terminal.py", "gpt/report.py"}
 ENTRY_POINTS |= {"gpt/tour.py", "gpt/train_flags.py", "gpt/sample_flags.py"}
-WITHOUT_JAX = ("gpt/data/", "gpt/sampling/text_stream.py", "gpt/cli.py", "gpt/terminal.py")
+WITHOUT_JAX = ("gpt/data/", "gpt/sampling/completion.py", "gpt/cli.py", "gpt/terminal.py")
 WITHOUT_JAX += ("gpt/train_flags.py", "gpt/sample_flags.py")
 
 # What only entry points may use, by module.

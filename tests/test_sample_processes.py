@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from programs import ROOT
-from samples import sample
 
 termios = pytest.importorskip("termios", reason="signals and terminals of POSIX")
 ENDLESS = ["--max-new-tokens", "100000000", "--on-context-full", "slide", "--ignore-eos"]
@@ -141,14 +140,3 @@ def test_what_a_terminal_shows_after_a_text_has_its_own_line(folder):
     assert "AAA\r\nerror: the context of 16" in shown
     assert typist.process.wait(PATIENCE) == 2
     os.close(typist.master)
-
-
-@pytest.mark.slow
-def test_no_escape_reaches_a_pipe_changed(folder):
-    """Bytes as they are, in a process as in this one."""
-    argv = ["--prompt", "\x1b[31m ", "--max-new-tokens", "4"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "sample.py", folder, *argv], capture_output=True, timeout=PATIENCE
-    )
-    assert done.stdout.startswith(b"\x1b[31m ")
-    assert done.stdout.decode() == sample(folder, *argv)

@@ -1,5 +1,6 @@
 """sample.py --score and --check, on nothing but a run's folder."""
 
+import dataclasses
 import io
 import sys
 
@@ -73,11 +74,12 @@ def test_the_check_passes_and_a_planted_bug_turns_it_red(folder, monkeypatch):
     honest = kv_cache.KVCache.advanced
     monkeypatch.setattr(kv_cache.KVCache, "advanced", lambda kv, n: honest(kv, n * 0 + n[0]))
     monkeypatch.setattr(cache_check, "CHECKS", (cache_check.check_growth, cache_check.check_ragged))
-    jax.clear_caches()
-    try:
-        done = call("sample", folder, "--check")
-    finally:
-        jax.clear_caches()
+    # The programs of these weights were compiled without the bug.
+    model = gpt.load(folder)
+    config = dataclasses.replace(model.config, context_length=15)
+    planted = dataclasses.replace(model, config=config)
+    monkeypatch.setattr(language_model, "load", lambda *_: planted)
+    done = call("sample", folder, "--check")
     assert done.code == 1 and "FAILED ragged rows" in done.out
     assert "ok     growing" in done.out and "1 checks FAILED" in done.out
 
@@ -89,6 +91,8 @@ def test_a_file_of_any_length_is_scored_with_a_stated_stride(folder, tmp_path, m
     assert (whole["tokens"], whole["context"], whole["stride"]) == (500, 16, 8)
     (close,) = objects(folder, "--score-file", tmp_path / "text", "--stride", "1")
     assert close["stride"] == 1 and close["mean_nll"] != whole["mean_nll"]
+    (small,) = objects(folder, "--score-file", tmp_path / "text", "--window", "8")
+    assert (small["context"], small["stride"]) == (8, 4)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     printed = sample(folder, "--score-file", "-", "--stride", "8").splitlines()
     assert len(printed) == 501 and printed[-1].endswith("(context 16, stride 8)")
@@ -102,4 +106,7 @@ def test_token_ids_are_scored(folder):
     )
     assert text == ids
     (other,) = objects(folder, "--score-ids", "256 255")
-    assert other["token_ids"] == [256, 255] and other["bits_per_byte"] > 0
+    assert other["token_ids"] == [256, 255] and other["prefix"] == [256]
+    (alone,) = objects(folder, "--score-ids", "256 255", "--prefix", "none")
+    assert (alone["token_ids"], alone["prefix"]) == ([255], [256])
+    assert alone["logprobs"] == objects(folder, "--score-ids", "255")[0]["logprobs"]

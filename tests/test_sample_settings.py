@@ -1,20 +1,18 @@
 """sample.py: every setting reaches the model, and every report is there when asked for."""
 
 import dataclasses
-import functools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from programs import call, program
 from samples import BRIEF, TWO, objects, sample
 
 import gpt
-from gpt.sampling import generate, language_model
-from gpt.sampling.completion import Piece
+from gpt.sampling import generate
+from gpt.sampling.completion import Completion, Piece
 
 
 @pytest.fixture(scope="session")
@@ -68,33 +66,6 @@ def test_a_full_context_as_the_user_wants_it(folder):
 # Several rows on one output.
 
 
-@pytest.mark.parametrize("chunk", [1, 16])
-def test_rows_are_the_same_bytes_at_any_chunk_size(chunk, folder, monkeypatch):
-    argv = [*TWO, "--num-samples", "2", *BRIEF, "--temperature", "2"]
-    done = objects(folder, *argv)
-    monkeypatch.setattr(generate, "stream", functools.partial(generate.stream, chunk=chunk))
-    assert sample(folder, *argv) == "".join(
-        f"--- prompt {1 + i // 2}, sample {1 + i % 2} ---\n{d['prompt']}{d['text']}\n\n"
-        for i, d in enumerate(done)
-    )
-
-
-def test_the_first_row_is_shown_while_it_is_drawn(folder, monkeypatch):
-    """Before the second has ended, and the second as soon as the first has."""
-    written, honest = [], generate.stream
-
-    def watched(*args, **options):
-        for piece in honest(*args, **options, chunk=1):
-            written.append((piece.row, sys.stdout.getvalue()))
-            yield piece
-
-    monkeypatch.setattr(generate, "stream", watched)
-    printed = sample(folder, *TWO, *BRIEF, "--ignore-eos")
-    last = [shown for row, shown in written if row == 0][-1]
-    assert last.startswith("--- prompt 1, sample 1 ---\nthe ") and len(last) > 30
-    assert printed.startswith(last) and "prompt 2" not in last
-
-
 def test_each_line_of_json_is_printed_when_its_row_has_ended(folder, monkeypatch):
     """In the order of the rows, although the last end first."""
     counts, honest = [], generate.stream
@@ -116,18 +87,18 @@ def test_each_line_of_json_is_printed_when_its_row_has_ended(folder, monkeypatch
 
 def test_ctrl_c_in_a_conversation_keeps_samples_that_have_ended(monkeypatch, capsys):
     """The second has ended, and waits for the first, which is in the middle of a line."""
-    first, second = (
-        SimpleNamespace(prompt="the ", finish_reason=reason, top=[]) for reason in (None, "eos")
-    )
+    first, second = (Completion("the ", [], 0, 0, finish_reason=reason) for reason in (None, "eos"))
     pieces = [Piece(0, "one", first), Piece(1, "two", second)]
     monkeypatch.setattr(generate, "stream", lambda *_, **__: iter(pieces))
     sample_py = program("sample")
     args = sample_py.Args(Path("run"), settings=gpt.Settings(num_samples=2))
-    model = SimpleNamespace(tokenizer=None)
+    model = SimpleNamespace(tokenizer=None, config=gpt.ModelConfig())
     pressed = iter([False, True])
-    assert len(sample_py.generate(model, args, ["the "], lambda: next(pressed))) == 2
+    sample_py.generate(model, args, ["the "], lambda: next(pressed))
     label = "--- prompt 1, sample {} ---\nthe {}\n"
-    assert capsys.readouterr().out == label.format(1, "one") + label.format(2, "two\n")
+    shown = capsys.readouterr()
+    assert shown.out == label.format(1, "one") + label.format(2, "two\n")
+    assert shown.err.endswith("stopped by Ctrl-C, eos\n")
 
 
 # Probabilities, beams, programs.
@@ -174,6 +145,9 @@ def test_beams_are_the_best_texts_with_their_scores(folder):
     )
     short = objects(folder, *argv, "--length-penalty", "-5")
     assert short[0]["score"] != done[0]["score"]
+    exact = objects(folder, *argv, "--early-stopping", "never")
+    early = objects(folder, *argv, "--early-stopping", "True")
+    assert exact[0]["score"] >= done[0]["score"] >= early[0]["score"]
     alone = sample(folder, "--prompt", "the ", *BRIEF, "--beam-width", "4")
     assert alone == "the " + done[0]["text"] + "\n"
 
@@ -208,12 +182,3 @@ def test_programs_are_listed_with_their_shapes_where_asked_for(folder):
     score = call("sample", folder, "--score", "the", "--verbose")
     assert listed(score.err, "target_logprobs", "batch 1, bucket 16")
     assert "compiled" not in call("sample", folder, *argv[:-1]).err.replace("compilation", "")
-
-
-def test_a_model_that_knows_no_numbers_is_refused(folder, monkeypatch):
-    broken = gpt.load(folder)
-    broken = dataclasses.replace(broken, params=jax.tree.map(lambda a: a * np.nan, broken.params))
-    monkeypatch.setattr(language_model, "load", lambda *_, **__: broken)
-    for wish in ("--prompt", "--score"):
-        done = call("sample", folder, wish, "the ", "--json")
-        assert (done.code, done.out) == (2, "") and "is not a number at token 1" in done.err

@@ -85,7 +85,7 @@ def test_tokens_are_spelled(token, spelled):
 
 
 def test_a_table_holds_the_drawn_token_even_if_it_is_not_among_the_likeliest():
-    tokenizer = SimpleNamespace(decode_bytes=bytes, eot_token=42)
+    tokenizer = SimpleNamespace(decode_bytes=bytes)
     top = [[(97, 0.6), (99, 0.2)], [(97, 0.5)], [(97, 0.25)]]
     done = SimpleNamespace(token_ids=[97, 98], logprobs=[-0.5, -3.0], top=top)
     done.finish_reason = None
@@ -98,7 +98,7 @@ def test_a_table_holds_the_drawn_token_even_if_it_is_not_among_the_likeliest():
         "step 1", "     50.0000%  'a'", "  *   4.9787%  'b'",
     ]  # fmt: skip
     assert first.endswith(second) and second.startswith("step 1")
-    done.finish_reason = "eos"
+    done.finish_reason, done.end_id = "eos", 42
     assert terminal.probability_tables(done, 2, tokenizer).splitlines() == [
         "step 2", "     25.0000%  'a'", "  * <=25.0000%  '*'"
     ]  # fmt: skip

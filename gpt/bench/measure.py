@@ -171,7 +171,8 @@ def read_prompts(config: ModelConfig, params: dict, cell: Cell, times: Times):
     prompts = rng.integers(config.vocab_size, size=(cell.batch, cell.prompt_length))
     tokens_BT, n_B = generate.pad_prompts(prompts, config.context_length)
     greedy = [Settings(temperature=0)] * cell.batch
-    sampling = generate.sampling_params(greedy, config.vocab_size, NO_EOT)
+    no_bias_BV = np.zeros((cell.batch, config.vocab_size), np.float32)
+    sampling = generate.sampling_params(greedy, no_bias_BV)
 
     prefill, (cache, logits_BV) = timed(engine.prefill, config, params, tokens_BT, n_B)
     state = DecodeState(

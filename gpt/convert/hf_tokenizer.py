@@ -80,12 +80,12 @@ def import_tokenizer(
     tokenizer = HFTokenizer(files, n_vocab, special_ids, ends[0])
     if len(ends) > 1:
         texts = [repr(tokenizer.decode([i])) for i in ends]
-        log(f"{texts[0]} ends a text; so would {', '.join(texts[1:])}, at which nothing stops here")
+        log(f"each of {', '.join(texts)} ends a text")
     added = tokenizer.as_in_transformers.encode("", add_special_tokens=True).tokens
     if added:
         log(
-            f"transformers puts {' '.join(added)} around a text; nothing is added here: "
-            "--prompt-ids can give it"
+            f"transformers puts {' '.join(added)} around a text; sample.py puts what stands before "
+            "it there too, unless --prefix says otherwise"
         )
     return tokenizer
 

@@ -14,7 +14,7 @@ import numpy as np
 from gpt import flops
 from gpt.reports.html import build_page, escape, read_asset, script_json, table
 from gpt.reports.tour_recorder import ModelCall, SampledToken, TourRecord
-from gpt.sampling.text_stream import split_end
+from gpt.sampling.completion import split_end
 from gpt.terminal import visible
 
 MAX_TABLE_ROWS = 10  # likeliest tokens shown of a distribution

@@ -103,7 +103,7 @@ def record_tour(model, prompt: generate.Prompt, settings: Settings) -> TourRecor
     context or what a page can hold, or if the model's output is not finite.
     """
     config, params = model.config, model.params
-    context, eot = config.context_length, model.tokenizer.eot_token
+    context = config.context_length
     read = generate.read_prompt(model, prompt)
     T = len(read.ids)
     require(
@@ -119,7 +119,8 @@ def record_tour(model, prompt: generate.Prompt, settings: Settings) -> TourRecor
     calls, sampled = [call], []
 
     # Sample a token and read it, until the last one.
-    sampling = generate.sampling_params([settings], config.vocab_size, eot)
+    bias_BV = [generate.logit_bias(model, settings)]
+    sampling = generate.sampling_params([settings], bias_BV, [read])
     names = active_settings(settings)
     seen_V = np.zeros(config.vocab_size, bool)
     seen_V[read.ids] = True
@@ -135,7 +136,7 @@ def record_tour(model, prompt: generate.Prompt, settings: Settings) -> TourRecor
         stages = dict(zip(("the model", *names), stages, strict=True))
         number = None if settings.temperature == 0 else float(uniform)
         sampled.append(SampledToken(int(token), stages, number))
-        if token == eot or len(sampled) == n_new:
+        if token in model.special_ids.ends or len(sampled) == n_new:
             break
         seen_V[token] = True
         call, cache = call_model(config, params, cache, [int(token)])

@@ -1,9 +1,9 @@
 """Beam search: the likeliest texts, found by following several at once on the device.
 
 Every prompt has `width` live texts, one row of the cache each, and a pool of the `width` best texts
-that have ended. A step scores all continuations of the live texts. Of the `2 * width` likeliest,
-those that end and are among the first `width` move to the pool, and the first `width` that do not
-end live on, so that endings do not crowd out live texts.
+that have ended. A step scores all continuations of the live texts. Of the `2 * width` likeliest
+(more where several ids end a text), those that end and are among the first `width` move to the
+pool, and the first `width` that do not end live on, so that endings do not crowd out live texts.
 
 Shape letters: see gpt/model/transformer.py; P prompts, W width, C candidates, S also room for the
 tokens of a text.
@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +39,14 @@ FORBIDDEN = MASKED * 1e-6  # adjusted logits below this belong to forbidden toke
 class BeamSettings:
     """How to search.
 
-    With `early_stopping` a width of 1 is greedy decoding. Without it the search of a prompt ends
-    when no live text can still become one of the `n_best`. That is exact: the sum of a text's
-    log-probabilities only falls as it grows, so it bounds the sums of all its continuations;
-    divided by the length that favours it most (the longest allowed if `length_penalty` is above 0,
-    else the next) it bounds their scores. A positive penalty makes this bound loose and the search
-    long.
+    `early_stopping` says when the search of a prompt ends, as in Hugging Face transformers. True:
+    as soon as `width` texts have ended; a width of 1 is then greedy decoding. False: when `width`
+    texts have ended and the best live one, if it ended now, would not beat the worst of them; a
+    longer text may still have a better score if `length_penalty` is above 0. "never": when no live
+    text can still become one of the `n_best`. That is exact: the sum of a text's log-probabilities
+    only falls as it grows, so it bounds the sums of all its continuations; divided by the length
+    that favours it most (the longest allowed if `length_penalty` is above 0, else the next) it
+    bounds their scores. A positive penalty makes this bound loose and the search long.
     """
 
     width: int = 4
@@ -52,14 +55,18 @@ class BeamSettings:
     """Texts returned for each prompt."""
     length_penalty: float = 1.0
     """Exponent of the length that divides a sum of log-probabilities (above 0: favour long)."""
-    early_stopping: bool = True
-    """Stop as soon as `width` texts have ended, rather than when no live one can beat them."""
+    early_stopping: bool | Literal["never"] = False
+    """When to stop, see above."""
     max_new_tokens: int = 200  # this and the rest as in Settings
     logit_bias: dict[int, float] = field(default_factory=dict)
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
 
     def __post_init__(self):
+        require(
+            self.early_stopping in (True, False, "never"),
+            f'early_stopping is {self.early_stopping!r}: expected True, False or "never"',
+        )
         positive("width", self.width)
         positive("n_best", self.n_best)
         require(
@@ -125,10 +132,11 @@ class Rules:
 
     max_tokens_P: jax.Array
     sampling: SamplingParams
-    eot: jax.Array
+    end_ids: jax.Array
     length_penalty: jax.Array
     n_best: jax.Array
-    early_stopping: jax.Array
+    stops_early: jax.Array
+    is_exact: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -156,12 +164,6 @@ class SearchState:
         """The same for each row of the cache."""
         return jnp.repeat(self.running_P, self.live.value_PW.shape[1])
 
-    @property
-    def has_room(self) -> jax.Array:
-        """Whether the cache has room for one more token of each live text."""
-        longest = jnp.max(self.cache.length_B, where=self.running_B, initial=0)
-        return longest < self.cache.capacity
-
 
 def search(model, prompts: Sequence[Prompt], settings: BeamSettings) -> list[list[Hypothesis]]:
     """The `n_best` likeliest texts after each prompt (text or token ids), the best first.
@@ -170,9 +172,7 @@ def search(model, prompts: Sequence[Prompt], settings: BeamSettings) -> list[lis
     UserError if a prompt exceeds the context, if every token is forbidden, or if the model gives no
     numbers.
     """
-    config = model.config
-    per_prompt = generate.settings_per_prompt(prompts, settings.as_settings())
-    rows = generate.make_rows(model, prompts, per_prompt, settings.width)
+    rows = generate.make_rows(model, prompts, settings.as_settings(), beam_width=settings.width)
     prefill_timer, decode_timer = Stopwatch(), Stopwatch()
     sizes = {"prompts": len(rows), "width": settings.width}
 
@@ -180,38 +180,45 @@ def search(model, prompts: Sequence[Prompt], settings: BeamSettings) -> list[lis
         state, rules = start(model, rows, settings)
     with decode_timer, on_mesh(model.mesh), compilations.of(**sizes):
         while np.any(state.running_P):
-            if not state.has_room:
-                capacity = engine.bucket(state.cache.capacity + 1, config.context_length)
-                state = grow(state, capacity)
             with compilations.of(capacity=state.cache.capacity):
-                state = search_chunk(config, model.params, state, rules, CHUNK)
+                state = search_chunk(model.config, model.params, state, rules, CHUNK)
         ended = jax.device_get(state.ended)
 
+    # The best of the ended texts of each prompt; fewer than asked for if there are no more.
     found = []
-    for p in range(len(rows)):
-        hypotheses = collect_results(model, rows[p], ended, settings, p)
-        for hypothesis in hypotheses:
-            hypothesis.prefill_seconds = prefill_timer.seconds
-            hypothesis.decode_seconds = decode_timer.seconds
-        found.append(hypotheses)
+    for p, row in enumerate(rows):
+        n = min(settings.n_best, np.sum(ended.value_PW[p] != -np.inf))
+        require(n > 0, "logit_bias forbids every token: expected one that may follow")
+        found.append([])
+        for rank in range(n):
+            text = Row(model, row.prompt, rank, settings.as_settings())
+            text.add(ended.tokens_PWS[p, rank], ended.logprobs_PWS[p, rank])
+            text.completion.prefill_seconds = prefill_timer.seconds
+            text.completion.decode_seconds = decode_timer.seconds
+            score = float(ended.value_PW[p, rank])
+            found[-1].append(Hypothesis(**vars(text.completion), score=score))
     return found
 
 
 def start(model, rows: Sequence[Row], settings: BeamSettings) -> tuple[SearchState, Rules]:
     """Read each prompt once, and find the first tokens of its texts."""
-    config, eot = model.config, model.tokenizer.eot_token
+    config = model.config
+    shared = settings.as_settings()
     rules = Rules(
         max_tokens_P=np.array([min(row.max_tokens, row.room) for row in rows], np.int32),
-        sampling=generate.sampling_params([settings.as_settings()], config.vocab_size, eot),
-        eot=eot,
+        sampling=generate.sampling_params([shared], [generate.logit_bias(model, shared)]),
+        end_ids=np.array(model.special_ids.ends, np.int32),
         length_penalty=float(settings.length_penalty),
         n_best=settings.n_best,
-        early_stopping=settings.early_stopping,
+        stops_early=settings.early_stopping is True,
+        is_exact=settings.early_stopping == "never",
     )
-    prompts = [row.completion.prompt_ids for row in rows]
+    prompts = [row.prompt.ids for row in rows]
     tokens_PT, n_P = generate.pad_prompts(prompts, config.context_length, may_slide=False)
     with compilations.of(bucket=tokens_PT.shape[1]):
         cache, logits_PV = engine.read(config, model.params, tokens_PT, n_P)
+    longest = int((n_P + rules.max_tokens_P).max()) - 1  # the last token of a text is not read
+    cache = engine.grow(cache, engine.bucket(longest, config.context_length))
     seen_PV = np.zeros(logits_PV.shape, bool)
     for p, prompt in enumerate(prompts):
         seen_PV[p, prompt] = True
@@ -237,11 +244,11 @@ def begin(cache: kv.KVCache, logits_PV, seen_PV, rules: Rules, width: int) -> Se
 def search_chunk(
     config: ModelConfig, params: dict, state: SearchState, rules: Rules, size
 ) -> SearchState:
-    """Up to `size` more tokens, until every prompt is done or a text has filled the cache."""
+    """Up to `size` more tokens, until every prompt is done."""
 
     def goes_on(carry):
         i, state = carry
-        return (i < size) & jnp.any(state.running_P) & state.has_room
+        return (i < size) & jnp.any(state.running_P)
 
     def step(carry):
         i, state = carry
@@ -261,10 +268,10 @@ def advance(state: SearchState, logits_BV: jax.Array, rules: Rules) -> SearchSta
     # Score the continuations of all live texts; keep twice as many as may live.
     candidates, parent_PC = find_candidates(state, logits_BV, rules)
     token_PC = candidates.tokens_PWS[:, :, last]
-    is_eot_PC = token_PC == rules.eot
+    is_end_PC = jnp.any(token_PC[..., None] == rules.end_ids, axis=-1)
 
     # Move those that end here, and are among the first W, to the pool of ended texts.
-    is_last_PC = is_eot_PC | (n_tokens >= rules.max_tokens_P)[:, None]
+    is_last_PC = is_end_PC | (n_tokens >= rules.max_tokens_P)[:, None]
     ends_PC = is_last_PC & (jnp.arange(token_PC.shape[1]) < W)
     score_PC = candidates.value_PW / n_tokens**rules.length_penalty
     ending = replace(candidates, value_PW=jnp.where(ends_PC, score_PC, -jnp.inf))
@@ -272,7 +279,7 @@ def advance(state: SearchState, logits_BV: jax.Array, rules: Rules) -> SearchSta
     ended, _ = pool.best(W)
 
     # Keep the best of the others alive, unless their prompt is done.
-    going_on_PC = jnp.where(is_eot_PC, -jnp.inf, candidates.value_PW)
+    going_on_PC = jnp.where(is_end_PC, -jnp.inf, candidates.value_PW)
     live, index_PW = replace(candidates, value_PW=going_on_PC).best(W)
     done_P = is_done(rules, live.value_PW[:, 0], ended, n_tokens)
     live = replace(live, value_PW=jnp.where(done_P[:, None], -jnp.inf, live.value_PW))
@@ -289,14 +296,15 @@ def find_candidates(
 ) -> tuple[Texts, jax.Array]:
     """The likeliest continuations of each prompt's live texts, and parent_PC, what they continue.
 
-    Twice the width: at least half of them go on, because each live text ends in one way only.
+    So many that `width` of them go on, however many ids end a text.
     """
     live, V = state.live, logits_BV.shape[-1]
     P, W = live.value_PW.shape
     adjusted_BV = sampler.adjust_logits(logits_BV, rules.sampling, state.seen_BV)
     logprob_BV = jnp.where(adjusted_BV < FORBIDDEN, -jnp.inf, jax.nn.log_softmax(adjusted_BV))
     sum_PWV = live.value_PW[..., None] + logprob_BV.reshape(P, W, V)
-    value_PC, index_PC = jax.lax.top_k(sum_PWV.reshape(P, W * V), min(2 * W, W * V))
+    n_candidates = min((1 + len(rules.end_ids)) * W, W * V)
+    value_PC, index_PC = jax.lax.top_k(sum_PWV.reshape(P, W * V), n_candidates)
     parent_PC, token_PC = index_PC // V, index_PC % V
 
     own_logprob_PC = pick(jax.nn.log_softmax(logits_BV).reshape(P, W * V), index_PC)
@@ -308,42 +316,16 @@ def find_candidates(
 
 def is_done(rules: Rules, best_P: jax.Array, ended: Texts, n_tokens: jax.Array) -> jax.Array:
     """Whether each prompt is done; its live texts of `n_tokens` have sums of at most `best_P`."""
-    length_P = jnp.where(rules.length_penalty > 0, rules.max_tokens_P, n_tokens + 1)
+    longest_P = jnp.where(rules.length_penalty > 0, rules.max_tokens_P, n_tokens + 1)
+    length_P = jnp.where(rules.is_exact, longest_P, n_tokens)
     bound_P = best_P / length_P**rules.length_penalty  # see BeamSettings
-    cannot_improve_P = ended.value_PW[:, rules.n_best - 1] >= bound_P
+    worst_P = jnp.where(rules.is_exact, ended.value_PW[:, rules.n_best - 1], ended.value_PW[:, -1])
     pool_is_full_P = ended.value_PW[:, -1] > -jnp.inf
-    stops_early_P = rules.early_stopping & pool_is_full_P
-    return cannot_improve_P | stops_early_P | (n_tokens >= rules.max_tokens_P)
+    stops_early_P = rules.stops_early & pool_is_full_P
+    return (worst_P >= bound_P) | stops_early_P | (n_tokens >= rules.max_tokens_P)
 
 
 def pick(tree, index_PC: jax.Array):
     """Of each [P, W, ...] array in `tree` the entries `index_PC` of axis 1."""
     prompt_P1 = jnp.arange(len(index_PC))[:, None]
     return jax.tree.map(lambda a: a[prompt_P1, index_PC], tree)
-
-
-@partial(jax.jit, static_argnames="capacity")
-def grow(state: SearchState, capacity: int) -> SearchState:
-    """The state with room for `capacity` tokens of each text."""
-    padding = [(0, 0), (0, 0), (0, capacity - state.cache.capacity)]
-
-    def pad(a: jax.Array) -> jax.Array:
-        return jnp.pad(a, padding) if a.ndim == 3 else a
-
-    live, ended = jax.tree.map(pad, (state.live, state.ended))
-    return replace(state, cache=kv.grow(state.cache, capacity), live=live, ended=ended)
-
-
-def collect_results(
-    model, row: Row, ended: Texts, settings: BeamSettings, p: int
-) -> list[Hypothesis]:
-    """The best of the ended texts of prompt `p`; fewer than asked for if there are no more."""
-    n = min(settings.n_best, np.sum(ended.value_PW[p] != -np.inf))
-    require(n > 0, "logit_bias forbids every token: expected one that may follow")
-    hypotheses = []
-    for rank in range(n):
-        found = Row(model, row.prompt, rank, settings.as_settings())
-        found.add(ended.tokens_PWS[p, rank], ended.logprobs_PWS[p, rank])
-        score = float(ended.value_PW[p, rank])
-        hypotheses.append(Hypothesis(**vars(found.completion), score=score))
-    return hypotheses

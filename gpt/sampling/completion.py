@@ -1,12 +1,18 @@
-"""The completion of one prompt as it grows: its tokens, its text, why it ended. Uses no device."""
+"""The completion of one prompt as it grows: its tokens, its text, why it ended. Imports no JAX.
 
+A byte-level token may end in the middle of a character; the text that is handed out never does.
+What may be the beginning of a stop string is held back until it is clear whether it is one.
+"""
+
+import codecs
 import math
-from collections.abc import Sequence
+import zlib
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gpt.errors import require
 from gpt.sampling.settings import Settings
-from gpt.sampling.text_stream import TextStream
 
 NO_TOKEN = -1  # stands where a row gained no token
 
@@ -15,12 +21,13 @@ NO_TOKEN = -1  # stands where a row gained no token
 class Completion:
     """One row of a batch: its prompt, and what has been generated after it so far.
 
-    `logprobs`: the model's own, in nats, before bias, temperature and filters. `top`: for each
-    token the likeliest ones at its place, (id, the model's own probability), if asked for; also for
-    an end-of-text that was sampled. `sample`: the number among the completions of one prompt.
-    `finish_reason`: "stop" (a stop string, whose last token is still in `token_ids`), "eos",
-    "length" or "context"; None while it grows. `prefill_seconds` and `decode_seconds` are those of
-    the whole batch until this row ended, without compilation.
+    `prompt_ids`: what the model read, with what stands before the prompt. `logprobs`: the model's
+    own, in nats, before bias, temperature and filters. `top`: for each token the likeliest ones at
+    its place, (id, the model's own probability), if asked for; also for an end-of-text that was
+    sampled. `sample`: the number among the completions of one prompt. `finish_reason`: "stop" (a
+    stop string, whose last token is still in `token_ids`), "eos", "length" or "context"; None while
+    it grows. `end_id`: the end-of-text that was sampled. `prefill_seconds` and `decode_seconds` are
+    those of the whole batch until this row ended, without compilation.
     """
 
     prompt: str
@@ -32,6 +39,7 @@ class Completion:
     logprobs: list[float] = field(default_factory=list)
     top: list[list[tuple[int, float]]] = field(default_factory=list, repr=False)
     finish_reason: str | None = None
+    end_id: int | None = field(default=None, repr=False)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -56,76 +64,81 @@ class Piece:
     completion: Completion
 
 
+@dataclass(frozen=True)
+class PromptTokens:
+    """A prompt as text, as its `own_ids`, and as the `ids` that the model reads, which may begin
+    with others. `unfinished`: the first bytes of a character in the middle of which the ids end."""
+
+    text: str
+    own_ids: list[int]
+    ids: list[int]
+    unfinished: bytes = b""
+
+    @property
+    def checksum(self) -> int:
+        """32 bits that depend on every own id, and 0 for none."""
+        return zlib.crc32(array("i", self.own_ids).tobytes())
+
+
 class Row:
     """A completion in progress: `completion` is what users see of it, `prompt` what it continues.
 
-    `text`: decodes its tokens. `max_tokens`: how many it may have. `room`: how many until the
-    context is full.
+    `text`: decodes its tokens. `window`: what is read of the prompt. `max_tokens`: how many tokens
+    it may have. `room`: how many until the context is full.
     """
 
-    def __init__(self, model, prompt: "PromptTokens", sample: int, settings: Settings):
+    def __init__(self, model, prompt: PromptTokens, sample: int, settings: Settings):
         self.prompt = prompt
+        self.settings = settings
         self.completion = Completion(prompt.text, prompt.ids, sample, settings.seed)
         self.text = TextStream(model.tokenizer.decode_bytes, settings.stop, prompt.unfinished)
-        self.eot = model.tokenizer.eot_token
+        self.end_ids = model.special_ids.ends
         self.max_tokens = settings.max_new_tokens
+        self.window = prompt.ids
         # A token may stand at the end of the context, but none after it: it would have no position.
         self.room = model.config.context_length + 1 - len(prompt.ids)
         if settings.on_context_full == "slide":
+            self.window = prompt.ids[-model.config.context_length :]
             self.room = math.inf
 
     @property
     def has_ended(self) -> bool:
         return self.completion.finish_reason is not None
 
-    def add(self, tokens: Sequence[int], logprobs: Sequence[float], top: Sequence = ()) -> str:
-        """Append a chunk of what was generated; returns the whole characters that the text gained.
+    def add(self, tokens_C, logprobs_C, top_ids_CK=None, top_probs_CK=None) -> str:
+        """Append a chunk of C tokens; returns the whole characters that the text gained.
 
-        `top`: for each token, pairs of an id and a probability. Raises UserError where the model
-        gave no numbers.
+        `top_ids_CK`, `top_probs_CK`: the K likeliest tokens at each place, and the model's own
+        probabilities of them, NumPy arrays. Raises UserError where the model gave no numbers.
         """
         done = self.completion
         gained = ""
-        for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+        for i, (token, logprob) in enumerate(zip(tokens_C, logprobs_C, strict=True)):
             if token == NO_TOKEN or self.has_ended:
                 break
             require_number(logprob, len(done.token_ids) + 1)
-            if len(top) and top[i]:
-                done.top.append(top[i])
-            gained += self._add_token(int(token), float(logprob))
+            if top_ids_CK is not None and top_ids_CK.shape[-1] > 0:
+                pairs = zip(top_ids_CK[i].tolist(), top_probs_CK[i].tolist(), strict=True)
+                done.top.append(list(pairs))
+            if token in self.end_ids:
+                done.finish_reason = "eos"
+                done.end_id = int(token)
+                break
+            done.token_ids.append(int(token))
+            done.logprobs.append(float(logprob))
+            gained += self.text.push([int(token)])
+            if self.text.stopped:
+                done.finish_reason = "stop"
+            elif len(done.token_ids) == self.max_tokens:
+                done.finish_reason = "length"
+            elif len(done.token_ids) == self.room:
+                done.finish_reason = "context"
         if self.has_ended:
             gained += self.text.finish()
             if self.text.stopped:  # perhaps by the last character only
                 done.finish_reason = "stop"
         done.text += gained
         return gained
-
-    def _add_token(self, token: int, logprob: float) -> str:
-        """Append one token, and note if it is the last; returns the characters it completes."""
-        done = self.completion
-        if token == self.eot:
-            done.finish_reason = "eos"
-            return ""
-        done.token_ids.append(token)
-        done.logprobs.append(logprob)
-        gained = self.text.push([token])
-        if self.text.stopped:
-            done.finish_reason = "stop"
-        elif len(done.token_ids) == self.max_tokens:
-            done.finish_reason = "length"
-        elif len(done.token_ids) == self.room:
-            done.finish_reason = "context"
-        return gained
-
-
-@dataclass(frozen=True)
-class PromptTokens:
-    """A prompt as text and as token ids. `unfinished`: the first bytes of a character in the middle
-    of which the ids end."""
-
-    text: str
-    ids: list[int]
-    unfinished: bytes = b""
 
 
 def require_number(logprob: float, token: int) -> None:
@@ -135,3 +148,67 @@ def require_number(logprob: float, token: int) -> None:
         f"the model's output is not a number at token {token}: its training diverged or its "
         "weights are damaged; use another checkpoint",
     )
+
+
+class TextStream:
+    """Decodes the tokens of one row as they come. `stopped`: one of `stops` has been reached.
+
+    `before`: the first bytes of a character that the first token may complete.
+    """
+
+    def __init__(
+        self,
+        decode_bytes: Callable[[Sequence[int]], bytes],
+        stops: Sequence[str] = (),
+        before: bytes = b"",
+    ):
+        self.decode_bytes = decode_bytes
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.decoder.decode(before)
+        self.stops = stops
+        self.held = ""
+        self.stopped = False
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """The characters that `tokens` complete, without a stop string and what follows it."""
+        return self.release(self.decoder.decode(self.decode_bytes(tokens)))
+
+    def finish(self) -> str:
+        """What is left at the end: U+FFFD if the model stopped in the middle of a character."""
+        released = self.release(self.decoder.decode(b"", final=True)) + self.held
+        self.held = ""
+        return released
+
+    def release(self, text: str) -> str:
+        """`text` after what was held back, without a stop string or what may become one.
+
+        Of several stop strings the one that ends first counts, and of those that end together the
+        longest, so that it does not matter in which pieces the text came.
+        """
+        if self.stopped:
+            return ""
+        text, self.held = self.held + text, ""
+        matches = []  # (end, start)
+        for stop in self.stops:
+            start = text.find(stop)
+            if start >= 0:
+                matches.append((start + len(stop), start))
+        if matches:
+            self.stopped = True
+            _, start = min(matches)
+            return text[:start]
+
+        # Hold back the longest end of the text that is the beginning of a stop string.
+        n_held = 0
+        for stop in self.stops:
+            for n in range(n_held + 1, min(len(text) + 1, len(stop))):
+                if text.endswith(stop[:n]):
+                    n_held = n
+        self.held = text[len(text) - n_held :]
+        return text[: len(text) - n_held]
+
+
+def split_end(data: bytes) -> tuple[str, bytes]:
+    """Bytes as text, with U+FFFD for invalid UTF-8, and the bytes of an unfinished character."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return decoder.decode(data), decoder.getstate()[0]

@@ -1,5 +1,6 @@
 """A trained model as an object: weights ready for decoding, its config and its tokenizer."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,26 +26,12 @@ from gpt.errors import require
 from gpt.model import int8, transformer
 from gpt.sampling import beam_search, generate, scoring
 from gpt.sampling.completion import Completion, Piece
-from gpt.sampling.settings import Settings
+from gpt.sampling.settings import Prefix, Settings
+from gpt.sampling.special_ids import SpecialIds, find_special_ids
 
 Prompts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 PerPrompt = Settings | Sequence[Settings] | None
-
-
-def is_one(prompt: Prompts) -> bool:
-    """Whether it is one prompt, text or token ids, and not a list of them."""
-    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer)))
-
-
-def as_list(prompt: Prompts) -> Sequence[str] | Sequence[Sequence[int]]:
-    """One prompt as a list of one."""
-    return [prompt] if is_one(prompt) else prompt
-
-
-def as_settings(settings: PerPrompt, fields: dict) -> Settings | Sequence[Settings]:
-    """The settings given whole, or made of their fields."""
-    require(settings is None or not fields, "give settings or their fields by name, not both")
-    return Settings(**fields) if settings is None else settings
+forward = jax.jit(transformer.forward, static_argnums=0)
 
 
 @dataclass(frozen=True)
@@ -53,7 +40,9 @@ class LanguageModel:
 
     `params`: the weights, a subtree per layer. `step`: training steps done. `weights`: "ema" for
     their average over the run, or "raw". `notes`: what loading has to say. `mesh`: the devices it
-    is split over, None for one.
+    is split over, None for one. `prefix`: what stands before every prompt and scored text; by
+    default what the model's tokenizer puts there, or else end-of-text before a scored text and
+    before an empty prompt.
     """
 
     config: ModelConfig
@@ -63,6 +52,12 @@ class LanguageModel:
     weights: Weights = "raw"
     notes: tuple[str, ...] = field(default=(), repr=False)
     mesh: Mesh | None = field(default=None, repr=False)
+    prefix: Prefix | None = None
+
+    @functools.cached_property
+    def special_ids(self) -> SpecialIds:
+        """The ids that are not text."""
+        return find_special_ids(self.tokenizer)
 
     def generate(
         self, prompt: Prompts = "", settings: PerPrompt = None, **fields
@@ -73,30 +68,35 @@ class LanguageModel:
         One prompt and one sample give one Completion (printing it shows the text), else a list,
         prompt by prompt.
         """
-        completions = generate.complete(self, as_list(prompt), as_settings(settings, fields))
-        return completions[0] if is_one(prompt) and len(completions) == 1 else completions
+        prompts, is_one = as_list(prompt)
+        completions = generate.complete(self, prompts, as_settings(settings, fields))
+        return completions[0] if is_one and len(completions) == 1 else completions
 
     def stream(self, prompt: Prompts = "", settings: PerPrompt = None, **fields) -> Iterator[Piece]:
         """Like `generate`, but hand out pieces of text as they appear."""
-        return generate.stream(self, as_list(prompt), as_settings(settings, fields))
+        prompts, _ = as_list(prompt)
+        return generate.stream(self, prompts, as_settings(settings, fields))
 
     def search(self, prompt: Prompts = "", **settings) -> list:
         """Beam search: the likeliest texts after a prompt, the best first, each with its `score`;
         for several prompts a list of such lists. `settings`: the fields of BeamSettings."""
-        found = beam_search.search(self, as_list(prompt), beam_search.BeamSettings(**settings))
-        return found[0] if is_one(prompt) else found
+        prompts, is_one = as_list(prompt)
+        found = beam_search.search(self, prompts, beam_search.BeamSettings(**settings))
+        return found[0] if is_one else found
 
-    def score(self, text: str | Sequence[int], stride: int | None = None) -> scoring.Score:
+    def score(
+        self, text: str | Sequence[int], stride: int | None = None, window: int | None = None
+    ) -> scoring.Score:
         """Log-probability of each token of a text (or of token ids), its mean loss, bits per byte
-        and perplexity. `stride`: see gpt/sampling/scoring.py."""
-        return scoring.score(self, text, stride)
+        and perplexity. `stride`, `window`: see gpt/sampling/scoring.py."""
+        return scoring.score(self, text, stride, window)
 
     def logits(self, text: str | Sequence[int]) -> np.ndarray:
         """float32 logits [T, V] of the next token after each token of a text (or of token ids)."""
         prompt = generate.read_prompt(self, text)
         tokens_BT, n_B = generate.pad_prompts([prompt.ids], self.config.context_length)
         with sharding.on_mesh(self.mesh):
-            logits_BTV = jitted_forward(self.config, self.params, tokens_BT)
+            logits_BTV = forward(self.config, self.params, tokens_BT)
         return np.asarray(logits_BTV)[0, : n_B[0]]
 
     def module(self) -> transformer.GPT:
@@ -104,7 +104,17 @@ class LanguageModel:
         return transformer.bind(self.config, self.params)
 
 
-jitted_forward = jax.jit(transformer.forward, static_argnums=0)
+def as_list(prompt: Prompts) -> tuple[Sequence[str] | Sequence[Sequence[int]], bool]:
+    """Prompts as a list, and whether there was one prompt, text or token ids, and no list."""
+    if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))):
+        return [prompt], True
+    return prompt, False
+
+
+def as_settings(settings: PerPrompt, fields: dict) -> Settings | Sequence[Settings]:
+    """The settings given whole, or made of their fields."""
+    require(settings is None or not fields, "give settings or their fields by name, not both")
+    return Settings(**fields) if settings is None else settings
 
 
 def load(
@@ -114,6 +124,7 @@ def load(
     weights: Weights | None = None,
     mesh: MeshConfig = ONE_DEVICE,
     quantize: Quantize | None = None,
+    prefix: Prefix | None = None,
 ) -> LanguageModel:
     """The model of a run's folder: its newest whole checkpoint, or the one of `step`.
 
@@ -121,8 +132,8 @@ def load(
     `weights`: "ema", their average over the run, or "raw" (default: the average where one is
     kept). `mesh`: devices among which rows (data) and heads, MLP and vocabulary (tensor) are split.
     `quantize`: "int8" keeps matrices and tables as such, with a scale an output (default: as they
-    are). UserError if there is no checkpoint, it is damaged, it has no such average, or the mesh
-    does not divide the model.
+    are). `prefix`: see LanguageModel. UserError if there is no checkpoint, it is damaged, it has no
+    such average or prefix, or the mesh does not divide the model.
     """
     run = Path(run).expanduser()
     require(run.is_dir(), f"no folder {run}: expected a run's folder made by train.py")
@@ -134,21 +145,38 @@ def load(
         config = from_json(ModelConfig, metadata["model"]).computing_in(dtype)
         notes = transformer.require_fit(config, devices, fsdp=False)
         tree = choose_tree(run, metadata, weights)
-        params = read_weights(run, step, tree, config, devices, quantize)
+
+        # Each part of the stacked weights is read by the device that keeps it.
+        shapes = transformer.abstract(config)
+        axes = transformer.logical_axes(config)
+        shardings = sharding.state_shardings(devices, axes, shapes, sharding.DECODING)
+        like = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
+        )
+        stacked = checkpoint.restore(run, step, tree, like)
+
         return LanguageModel(
             config.for_sampling(),
-            params,
+            for_decoding(config, devices, quantize, lambda stacked: stacked, stacked),
             tokenizers.from_json(metadata["tokenizer"]),
             step,
             weights="ema" if tree == "ema_params" else "raw",
             notes=tuple(notes),
             mesh=devices if devices.size > 1 else None,
+            prefix=prefix,
         )
 
+    damaged = []
     if step is not None:
-        return read(step)
-    _, model, damaged = checkpoint.latest_good(run, read)
+        model = read(step)
+    else:
+        _, model, damaged = checkpoint.latest_good(run, read)
     notes = [f"{note}; using step {model.step}" for note in damaged]
+    before = model.special_ids.prefix(prefix)
+    if before:
+        name = model.tokenizer.decode_bytes(before).decode("utf-8", "replace")
+        advice = "" if prefix else "; --prefix none leaves it out"
+        notes.append(f"every prompt and scored text follows {name!r}{advice}")
     return replace(model, notes=(*model.notes, *notes))
 
 
@@ -183,18 +211,6 @@ def choose_tree(run: str | Path, metadata: dict[str, Any], weights: Weights | No
     if has_average and weights != "raw":
         return "ema_params"
     return "params"
-
-
-def read_weights(run, step: int, tree: str, config: ModelConfig, mesh: Mesh, quantize) -> dict:
-    """Unstacked weights of a checkpoint, each part read by the device that keeps it."""
-    like = transformer.abstract(config)
-    axes = transformer.logical_axes(config)
-    shardings = sharding.state_shardings(mesh, axes, like, sharding.DECODING)
-    like = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), like, shardings
-    )
-    stacked = checkpoint.restore(run, step, tree, like)
-    return for_decoding(config, mesh, quantize, lambda stacked: stacked, stacked)
 
 
 def for_decoding(config: ModelConfig, mesh: Mesh, quantize: Quantize | None, stacked, *args):

@@ -1,9 +1,10 @@
-"""How likely a given text is: log-probabilities of its tokens, without a cache.
+"""How likely a given text is: log-probabilities of its tokens.
 
-A text longer than the context is read in windows of the size of the context. Each begins `stride`
-tokens after the one before and predicts only what that one did not, so that every token is
-predicted once, from at least context - stride tokens before it (the strided perplexity of Hugging
-Face's documentation).
+A text longer than a window, by default the context, is read in several. Each begins `stride` tokens
+after the one before and predicts only what that one did not, so that every token is predicted once,
+from at least window - stride tokens before it (the strided perplexity of Hugging Face's
+documentation). A long window is read in pieces over a cache: the scores of all its pairs of tokens
+at once would take memory by the square of its length.
 """
 
 import math
@@ -15,29 +16,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt import flops
 from gpt.compile_log import compilations
 from gpt.config import ModelConfig
 from gpt.data.tokenizers import without_lone_surrogates
 from gpt.errors import require
+from gpt.model import kv_cache as kv
 from gpt.model import transformer
+from gpt.sampling import engine
 from gpt.sampling.completion import require_number
-from gpt.sampling.engine import bucket
+from gpt.sampling.generate import require_memory
 from gpt.sharding import on_mesh
 
-ROWS = 8  # windows read together; the remaining ones are read one by one
+ROWS = 8  # windows read together; the remaining ones, and those in several pieces, one by one
 
 
 @dataclass(frozen=True)
 class Score:
     """`logprobs[i]` is log p(token_ids[i] | what precedes it) in nats; the first one follows
-    end-of-text. `n_bytes`: length of the text in UTF-8. `context`, `stride`: tokens a window reads,
-    and tokens from one window to the next."""
+    `prefix`. `n_bytes`: length of the text in UTF-8, without special tokens; None for a model
+    without a tokenizer. `context`, `stride`: tokens a window reads, and tokens from one window to
+    the next."""
 
     token_ids: list[int]
     logprobs: list[float]
-    n_bytes: int
+    n_bytes: int | None
     context: int
     stride: int
+    prefix: list[int]
 
     @property
     def mean_nll(self) -> float:
@@ -50,15 +56,19 @@ class Score:
         return math.inf if self.mean_nll >= 700 else math.exp(self.mean_nll)
 
     @property
-    def bits_per_byte(self) -> float:
-        """Bits that the model needs per byte of the text."""
-        return -math.fsum(self.logprobs) / math.log(2) / max(self.n_bytes, 1)
+    def bits_per_byte(self) -> float | None:
+        """Bits that the model needs per byte of the text; None where there is no byte."""
+        if not self.n_bytes:
+            return None
+        return -math.fsum(self.logprobs) / math.log(2) / self.n_bytes
 
     def __str__(self) -> str:
+        bits = ""
+        if self.bits_per_byte is not None:
+            bits = f"{self.bits_per_byte:.4f} bits per byte, "
         return (
-            f"{len(self.token_ids)} tokens: {self.mean_nll:.4f} nats per token, "
-            f"{self.bits_per_byte:.4f} bits per byte, perplexity {self.perplexity:.2f} "
-            f"(context {self.context}, stride {self.stride})"
+            f"{len(self.token_ids)} tokens: {self.mean_nll:.4f} nats per token, {bits}"
+            f"perplexity {self.perplexity:.2f} (context {self.context}, stride {self.stride})"
         )
 
     def to_json(self) -> dict:
@@ -72,17 +82,130 @@ class Score:
             "logprobs": self.logprobs,
             "context": self.context,
             "stride": self.stride,
+            "prefix": self.prefix,
         }
 
 
-@partial(jax.jit, static_argnames="config")
-def target_logprobs(config: ModelConfig, params: dict, tokens_BT, targets_BT) -> jax.Array:
-    """log p(targets_BT) after reading tokens_BT up to each position.
+def score(
+    model, text: str | Sequence[int], stride: int | None = None, window: int | None = None
+) -> Score:
+    """Score of a text, or of token ids, under a LanguageModel, after what stands before it
+    (`model.prefix`); the first token is not scored if that is nothing.
+
+    `stride`, `window`: see the top of this file (default: half the window; the context). UserError
+    if there is nothing to score, if an id, the stride or the window is out of range, if memory does
+    not suffice, or if the model gives no numbers.
+    """
+    config, special = model.config, model.special_ids
+    if isinstance(text, str):
+        ids = model.tokenizer.encode_ordinary(without_lone_surrogates(text))
+    else:
+        ids = list(text)
+    for token in ids:
+        require(
+            0 <= token < config.vocab_size,
+            f"no token has the id {token}: expected 0 to {config.vocab_size - 1}",
+        )
+
+    prefix = special.prefix(model.prefix)
+    if model.prefix is None:
+        prefix = prefix or list(special.ends[:1])
+        require(
+            bool(prefix),
+            "the model has no end-of-text, which a scored text follows: --prefix none leaves the "
+            "first token unscored",
+        )
+    if not prefix:
+        prefix, ids = ids[:1], ids[1:]
+    require(len(ids) > 0, "there is nothing to score: expected a text of at least one token")
+
+    window = config.context_length if window is None else window
+    require(
+        1 <= window <= config.context_length,
+        f"window is {window}: expected 1 to {config.context_length}, the model's context",
+    )
+    stride = max(1, window // 2) if stride is None else stride
+    require(1 <= stride <= window, f"stride is {stride}: expected 1 to {window}, the window")
+    with on_mesh(model.mesh):
+        logprobs = score_ids(model, [*prefix, *ids], window, stride)[len(prefix) - 1 :]
+    is_nan = np.isnan(logprobs)
+    require_number(math.nan if is_nan.any() else 0.0, int(is_nan.argmax()) + 1)
+
+    n_bytes = None
+    if len(special.not_text) < model.tokenizer.n_vocab:
+        own = [token for token in ids if token not in special.not_text]
+        n_bytes = len(model.tokenizer.decode_bytes(own))
+    return Score(ids, logprobs.tolist(), n_bytes, window, stride, prefix)
+
+
+def score_ids(model, ids: Sequence[int], window: int, stride: int) -> np.ndarray:
+    """Log-probabilities of all `ids` but the first."""
+    config = model.config
+    sequence = np.asarray(ids, np.int32)
+    n = len(ids) - 1
+    width = engine.bucket(min(n, window), window)
+    rows = ROWS if width <= engine.PIECE else 1
+    T = min(width, engine.PIECE)
+
+    # Attention scores of a layer and logits of a row, before and after their softmax; the cache
+    # that a piece reads, and the one that it writes.
+    scores = 8 * rows * config.n_heads * T * width + 8 * T * config.vocab_size
+    require_memory(
+        model,
+        scores + 2 * flops.cache_bytes(config, rows, width),
+        f"windows of {width:,} tokens",
+        "score in smaller ones (--window)",
+    )
+
+    # (first token read, first and end of those predicted) of each window
+    windows = []
+    predicted = 0
+    for i in range(1 + max(0, math.ceil((n - window) / stride))):
+        end = min(window + i * stride, n)
+        windows.append((i * stride, predicted, end))
+        predicted = end
+
+    # Full batches, then the rest one by one: two shapes to compile.
+    n_full = len(windows) // rows * rows
+    batches = [windows[i : i + rows] for i in range(0, n_full, rows)]
+    batches += [[one] for one in windows[n_full:]]
+    logprobs = np.empty(n)
+    for batch in batches:
+        tokens_BT, targets_BT = np.zeros((2, len(batch), width), np.int32)
+        for row, (start, _, end) in enumerate(batch):
+            tokens_BT[row, : end - start] = sequence[start:end]
+            targets_BT[row, : end - start] = sequence[start + 1 : end + 1]
+        cache = kv.empty(config, len(batch))
+        scored = []
+        for at in range(0, width, engine.PIECE):
+            piece = slice(at, at + engine.PIECE)
+            with compilations.of(batch=len(batch), bucket=width):
+                logprobs_BT, cache = target_logprobs(
+                    config, model.params, cache, tokens_BT[:, piece], targets_BT[:, piece], width
+                )
+            scored.append(np.asarray(logprobs_BT))
+        scored_BT = np.concatenate(scored, axis=1)
+        for row, (start, done, end) in enumerate(batch):
+            logprobs[done:end] = scored_BT[row, done - start : end - start]
+    return logprobs
+
+
+@partial(jax.jit, static_argnames=("config", "width"))
+def target_logprobs(
+    config: ModelConfig, params: dict, cache: kv.KVCache, tokens_BT, targets_BT, width: int
+):
+    """log p(targets_BT) after reading tokens_BT up to each position on top of `cache`; and, if that
+    is not yet `width` tokens, the cache for the next piece.
 
     The logits of one row at a time: those of all would be larger than the model.
     """
     model = transformer.bind(config, params)
-    x_BTD, _ = model.hidden(tokens_BT)
+    T = tokens_BT.shape[1]
+    if width == T:  # all in one piece: no cache is needed
+        x_BTD, _ = model.hidden(tokens_BT)
+    else:
+        x_BTD, cache = model.hidden(tokens_BT, cache)
+        cache = kv.grow(cache, width).advanced(T)
 
     def score_row(row):
         x_TD, targets_T = row
@@ -90,92 +213,4 @@ def target_logprobs(config: ModelConfig, params: dict, tokens_BT, targets_BT) ->
         target_logits_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
         return target_logits_T - jax.nn.logsumexp(logits_TV, axis=-1)
 
-    return jax.lax.map(score_row, (x_BTD, targets_BT))
-
-
-def cut_windows(n: int, size: int, stride: int) -> list[tuple[int, int, int]]:
-    """(first token read, first and end of those predicted) of each window over `n` tokens.
-
-    Token i is predicted from what precedes it, so a window that begins at `a` reads a..a + size - 1
-    of [end-of-text, *ids] and predicts ids from a on.
-    """
-    n_windows = 1 + max(0, math.ceil((n - size) / stride))
-    windows = []
-    predicted = 0
-    for i in range(n_windows):
-        end = min(size + i * stride, n)
-        windows.append((i * stride, predicted, end))
-        predicted = end
-    return windows
-
-
-def batches(windows: list) -> list[list]:
-    """The windows in full batches, and the rest one by one: two shapes to compile."""
-    n_full = len(windows) // ROWS * ROWS
-    full = [windows[i : i + ROWS] for i in range(0, n_full, ROWS)]
-    return full + [[window] for window in windows[n_full:]]
-
-
-def choose_stride(config: ModelConfig, stride: int | None) -> int:
-    """`stride`, by default half the context; UserError unless it is from 1 to the context."""
-    size = config.context_length
-    if stride is None:
-        stride = max(1, size // 2)
-    require(1 <= stride <= size, f"stride is {stride}: expected 1 to {size}, the model's context")
-    return stride
-
-
-def require_ids(ids: Sequence[int], vocab_size: int) -> None:
-    """Raise UserError unless there are ids, all of them in the vocabulary."""
-    require(len(ids) > 0, "there is nothing to score: expected a text of at least one token")
-    for token in ids:
-        require(
-            0 <= token < vocab_size, f"no token has the id {token}: expected 0 to {vocab_size - 1}"
-        )
-
-
-def score_ids(
-    config: ModelConfig, params: dict, ids: Sequence[int], eot: int, stride: int | None = None
-) -> list[float]:
-    """Log-probabilities of `ids`, the first after end-of-text; `params` is unstacked.
-
-    `stride`: see the top of this file (default: half the context). UserError if there are no ids,
-    if one of them or the stride is out of range, or if the model gives no numbers.
-    """
-    require_ids(ids, config.vocab_size)
-    size, stride = config.context_length, choose_stride(config, stride)
-    sequence = np.asarray([eot, *ids], np.int32)
-    width = bucket(len(ids), size)
-    logprobs = np.empty(len(ids))
-    for windows in batches(cut_windows(len(ids), size, stride)):
-        tokens_BT, targets_BT = np.zeros((2, len(windows), width), np.int32)
-        for row, (start, _, end) in enumerate(windows):
-            tokens_BT[row, : end - start] = sequence[start:end]
-            targets_BT[row, : end - start] = sequence[start + 1 : end + 1]
-        with compilations.of(batch=len(windows), bucket=width):
-            scored_BT = np.asarray(target_logprobs(config, params, tokens_BT, targets_BT))
-        for row, (start, done, end) in enumerate(windows):
-            logprobs[done:end] = scored_BT[row, done - start : end - start]
-    first = int(np.isnan(logprobs).argmax())  # 0 if none is
-    require_number(logprobs[first], first + 1)
-    return logprobs.tolist()
-
-
-def score(model, text: str | Sequence[int], stride: int | None = None) -> Score:
-    """Score of a text, or of token ids, under `model` (config, params, tokenizer)."""
-    if isinstance(text, str):
-        text = without_lone_surrogates(text)
-        ids, n_bytes = model.tokenizer.encode_ordinary(text), len(text.encode())
-    else:
-        ids = list(text)
-        require_ids(ids, model.config.vocab_size)
-        n_bytes = len(model.tokenizer.decode_bytes(ids))
-    eot = model.tokenizer.eot_token
-    require(
-        0 <= eot < model.config.vocab_size,
-        "the model has no end-of-text, which a scored text follows: it cannot be scored",
-    )
-    with on_mesh(model.mesh):
-        logprobs = score_ids(model.config, model.params, ids, eot, stride)
-    size = model.config.context_length
-    return Score(list(ids), logprobs, n_bytes, size, choose_stride(model.config, stride))
+    return jax.lax.map(score_row, (x_BTD, targets_BT)), cache

@@ -8,6 +8,7 @@ from gpt.errors import above_zero, check_names, not_negative, positive, require
 
 MAX_TEMPERATURE = 1e30  # within float32; all tokens are equally likely long before
 Full = Literal["stop", "error", "slide"]
+Prefix = Literal["bos", "eos", "none"]  # what stands before a text
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The recorder keeps what the forward pass computed, and samples what sample.py samples."""
 
+import dataclasses
 import math
 
 import byte_models
@@ -119,6 +120,7 @@ def test_it_ends_where_the_context_does(tied):
 
 def test_a_diverged_model_is_refused():
     model = byte_models.make_model(TIED)
-    model.params = jax.tree.map(lambda a: a * np.nan, model.params)
+    broken = jax.tree.map(lambda a: a * np.nan, model.params)
+    model = dataclasses.replace(model, params=broken)
     with pytest.raises(UserError, match="not a number"):
         record_tour(model, "abcdef", Settings(max_new_tokens=1, temperature=0))

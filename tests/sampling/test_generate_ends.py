@@ -6,22 +6,19 @@ import types
 import jax
 import numpy as np
 import pytest
-from byte_models import make_model
+from byte_models import CONFIG, make_model
 
 from gpt import flops, hardware
-from gpt.config import ModelConfig
 from gpt.data.tokenizers import IdTokenizer
 from gpt.errors import UserError
 from gpt.model import transformer
 from gpt.sampling import beam_search, engine, generate
 from gpt.sampling.settings import Settings
 
-CONFIG = ModelConfig(257, context_length=128, n_layers=2, n_heads=2, d_model=32)
-
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model(CONFIG)
+    return make_model()
 
 
 def ids(completions):
@@ -45,7 +42,7 @@ def test_end_of_text_ends_one_row_and_not_the_others(model):
     before = generate.complete(model, ["abc", "x"], settings)
     x_row = transformer.bind(CONFIG, model.params).hidden(np.array([[ord("x")]]))[0][0, 0]
     table = model.params["tokens"].at[eot].set(x_row * 100)
-    shouting = types.SimpleNamespace(**vars(model) | {"params": model.params | {"tokens": table}})
+    shouting = dataclasses.replace(model, params=model.params | {"tokens": table})
     ended = generate.complete(shouting, ["x"], settings)[0]
     assert ended.finish_reason == "eos" and ended.text == "" and ended.token_ids == []
     after = generate.complete(shouting, ["abc", "x"], settings)
@@ -66,6 +63,8 @@ def test_a_stream_is_refused_when_it_is_asked_for(model, prompt, settings, words
     """Not when its first piece is: by then a server has sent its headers."""
     with pytest.raises(UserError, match=words):
         generate.stream(model, [prompt], Settings(**settings))
+    with pytest.raises(UserError, match="show_probs is 258: expected 0 to 257"):
+        generate.stream(model, ["x"], Settings(), top=258)
 
 
 def test_a_full_context_slides_to_its_last_half(model):
@@ -88,8 +87,8 @@ def test_a_full_context_slides_to_its_last_half(model):
 
 def test_noise_goes_on_after_a_slide(model):
     """A slid row does not draw again what it drew at these places of the cache before."""
-    flat = types.SimpleNamespace(**vars(model))
-    flat.params = jax.tree.map(np.zeros_like, model.params)  # all tokens alike: noise alone decides
+    # All tokens are alike: noise alone decides.
+    flat = dataclasses.replace(model, params=jax.tree.map(np.zeros_like, model.params))
     settings = Settings(max_new_tokens=384, temperature=1, on_context_full="slide", ignore_eos=True)
     drawn = np.array(generate.complete(flat, [""], settings)[0].token_ids)
     half = CONFIG.context_length // 2
@@ -107,15 +106,6 @@ def test_a_long_prompt_slides_and_is_refused_otherwise(model):
         generate.complete(model, [last, long], Settings())
 
 
-def test_a_full_context_can_be_an_error(model):
-    settings = Settings(max_new_tokens=500, on_context_full="error", ignore_eos=True)
-    pieces = generate.stream(model, ["x" * 100], settings)
-    told = [next(pieces).text]
-    with pytest.raises(UserError, match="context of 128 tokens is full"):
-        told += [piece.text for piece in pieces]
-    assert generate.complete(model, ["x"], Settings(max_new_tokens=3, on_context_full="error"))
-
-
 def test_each_prompt_may_have_its_own_settings(model):
     each = [Settings(max_new_tokens=9, seed=3), Settings(max_new_tokens=5, num_samples=2)]
     done = generate.complete(model, ["ab", "cd"], each)
@@ -124,13 +114,6 @@ def test_each_prompt_may_have_its_own_settings(model):
     assert [c.sample for c in done] == [0, 0, 1]
     with pytest.raises(UserError, match="2 settings for 1 prompts"):
         generate.complete(model, ["ab"], each)
-
-
-def test_a_diverged_model_is_told(model):
-    broken = types.SimpleNamespace(**vars(model))
-    broken.params = jax.tree.map(lambda a: a * np.nan, model.params)
-    with pytest.raises(UserError, match="not a number at token 1"):
-        generate.complete(broken, ["a"], Settings())
 
 
 def test_where_nothing_can_follow_sampling_says_so(model):
@@ -149,8 +132,8 @@ def test_ids_outside_the_vocabulary_are_refused(model, prompt):
 
 def test_an_empty_prompt_needs_an_end_of_text(model):
     """Which a model without a tokenizer may not have; any id will do instead."""
-    nameless = types.SimpleNamespace(**vars(model) | {"tokenizer": IdTokenizer(257, -1)})
-    with pytest.raises(UserError, match="prompt is empty, and the model has no end-of-text to st"):
+    nameless = dataclasses.replace(model, tokenizer=IdTokenizer(257, -1))
+    with pytest.raises(UserError, match="prompt is empty, and no end-of-text stands before it"):
         generate.complete(nameless, [[]], Settings())
     assert generate.complete(nameless, [[7]], Settings(max_new_tokens=1))[0].prompt == "<7>"
 
@@ -173,15 +156,7 @@ def test_a_stop_string_of_half_a_character_is_met_at_the_end(model):
     assert (done.text, done.finish_reason) == ("", "stop")
 
 
-def test_numbers_that_no_device_can_hold(model):
-    done = generate.complete(model, ["a"], Settings(max_new_tokens=3, top_k=10**12))[0]
-    assert len(done.token_ids) == 3 or done.finish_reason == "eos"
-    settings = Settings(2**31 - 1, on_context_full="slide", logit_bias={5: 1e39}, seed=3)
-    pieces = generate.stream(model, ["a"], settings)
-    assert next(pieces) and next(pieces)
-
-
-@pytest.mark.parametrize(("longest", "slots"), [(0, 32), (29, 32), (30, 64), (127, 128)])
+@pytest.mark.parametrize(("longest", "slots"), [(29, 32), (30, 64)])
 @pytest.mark.parametrize("search", [False, True], ids=["samples", "beams"])
 def test_more_rows_than_memory_holds_are_refused_before_they_are_made(
     model, search, longest, slots, monkeypatch
@@ -219,15 +194,13 @@ def test_room_is_counted_for_each_device(monkeypatch):
         "whole": jax.ShapeDtypeStruct((10,), np.float32, sharding=whole),
     }
     sharded = types.SimpleNamespace(config=CONFIG, params=params, mesh=mesh)
-    n_rows, slots = 8, 32
-    shared = flops.cache_bytes(CONFIG, n_rows, slots) + 9 * n_rows * CONFIG.vocab_size
+    shared = flops.cache_bytes(CONFIG, 8, 32) + 9 * 8 * CONFIG.vocab_size
     need = (8 * 16 // 4 + 10) * 4 + shared // 4
-    one = Settings(num_samples=n_rows, max_new_tokens=1)
     monkeypatch.setattr(hardware, "memory", lambda: (need, "a small device"))
-    generate.require_room(sharded, [one], [3])
+    generate.require_room(sharded, 8, longest=3)
     monkeypatch.setattr(hardware, "memory", lambda: (need - 1, "a small device"))
     with pytest.raises(UserError, match="8 rows of 32 tokens"):
-        generate.require_room(sharded, [one], [3])
+        generate.require_room(sharded, 8, longest=3)
 
 
 def test_end_of_text_has_its_likeliest_tokens_too(model):
@@ -273,8 +246,3 @@ def test_one_row_may_fail_after_its_neighbours_have_ended(model):
 def test_impossible_settings_are_refused(setting, value):
     with pytest.raises(UserError, match=setting):
         Settings(**{setting: value})
-
-
-def test_settings_are_hashable():
-    a, b = (Settings(logit_bias={3: bias}, stop=("x",)) for bias in (1.0, 2.0))
-    assert {a: "a", b: "b"}[Settings(logit_bias={3: 1.0}, stop=("x",))] == "a"

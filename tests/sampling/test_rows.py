@@ -6,7 +6,7 @@ import pytest
 from byte_models import make_model
 
 from gpt.config import ModelConfig
-from gpt.sampling import cache_check, generate
+from gpt.sampling import generate
 from gpt.sampling.settings import Settings
 
 pytestmark = pytest.mark.exact
@@ -59,12 +59,12 @@ def same_alone(alone: tuple, together: tuple, allowed: float) -> bool:
     return alone[2:] == together[2:]
 
 
-@pytest.mark.parametrize("n_batches", [150, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_batches", [25, pytest.param(1000, marks=pytest.mark.slow)])
 def test_rows_do_not_see_each_other_in_random_batches(n_batches):
     """Within a shape to the bit: in another place, beside other rows. Alone, another shape, within
     rounding; where the draw lies within it, at most one row in a thousand may differ."""
     model = make_model(CONFIG)
-    allowed = 2 * cache_check.make_probe(CONFIG, model.params).allowed  # a logit's, and the sum's
+    allowed = 4e-5 * max(1, float(model.logits("a text").std()))
     exempt = 0
     for number in range(n_batches):
         rng = np.random.default_rng(number)
@@ -76,11 +76,10 @@ def test_rows_do_not_see_each_other_in_random_batches(n_batches):
             assert i == out or others[at] == together[i], f"batch {number}, row {i}"
         for row, drawn in zip(rows, together, strict=True):
             exempt += not same_alone(run(model, [row])[0], drawn, allowed)
-    print(f"{exempt} of {n_batches * B} rows drew another token alone than in a batch")
     assert exempt <= max(1, n_batches * B // 1000)
 
 
-@pytest.mark.parametrize("n_models", [60, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_models", [12, pytest.param(500, marks=pytest.mark.slow)])
 def test_chunks_cut_nothing_in_random_models(n_models):
     """The bytes streamed are the bytes collected; U+FFFD stands only where the model's own bytes
     are no UTF-8; a stop string cuts at the same byte."""
@@ -109,6 +108,5 @@ def test_chunks_cut_nothing_in_random_models(n_models):
                 assert not any(text in completion.text for text in stop)
             else:
                 assert said == completion.text
-    assert (
-        stopped > n_models / 5 and characters > n_models / 10
-    )  # there was something to cut, and to break
+    # There was something to cut, and to break.
+    assert stopped > n_models / 5 and characters > n_models / 10

@@ -1,123 +1,148 @@
-"""Scores of given text: of any length, each token once, from a few programs."""
+"""Scores of given text: of any length, each token once, from a few programs, in little memory."""
 
+import dataclasses
 import math
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from byte_models import make_model
 
+from gpt import hardware
 from gpt.compile_log import Stopwatch
 from gpt.config import ModelConfig
+from gpt.data.tokenizers import IdTokenizer
 from gpt.errors import UserError
 from gpt.model import transformer
-from gpt.sampling import scoring
+from gpt.sampling import engine, scoring
 
-CONFIG = ModelConfig(50, context_length=16, n_layers=2, n_heads=2, d_model=16)
-EOT = 49
+CONFIG = ModelConfig(257, context_length=16, n_layers=2, n_heads=2, d_model=16)
+EOT = 256
 forward = jax.jit(transformer.forward, static_argnums=0)
 
 
 @pytest.fixture(scope="module")
-def params():
-    stacked = transformer.init(CONFIG, jax.random.key(0))
-    return transformer.unstack(jax.tree.map(lambda a: a * 5, stacked))
+def model():
+    return make_model(CONFIG, loudness=5.0)
 
 
 def random_ids(length):
-    return np.random.default_rng(length).integers(49, size=length).tolist()
+    return np.random.default_rng(length).integers(EOT, size=length).tolist()
 
 
-def full(params, sequence):
-    """log p of each token of `sequence` but the first, from one pass over all of it."""
-    padded = np.zeros((1, CONFIG.context_length), np.int32)
-    padded[0, : len(sequence) - 1] = sequence[:-1]
-    logits = forward(CONFIG, params, padded)[0]
-    logp = np.asarray(jax.nn.log_softmax(logits, axis=-1))
-    return [float(logp[i, token]) for i, token in enumerate(sequence[1:])]
-
-
-def one_by_one(params, ids, stride):
+def one_by_one(model, ids, stride):
     """Hugging Face's loop: a window every `stride` tokens, each predicts what is new in it."""
     sequence, expected = [EOT, *ids], []
     for start in range(0, len(ids), stride):
-        window = full(params, sequence[start : start + 17])
-        expected += window[len(expected) - start :]
+        window = sequence[start : start + 17]
+        padded = np.zeros((1, 16), np.int32)
+        padded[0, : len(window) - 1] = window[:-1]
+        logprobs = np.asarray(jax.nn.log_softmax(forward(CONFIG, model.params, padded)[0]))
+        new = range(len(expected) - start, len(window) - 1)
+        expected += [float(logprobs[i, window[i + 1]]) for i in new]
         if start + 16 >= len(ids):
             return expected
 
 
-def test_a_text_within_the_context(params):
-    ids = random_ids(16)
-    scores = scoring.score_ids(CONFIG, params, ids, EOT)
-    assert np.allclose(scores, full(params, [EOT, *ids]), atol=1e-5)
-
-
 @pytest.mark.parametrize("stride", [1, 8, 15, 16, None])
-@pytest.mark.parametrize("length", [1, 17, 33, 50])
-def test_a_longer_text_is_read_in_windows(params, length, stride):
+@pytest.mark.parametrize("length", [1, 16, 17, 50])
+def test_a_text_is_read_in_windows(model, length, stride):
     """Read eight at a time or one by one, each token keeps its log-probability."""
     ids = random_ids(length)
-    scores = scoring.score_ids(CONFIG, params, ids, EOT, stride)
-    assert np.allclose(scores, one_by_one(params, ids, stride or 8), atol=1e-5)
+    scored = model.score(ids, stride)
+    assert np.allclose(scored.logprobs, one_by_one(model, ids, stride or 8), atol=1e-5)
+    assert (scored.token_ids, scored.prefix, scored.stride) == (ids, [EOT], stride or 8)
 
 
-@given(n=st.integers(1, 200), size=st.integers(1, 20), data=st.data())
-def test_windows_predict_each_token_once_with_enough_before_it(n, size, data):
-    stride = data.draw(st.integers(1, size))
-    windows = scoring.cut_windows(n, size, stride)
-    assert [i for _, done, end in windows for i in range(done, end)] == list(range(n))
-    for i, (start, done, end) in enumerate(windows):
-        assert start == i * stride <= done and end - start <= size
-        assert i == 0 or done - start == size - stride
-    grouped = scoring.batches(windows)
-    assert [window for group in grouped for window in group] == windows
-    assert {len(group) for group in grouped} <= {1, scoring.ROWS}
-    assert [len(group) for group in grouped].count(1) < scoring.ROWS
+def test_a_long_window_is_read_in_pieces_over_the_cache(monkeypatch):
+    """The last piece is smaller; the result is that of one pass."""
+    model = make_model(dataclasses.replace(CONFIG, context_length=72), loudness=5.0)
+    ids = random_ids(150)
+    whole = model.score(ids)
+    monkeypatch.setattr(engine, "PIECE", 32)
+    shapes, honest = [], scoring.target_logprobs
+
+    def noting(config, params, cache, tokens_BT, targets_BT, width):
+        shapes.append((tokens_BT.shape, cache.capacity))
+        return honest(config, params, cache, tokens_BT, targets_BT, width)
+
+    monkeypatch.setattr(scoring, "target_logprobs", noting)
+    assert np.allclose(model.score(ids).logprobs, whole.logprobs, atol=2e-5)
+    assert set(shapes) == {((1, 32), 0), ((1, 32), 72), ((1, 8), 72)}
 
 
-def test_any_length_takes_few_programs(params):
+def test_windows_that_exceed_memory_are_refused_and_smaller_ones_are_not(monkeypatch):
+    model = make_model(dataclasses.replace(CONFIG, context_length=4096), loudness=5.0)
+    need = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) + 20_000_000
+    monkeypatch.setattr(hardware, "memory", lambda: (need, "a small machine"))
+    with pytest.raises(UserError, match=r"4,096 tokens take .* score in smaller ones \(--window\)"):
+        model.score(random_ids(4000))
+    score = model.score(random_ids(100), window=32)
+    assert (score.context, score.stride) == (32, 16)
+
+
+def test_any_length_takes_few_programs(model):
     for length in (17, 16 * 12):  # windows one by one, and in a batch
-        scoring.score_ids(CONFIG, params, random_ids(length), EOT)
+        model.score(random_ids(length))
     with Stopwatch() as watch:
         for length in range(16 * 12 + 1, 400, 31):
-            scoring.score_ids(CONFIG, params, random_ids(length), EOT)
+            model.score(random_ids(length))
     assert watch.programs == 0
 
 
 def test_totals():
-    made = scoring.Score([1, 2], [-1.0, -3.0], n_bytes=4, context=16, stride=8)
+    made = scoring.Score([1, 2], [-1.0, -3.0], 4, context=16, stride=8, prefix=[0])
     assert made.mean_nll == 2.0
     assert made.perplexity == pytest.approx(np.e**2)
     assert made.bits_per_byte == pytest.approx(4 / np.log(2) / 4)
+    assert dataclasses.replace(made, logprobs=[-1e4]).perplexity == math.inf
+    assert math.isnan(dataclasses.replace(made, logprobs=[math.nan]).perplexity)
 
 
-@pytest.mark.parametrize(("nll", "expected"), [(1e4, math.inf), (math.nan, math.nan)])
-def test_totals_of_a_hopeless_model(nll, expected):
-    perplexity = scoring.Score([1], [-nll], n_bytes=1, context=16, stride=8).perplexity
-    assert perplexity == expected or (math.isnan(perplexity) and math.isnan(expected))
+def test_what_is_no_text_has_no_bytes(model):
+    """Special tokens are predicted like others, and count no byte; bare ids are no text at all."""
+    plain, marked = model.score(list(b"abc")), model.score([*b"abc", EOT])
+    assert (plain.n_bytes, marked.n_bytes) == (3, 3)
+    assert marked.bits_per_byte > plain.bits_per_byte
+    assert model.score([EOT]).bits_per_byte is None
+    bare = dataclasses.replace(model, tokenizer=IdTokenizer(257, EOT)).score([101, 102])
+    assert bare.bits_per_byte is None and bare.to_json()["bits_per_byte"] is None
+    assert "bits per byte" not in str(bare) and "bits per byte" in str(plain)
 
 
-def test_a_score_that_is_no_number_is_refused(params, monkeypatch):
+def test_without_a_prefix_the_first_token_is_not_scored(model):
+    alone = dataclasses.replace(model, prefix="none")
+    assert alone.score([EOT, *b"abc"]).logprobs == model.score("abc").logprobs
+    assert alone.score("abc").token_ids == [*b"bc"]
+    with pytest.raises(UserError, match="nothing to score"):
+        alone.score("a")
+
+
+def test_a_score_that_is_no_number_is_refused(model, monkeypatch):
     """By the first token that has none, of a text in two windows."""
     honest = scoring.target_logprobs
-    monkeypatch.setattr(scoring, "target_logprobs", lambda *a: honest(*a).at[:, 12].set(np.nan))
+
+    def broken(*args):
+        logprobs_BT, cache = honest(*args)
+        return logprobs_BT.at[:, 12].set(np.nan), cache
+
+    monkeypatch.setattr(scoring, "target_logprobs", broken)
     with pytest.raises(UserError, match="the model's output is not a number at token 13: its"):
-        scoring.score_ids(CONFIG, params, random_ids(20), EOT)
+        model.score(random_ids(20))
 
 
 @pytest.mark.parametrize(
-    ("ids", "stride", "words"),
+    ("ids", "settings", "words"),
     [
-        ([], None, "nothing to score"),
-        ([3, 50], None, "no token has the id 50: expected 0 to 49"),
-        ([-1], None, "the id -1"),
-        ([2**70], None, "expected 0 to 49"),
-        ([1], 0, "stride is 0: expected 1 to 16"),
-        ([1], 17, "stride is 17"),
+        ([], {}, "nothing to score"),
+        ([3, 257], {}, "no token has the id 257: expected 0 to 256"),
+        ([-1], {}, "the id -1"),
+        ([2**70], {}, "expected 0 to 256"),
+        ([1], {"stride": 0}, "stride is 0: expected 1 to 16"),
+        ([1], {"window": 8, "stride": 9}, "stride is 9: expected 1 to 8"),
+        ([1], {"window": 17}, "window is 17: expected 1 to 16"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(ids, stride, words, params):
+def test_what_cannot_be_scored_is_refused(ids, settings, words, model):
     with pytest.raises(UserError, match=words):
-        scoring.score_ids(CONFIG, params, ids, EOT, stride)
+        model.score(ids, **settings)

@@ -1,0 +1,75 @@
+"""Ids that are not text: what ends a text, what stands before one, what must not be drawn."""
+
+import json
+import re
+from dataclasses import dataclass
+
+from gpt.data.hf_tokenizer import HFTokenizer
+from gpt.data.tokenizers import END_OF_TEXT, IdTokenizer
+from gpt.errors import require
+from gpt.sampling.settings import Prefix
+
+UNUSED = re.compile(r"<\|unused_\d+\|>")  # the name that an id of the vocabulary has if it has none
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """ends: the ids that end a text, the first of which is also put before one. before: what the
+    tokenizer puts before a text. bos: the id that config.json calls so. not_text: ids that stand
+    for no text. unused: ids without a token."""
+
+    ends: tuple[int, ...] = ()
+    before: tuple[int, ...] = ()
+    bos: int | None = None
+    not_text: frozenset[int] = frozenset()
+    unused: tuple[int, ...] = ()
+
+    def prefix(self, wanted: Prefix | None, before_ids: bool = False) -> list[int]:
+        """The ids that stand before a text or, `before_ids`, before ids that were given as such.
+
+        By default a text gets what its tokenizer puts there, and ids nothing. UserError if the
+        model does not have what is wanted.
+        """
+        if wanted == "bos":
+            require(self.bos is not None, "--prefix bos: the model has no beginning-of-text token")
+            return [self.bos]
+        if wanted == "eos":
+            require(bool(self.ends), "--prefix eos: the model has no end-of-text token")
+            return [self.ends[0]]
+        if wanted == "none" or before_ids:
+            return []
+        return list(self.before)
+
+
+def find_special_ids(tokenizer) -> SpecialIds:
+    """The special ids of any tokenizer of gpt/data/tokenizers.py."""
+    eot = tokenizer.eot_token
+    ends = (eot,) if eot >= 0 else ()
+    if isinstance(tokenizer, IdTokenizer):
+        return SpecialIds(ends, not_text=frozenset(range(tokenizer.n_vocab)))
+    if not isinstance(tokenizer, HFTokenizer):
+        names = getattr(tokenizer, "special_tokens", {END_OF_TEXT: eot})
+        unused = [i for name, i in names.items() if UNUSED.fullmatch(name)]
+        return SpecialIds(ends, not_text=frozenset(names.values()), unused=tuple(unused))
+
+    # Every end that config.json or generation_config.json names.
+    generation = json.loads(tokenizer.files.get("generation_config.json", "{}"))
+    for named in (tokenizer.special_ids.get("eos_token_id"), generation.get("eos_token_id")):
+        ends += tuple(named) if isinstance(named, list) else (named,)
+    ends = dict.fromkeys(i for i in ends if isinstance(i, int) and 0 <= i < tokenizer.n_vocab)
+
+    as_in_transformers = tokenizer.as_in_transformers
+    encoded = as_in_transformers.encode("a", add_special_tokens=True)
+    n_before = 0
+    if 0 in encoded.special_tokens_mask:
+        n_before = encoded.special_tokens_mask.index(0)
+    added = as_in_transformers.get_added_tokens_decoder()
+    known = set(as_in_transformers.get_vocab(with_added_tokens=True).values())
+    before = tuple(encoded.ids[:n_before])
+    return SpecialIds(
+        ends=tuple(ends),
+        before=before,
+        bos=tokenizer.special_ids.get("bos_token_id", before[0] if before else None),
+        not_text=frozenset(i for i, token in added.items() if token.special),
+        unused=tuple(i for i in range(tokenizer.n_vocab) if i not in known),
+    )
