@@ -180,13 +180,11 @@ def require_usable(model, settings: Sequence[Settings], top: int = 0) -> None:
 
 
 def read_prompt(model, prompt: Prompt) -> PromptTokens:
-    """A prompt, text or token ids, as both, after what stands before it (`model.prefix`). An empty
-    one stands for end-of-text, with which every document began, unless something else does."""
+    """A prompt, text or token ids, as both, after what stands before it (`model.prefix`)."""
     tokenizer, vocab_size = model.tokenizer, model.config.vocab_size
     if isinstance(prompt, str):
         text, unfinished = without_lone_surrogates(prompt), b""
         own_ids = tokenizer.encode_ordinary(text)
-        before = model.special_ids.prefix(model.prefix)
     else:
         for token in prompt:
             require(
@@ -195,9 +193,8 @@ def read_prompt(model, prompt: Prompt) -> PromptTokens:
             )
         own_ids = [int(token) for token in prompt]
         text, unfinished = split_end(tokenizer.decode_bytes(own_ids))
-        before = model.special_ids.prefix(model.prefix, before_ids=bool(own_ids))
-    if not own_ids and not before and model.prefix is None:
-        before = list(model.special_ids.ends[:1])
+    are_ids = len(own_ids) > 0 and not isinstance(prompt, str)
+    before = model.special_ids.prefix(model.prefix, are_ids, is_needed=not own_ids)
     require(
         bool(before or own_ids),
         "the prompt is empty, and no end-of-text stands before it: give at least one token",

@@ -107,14 +107,7 @@ def score(
             f"no token has the id {token}: expected 0 to {config.vocab_size - 1}",
         )
 
-    prefix = special.prefix(model.prefix)
-    if model.prefix is None:
-        prefix = prefix or list(special.ends[:1])
-        require(
-            bool(prefix),
-            "the model has no end-of-text, which a scored text follows: --prefix none leaves the "
-            "first token unscored",
-        )
+    prefix = special.prefix(model.prefix, is_needed=True)
     if not prefix:
         prefix, ids = ids[:1], ids[1:]
     require(len(ids) > 0, "there is nothing to score: expected a text of at least one token")

@@ -24,11 +24,14 @@ class SpecialIds:
     not_text: frozenset[int] = frozenset()
     unused: tuple[int, ...] = ()
 
-    def prefix(self, wanted: Prefix | None, before_ids: bool = False) -> list[int]:
+    def prefix(
+        self, wanted: Prefix | None, before_ids: bool = False, is_needed: bool = False
+    ) -> list[int]:
         """The ids that stand before a text or, `before_ids`, before ids that were given as such.
 
-        By default a text gets what its tokenizer puts there, and ids nothing. UserError if the
-        model does not have what is wanted.
+        By default a text gets what its tokenizer puts there, and ids nothing; where that is nothing
+        and `is_needed`, it is end-of-text, with which every document began. UserError if the model
+        does not have what is wanted.
         """
         if wanted == "bos":
             require(self.bos is not None, "--prefix bos: the model has no beginning-of-text token")
@@ -36,9 +39,10 @@ class SpecialIds:
         if wanted == "eos":
             require(bool(self.ends), "--prefix eos: the model has no end-of-text token")
             return [self.ends[0]]
-        if wanted == "none" or before_ids:
-            return []
-        return list(self.before)
+        before = [] if before_ids or wanted == "none" else self.before
+        if is_needed and not before and wanted is None:
+            before = self.ends[:1]
+        return list(before)
 
 
 def find_special_ids(tokenizer) -> SpecialIds:

@@ -116,6 +116,8 @@ def test_without_a_prefix_the_first_token_is_not_scored(model):
     assert alone.score("abc").token_ids == [*b"bc"]
     with pytest.raises(UserError, match="nothing to score"):
         alone.score("a")
+    endless = dataclasses.replace(model, tokenizer=IdTokenizer(257, -1))
+    assert endless.score([1, 2, 3]).token_ids == [2, 3]
 
 
 def test_a_score_that_is_no_number_is_refused(model, monkeypatch):
