@@ -315,8 +315,9 @@ def draw_chart(title: str, runs: Sequence[Run]) -> Figure | None:
         steps, counts = run.curve("skipped")
         growth = np.diff(counts, prepend=0)
         grown = [step for step, more in zip(steps, growth, strict=True) if more > 0]
-        at_foot = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-        axes.plot(grown, [0] * len(grown), "v", color=RED, gid=f"skipped-{i}", **at_foot)
+        if grown:
+            at_foot = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+            axes.plot(grown, [0] * len(grown), "v", color=RED, gid=f"skipped-{i}", **at_foot)
     return figure
 
 
