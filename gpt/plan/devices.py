@@ -9,7 +9,9 @@ import jax
 from gpt.errors import UserError, require
 
 GB, TERA = 10**9, 10**12
-GPUS_OF_A_NODE = 8
+SLICE = r"\d+(x\d+)+"  # the shape of a slice of TPUs
+GPUS = r"([1-9]\d*x)?[1-8]"  # nodes, and GPUs in each
+COMPILERS = {"tpu": ["libtpu"], "cuda": ["jax_cuda13_plugin", "jax_cuda12_plugin"]}
 JAX_TAKES = 0.75  # of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 
 
@@ -88,36 +90,32 @@ def topology_devices(topology: str) -> tuple[list, Chip]:
     """
     kind, _, shape = topology.partition(":")
     chip = CHIPS.get(kind)
-    is_slice = re.fullmatch(r"\d+(x\d+)+" if chip and not chip.is_gpu else r"(\d+x)?\d+", shape)
+    form = GPUS if chip and chip.is_gpu else SLICE
     require(
-        chip is not None and is_slice is not None,
+        chip is not None and re.fullmatch(form, shape) is not None,
         f"--topology {topology}: expected a chip ({', '.join(CHIPS)}) and how many: the shape of a "
-        "slice of TPUs as in v5e:16x16, GPUs as in h100:8, or nodes x GPUs as in h100:4x8",
-    )
-    sizes = [int(size) for size in shape.split("x")]
-    require(
-        not chip.is_gpu or (0 < sizes[-1] <= GPUS_OF_A_NODE and sizes[0] > 0),
-        f"--topology {topology}: expected 1 to {GPUS_OF_A_NODE} GPUs in a node, and several nodes "
-        f"as in {kind}:4x{GPUS_OF_A_NODE}",
+        "slice of TPUs as in v5e:16x16, up to 8 GPUs of a node as in h100:8, or nodes x GPUs as in "
+        "h100:4x8",
     )
     extra = "cuda" if chip.is_gpu else "tpu"
-    modules = ("jax_cuda13_plugin", "jax_cuda12_plugin") if chip.is_gpu else ("libtpu",)
     require(
-        any(importlib.util.find_spec(module) for module in modules),
-        f"--topology {kind} needs its compiler, preferably in an environment of its own: "
+        any(importlib.util.find_spec(module) for module in COMPILERS[extra]),
+        f"--topology {topology} needs its compiler, preferably in an environment of its own: "
         f"pip install -e '.[{extra}]'",
     )
     from jax.experimental import topologies
 
     jax.config.update("jax_platforms", "cpu")
-    name, platform, options = topology, "tpu", {}
-    if chip.is_gpu:
-        target = TARGET.format(name=kind.upper(), **vars(chip))
-        n_nodes = sizes[0] if len(sizes) == 2 else 1
-        name, platform = "", "cuda"
-        options = {"target_config": target, "topology": f"1x{n_nodes}x{sizes[-1]}"}
     try:
-        found = topologies.get_topology_desc(name, platform, **options).devices
+        if chip.is_gpu:
+            nodes, _, gpus = shape.rpartition("x")
+            target = TARGET.format(name=kind.upper(), **vars(chip))
+            slices = f"1x{nodes or 1}x{gpus}"
+            found = topologies.get_topology_desc(
+                "", "cuda", target_config=target, topology=slices
+            ).devices
+        else:
+            found = topologies.get_topology_desc(topology, "tpu").devices
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -165,10 +165,10 @@ def test_flags_that_make_no_plan_are_refused(flags, said):
     ("topology", "said"),
     [
         ("x100:8", "expected a chip (a100, h100"),
-        ("h100", "GPUs as in h100:8"),
+        ("h100", "GPUs of a node as in h100:8"),
         ("v5e:16", "TPUs as in v5e:16x16"),
-        ("h100:16", "expected 1 to 8 GPUs in a node"),
-        ("h100:0", "expected 1 to 8 GPUs in a node"),
+        ("h100:16", "up to 8 GPUs of a node"),
+        ("h100:0", "up to 8 GPUs of a node"),
         ("h100:8", "pip install -e '.[cuda]'"),
         ("v5e:4x4", "pip install -e '.[tpu]'"),
     ],
