@@ -84,9 +84,10 @@ def figures(program: PlannedProgram, mesh: Mesh, chip: devices.Chip, predicted: 
     # The time of the work at the chip's peak, and of sending everything over one ring: without any
     # overlap of the two they add up, with full overlap the longer one counts.
     plan = absent.describe(program, compiled, mesh, chip)
-    sent = sum(over["bytes"] for over in plan["sent"].values())
+    totals = [total for kinds in plan["sent"].values() for total in kinds.values()]
+    sent = sum(total["bytes"] for total in totals)
     work, links = plan["floor_seconds"], sent / chip.link_bytes_per_second
-    moved = predicted_bytes.moved(compiled, mesh)
+    moved = predicted_bytes.moved(plan, mesh.shape)
     return {
         "given": plan["given_bytes"],
         "total": memory_plan.need_of(compiled).total,

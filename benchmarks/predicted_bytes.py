@@ -1,6 +1,6 @@
 """The bytes that a mesh must move in a step, predicted from the config alone.
 
-benchmarks/pods.py and tests/plan/test_predicted_bytes.py hold compiled programs against this. The
+benchmarks/pods.py and tests/plan/test_plan.py hold compiled programs against this. The
 predictions describe what XLA's CPU and TPU compilers of jax 0.10 to 0.12 write.
 
 A row is (what, axes): arrays gathered or reduced over those axes of the mesh. Its bytes are those
@@ -15,13 +15,11 @@ from collections import Counter
 from collections.abc import Mapping
 
 import jax
-from jax.sharding import Mesh
 
 from gpt import sharding
 from gpt.config import ModelConfig, TrainConfig
 from gpt.flops import ITEM_BYTES
 from gpt.model import transformer
-from gpt.plan import collectives, program_text
 from gpt.training.loss import count_chunks, recomputes_logits
 
 Row = tuple[str, tuple[str, ...]]
@@ -29,11 +27,18 @@ BATCH = ("data", "fsdp")
 WHAT = {"all-gather": "gather", "all-reduce": "reduce", "reduce-scatter": "reduce"}
 
 
-def moved(compiled: jax.stages.Compiled, mesh: Mesh) -> Counter:
-    """Bytes by row of the collectives of a compiled program."""
+def moved(program: Mapping, mesh: Mapping[str, int]) -> Counter:
+    """Bytes by row of the collectives of a program of a plan (train.py --json), for a mesh of these
+    sizes: rings send all but a device's own part, and of an all-reduce twice (Chan et al. 2007)."""
     rows = Counter()
-    for one in collectives.find(program_text.read(compiled.as_text()), mesh.shape):
-        rows[WHAT.get(one.kind, one.kind), one.axes] += one.n_bytes * one.n_runs
+    for names, kinds in program["sent"].items():
+        axes = tuple(name for name in mesh if name in names.split("+"))
+        n = math.prod(mesh[name] for name in axes)
+        for kind, total in kinds.items():
+            whole = total["bytes"]
+            if kind in WHAT:
+                whole *= n / (n - 1) / (2 if kind == "all-reduce" else 1)
+            rows[WHAT.get(kind, kind), axes] += round(whole)
     return rows
 
 

@@ -68,7 +68,8 @@ def print_plan(args, preset_config: TrainConfig) -> int:
             log(line)
         described.append(figures)
     if args.json:
-        plan = {"topology": args.topology, "programs": described}
+        state = state_bytes(config, mesh)
+        plan = {"topology": args.topology, "state_bytes": state, "programs": described}
         args.json.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
     return 0
 
@@ -106,11 +107,12 @@ def describe(
     virtual device, and kernels and the expected time of anything but a GPU."""
     text = program_text.read(compiled.as_text())
     sent = collectives.find(text, mesh.shape)
-    sent_over: dict[str, dict] = {}
+    sent_over: dict[str, dict[str, dict]] = {}
     for one in sent:
-        axis = sent_over.setdefault("+".join(one.axes) or "none", {"bytes": 0})
-        axis["bytes"] += one.sent_bytes
-        axis[one.kind] = axis.get(one.kind, 0) + one.n_runs
+        kinds = sent_over.setdefault("+".join(one.axes) or "none", {})
+        total = kinds.setdefault(one.kind, {"bytes": 0, "runs": 0})
+        total["bytes"] += one.sent_bytes
+        total["runs"] += one.n_runs
 
     floor = None
     if chip:
@@ -184,24 +186,29 @@ def memory_line(compiled: jax.stages.Compiled, limit: float | None) -> str:
 
 def program_lines(figures: dict) -> Iterator[str]:
     """What a program sends over each axis of the mesh, or set of axes, how long it takes, and the
-    kernels that take longest; most first."""
-    for axes, sent in sorted(figures["sent"].items(), key=lambda item: -item[1]["bytes"]):
-        listed = ", ".join(f"{n} {kind}" for kind, n in sent.items() if kind != "bytes")
-        yield f"  sends over {axes}: {sent['bytes'] / MB:,.3f} MB ({listed})"
+    kernels that take longest; most first. Less than a kilobyte sent is left out."""
+    over_axes = []
+    for axes, kinds in figures["sent"].items():
+        listed = ", ".join(f"{total['runs']} {kind}" for kind, total in kinds.items())
+        over_axes.append((sum(total["bytes"] for total in kinds.values()), axes, listed))
+    for n_bytes, axes, listed in sorted(over_axes, reverse=True):
+        if n_bytes >= 1000:
+            yield f"  sends over {axes}: {n_bytes / MB:,.3f} MB ({listed})"
 
     floor, expected = figures["floor_seconds"], figures["expected_seconds"]
-    if floor and not expected:
+    if floor is not None:
         yield f"  takes at least {floor * 1e3:,.3f} ms"
-    if not expected:
+    if expected is None:
         return
-    yield (
-        f"  expected: {expected * 1e3:,.3f} ms, at least {floor * 1e3:,.3f} ms: "
-        f"{floor / expected:.0%} {figures['bound']}; {figures['kernels']:,} kernels, "
-        f"{figures['moved_bytes'] / 1e9:,.2f} GB, {figures['flops'] / 1e12:,.3f} TFLOP"
-    )
     loops, branches = figures["data_dependent_loops"], figures["conditionals"]
-    if loops or branches:
-        yield f"  steered by data: {loops} loop(s), counted as one turn, and {branches} branch(es)"
+    share = f", {floor / expected:.0%} {figures['bound']}"
+    if loops:
+        share = f", with one turn of {loops} loop(s) whose length depends on data"
+    yield (
+        f"  expected: {expected * 1e3:,.3f} ms{share}; {figures['kernels']:,} kernels, "
+        f"{figures['moved_bytes'] / 1e9:,.2f} GB, {figures['flops'] / 1e12:,.3f} TFLOP, "
+        f"{branches} branch(es)"
+    )
     yield "         ms    runs         MB     GFLOP  kernel, and the line that it comes from"
     for kernel in figures["top"]:
         yield (
