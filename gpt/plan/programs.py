@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from gpt import flops, sharding
@@ -55,9 +56,10 @@ def planned(config: TrainConfig, mesh: Mesh) -> list[PlannedProgram]:
         remaining_B=count_B,
         seen_BV=jax.ShapeDtypeStruct((n_rows, c.vocab_size), jnp.bool_),
         dropped_B=count_B,
-        eot=jax.ShapeDtypeStruct((), jnp.int32),
+        eot=jax.ShapeDtypeStruct((1,), jnp.int32),
     )
-    sampling = generate.sampling_params([Settings()] * n_rows, c.vocab_size, eot=0)
+    no_bias_V = np.zeros(c.vocab_size, np.float32)
+    sampling = generate.sampling_params([Settings()] * n_rows, [no_bias_V] * n_rows)
 
     def compile_sampling(function, *args, **static) -> jax.stages.Compiled:
         with sharding.on_mesh(mesh):
