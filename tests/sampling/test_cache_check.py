@@ -31,7 +31,11 @@ def passes(check, dtype="float32"):
 @pytest.mark.exact
 @pytest.mark.parametrize(
     ("n_kv_heads", "dtype"),
-    [(2, "float32"), (4, "bfloat16"), pytest.param(1, "float32", marks=pytest.mark.slow)],
+    [
+        (2, "float32"),
+        pytest.param(4, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(1, "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_contract_holds(n_kv_heads, dtype):
     config = dataclasses.replace(CONFIG, n_kv_heads=n_kv_heads).computing_in(dtype)
