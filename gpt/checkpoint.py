@@ -180,6 +180,8 @@ class CheckpointManager(contextlib.AbstractContextManager):
         try:
             yield
         except (OSError, ValueError) as error:  # tensorstore's errors are ValueErrors
+            if distributed.is_lost_peer(error):
+                raise
             self.failed = True
             with contextlib.suppress(OSError, ValueError):
                 self._orbax.wait()  # or it would raise the same error at the next save

@@ -236,6 +236,11 @@ def exit_together() -> Iterator[None]:
         raise
 
 
+def is_lost_peer(error: Exception) -> bool:
+    """Whether an error of JAX or orbax means that another process of this run is gone."""
+    return is_multi_process() and any(word in str(error) for word in LOST_PEER)
+
+
 @contextlib.contextmanager
 def report_lost_peer() -> Iterator[None]:
     """Raise Failed, one sentence, if a collective fails because another process is gone.
@@ -247,8 +252,8 @@ def report_lost_peer() -> Iterator[None]:
     except Failed:
         disconnect()
         raise
-    except jax.errors.JaxRuntimeError as error:
-        if not is_multi_process() or not any(word in str(error) for word in LOST_PEER):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if not is_lost_peer(error):
             raise
         raise Failed(
             "another process of this run has ended or cannot be reached "

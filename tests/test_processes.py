@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -24,16 +23,10 @@ ENDLESS += ["--save-every", NEVER]
 HEARTBEAT = 10  # seconds, where the death of a process is tested
 
 
-@dataclass
-class Trainer:
-    """One process of a run."""
+class Trainer(subprocess.Popen):
+    """One process of a run, and what it has said when it has ended."""
 
-    process: subprocess.Popen
-    err: str = ""
-
-    @property
-    def code(self):
-        return self.process.returncode
+    err = ""
 
 
 def free_port() -> int:
@@ -53,28 +46,26 @@ def training(n: int, *argv, own=lambda i: ()):
         for i in range(n):
             words = [sys.executable, ROOT / "train.py", *argv, *own(i)]
             words += [*where, i] if n > 1 else ["--num-processes", 1]
-            process = subprocess.Popen(
-                [str(word) for word in words], env=env, stderr=subprocess.PIPE, text=True
-            )
-            started.append(Trainer(process))
+            words = [str(word) for word in words]
+            started.append(Trainer(words, env=env, stderr=subprocess.PIPE, text=True))
         yield started
     finally:
         for trainer in started:
-            trainer.process.kill()
-            trainer.process.communicate()
+            trainer.kill()
+            trainer.communicate()
 
 
 def wait(trainers: list[Trainer], seconds: float = 300) -> None:
     """Until all have ended by themselves."""
     for trainer in trainers:
-        trainer.err = trainer.process.communicate(timeout=seconds)[1]
+        trainer.err = trainer.communicate(timeout=seconds)[1]
 
 
 def run(n: int, *argv) -> list[Trainer]:
     """A run of `n` processes to its end."""
     with training(n, *argv) as trainers:
         wait(trainers)
-    assert [t.code for t in trainers] == [0] * n, "\n".join(t.err for t in trainers)
+    assert [t.returncode for t in trainers] == [0] * n, "\n".join(t.err for t in trainers)
     return trainers
 
 
@@ -82,7 +73,7 @@ def wait_for_steps(trainers: list[Trainer], folder, n: int = 5) -> None:
     """Until a run has made a few steps; none of its processes may end before, or hang."""
     until = time.monotonic() + 300
     while len(read_metrics(folder / "metrics.jsonl")) < n:
-        assert [t.process.poll() for t in trainers] == [None] * len(trainers)
+        assert [t.poll() for t in trainers] == [None] * len(trainers)
         assert time.monotonic() < until
         time.sleep(0.1)
 
@@ -140,9 +131,9 @@ def test_a_signal_to_one_stops_all_at_the_same_step(who, number, code, text, tmp
     argv = [*ENDLESS, "--data", text, "--out", folder]
     with training(2, *argv) as trainers:
         wait_for_steps(trainers, folder)
-        trainers[who].process.send_signal(signal.Signals[number])
+        trainers[who].send_signal(signal.Signals[number])
         wait(trainers, 60)
-    assert [t.code for t in trainers] == [code] * 2, trainers[0].err + trainers[1].err
+    assert [t.returncode for t in trainers] == [code] * 2, trainers[0].err + trainers[1].err
     assert "stopped        the same command continues the run" in trainers[0].err
     (saved,) = checkpoint.steps(folder)
     assert saved == read_lines(folder)[-1]["step"] > 5
@@ -156,12 +147,12 @@ def test_when_one_dies_or_hangs_the_other_ends_too(who, how, text, tmp_path):
     folder = tmp_path / "run"
     argv = [*ENDLESS, "--save-every", "3", "--data", text, "--out", folder]
     with training(2, *argv, "--heartbeat", HEARTBEAT) as trainers:
-        wait_for_steps(trainers, folder)
-        trainers[who].process.send_signal(signal.Signals[how])
+        wait_for_steps(trainers, folder, 12)  # the third save waits for the second one
+        trainers[who].send_signal(signal.Signals[how])
         began, other = time.monotonic(), trainers[1 - who]
         wait([other], 3 * HEARTBEAT + 30)
         assert time.monotonic() - began < 3 * HEARTBEAT + 30
-    assert other.code not in (0, 2, 130, 143), other.err
+    assert other.returncode not in (0, 2, 130, 143), other.err
     assert checkpoint.steps(folder)
 
 
@@ -177,7 +168,7 @@ def test_what_one_refuses_all_refuse(text, alone, tmp_path):
     ):
         with training(2, *argv, own=own) as trainers:
             wait(trainers)
-        assert [t.code for t in trainers] == [2, 2], trainers[0].err + trainers[1].err
+        assert [t.returncode for t in trainers] == [2, 2], trainers[0].err + trainers[1].err
         assert all(t.err.count("error: ") == 1 for t in trainers)
         assert f"error: {reason}" in trainers[0].err or reason in trainers[0].err
         assert not folder.exists()
