@@ -47,7 +47,8 @@ def test_each_command_runs(sampled, tmp_path, text, monkeypatch):
         if name == "sample.py" and not sampled:
             continue
         rest = [{"200": "3", "20": "1", "40": "4"}.get(word, word) for word in rest]
-        done = call(*PROGRAMS[name], *rest)
+        unsampled = ["--sample-every", "0"] if name == "train.py" else []
+        done = call(*PROGRAMS[name], *rest, *unsampled)
         assert done.code == 0, (words, done.err)
         ran.append(name)
     assert len(ran) == (7 if sampled else 3)
