@@ -123,7 +123,7 @@ def count_gathers(config: TrainConfig, tpu: bool) -> int:
     """Gathers of a matrix of a block per step: forward, and again for the way back if blocks are
     computed again. If they are not but written out, the CPU's program gathers each matrix only
     once, before all micro-batches."""
-    if config.remat:
+    if config.remat == "blocks":
         return 2 * config.grad_accum
     if config.unroll and not tpu:
         return 1
@@ -143,7 +143,7 @@ def add_tensor_parallelism(
     backward = 2
     if not tpu:
         backward = 5 if c.gated_mlp else 4
-    n_sums = 2 + backward + (1 if config.remat else 0)
+    n_sums = 2 + backward + (1 if config.remat == "blocks" else 0)
     rows.move("reduce", ("tensor",), n_micro_batches * c.n_layers * n_sums * stream * item)
     rows.move("reduce", ("tensor",), n_micro_batches * stream * kept)
     n_chunks = count_chunks(c.padded_vocab)

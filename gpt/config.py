@@ -18,6 +18,7 @@ NormPlace = Literal["pre", "post"]
 Mlp = Literal["relu", "gelu", "gelu_tanh", "relu2", "swiglu"]
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "linear", "wsd"]
+Remat = Literal["none", "products", "blocks"]
 Quantize = Literal["int8"]
 Weights = Literal["ema", "raw"]  # the average over the run, or the weights as they are
 VOCAB_MULTIPLE = 128  # accelerators tile by 128, and sharded tables need a divisor
@@ -254,8 +255,9 @@ class TrainConfig:
     max_bad_steps: int = 10
     """The run ends after this many consecutive steps whose loss or gradient is not finite; the
     update of such a step is skipped."""
-    remat: bool = True
-    """Recompute each block in the backward pass: more work for a quarter of the memory."""
+    remat: Remat = "blocks"
+    """What the backward pass computes again instead of keeping it: none, blocks (each from its
+    input: a third more work), or products (all but the products with matrices, which are kept)."""
     unroll: bool = False
     """Compile the blocks one after another instead of one program for all: compiling takes longer,
     and a CPU that does not recompute trains faster."""

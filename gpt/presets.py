@@ -101,7 +101,7 @@ PRESETS = {
         ),
         tokenizer="char",
         batch_size=12,
-        remat=False,
+        remat="none",
         unroll=True,
         eval_tokens=0,
     ),

@@ -5,11 +5,12 @@ axis of the mesh each name is split. An axis that its devices do not divide is k
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
 from gpt.config import MeshConfig
@@ -84,10 +85,28 @@ def fitting(mesh, shape: tuple[int, ...], axes: tuple, rules: dict = RULES) -> P
     return PartitionSpec(*kept)
 
 
+def mesh_in_force() -> AbstractMesh | None:
+    """The mesh that is traced for and over which the compiler splits arrays; None where there is
+    one device, a mesh that is not ours, such as pmap's, or inside a `shard_map`, where each device
+    sees its own part alone."""
+    mesh = jax.sharding.get_abstract_mesh()
+    is_ours = set(AXES) <= set(mesh.axis_names)
+    is_split_already = mesh.manual_axes != ()
+    return mesh if is_ours and mesh.size > 1 and not is_split_already else None
+
+
+def split_over(axis: str) -> tuple[str, ...]:
+    """The axes of the mesh in force over which the compiler splits an axis of that name."""
+    if mesh_in_force() is None:
+        return ()
+    names = RULES[axis]
+    return (names,) if isinstance(names, str) else names
+
+
 def count_parts(axis: str) -> int:
     """Parts into which the mesh in force splits an axis of that name."""
     mesh = jax.sharding.get_abstract_mesh()
-    return int(np.prod([mesh.shape.get(name, 1) for name in np.atleast_1d(RULES[axis])]))
+    return math.prod(mesh.shape[name] for name in split_over(axis))
 
 
 def target_device():
@@ -104,12 +123,9 @@ def platform() -> str:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x`, partitioned as its logical axes say.
-
-    Unchanged where there is one device, or a mesh that is not ours, such as pmap's.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+    """`x`, partitioned as its logical axes say, if there is a mesh in force."""
+    mesh = mesh_in_force()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, fitting(mesh, x.shape, axes))
 

@@ -86,7 +86,7 @@ def test_an_unreadable_flag_is_one_line(argv, words):
     assert "\n" not in message and "---" not in message
 
 
-WORDS = st.text() | st.sampled_from(["--", "-h", "-", "--steps", "--no-remat", "--data=", "@x"])
+WORDS = st.text() | st.sampled_from(["--", "-h", "-", "--steps", "--no-tied", "--data=", "@x"])
 
 
 @settings(max_examples=25)

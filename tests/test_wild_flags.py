@@ -58,7 +58,7 @@ NAMES = {
     "sample": [*names(sample_flags.Args, "settings", "mesh"), *names(Settings), "nonsense"],
 }
 SWITCHES = {
-    "train": ["--overwrite", "--no-remat", "--model.tied", "--keep-going", "--no-model.bias"],
+    "train": ["--overwrite", "--unroll", "--model.tied", "--keep-going", "--no-model.bias"],
     "sample": ["--json", "--verbose", "--ignore-eos", "--interactive", "--check", "--no-check"],
 }
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from gpt.model import attention
 from gpt.model.attention import Drop
-from gpt.sharding import AXES, fitting, platform, target_device
+from gpt.sharding import fitting, mesh_in_force, platform, target_device
 
 try:  # what jax.nn.dot_product_attention calls: it knows our layout, and is not public
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -88,8 +88,8 @@ def spread(kernel: Kernel, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Arr
 
     `of_rows`: what else the kernel takes, with an entry for each row.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+    mesh = mesh_in_force()
+    if mesh is None:
         return kernel(q_BTNH, k_BKSH, v_BKSH, *of_rows)
     q_spec = fitting(mesh, q_BTNH.shape, ("batch", None, "heads", None))
     kv_spec = fitting(mesh, k_BKSH.shape, ("batch", "kv_heads", None, None))

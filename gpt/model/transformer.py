@@ -130,7 +130,7 @@ class GPT(nnx.Module):
         *,
         key_B: jax.Array | None = None,
         attend: Attend = flash_attention.attend,
-        remat: bool = True,
+        remat: str = "blocks",
         unroll: bool = False,
     ) -> tuple[jax.Array, kv.KVCache | None]:
         """The residual stream after the last block and norm, and the cache with these tokens in it.
@@ -215,11 +215,13 @@ def table_logits(config: ModelConfig, x_MD: jax.Array, rows_CD, ids_C: jax.Array
 
 
 def scan_blocks(
-    apply_block, blocks: Block, x_BTD, keys_LB, *, remat: bool, unroll: bool
+    apply_block, blocks: Block, x_BTD, keys_LB, *, remat: str, unroll: bool
 ) -> jax.Array:
     """The residual stream after stacked blocks, for training: one program for all layers.
 
-    `remat` computes each block again in the backward pass instead of keeping what it needs.
+    `remat` says what the backward pass computes again instead of keeping it: "none": nothing;
+    "products": all but the products with weights and what fused attention returns; "blocks": each
+    block from its input.
     `unroll` writes the layers out one after another: longer to compile, and faster on a CPU that
     keeps activations, which would else be copied into stacked arrays and out of them again.
     """
@@ -229,11 +231,19 @@ def scan_blocks(
         x_BTD, _ = apply_block(block, x_BTD, None, key_B)
         return x_BTD, None
 
-    if remat:
+    if remat != "none":
+        policy = keep_products if remat == "products" else None
         # Inside a loop nothing can merge the two computations; written out, the compiler would.
-        body = jax.checkpoint(body, prevent_cse=unroll)
+        body = jax.checkpoint(body, prevent_cse=unroll, policy=policy)
     x_BTD, _ = jax.lax.scan(body, x_BTD, (blocks, keys_LB), unroll=unroll)
     return x_BTD
+
+
+def keep_products(primitive, *avals, **params) -> bool:
+    """A policy of jax.checkpoint: keep products with weights, and what fused attention returns."""
+    if "dot_product_attention_fwd" in primitive.name or primitive.name == "pallas_call":
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
 
 
 def loop_blocks(apply_block, blocks: nnx.List, x_BTD, cache: kv.KVCache | None, keys_LB):

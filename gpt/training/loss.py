@@ -16,6 +16,7 @@ from gpt.config import ModelConfig, TrainConfig
 from gpt.model import transformer
 from gpt.model.attention import MASKED
 from gpt.model.transformer import GPT
+from gpt.training import fused_loss
 
 CHUNK_ROWS = 16_384  # vocabulary rows at once, at most
 KEPT_LOGITS = 2**25  # logits kept for the backward pass at most (128 MiB); more are recomputed
@@ -89,7 +90,7 @@ def sequence_losses(
     tokens_BU: jax.Array,
     key_B: jax.Array | None = None,
     *,
-    remat: bool = True,
+    remat: str = "blocks",
     unroll: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`token_losses`, each [B, T], of predicting tokens 1..T from tokens 0..T-1 (U = T + 1)."""
@@ -106,8 +107,15 @@ def objective(config: TrainConfig, params: dict, tokens_BU: jax.Array, key_B=Non
     (1-e) of the loss on the target plus e of the mean over the vocabulary (label smoothing,
     Szegedy et al. 2016), plus z log²(sum of exp) (z-loss, Chowdhery et al. 2022, section 5).
     """
+    options = {"remat": config.remat, "unroll": config.unroll}
+    if sharding.platform() != "cpu":
+        model = transformer.bind(config.model, params)
+        x_BTD, _ = model.hidden(tokens_BU[:, :-1], key_B=key_B, **options)
+        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        return fused_loss.mean_losses(config, x_MD, model.head_table, tokens_BU[:, 1:].ravel())
+
     loss_BT, log_total_BT, even_BT = sequence_losses(
-        config.model, params, tokens_BU, key_B, remat=config.remat, unroll=config.unroll
+        config.model, params, tokens_BU, key_B, **options
     )
     aim_BT, e = loss_BT, config.label_smoothing
     if e:

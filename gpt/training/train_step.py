@@ -1,9 +1,10 @@
 """One optimizer step and one evaluation step: pure functions, compiled for a mesh.
 
-How gradients are averaged over devices: the batch is split over the mesh axes `data` and `fsdp`,
-the weights are not split over `data`, and the loss is the mean over the whole batch. So the
-gradient with respect to the weights is a sum over devices, and the compiler inserts the all-reduce
-(over `fsdp`, the reduce-scatter) that computes it. No line here says so.
+How gradients are averaged over devices: where the mesh splits rows alone, each device sums the
+gradients of its own rows, and one all-reduce at the end of the step adds them up. Where it splits
+weights too, no line here says so: the loss is a mean over all rows, so the gradient with respect to
+the weights is a sum over devices, and in each micro-batch the compiler inserts the all-reduce (over
+`fsdp`, the reduce-scatter) that computes it.
 
 Shape letters: see gpt/model/transformer.py; A micro-batches of one step, U = T + 1 tokens.
 """
@@ -82,9 +83,35 @@ def mean_gradients(
     config: TrainConfig, params: dict, tokens_ABU: jax.Array, step: jax.Array
 ) -> tuple[jax.Array, dict]:
     """The mean cross-entropy in nats per token over all micro-batches, and the gradient of what
-    training minimizes. Sums over micro-batches are kept in float32."""
-    A, B = tokens_ABU.shape[:2]
-    key_AB = dropout_keys(config, step, A, B)
+    training minimizes.
+
+    On a mesh that splits rows alone, each device adds up the gradients of its own rows over all
+    micro-batches, and only those sums are sent.
+    """
+    key_AB = dropout_keys(config, step, *tokens_ABU.shape[:2])
+    mesh = sharding.mesh_in_force()
+    if mesh is None or mesh.shape["data"] < mesh.size:
+        return sum_gradients(config, params, tokens_ABU, key_AB)
+
+    def mean_over_devices(params, tokens_ABU, key_AB):
+        return jax.lax.pmean(sum_gradients(config, params, tokens_ABU, key_AB), "data")
+
+    whole = PartitionSpec()
+    by_row = PartitionSpec(None, "data")
+    return jax.shard_map(
+        mean_over_devices,
+        in_specs=(whole, by_row, by_row),
+        out_specs=whole,
+        check_vma=False,  # it would have each gradient summed over the devices at once
+    )(params, tokens_ABU, key_AB)
+
+
+def sum_gradients(
+    config: TrainConfig, params: dict, tokens_ABU: jax.Array, key_AB: jax.Array | None
+) -> tuple[jax.Array, dict]:
+    """`mean_gradients` of rows that are at hand, with the dropout key of each. Sums over
+    micro-batches are kept in float32."""
+    A = len(tokens_ABU)
 
     def share_of_loss(params, tokens_BU, key_B):
         target, loss = objective(config, params, tokens_BU, key_B)

@@ -119,7 +119,7 @@ def test_the_command_line_plans_what_is_predicted(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--no-remat", "--unroll"]])
+@pytest.mark.parametrize("flags", [[], ["--remat", "none", "--unroll"]])
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (4, 1, 2)])
 def test_plans_of_other_meshes(tmp_path, sizes, flags):
     """Without recomputation and written out, matrices are gathered once."""
