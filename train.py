@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt import cli, plan, train_flags
-from gpt.presets import PRESETS
 from gpt.train_flags import Args
 
 if TYPE_CHECKING:
@@ -49,6 +48,8 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
 
         # The devices, and whether the run is possible on them.
         mesh = make_mesh(config.mesh)
+        memory_bytes = args.memory_gb * 1e9 if args.memory_gb else None
+        config = memory_plan.choose(resume.keep_choices(config, mesh, start), mesh, memory_bytes)
         run = trainer.Run(args, out, start, config, mesh, tokenizer, dataset, console, stop)
         trainer.require_possible(run)
         console.print(*run_plan.describe(config, mesh, len(dataset.train)), sep="\n")
@@ -79,10 +80,9 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
     """Train from `state` until step `until`, or until a signal; the exit code."""
     from gpt.compile_log import Stopwatch
     from gpt.training import trainer
-    from gpt.training.train_step import compile_steps, evaluate
+    from gpt.training.train_step import evaluate
     from gpt.training.trainer import is_due
 
-    config = run.config
     first_step = int(state.step)
     if first_step:
         run.console.print(f"continues      from step {first_step:,}")
@@ -91,8 +91,9 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
     # at once but after the next step.
     run.stop.defer(first_step)
     with Stopwatch() as watch:
-        train_step, eval_step = compile_steps(config, run.mesh)
+        run, train_step, eval_step = trainer.compile_run(run)
     run.console.print(f"compiled       in {watch.compile_seconds:.1f} s")
+    config = run.config
     trainer.take_over_folder(run, first_step)  # not before: a refused run leaves it alone
 
     with trainer.Recorder(run, state, until) as recorder:
@@ -134,7 +135,7 @@ def main(argv: list[str]) -> int:
         cli.prepare_absent()
         from gpt.plan.absent import print_plan
 
-        return print_plan(args, PRESETS[args.preset])
+        return print_plan(args)
 
     out = args.out or Path("runs") / args.preset
     cli.prepare_jax(cache=args.compile_cache and not args.is_trial)

@@ -25,7 +25,7 @@ import predicted_bytes  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
 from gpt import flops, sharding  # noqa: E402
-from gpt.config import MeshConfig, ModelConfig, TrainConfig  # noqa: E402
+from gpt.config import AUTO, MeshConfig, ModelConfig, TrainConfig  # noqa: E402
 from gpt.errors import is_out_of_memory, require  # noqa: E402
 from gpt.plan import absent, devices, programs  # noqa: E402
 from gpt.plan.programs import PlannedProgram  # noqa: E402
@@ -50,7 +50,7 @@ LLAMA = ModelConfig(
 MODELS = {
     "gpt2": PRESETS["gpt2"],
     "gpt2-xl": PRESETS["gpt2-xl"],
-    "llama-7b": TrainConfig(model=LLAMA, batch_size=512, grad_accum=64),
+    "llama-7b": TrainConfig(model=LLAMA, batch_size=512, grad_accum=AUTO, remat=AUTO),
 }
 # (data, fsdp, tensor) for training, and for sampling
 MESHES = {
@@ -111,7 +111,7 @@ def measure(row: str) -> dict:
     # The tokenizer that leaves the model its own vocabulary.
     config = dataclasses.replace(MODELS[model], tokenizer="char")
     config = absent.completed(config, "bfloat16")
-    config = absent.with_micro_batches_that_divide(config, training)
+    config = memory_plan.choose(config, training, chip.usable_bytes)
     train_step.require_fit(config, training)
     train, *_ = programs.planned(config, training)
     _, prefill, decode, _ = programs.planned(config, sampling)

@@ -74,9 +74,8 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
     """Bytes of a training step. `tpu`: as the TPU compiler writes it, else as XLA's CPU compiler.
 
     The TPU compiler adds up what flows back from several products of one input before it reduces
-    the sum over tensor, and reduces the loss's part of it after the last chunk of the vocabulary.
-    With micro-batches both compilers use the tied table that was gathered for the lookup for the
-    loss too (the CPU's only after jax 0.10.2).
+    the sum over tensor. With micro-batches the CPU's uses the tied table that was gathered for the
+    lookup for the loss too (after jax 0.10.2). TPUs have the loss of gpt/training/fused_loss.py.
     """
     c = config.model
     item, kept = ITEM_BYTES[c.compute_dtype or "float32"], ITEM_BYTES[c.param_dtype]
@@ -84,6 +83,12 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
     fsdp = mesh.shape["fsdp"]
     weights = matrices(c, mesh)
     rows = Bytes(mesh.shape)
+
+    # Where rows alone are split, gradients are added up over all micro-batches before they move.
+    if mesh.shape["data"] == math.prod(mesh.shape.values()):
+        n_entries = sum(entries for entries, _ in weights.values())
+        rows.move("reduce", ("data",), n_entries * kept)
+        return rows
 
     # Blocks: matrices are gathered for use, and their gradients scattered.
     for name, (entries, is_split) in weights.items():
@@ -101,22 +106,28 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
             rows.move("gather", ("fsdp",), entries * kept)
         rows.move("reduce", BATCH, n_micro_batches * entries * kept)
 
-    # Loss: the table is gathered in the type of the products, and again where the backward pass
-    # computes the logits again.
+    # Loss: the table is gathered in the type of the products.
     entries, is_split = weights["tokens" if c.tied else "head"]
     if is_split:
-        n_tokens = config.batch_size // n_micro_batches * config.sequence_length  # on all devices
-        n_gathers = 2 if recomputes_logits(n_tokens, c.padded_vocab) else 1
-        shares_lookup = tpu or jax.__version_info__ > (0, 10, 2)
-        if c.tied and n_micro_batches > 1 and shares_lookup:
-            n_gathers = 0
+        n_gathers = 1 if tpu else count_table_gathers(config)
         rows.move("gather", ("fsdp",), n_gathers * n_micro_batches * entries * item)
         rows.move("reduce", ("fsdp",), n_micro_batches * entries * kept)
-        rows.move("reduce", ("data",), n_micro_batches * entries / fsdp * item)
+        loss_item = ITEM_BYTES["float32"] if tpu else item
+        rows.move("reduce", ("data",), n_micro_batches * entries / fsdp * loss_item)
 
     if mesh.shape["tensor"] > 1:
         add_tensor_parallelism(rows, config, item, kept, tpu)
     return rows
+
+
+def count_table_gathers(config: TrainConfig) -> int:
+    """Gathers of the loss's table in each micro-batch of a CPU's program: two where the backward
+    pass computes the logits again."""
+    c = config.model
+    if c.tied and config.grad_accum > 1 and jax.__version_info__ > (0, 10, 2):
+        return 0
+    n_tokens = config.batch_size // config.grad_accum * config.sequence_length  # on all devices
+    return 2 if recomputes_logits(n_tokens, c.padded_vocab) else 1
 
 
 def count_gathers(config: TrainConfig, tpu: bool) -> int:
@@ -135,7 +146,7 @@ def add_tensor_parallelism(
 ) -> None:
     """Sums over tensor: two per block forward and as many back (Shoeybi et al. 2019, Megatron-LM,
     section 3), one more where the block is computed again; the lookup; and the loss, whose softmax
-    needs four numbers per token and chunk of the vocabulary."""
+    needs four numbers per token and chunk of the vocabulary, on a TPU three per token."""
     c, n_micro_batches = config.model, config.grad_accum
     n_rows = config.batch_size // n_micro_batches // (rows.mesh["data"] * rows.mesh["fsdp"])
     n_tokens = n_rows * config.sequence_length
@@ -146,8 +157,11 @@ def add_tensor_parallelism(
     n_sums = 2 + backward + (1 if config.remat == "blocks" else 0)
     rows.move("reduce", ("tensor",), n_micro_batches * c.n_layers * n_sums * stream * item)
     rows.move("reduce", ("tensor",), n_micro_batches * stream * kept)
-    n_chunks = count_chunks(c.padded_vocab)
-    loss = stream * item * (1 if tpu else n_chunks) + 4 * n_chunks * n_tokens * 4
+    if tpu:
+        loss = stream * item + 3 * n_tokens * 4
+    else:
+        n_chunks = count_chunks(c.padded_vocab)
+        loss = n_chunks * (stream * item + 4 * n_tokens * 4)
     rows.move("reduce", ("tensor",), n_micro_batches * loss)
 
 

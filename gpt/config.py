@@ -18,7 +18,8 @@ NormPlace = Literal["pre", "post"]
 Mlp = Literal["relu", "gelu", "gelu_tanh", "relu2", "swiglu"]
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "linear", "wsd"]
-Remat = Literal["none", "products", "blocks"]
+Remat = Literal["auto", "none", "products", "blocks"]
+AUTO = "auto"  # decided by the memory that there is: memory_plan.choose
 Quantize = Literal["int8"]
 Weights = Literal["ema", "raw"]  # the average over the run, or the weights as they are
 VOCAB_MULTIPLE = 128  # accelerators tile by 128, and sharded tables need a divisor
@@ -220,8 +221,9 @@ class TrainConfig:
     seq_len: Annotated[int | None, optional("INT", "model.context-length")] = None
     """Tokens in a training sequence; the model's context becomes this too, since positions that are
     never trained would be noise."""
-    grad_accum: int = 1
-    """Micro-batches that one step's batch is split into, to save memory."""
+    grad_accum: Annotated[int | Literal["auto"], tyro.conf.arg(metavar="INT|auto")] = 1
+    """Micro-batches that one step's batch is split into, to save memory; auto: the fewest that are
+    expected to fit. They change results by rounding alone."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     min_learning_rate: float = 1e-4
@@ -256,8 +258,9 @@ class TrainConfig:
     """The run ends after this many consecutive steps whose loss or gradient is not finite; the
     update of such a step is skipped."""
     remat: Remat = "blocks"
-    """What the backward pass computes again instead of keeping it: none, blocks (each from its
-    input: a third more work), or products (all but the products with matrices, which are kept)."""
+    """What the backward pass computes again instead of keeping it: none, products (all but the
+    products with matrices) or blocks (each from its input: a third more work). auto: blocks on a
+    CPU; elsewhere the first of these that is expected to fit, with --unroll for none."""
     unroll: bool = False
     """Compile the blocks one after another instead of one program for all: compiling takes longer,
     and a CPU that does not recompute trains faster."""
@@ -284,7 +287,7 @@ class TrainConfig:
 
     def __post_init__(self):
         errors.check_names(self)
-        each(positive, self, "steps batch_size grad_accum log_every eval_every save_every keep")
+        each(positive, self, "steps batch_size log_every eval_every save_every keep")
         each(positive, self, "vocab_size max_bad_steps")
         each(not_negative, self, "warmup_steps eval_tokens sample_every weight_decay clip_norm")
         each(not_negative, self, "z_loss keep_best")
@@ -299,11 +302,13 @@ class TrainConfig:
             f"min_learning_rate is {self.min_learning_rate}: expected between 0 and "
             f"learning_rate {self.learning_rate}",
         )
-        require(
-            self.batch_size % self.grad_accum == 0,
-            f"batch_size {self.batch_size} is not divisible by grad_accum {self.grad_accum}: "
-            "micro-batches must be of one size",
-        )
+        if self.grad_accum != AUTO:
+            positive("grad_accum", self.grad_accum)
+            require(
+                self.batch_size % self.grad_accum == 0,
+                f"batch_size {self.batch_size} is not divisible by grad_accum {self.grad_accum}: "
+                "micro-batches must be of one size",
+            )
         for n, name in ((self.seed, "seed"), (self.steps, "steps")):
             require(0 <= n < 2**31, f"{name} is {n}: expected 0 <= {name} < 2^31")
         each(positive, self, "seq_len")

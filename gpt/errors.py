@@ -39,6 +39,8 @@ def check_names(config: object, prefix: str = "") -> None:
     """Raise UserError unless each Literal field of a dataclass has one of its values."""
     for name, kind in get_type_hints(type(config)).items():
         kinds = (kind,) if get_origin(kind) is Literal else get_args(kind)
+        if int in kinds and isinstance(getattr(config, name), int):
+            continue
         names = [word for k in kinds if get_origin(k) is Literal for word in get_args(k)]
         value = getattr(config, name)
         good = not names or value in names or (value is None and type(None) in kinds)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gpt.config import ModelConfig, TrainConfig
+from gpt.config import AUTO, ModelConfig, TrainConfig
 from gpt.errors import require
 
 
@@ -13,7 +13,8 @@ def gpt2(n_layers: int, n_heads: int, d_model: int) -> TrainConfig:
         tokenizer="gpt2",
         steps=19_000,
         batch_size=512,
-        grad_accum=32,
+        grad_accum=AUTO,
+        remat=AUTO,
         learning_rate=6e-4,
         min_learning_rate=6e-5,
         warmup_steps=700,
@@ -43,7 +44,6 @@ def transformer_2017() -> TrainConfig:
         model=model,
         steps=100_000,
         batch_size=64,
-        grad_accum=4,
         warmup_steps=4000,
         learning_rate=7e-4,  # the paper's 1/sqrt(d_model * warmup) peak
         min_learning_rate=0.0,
@@ -90,6 +90,8 @@ PRESETS = {
         ),
         tokenizer="bpe",
         optimizer="muon",
+        grad_accum=AUTO,
+        remat=AUTO,
         steps=1200,
         batch_size=8,
         learning_rate=3e-3,
@@ -101,6 +103,7 @@ PRESETS = {
         ),
         tokenizer="char",
         batch_size=12,
+        grad_accum=AUTO,
         remat="none",
         unroll=True,
         eval_tokens=0,

@@ -1,8 +1,8 @@
 """Print the plan: what each program takes of a device, what it sends to the others, and on a GPU
 its kernels and the time to expect."""
 
-import dataclasses
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -24,10 +24,10 @@ PUBLIC_SIZES = {"gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
 N_LONGEST = 10  # kernels that are listed
 
 
-def print_plan(args, preset_config: TrainConfig) -> int:
+def print_plan(args) -> int:
     """Compile what `args`, the flags of train.py, ask for, and print what it takes; the exit code.
 
-    `preset_config` is what the flags began from. UserError if the mesh does not suit the model.
+    UserError if the mesh does not suit the model.
     """
     log = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True).print
 
@@ -42,8 +42,7 @@ def print_plan(args, preset_config: TrainConfig) -> int:
         limit = args.memory_gb * devices.GB
     mesh = sharding.make_mesh(args.train.mesh, found)
     config = completed(args.train, "bfloat16" if chip else "float32")
-    if args.train.grad_accum == preset_config.grad_accum:
-        config = with_micro_batches_that_divide(config, mesh)
+    config = memory_plan.choose(config, mesh, limit or math.inf)
     notes = train_step.require_fit(config, mesh)
     for line in [*run_lines(args, config, mesh, chip), *notes]:
         log(line)
@@ -81,16 +80,6 @@ def completed(config: TrainConfig, default_dtype: str) -> TrainConfig:
     if n_vocab is None:
         n_vocab = tokenizers.create(config.tokenizer, lambda: (), config.vocab_size).n_vocab
     return config.completed(n_vocab, default_dtype)
-
-
-def with_micro_batches_that_divide(config: TrainConfig, mesh: Mesh) -> TrainConfig:
-    """The config with the largest grad_accum, at most its own, whose micro-batches divide among
-    the devices; unchanged if there is none."""
-    n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    for grad_accum in range(config.grad_accum, 0, -1):
-        if config.batch_size % (grad_accum * n_shards) == 0:
-            return dataclasses.replace(config, grad_accum=grad_accum)
-    return config
 
 
 def state_bytes(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
@@ -153,12 +142,7 @@ def run_lines(args, config: TrainConfig, mesh: Mesh, chip: Chip | None) -> Itera
         f"batch          {config.batch_size} x {config.sequence_length} = {n_tokens:,} tokens per "
         f"step, in {config.grad_accum} micro-batch(es)"
     )
-    if config.grad_accum != args.train.grad_accum:
-        n_rows = config.batch_size // args.train.grad_accum
-        yield (
-            f"note: the preset's {args.train.grad_accum} micro-batches of {n_rows} sequences do "
-            f"not divide among the devices; train with --grad-accum {config.grad_accum}"
-        )
+    yield f"recomputes     {memory_plan.RECOMPUTED[config.remat]}"
     parts = state_bytes(config, mesh).items()
     yield "on a device    " + ", ".join(f"{name} {n / MB:,.1f} MB" for name, n in parts)
     if chip:

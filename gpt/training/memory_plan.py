@@ -12,10 +12,15 @@ import jax
 from jax.sharding import Mesh
 
 from gpt import flops, hardware
-from gpt.config import TrainConfig
+from gpt.config import AUTO, TrainConfig
 from gpt.errors import UserError, is_out_of_memory, require
+from gpt.training import fused_loss
+from gpt.training.loss import count_chunks
 
 MIB, GIB = 2**20, 2**30
+RECOMPUTED = {"none": "nothing", "products": "all but matrix products", "blocks": "each block"}
+FEWEST_TOKENS = 4096  # of a micro-batch on a device, for products that keep an accelerator busy
+MOST_MICRO_BATCHES = 4096  # that are considered
 ADVICE = "raise --grad-accum, or lower --batch-size, --seq-len, --model.d-model, --model.n-layers"
 
 
@@ -59,6 +64,103 @@ def least_need(config: TrainConfig, mesh: Mesh) -> Need:
     return Need(state // weight_shards, weights // weight_shards + block_inputs)
 
 
+def choose(
+    config: TrainConfig,
+    mesh: Mesh,
+    limit: float | None = None,
+    after: TrainConfig | None = None,
+) -> TrainConfig | None:
+    """`config` with what it leaves to `auto` decided: of the ways to make a step that `candidates`
+    lists the first that is expected to fit in `limit` bytes (default: what a device here has), else
+    the last.
+
+    `after`: the way that did not fit when it was compiled; only those behind it count. None if
+    there are none.
+    """
+    found = candidates(config, mesh)
+    if after is not None:
+        found = found[found.index(after) + 1 :] if after in found else []
+    if limit is None and len(found) > 1:
+        limit, _ = hardware.memory()
+    for candidate in found[:-1]:
+        if expected_need(candidate, mesh).total <= limit * usable_share(mesh):
+            return candidate
+    return found[-1] if found else None
+
+
+def candidates(config: TrainConfig, mesh: Mesh) -> list[TrainConfig]:
+    """The ways to make a step that `auto` leaves, those that are expected to be fastest first.
+
+    To recompute nothing saves a third of the work, unless micro-batches get so small for it that
+    products no longer fill the device. On a CPU to recompute is as fast as to fetch what was kept.
+    """
+    kinds = [config.remat]
+    if config.remat == AUTO:
+        kinds = ["blocks"] if is_cpu(mesh) else ["none", "products", "blocks"]
+    n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    numbers = [config.grad_accum]
+    if config.grad_accum == AUTO:
+        most = min(config.batch_size // n_shards, MOST_MICRO_BATCHES)
+        numbers = [n for n in range(1, most + 1) if config.batch_size % (n * n_shards) == 0] or [1]
+
+    found = []
+    for kind in kinds:
+        for number in numbers:
+            n_tokens = config.batch_size // number * config.sequence_length // n_shards
+            is_small = n_tokens < FEWEST_TOKENS and number > numbers[0]
+            if is_small and kind != kinds[-1]:
+                continue
+            # In a loop over the blocks, what is kept would be copied into stacked arrays.
+            unroll = config.unroll or (config.remat == AUTO and kind == "none")
+            found.append(dataclasses.replace(config, grad_accum=number, remat=kind, unroll=unroll))
+    return found
+
+
+def usable_share(mesh: Mesh) -> float:
+    """The part of a device's memory that an expected need may take: others use a CPU's memory too,
+    and expectations are inexact."""
+    return 0.5 if is_cpu(mesh) else 0.9
+
+
+def is_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def expected_need(config: TrainConfig, mesh: Mesh) -> Need:
+    """What a step is expected to take, without compiling it: within about a fifth of XLA's plan."""
+    model = config.model
+    least = least_need(config, mesh)
+    weight_shards = mesh.size // mesh.shape["data"]
+    batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    n_tokens = config.batch_size // config.grad_accum * config.sequence_length // batch_shards
+    item_bytes = flops.ITEM_BYTES[model.compute_dtype or "float32"]
+
+    # What a block keeps of each token: inputs of the norms, projections, and the MLP's hidden layer
+    # before, within and behind the activation.
+    mixed = model.n_heads * model.head_width
+    products = 2 * model.d_model + flops.qkv_width(model) + mixed + flops.mlp_inputs_width(model)
+    everything = 2 * model.d_model + products + 2 * model.ff_width
+    everything_bytes = everything * item_bytes
+    if is_cpu(mesh) or model.compute_dtype != "bfloat16" or model.dropout:
+        # Without fused attention: scores, weights, and the weights that are mixed with.
+        everything_bytes += model.n_heads * config.sequence_length * (8 + item_bytes)
+    of_block = {"none": everything_bytes, "products": products * item_bytes, "blocks": 0}
+    kept = n_tokens * model.n_layers * of_block[config.remat]
+    if config.remat != "none":
+        kept += n_tokens * everything_bytes  # of the block that is computed again
+
+    # The loss: a chunk of logits and their gradient.
+    loss = 2 * fused_loss.LOGITS_BYTES
+    if is_cpu(mesh):
+        n_rows = model.padded_vocab // count_chunks(model.padded_vocab)
+        loss = 3 * n_tokens * n_rows * flops.ITEM_BYTES["float32"]
+
+    sums = 0
+    if config.grad_accum > 1:
+        sums = flops.weight_bytes(model, "float32") // weight_shards
+    return Need(least.state, least.temporary + kept + loss + sums)
+
+
 def optimizer_bytes(config: TrainConfig) -> int:
     """Bytes of the optimizer's moments over all devices: two per weight, but Muon keeps one for a
     matrix of a block."""
@@ -87,9 +189,12 @@ def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        rows = config.batch_size // config.grad_accum
+        if config.grad_accum == AUTO:
+            batches = f"batches of {config.batch_size:,} sequences"
+        else:
+            batches = f"micro-batches of {config.batch_size // config.grad_accum:,} sequences"
         raise UserError(
-            f"out of memory with micro-batches of {rows:,} sequences of "
+            f"out of memory with {batches} of "
             f"{config.sequence_length:,} tokens: {ADVICE}; --dry-run tells what fits"
         ) from None
 

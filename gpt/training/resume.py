@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from gpt import checkpoint
-from gpt.config import ModelConfig, TrainConfig, from_json, to_json
+from gpt.config import AUTO, ModelConfig, TrainConfig, from_json, to_json
 from gpt.data import tokenizers
 from gpt.data.token_files import Dataset
 from gpt.data.tokenizers import Tokenizer
@@ -86,6 +86,20 @@ def require_same_settings(start: StartingPoint, config: TrainConfig) -> None:
         "Give the run's own settings to continue it, another --out, --overwrite to start afresh, "
         f"or train on from its weights: --init-from {start.source} --out ANOTHER",
     )
+
+
+def keep_choices(config: TrainConfig, mesh: Mesh, start: StartingPoint) -> TrainConfig:
+    """`config` with what it leaves to `auto` as the run that continues has it, so that its steps
+    are the same to the bit; still open where micro-batches would not divide on this mesh."""
+    if not start.resuming:
+        return config
+    saved = from_json(TrainConfig, start.metadata["train"])
+    if config.remat == AUTO:
+        config = dataclasses.replace(config, remat=saved.remat, unroll=saved.unroll)
+    n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.grad_accum == AUTO and config.batch_size % (saved.grad_accum * n_shards) == 0:
+        config = dataclasses.replace(config, grad_accum=saved.grad_accum)
+    return config
 
 
 def differences(saved: dict[str, Any], config: TrainConfig, steps_done: int) -> list[str]:

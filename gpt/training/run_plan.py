@@ -12,7 +12,9 @@ from gpt.errors import is_out_of_memory, require
 from gpt.training.memory_plan import (
     ADVICE,
     MIB,
+    RECOMPUTED,
     Need,
+    expected_need,
     format_bytes,
     least_need,
     need_of,
@@ -54,6 +56,8 @@ def describe(config: TrainConfig, mesh: Mesh, n_tokens: int) -> list[str]:
         f"batch          {config.batch_size} x {config.sequence_length} = {tokens_per_step:,} "
         f"tokens per step, in {config.grad_accum} micro-batch(es), on {mesh.size} device(s): "
         f"{mesh.devices.flat[0].device_kind}",
+        f"recomputes     {RECOMPUTED[config.remat]}; a step is expected to take about "
+        f"{format_bytes(expected_need(config, mesh).total)} of each device",
         f"run            {config.steps:,} steps, {tokens:,} tokens ({epochs:,.2f} epochs), "
         f"{tokens * flops_per_token:.3g} FLOPs",
     ]

@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from gpt.data import batches, tokenizers
 from gpt.data.dataset import load_dataset
 from gpt.data.token_files import Dataset
 from gpt.errors import UserError, is_out_of_memory, require
-from gpt.training import run_dir, train_step
+from gpt.training import memory_plan, run_dir, train_step
 from gpt.training.loss_curve import save_loss_curve
 from gpt.training.metrics import RunLog
 from gpt.training.resume import StartingPoint, describe_run, require_same_settings
@@ -119,6 +119,31 @@ def require_same_everywhere(run: Run) -> None:
             "what they find in --out": (run.start.resuming, found),
         }
     )
+
+
+def compile_run(run: Run) -> tuple[Run, Callable, Callable]:
+    """The training step and the evaluation step, see train_step.compile_steps.
+
+    Where the step takes more memory than was expected and `auto` leaves other ways to make it, the
+    next one is compiled; the returned run has the config that was. Raises UserError if none fits.
+    """
+    asked = run.args.train
+    while True:
+        try:
+            return run, *train_step.compile_steps(run.config, run.mesh)
+        except Exception as error:
+            if not isinstance(error, UserError) and not is_out_of_memory(error):
+                raise
+            choices = {"grad_accum": asked.grad_accum, "remat": asked.remat, "unroll": asked.unroll}
+            open_config = replace(run.config, **choices)
+            config = memory_plan.choose(open_config, run.mesh, after=run.config)
+            if config is None:
+                raise
+        run = replace(run, config=config)
+        run.console.print(
+            "note: a step takes more memory than was expected; it is compiled anew with "
+            f"--remat {config.remat} --grad-accum {config.grad_accum}"
+        )
 
 
 def take_over_folder(run: Run, first_step: int) -> None:

@@ -9,8 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from programs import ROOT, call
@@ -168,17 +166,6 @@ def test_tpus_send_what_is_predicted(tmp_path, sizes):
     assert all(program["kernels"] is None for program in found.programs.values())
     assert all(program["floor_seconds"] > 0 for program in found.programs.values())
     assert found.said.count("of 16,000 MB: fits") == 4
-
-
-def test_micro_batches_that_the_devices_cannot_share():
-    """Eight parts cannot share the preset's 32 micro-batches of 2: it says so, and how to train."""
-    args = SimpleNamespace(topology="v5e:2x4", train=preset("gpt2"))
-    args.train = replace(args.train, batch_size=64)
-    eight = SimpleNamespace(shape={"data": 2, "fsdp": 4, "tensor": 1})
-    config = absent.with_micro_batches_that_divide(args.train, eight)
-    assert config.grad_accum == 8
-    lines = absent.run_lines(args, config, sharding.make_mesh(MeshConfig()), devices.CHIPS["v5e"])
-    assert "train with --grad-accum 8" in "\n".join(lines)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """What fits in memory: the search, the refusal before memory is taken, the one message after."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from gpt import flops, hardware, sharding
 from gpt.config import MeshConfig, ModelConfig, TrainConfig
 from gpt.errors import UserError
+from gpt.presets import preset
 from gpt.training import memory_plan, run_plan, train_state, train_step
 
 MODEL = ModelConfig(300, context_length=32, n_layers=2, n_heads=2, d_model=32)
@@ -74,6 +77,63 @@ def test_the_dry_run_tells_what_fits(mesh, monkeypatch):
     (none,) = run_plan.describe_memory(CONFIG, mesh, 1e-4)[-1:]
     assert "none fits: raise --grad-accum" in none
     assert "this machine's memory" in run_plan.describe_memory(CONFIG, mesh, None)[1]
+
+
+def many(platform, n_devices):
+    """A mesh of so many devices over `data`, of which only the platform is known."""
+    devices = np.full((n_devices, 1, 1), SimpleNamespace(platform=platform))
+    shape = {"data": n_devices, "fsdp": 1, "tensor": 1}
+    return SimpleNamespace(shape=shape, size=n_devices, devices=devices)
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "n_devices", "gigabytes", "remat", "grad_accum"),
+    [
+        ("gpt2", "gpu", 1, 64, "none", 4),
+        ("gpt2", "gpu", 8, 64, "none", 1),
+        ("gpt2", "tpu", 16, 16, "none", 2),  # 16 rows on a chip
+        ("gpt2-large", "gpu", 1, 30, "none", 128),
+        ("gpt2-large", "gpu", 1, 24, "products", 128),
+        ("gpt2-large", "tpu", 16, 16, "blocks", 32),  # too little in any case: one row
+        ("gpt2", "cpu", 1, 24, "blocks", 32),
+    ],
+)
+def test_what_is_left_open_is_decided_by_memory(
+    name, platform, n_devices, gigabytes, remat, grad_accum
+):
+    """Nothing is recomputed and micro-batches are few where that fits, else as little as fits."""
+    config = preset(name).completed(50_257, "float32" if platform == "cpu" else "bfloat16")
+    mesh, limit = many(platform, n_devices), gigabytes * 1e9
+    chosen = memory_plan.choose(config, mesh, limit)
+    assert (chosen.remat, chosen.grad_accum) == (remat, grad_accum)
+    assert chosen.unroll == (remat == "none")
+    assert memory_plan.choose(chosen, mesh) == chosen
+
+    # What does not fit when it is compiled makes room for the next, down to the thriftiest.
+    tried = []
+    while chosen is not None:
+        tried.append(memory_plan.expected_need(chosen, mesh).total)
+        chosen = memory_plan.choose(config, mesh, limit, after=chosen)
+    assert tried[-1] == min(tried) and len(tried) == len(set(tried))
+
+
+def test_what_is_given_is_kept():
+    config = dataclasses.replace(preset("gpt2"), grad_accum=8).completed(50_257, "bfloat16")
+    assert memory_plan.choose(config, many("gpu", 1), 20e9).grad_accum == 8
+    config = dataclasses.replace(config, grad_accum="auto", remat="products")
+    chosen = memory_plan.choose(config, many("gpu", 1), 64e9)
+    assert chosen.remat == "products" and not chosen.unroll and chosen.grad_accum == 4
+
+
+@pytest.mark.parametrize("remat", ["none", "products", "blocks"])
+def test_the_expected_need_is_near_the_compiled_one(mesh, remat):
+    model = dataclasses.replace(MODEL, vocab_size=2048, context_length=128, d_model=64, n_layers=6)
+    config = dataclasses.replace(
+        CONFIG, model=model, batch_size=16, remat=remat, unroll=remat == "none"
+    )
+    expected = memory_plan.expected_need(config, mesh).total
+    found = memory_plan.need_of(train_step.compile_train_step(config, mesh)).total
+    assert 0.6 * found < expected < 1.8 * found
 
 
 def test_an_absurd_plan_is_refused_before_it_is_compiled(mesh):
