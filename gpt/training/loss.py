@@ -84,7 +84,7 @@ def token_losses(
     return log_total_M - target_logit_M, log_total_M, log_total_M - logit_sum_M / config.vocab_size
 
 
-def sequence_losses(
+def hidden_states(
     config: ModelConfig,
     params: dict,
     tokens_BU: jax.Array,
@@ -92,13 +92,21 @@ def sequence_losses(
     *,
     remat: str = "blocks",
     unroll: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`token_losses`, each [B, T], of predicting tokens 1..T from tokens 0..T-1 (U = T + 1)."""
+) -> tuple[GPT, jax.Array, jax.Array]:
+    """The model, its hidden states [M, D] of tokens 0..T-1 (U = T + 1), and the tokens 1..T [M]
+    that are to be predicted from them."""
     inputs_BT, targets_BT = tokens_BU[:, :-1], tokens_BU[:, 1:]
     model = transformer.bind(config, params)
     x_BTD, _ = model.hidden(inputs_BT, key_B=key_B, remat=remat, unroll=unroll)
-    losses = token_losses(model, x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.ravel())
-    return tuple(loss_M.reshape(targets_BT.shape) for loss_M in losses)
+    return model, x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.ravel()
+
+
+def sequence_losses(
+    config: ModelConfig, params: dict, tokens_BU: jax.Array, key_B=None, **options
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`token_losses`, each [B, T], of sequences of T + 1 tokens; `options`: of `hidden_states`."""
+    losses = token_losses(*hidden_states(config, params, tokens_BU, key_B, **options))
+    return tuple(loss_M.reshape(len(tokens_BU), -1) for loss_M in losses)
 
 
 def objective(config: TrainConfig, params: dict, tokens_BU: jax.Array, key_B=None):
@@ -109,10 +117,8 @@ def objective(config: TrainConfig, params: dict, tokens_BU: jax.Array, key_B=Non
     """
     options = {"remat": config.remat, "unroll": config.unroll}
     if sharding.platform() != "cpu":
-        model = transformer.bind(config.model, params)
-        x_BTD, _ = model.hidden(tokens_BU[:, :-1], key_B=key_B, **options)
-        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        return fused_loss.mean_losses(config, x_MD, model.head_table, tokens_BU[:, 1:].ravel())
+        model, x_MD, target_M = hidden_states(config.model, params, tokens_BU, key_B, **options)
+        return fused_loss.mean_losses(config, x_MD, model.head_table, target_M)
 
     loss_BT, log_total_BT, even_BT = sequence_losses(
         config.model, params, tokens_BU, key_B, **options
