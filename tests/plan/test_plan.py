@@ -9,15 +9,14 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from programs import ROOT, call
 
-from gpt import sharding, train_flags
-from gpt.config import MeshConfig
+from gpt import train_flags
 from gpt.errors import UserError
 from gpt.plan import absent, devices, programs
-from gpt.presets import preset
 
 sys.path.append(str(ROOT / "benchmarks"))
 import predicted_bytes
@@ -49,6 +48,8 @@ def plan(tmp_path, where: str, sizes: tuple[int, int, int], *flags: str) -> Simp
     file, is_virtual = tmp_path / "plan.json", where.isdigit()
     words = ["gpt2", "--dry-run", "--devices" if is_virtual else "--topology", where, *flags]
     words += ["--json", str(file)]
+    if "--remat" not in flags:
+        words += ["--remat", "blocks"]  # which the predictions are for
     for name, size in mesh.shape.items():
         words += [f"--mesh.{name}", str(size)]
 
