@@ -92,6 +92,12 @@ def test_all_problems_are_in_one_message():
         assert problem in str(caught.value)
 
 
+@pytest.mark.parametrize(("kind", "tied"), [("gpt2", True), ("llama", False), ("qwen2", False)])
+def test_a_head_is_tied_where_transformers_ties_it_by_default(kind, tied):
+    values = {n: v for n, v in standins.KINDS[kind].items() if n != "tie_word_embeddings"}
+    assert read_config(values)[0].tied == tied
+
+
 def test_what_is_not_known_is_named_and_ignored():
     c = standins.KINDS["qwen2"]
     more = {"unsloth_version": "2026.1", "num_experts": 0, "moe_layers": [], "new": None}

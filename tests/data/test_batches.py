@@ -67,6 +67,8 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert np.array_equal(once, again)
     assert not np.array_equal(once[0], batches.batch(tokens, 8, 0, 4, 16))
     assert not np.array_equal(once[0], once[1])
+    starts = batches.batch(tokens, 7, 0, 200, 16)[:, 0]
+    assert np.mean(np.diff(starts) == 16) < 0.1  # not in the order of the text
     rows = batches.batch(tokens, 2**31 - 1, 2**40, 512, 16)  # no number overflows
     assert rows.min() >= 0 and (np.diff(rows, axis=1) == 1).all()
 
