@@ -171,13 +171,15 @@ def measure_training(args: Args) -> dict:
     from gpt import flops, hardware, sharding
     from gpt.bench import measure
     from gpt.hardware import default_dtype
+    from gpt.training import memory_plan
 
     name = args.preset or "tiny"
     config = preset(name)
     dtype = args.dtype or default_dtype()
     config = dataclasses.replace(config, model=config.model.computing_in(dtype), dtype=dtype)
     mesh = sharding.make_decoding_mesh(args.mesh)
-    micro_batch = str(config.batch_size // config.grad_accum)
+    trained = memory_plan.choose(config, mesh)
+    micro_batch = str(trained.batch_size // trained.grad_accum)
 
     note("measuring matrix products and reading memory")
     ceilings = hardware.ceilings(flops.weight_bytes(config.model), dtype)

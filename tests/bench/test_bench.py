@@ -258,7 +258,8 @@ def test_training_figures_of_known_times(monkeypatch, capsys):
     ],
 )
 def test_a_batch_is_one_micro_batch_unless_told_otherwise(argv, measured, monkeypatch):
-    """The preset trains with 32 micro-batches of 16."""
+    """With this much memory the preset trains with 32 micro-batches of 16."""
+    monkeypatch.setattr(hardware, "memory", lambda: (24 * 10**9, "a machine"))
     configs = []
 
     def measure_train_step(config, mesh, repeats, ceilings):

@@ -191,8 +191,8 @@ def test_schedule_warms_up_and_ends_at_the_minimum():
     rates = [float(optimizer.make_schedule(config)(i)) for i in range(101)]
     assert 0 < rates[0] < rates[5] < rates[10] == pytest.approx(1e-3)
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
-    assert rates[55] == pytest.approx((1e-3 + 1e-4) / 2)
-    assert rates[100] == pytest.approx(1e-4)
+    assert (rates[54] + rates[55]) / 2 == pytest.approx((1e-3 + 1e-4) / 2)
+    assert rates[99] == rates[100] == pytest.approx(1e-4)  # the last of 100 updates
 
 
 def test_clipping_bounds_the_update():
