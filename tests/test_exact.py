@@ -1,4 +1,4 @@
-"""The tests marked `exact`, in a process that compiles as users do: see conftest.py."""
+"""The tests marked `exact`, in processes that compile as users do: see conftest.py."""
 
 import subprocess
 import sys
@@ -6,17 +6,19 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
+FILES = [path for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)]
+MARKED = sorted(path for path in FILES if "pytest.mark.exact" in path.read_text("utf-8"))
 
 
-def test_what_compares_bits(pytestconfig):
+@pytest.mark.parametrize("path", MARKED, ids=lambda path: path.name)
+def test_what_compares_bits(path, pytestconfig):
     if "not exact" not in pytestconfig.option.markexpr:
         pytest.skip("these tests run in this process")
-    files = [path for path in TESTS.rglob("test_*.py") if "mark.exact" in path.read_text("utf-8")]
-    flags = ["-q", "-n", "0", "-p", "no:cacheprovider", "-m", "exact and not slow and not parity"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *flags, *files],
-        cwd=TESTS.parent,
+        [*command, "-m", "exact and not slow and not parity"],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
