@@ -89,7 +89,7 @@ FAULTS = [
     ),
     *faults_in("sampling/decode_loop", "sampling/test_generate sampling/test_generate_ends",
         ("tokens that were seen", "token_B].set(True)", "token_B].set(False)"),
-        ("end of text", "(has_ended_B, 0, state", "(has_ended_B, state"),
+        ("end of text", "(has_ended_B, 0, state", "(has_ended_B, state.remaining_B - 1, state"),
     ),
     *faults_in("sampling/generate", "sampling/test_generate_ends",
         ("sliding", "ids[-kept - 1 : -1]", "ids[-kept:]"),
