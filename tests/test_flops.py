@@ -1,7 +1,6 @@
 """The arithmetic of gpt/flops.py against the shapes of real arrays and against XLA's own count."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +50,8 @@ def test_weights_for_sampling_are_in_the_type_of_the_products(compute, quantize)
     mesh = make_decoding_mesh(MeshConfig(data=1))
     for param in ("float32", "bfloat16"):
         config = dataclasses.replace(SMALL, param_dtype=param).computing_in(compute)
-        init = functools.partial(transformer.init, config)
-        params = for_decoding(config, mesh, quantize, init, jax.random.key(0))
+        stacked = transformer.init(config, jax.random.key(0))
+        params = for_decoding(config, mesh, quantize, stacked)
         kept = config.for_sampling()
         assert kept.param_dtype == ("bfloat16" if "bfloat16" in (param, compute) else "float32")
         assert n_bytes(params) == flops.weight_bytes(kept, int8=quantize is not None)

@@ -230,8 +230,15 @@ def choose_model(args: Args):
     config = preset(name).model.computing_in(args.dtype or default_dtype())
     mesh = sharding.make_decoding_mesh(args.mesh)
     transformer.require_fit(config, mesh, fsdp=False)
-    init = partial(transformer.init, config)
-    make_params = partial(for_decoding, config, mesh, args.quantize, init, jax.random.key(0))
+
+    def make_params() -> dict:
+        # Two programs. In a single one the compiler would draw the weights of each layer apart:
+        # for gpt2 on a GPU that took more than a minute to compile.
+        shapes, axes = transformer.abstract(config), transformer.logical_axes(config)
+        shardings = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING)
+        init = jax.jit(partial(transformer.init, config), out_shardings=shardings)
+        return for_decoding(config, mesh, args.quantize, init(jax.random.key(0)))
+
     return f"{name}, random weights", config.for_sampling(), mesh, make_params
 
 

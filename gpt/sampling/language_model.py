@@ -157,7 +157,7 @@ def load(
 
         return LanguageModel(
             config.for_sampling(),
-            for_decoding(config, devices, quantize, lambda stacked: stacked, stacked),
+            for_decoding(config, devices, quantize, stacked),
             tokenizers.from_json(metadata["tokenizer"]),
             step,
             weights="ema" if tree == "ema_params" else "raw",
@@ -194,7 +194,7 @@ def write_sample(run, weights: dict, n_tokens: int = 120) -> str | None:
     if distributed.is_multi_process():
         mesh = sharding.make_decoding_mesh(ONE_DEVICE)
     config = run.config.model
-    params = for_decoding(config, mesh, None, lambda stacked: stacked, weights)
+    params = for_decoding(config, mesh, None, weights)
     mesh = mesh if mesh.size > 1 else None
     model = LanguageModel(config.for_sampling(), params, run.tokenizer, step=0, mesh=mesh)
     return str(model.generate(max_new_tokens=n_tokens))
@@ -213,17 +213,17 @@ def choose_tree(run: str | Path, metadata: dict[str, Any], weights: Weights | No
     return "params"
 
 
-def for_decoding(config: ModelConfig, mesh: Mesh, quantize: Quantize | None, stacked, *args):
-    """The stacked weights `stacked(*args)` as decoding keeps them on `mesh`: layer by layer, in the
-    type that `config.for_sampling()` names."""
+def for_decoding(config: ModelConfig, mesh: Mesh, quantize: Quantize | None, params: dict) -> dict:
+    """Stacked weights as decoding keeps them on `mesh`: layer by layer, in the type that
+    `config.for_sampling()` names."""
 
-    def make(*args):
-        params = transformer.unstack(stacked(*args))
+    def convert(params: dict) -> dict:
+        params = transformer.unstack(params)
         params = int8.quantize(params) if quantize else params
         return transformer.cast(params, config.for_sampling().param_dtype)
 
     axes = transformer.logical_axes(config, stacked=False)
     axes = int8.quantize_axes(axes) if quantize else axes
-    shapes = jax.eval_shape(make, *args)
-    out = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING)
-    return jax.jit(make, out_shardings=out)(*args)
+    shapes = jax.eval_shape(convert, params)
+    shardings = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING)
+    return jax.jit(convert, out_shardings=shardings)(params)
