@@ -23,7 +23,7 @@ from gpt.config import ModelConfig, TrainConfig
 from gpt.errors import require
 from gpt.hardware import timed
 from gpt.sampling import engine, generate
-from gpt.sampling.decode_loop import DecodeState, decode_chunk, start_decoding
+from gpt.sampling.decode_loop import DecodeState, decode_chunk, find_full_rows, start_decoding
 from gpt.sampling.settings import Settings
 from gpt.training import train_state, train_step
 
@@ -197,7 +197,8 @@ def decode(config: ModelConfig, params: dict, state, sampling, chunk: int) -> li
     active_B = np.ones(len(state.token_B), bool)
 
     def advance(state):
-        state = generate.grow_if_full(config, state)
+        if np.any(find_full_rows(state)):
+            state = generate.grow(config, state)
         return decode_chunk(config, params, state, sampling, active_B, chunk)
 
     seconds = []

@@ -70,7 +70,9 @@ def attend_token(
     part of a GPU busy.
     """
     if cudnn is not None and len(q_BTNH) > 1 and kernel_for(q_BTNH) is by_cudnn:
-        return spread(token_by_cudnn, q_BTNH, k_BKSH, v_BKSH, pos_BT[:, 0] + 1)
+        # A row that has filled the cache stands behind it.
+        n_B = jnp.minimum(pos_BT[:, 0] + 1, k_BKSH.shape[2])
+        return spread(token_by_cudnn, q_BTNH, k_BKSH, v_BKSH, n_B)
     mix_B1NH = attention.attend(q_BTNH[:, :1], k_BKSH, v_BKSH, pos_BT[:, :1], drop)
     return jnp.broadcast_to(mix_B1NH, q_BTNH.shape)
 

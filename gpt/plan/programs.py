@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from gpt import flops, sharding
 from gpt.config import ModelConfig, TrainConfig
 from gpt.model import kv_cache, transformer
-from gpt.sampling import decode_loop, engine, generate
+from gpt.sampling import decode_loop, engine, generate, sampler
 from gpt.sampling.settings import Settings
 from gpt.training import train_step
 
@@ -60,6 +60,8 @@ def planned(config: TrainConfig, mesh: Mesh) -> list[PlannedProgram]:
     )
     no_bias_V = np.zeros(c.vocab_size, np.float32)
     sampling = generate.sampling_params([Settings()] * n_rows, [no_bias_V] * n_rows)
+    if mesh.devices.flat[0].platform != "cpu":
+        sampling = sampler.with_known_steps(sampling)  # as where such devices are
 
     def compile_sampling(function, *args, **static) -> jax.stages.Compiled:
         with sharding.on_mesh(mesh):

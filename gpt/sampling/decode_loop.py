@@ -1,7 +1,8 @@
 """Decoding on the device: one token per row and step, several steps per call.
 
 There is one program of `start_decoding` and one of `decode_chunk` for each batch size and cache
-capacity: lengths, settings, and which rows have ended are traced.
+capacity: lengths, settings, and which rows have ended are traced. (On an accelerator there is one
+for each set of sampling steps too, see sampler.py.)
 Shape letters: see gpt/model/transformer.py; C steps of a chunk.
 """
 
@@ -16,7 +17,7 @@ from gpt.model import kv_cache as kv
 from gpt.sampling import engine, sampler
 from gpt.sampling.completion import NO_TOKEN
 from gpt.sampling.sampler import SamplingParams
-from gpt.sharding import constrain
+from gpt.sharding import constrain, platform
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +46,12 @@ class SampledTokens:
     logprobs_BC: jax.Array
     top_ids_BCK: jax.Array
     top_probs_BCK: jax.Array
+
+
+@jax.jit
+def find_full_rows(state: DecodeState) -> jax.Array:
+    """Which rows go on and have filled the cache, bool [B]."""
+    return (state.remaining_B > 0) & (state.cache.length_B >= state.cache.capacity)
 
 
 @partial(jax.jit, static_argnames="top", donate_argnames="state")
@@ -76,11 +83,13 @@ def decode_chunk(
     size: int,
     top: int = 0,
 ) -> tuple[DecodeState, SampledTokens]:
-    """Up to `size` decode steps, until every row is done or one has filled the cache.
+    """Up to `size` tokens for each row, until it is done or has filled the cache.
 
-    `state` is consumed. Rows that are not active are done from here on.
+    `state` is consumed. Rows that are not active are done from here on. A CPU takes no more steps
+    when every row is done or one has filled the cache. An accelerator takes `size` steps: to look
+    at what it has computed is a round trip to the host.
     """
-    B, capacity = len(state.token_B), state.cache.capacity
+    B = len(state.token_B)
     state = replace(state, remaining_B=jnp.where(active_B, state.remaining_B, 0))
     sampled = SampledTokens(
         tokens_BC=jnp.full((B, size), NO_TOKEN, jnp.int32),
@@ -91,9 +100,7 @@ def decode_chunk(
 
     def goes_on(carry):
         i, state, _ = carry
-        running_B = state.remaining_B > 0
-        has_room = jnp.max(jnp.where(running_B, state.cache.length_B, 0)) < capacity
-        return (i < size) & jnp.any(running_B) & has_room
+        return (i < size) & jnp.any(state.remaining_B > 0) & ~jnp.any(find_full_rows(state))
 
     def advance(carry):
         i, state, sampled = carry
@@ -101,25 +108,31 @@ def decode_chunk(
         write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i, axis=1)
         return i + 1, state, jax.tree.map(write, sampled, new)
 
-    _, state, sampled = jax.lax.while_loop(goes_on, advance, (0, state, sampled))
+    start = 0, state, sampled
+    if platform() == "cpu":
+        _, state, sampled = jax.lax.while_loop(goes_on, advance, start)
+    else:
+        _, state, sampled = jax.lax.fori_loop(0, size, lambda _, carry: advance(carry), start)
     return constrain_state(state), sampled
 
 
 def decode_and_sample(
     config: ModelConfig, params: dict, state: DecodeState, sampling: SamplingParams, top: int
 ) -> tuple[DecodeState, SampledTokens]:
-    """One decode step of all rows, and the token that each gains: none, where it is done."""
-    running_B = state.remaining_B > 0
+    """One decode step of all rows, and the token that each gains: none, where it is done or has
+    filled the cache."""
+    running_B = (state.remaining_B > 0) & ~find_full_rows(state)
     cache, logits_BV = engine.decode_step(config, params, state.cache, state.token_B, running_B)
     position_B = cache.length_B + state.dropped_B
     token_B = sampler.sample(logits_BV, sampling, state.seen_BV, position_B)
+    token_B = jnp.where(running_B, token_B, state.token_B)
     sampled = report(logits_BV, token_B, top)
     tokens_BC = jnp.where(running_B[:, None], sampled.tokens_BC, NO_TOKEN)
     state = replace(
         state,
         cache=cache,
         token_B=token_B,
-        remaining_B=jnp.where(running_B, count_remaining(state, token_B), 0),
+        remaining_B=jnp.where(running_B, count_remaining(state, token_B), state.remaining_B),
         seen_BV=mark_seen(state.seen_BV, token_B),
     )
     return state, replace(sampled, tokens_BC=tokens_BC)

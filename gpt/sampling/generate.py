@@ -19,18 +19,19 @@ from gpt.config import ModelConfig
 from gpt.data.tokenizers import without_lone_surrogates
 from gpt.errors import require
 from gpt.model.attention import MASKED
-from gpt.sampling import engine
+from gpt.sampling import engine, sampler
 from gpt.sampling.completion import Completion, Piece, PromptTokens, Row, split_end
 from gpt.sampling.decode_loop import (
     DecodeState,
     SampledTokens,
     decode_chunk,
+    find_full_rows,
     reread,
     start_decoding,
 )
 from gpt.sampling.sampler import SamplingParams
 from gpt.sampling.settings import Settings
-from gpt.sharding import on_mesh
+from gpt.sharding import on_mesh, platform
 
 CHUNK = 16  # decode steps between looks at the host: text appears this often
 MAX_INT32 = 2**31 - 1
@@ -70,11 +71,12 @@ def _stream(
     prefill_timer, decode_timer = Stopwatch(), Stopwatch()
     with prefill_timer, on_mesh(model.mesh):
         state, sampled = start(model, rows, sampling, batch, top)
-        sampled = jax.device_get(sampled)
+        sampled, full_B = jax.device_get((sampled, find_full_rows(state)))
 
     shapes_seen = set()
     while True:
-        # Hand out what each row has gained.
+        # What each row has gained.
+        pieces = []
         for index, row in enumerate(rows):
             if not row.has_ended:
                 text = row.add(
@@ -85,28 +87,34 @@ def _stream(
                 )
                 row.completion.prefill_seconds = prefill_timer.seconds
                 row.completion.decode_seconds = decode_timer.seconds
-                yield Piece(index, text, row.completion)
+                pieces.append(Piece(index, text, row.completion))
         if all(row.has_ended for row in rows):
+            yield from pieces
             break
 
-        # Up to `chunk` more tokens for each row that has not ended.
-        active_B = np.array([not row.has_ended for row in rows])
-        shape = state.cache.capacity, bool(has_filled_cache(state).any())
-        n_programs = decode_timer.programs
-        with decode_timer, on_mesh(model.mesh), compilations.of(batch=len(rows)):
-            state = slide_full_rows(model, grow_if_full(model.config, state), rows)
-            with compilations.of(capacity=state.cache.capacity, top=top):
-                state, sampled = decode_chunk(
-                    model.config, model.params, state, sampling, active_B, chunk, top
+        # Up to `chunk` more tokens for each row that has not ended. The device is at work on them
+        # while the text of the last ones is handed out, so that counts as time of decoding.
+        with decode_timer:
+            active_B = np.array([not row.has_ended for row in rows])
+            shape = state.cache.capacity, bool(full_B.any())
+            n_programs = compilations.programs
+            with on_mesh(model.mesh), compilations.of(batch=len(rows)):
+                state = make_room(model, state, rows, full_B)
+                with compilations.of(capacity=state.cache.capacity, top=top):
+                    state, sampled = decode_chunk(
+                        model.config, model.params, state, sampling, active_B, chunk, top
+                    )
+                found = sampled, find_full_rows(state)
+            if shape in shapes_seen and compilations.programs > n_programs:
+                warnings.warn(
+                    f"a program was compiled in the middle of decoding at an unchanged shape "
+                    f"(capacity {state.cache.capacity}): this costs time and should not happen; "
+                    "please report it",
+                    stacklevel=2,
                 )
-            sampled = jax.device_get(sampled)
-        if shape in shapes_seen and decode_timer.programs > n_programs:
-            warnings.warn(
-                f"a program was compiled in the middle of decoding at an unchanged shape (capacity "
-                f"{state.cache.capacity}): this costs time and should not happen; please report it",
-                stacklevel=2,
-            )
-        shapes_seen.add(shape)
+            shapes_seen.add(shape)
+            yield from pieces
+            sampled, full_B = jax.device_get(found)
 
     for row in rows:
         require(
@@ -240,7 +248,7 @@ def sampling_params(
     if prompts is not None:
         seed ^= jnp.array([prompt.checksum for prompt in prompts], jnp.uint32)
     vocab_size = len(bias_BV[0])
-    return SamplingParams(
+    params = SamplingParams(
         bias_BV=jnp.asarray(np.stack(bias_BV)),
         repetition_penalty=column("repetition_penalty", jnp.float32),
         temperature=column("temperature", jnp.float32),
@@ -250,6 +258,8 @@ def sampling_params(
         seed=seed,
         sample=jnp.array(samples or [0] * len(settings), jnp.uint32),
     )
+    # A CPU finds out while it decodes which steps are needed, and so has one program for all.
+    return params if platform() == "cpu" else sampler.with_known_steps(params)
 
 
 def logit_bias(model, settings: Settings) -> np.ndarray:
@@ -335,27 +345,25 @@ def start(
         return start_decoding(state, logits_BV, sampling, top)
 
 
-def has_filled_cache(state: DecodeState) -> np.ndarray:
-    """Which running rows have filled the cache, bool [B]."""
-    running_B = np.asarray(state.remaining_B) > 0
-    return running_B & (np.asarray(state.cache.length_B) >= state.cache.capacity)
-
-
-def grow_if_full(config: ModelConfig, state: DecodeState) -> DecodeState:
-    """The state with a cache of the next size, up to the context, if a row has filled it."""
-    capacity = state.cache.capacity
-    if capacity == config.context_length or not has_filled_cache(state).any():
+def make_room(model, state: DecodeState, rows: Sequence[Row], full_B: np.ndarray) -> DecodeState:
+    """The state with room for the next token of each row, of which `full_B` have filled the cache:
+    the cache grows up to the context, and then these rows slide."""
+    if not full_B.any():
         return state
-    capacity = engine.bucket(capacity + 1, config.context_length)
+    if state.cache.capacity < model.config.context_length:
+        return grow(model.config, state)
+    return slide(model, state, rows, full_B)
+
+
+def grow(config: ModelConfig, state: DecodeState) -> DecodeState:
+    """The state with a cache of the next size, up to the context."""
+    capacity = engine.bucket(state.cache.capacity + 1, config.context_length)
     with compilations.of(capacity=capacity):
         return replace(state, cache=engine.grow(state.cache, capacity))
 
 
-def slide_full_rows(model, state: DecodeState, rows: Sequence[Row]) -> DecodeState:
-    """The state with each row that has filled the context set back to the last half of it."""
-    full_B = has_filled_cache(state)
-    if not full_B.any():
-        return state
+def slide(model, state: DecodeState, rows: Sequence[Row], full_B: np.ndarray) -> DecodeState:
+    """The state with the rows that have filled the context set back to the last half of it."""
     kept = model.config.context_length // 2
     windows = []
     for row, is_full in zip(rows, full_B, strict=True):

@@ -1,21 +1,28 @@
 """From logits to a token: bias, penalty, temperature, filters, the draw.
 
 Settings are traced arrays with one entry per row: no value recompiles anything, and the rows of a
-batch may differ in all of them.
+batch may differ in all of them. A step that no row needs is not computed. A CPU decides that while
+a program runs. For a GPU that would be a round trip to the host at each token, so the host decides
+before, by `SamplingParams.steps`, and there is a program for each set of steps that is used.
 
 The order is that of Hugging Face transformers: logit bias (which also forbids end-of-text),
 repetition penalty, temperature, top-k, top-p over what top-k kept, min-p over what both kept. Ties
 at a threshold are all kept.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpt.model.attention import MASKED
+from gpt.sharding import platform
 
 BLOCK = 256  # tokens whose probabilities are summed before one of them is looked up
+DIGIT = 7  # bits of a threshold that an accelerator finds at once
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +31,8 @@ class SamplingParams:
     """How each row of a batch samples: the settings of the same names, one entry per row.
 
     `bias_BV` is added to the logits. A row's noise depends on its `seed`, its `sample` (the number
-    among the completions of one prompt) and the position, and on nothing else.
+    among the completions of one prompt) and the position, and on nothing else. `steps`: those of
+    `needed_steps` that some row needs; None: found out while the program runs.
     """
 
     bias_BV: jax.Array
@@ -35,6 +43,36 @@ class SamplingParams:
     min_p: jax.Array
     seed: jax.Array
     sample: jax.Array
+    steps: frozenset[str] | None = field(default=None, metadata={"static": True})
+
+
+def needed_steps(sampling: SamplingParams) -> dict[str, jax.Array]:
+    """For each step, whether some row needs it."""
+    adjusts = jnp.any(sampling.bias_BV != 0) | jnp.any(sampling.repetition_penalty != 1)
+    return {
+        "adjust": adjusts,
+        "greedy": jnp.any(sampling.temperature == 0),
+        "draw": jnp.any(sampling.temperature > 0),
+        "top_k": jnp.any(sampling.top_k > 0),
+        "top_p": jnp.any(sampling.top_p < 1),
+        "min_p": jnp.any(sampling.min_p > 0),
+    }
+
+
+def do_if_needed(
+    step: str, sampling: SamplingParams, function: Callable, x_BV: jax.Array, otherwise: jax.Array
+) -> jax.Array:
+    """`function(x_BV)` if some row needs the step, else `otherwise`."""
+    if sampling.steps is not None:
+        return function(x_BV) if step in sampling.steps else otherwise
+    needed = needed_steps(sampling)[step]
+    return jax.lax.cond(needed, lambda x_BV, _: function(x_BV), lambda _, x: x, x_BV, otherwise)
+
+
+def with_known_steps(sampling: SamplingParams) -> SamplingParams:
+    """`sampling` with its steps found out now, on the host."""
+    needed = jax.device_get(needed_steps(sampling))
+    return replace(sampling, steps=frozenset(step for step in needed if needed[step]))
 
 
 def adjust_logits(logits_BV: jax.Array, sampling: SamplingParams, seen_BV: jax.Array) -> jax.Array:
@@ -52,8 +90,7 @@ def adjust_logits(logits_BV: jax.Array, sampling: SamplingParams, seen_BV: jax.A
         # A penalty below 1 must not bring a forbidden token back.
         return jnp.where(sampling.bias_BV > MASKED, x_BV, MASKED)
 
-    needed = jnp.any(sampling.bias_BV != 0) | jnp.any(sampling.repetition_penalty != 1)
-    return jax.lax.cond(needed, adjusted, lambda logits_BV: logits_BV, logits_BV)
+    return do_if_needed("adjust", sampling, adjusted, logits_BV, logits_BV)
 
 
 def ordered_bits(x: jax.Array) -> jax.Array:
@@ -64,60 +101,83 @@ def ordered_bits(x: jax.Array) -> jax.Array:
 
 def keep_largest(x_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) -> jax.Array:
     """True at the fewest largest entries whose summed weight reaches the target, and at all entries
-    that equal the smallest of them.
-
-    Bisection on the bits of the threshold: 32 masked sums, which on a CPU cost a tenth of a sort.
-    """
+    that equal the smallest of them."""
     bits_BV = ordered_bits(x_BV)
+    find_threshold = by_halves if platform() == "cpu" else by_digits
+    return bits_BV >= find_threshold(bits_BV, weight_BV, target_B)[:, None]
+
+
+def by_halves(bits_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) -> jax.Array:
+    """The largest threshold such that the entries from it on reach the target; 0 if none does.
+
+    Bisection on its bits: 32 masked sums, which on a CPU cost a tenth of a sort.
+    """
 
     def halve(i, low_B):
         middle_B = low_B | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
         above_B = jnp.sum(jnp.where(bits_BV >= middle_B[:, None], weight_BV, 0), axis=-1)
         return jnp.where(above_B >= target_B, middle_B, low_B)
 
-    low_B = jax.lax.fori_loop(0, 32, halve, jnp.zeros(len(x_BV), jnp.uint32))
-    return bits_BV >= low_B[:, None]
+    return jax.lax.fori_loop(0, 32, halve, jnp.zeros(len(bits_BV), jnp.uint32))
 
 
-def keep_top_k(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
+def by_digits(bits_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) -> jax.Array:
+    """As `by_halves`, several bits at a time, with a sum for each value that they may have: for
+    accelerators, which compute the sums side by side but wait for every step."""
+    low_B = jnp.zeros(len(bits_BV), jnp.uint32)
+    shift = 32
+    while shift > 0:
+        n_bits = min(DIGIT, shift)
+        shift -= n_bits
+        values_J = np.arange(1, 1 << n_bits, dtype=np.uint32) << np.uint32(shift)
+        threshold_BJ = low_B[:, None] | values_J
+        is_above_BVJ = bits_BV[:, :, None] >= threshold_BJ[:, None]
+        above_BJ = jnp.sum(jnp.where(is_above_BVJ, weight_BV[:, :, None], 0), axis=1)
+        digit_B = jnp.sum(above_BJ >= target_B[:, None], axis=-1, dtype=jnp.uint32)
+        low_B |= digit_B << shift
+    return low_B
+
+
+def keep_top_k(top_k_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
     """Logits with all but the `top_k_B` largest masked; 0 keeps all of them."""
     V = logits_BV.shape[-1]
     target_B = jnp.where(top_k_B > 0, jnp.minimum(top_k_B, V), V)
     return jnp.where(keep_largest(logits_BV, jnp.ones_like(logits_BV), target_B), logits_BV, MASKED)
 
 
-def keep_top_p(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    """Logits with all masked but the fewest likeliest that together reach probability `top_p_B`
-    (Holtzman et al. 2019, section 3.1); 1 keeps all of them, 0 the likeliest."""
-    top_B1 = logits_BV.max(-1, keepdims=True)
-    weight_BV = jnp.exp(logits_BV - top_B1)
+def keep_top_p(top_p_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
+    """Logits, the largest of which is 0, with all masked but the fewest likeliest that together
+    reach probability `top_p_B` (Holtzman et al. 2019, section 3.1); 1 keeps all, 0 the likeliest.
+    """
+    weight_BV = jnp.exp(logits_BV)
     keep_BV = keep_largest(logits_BV, weight_BV, top_p_B * weight_BV.sum(-1))
-    keep_BV |= (logits_BV == top_B1) | (top_p_B >= 1)[:, None]
+    keep_BV |= (logits_BV == 0) | (top_p_B >= 1)[:, None]
     return jnp.where(keep_BV, logits_BV, MASKED)
 
 
-def keep_min_p(logits_BV: jax.Array, min_p_B: jax.Array) -> jax.Array:
-    """Logits with those masked that are less than `min_p_B` times as likely as the likeliest."""
-    least_B1 = logits_BV.max(-1, keepdims=True) + jnp.log(min_p_B)[:, None]
-    return jnp.where(logits_BV >= least_B1, logits_BV, MASKED)
+def keep_min_p(min_p_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
+    """Logits, the largest of which is 0, with those masked that are less than `min_p_B` times as
+    likely as the likeliest."""
+    return jnp.where(logits_BV >= jnp.log(min_p_B)[:, None], logits_BV, MASKED)
 
 
 def filter_logits(logits_BV: jax.Array, sampling: SamplingParams) -> jax.Array:
     """Logits divided by the temperature, with all masked that may not be drawn; the largest is 0.
 
-    A filter that no row asks for is not computed. A temperature of 0 counts as 1.
+    A temperature of 0 counts as 1.
     """
     temperature_B1 = jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
     # Subtract the largest first: a tiny temperature must not turn two large logits into infinities.
     x_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature_B1
     x_BV = jnp.where(logits_BV > MASKED, x_BV, MASKED)  # forbidden at any temperature
 
-    def filter_if(needed_B, keep, x_BV, setting_B):
-        return jax.lax.cond(jnp.any(needed_B), keep, lambda x_BV, _: x_BV, x_BV, setting_B)
-
-    x_BV = filter_if(sampling.top_k > 0, keep_top_k, x_BV, sampling.top_k)
-    x_BV = filter_if(sampling.top_p < 1, keep_top_p, x_BV, sampling.top_p)
-    return filter_if(sampling.min_p > 0, keep_min_p, x_BV, sampling.min_p)
+    for step, keep, setting_B in (
+        ("top_k", keep_top_k, sampling.top_k),
+        ("top_p", keep_top_p, sampling.top_p),
+        ("min_p", keep_min_p, sampling.min_p),
+    ):
+        x_BV = do_if_needed(step, sampling, partial(keep, setting_B), x_BV, x_BV)
+    return x_BV
 
 
 def argmax(logits_BV: jax.Array) -> jax.Array:
@@ -158,12 +218,13 @@ def find_in_cumulative(weight_BC: jax.Array, target_B: jax.Array) -> tuple[jax.A
 
 def inverse_cdf(logits_BV: jax.Array, u_B: jax.Array) -> jax.Array:
     """The token at which the cumulative probability first exceeds `u_B`; never a masked one.
+    The largest logit of each row is 0.
 
     It is looked up among the sums of blocks, then within one block: a running sum over the whole
     vocabulary would cost several times as much.
     """
     B, V = logits_BV.shape
-    weight_BV = jnp.exp(logits_BV - logits_BV.max(-1, keepdims=True))
+    weight_BV = jnp.exp(logits_BV)
     weight_BRC = jnp.pad(weight_BV, [(0, 0), (0, -V % BLOCK)]).reshape(B, -1, BLOCK)
     block_BR = weight_BRC.sum(-1)
     target_B = u_B * block_BR.sum(-1)
@@ -178,17 +239,18 @@ def sample(
 ) -> jax.Array:
     """One token per row, int32: the likeliest where the temperature is 0, else a random one.
 
-    `position_B`: the position of the token in its text. If all rows are greedy neither filters nor
-    noise are computed.
+    `position_B`: the position of the token in its text.
     """
     logits_BV = adjust_logits(logits_BV, sampling, seen_BV)
     greedy_B = argmax(logits_BV)
 
     def draw(logits_BV):
         token_B = inverse_cdf(filter_logits(logits_BV, sampling), uniform(sampling, position_B))
+        if sampling.steps is not None and "greedy" not in sampling.steps:
+            return token_B
         return jnp.where(sampling.temperature > 0, token_B, greedy_B)
 
-    return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda _: greedy_B, logits_BV)
+    return do_if_needed("draw", sampling, draw, logits_BV, greedy_B)
 
 
 def token_logprob(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:

@@ -130,7 +130,7 @@ def test_plans_of_other_meshes(tmp_path, sizes, flags):
 @needs_cuda
 def test_gpus_run_what_is_predicted(tmp_path):
     """Each program has kernels, a time, and lines of ours. Attention is cuDNN's, and decoding keeps
-    no copy of the cache."""
+    no copy of the cache and never waits for the host to see what it has computed."""
     found = plan(tmp_path, "h100:8", (1, 8, 1), *SMALL, "--seq-len", "1024", "--grad-accum", "1")
     check_collectives(found)
     check_gathers(found)
@@ -143,6 +143,9 @@ def test_gpus_run_what_is_predicted(tmp_path):
         assert any("dot_product_attention" in kernel for kernel in longest)
     cache = 2 * 2 * 8 * 1024 * 64 * 2  # of two blocks, on one device
     assert found.programs["decode step"]["temporary_bytes"] < cache / 4
+    for name in ("prefill", "decode step", "decode loop"):
+        program = found.programs[name]
+        assert program["data_dependent_loops"] == program["conditionals"] == 0
     assert "h100:8" in found.said and "not measured" in found.said
     assert found.said.count("MB of 60,000 MB: fits") == 4
 

@@ -163,6 +163,38 @@ def test_the_device_stops_when_all_rows_have(monkeypatch):
     assert len(calls) == 3
 
 
+def test_chunks_of_fixed_length_give_the_same_text(monkeypatch):
+    """As on an accelerator: rows that are done or have filled the cache draw nothing meanwhile."""
+    model = make_model(dataclasses.replace(CONFIG, context_length=48, n_layers=1))
+    settings = [
+        Settings(max_new_tokens=90, temperature=0.9, on_context_full="slide", ignore_eos=True),
+        Settings(max_new_tokens=5, temperature=0, repetition_penalty=1.5),
+        Settings(max_new_tokens=70, top_p=0.9, top_k=50),
+        Settings(max_new_tokens=70, min_p=0.05, stop=("e",)),
+    ]
+    expected = generate.complete(model, PROMPTS, settings, top=2)
+    for module in (generate, decode_loop):
+        monkeypatch.setattr(module, "platform", lambda: "gpu")
+    found = generate.complete(model, PROMPTS, settings, top=2)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
+        assert one.logprobs == other.logprobs and one.top == other.top
+
+
+def test_the_next_chunk_begins_before_the_text_is_handed_out(model, monkeypatch):
+    n_chunks, honest = 0, generate.decode_chunk
+
+    def counted(*args):
+        nonlocal n_chunks
+        n_chunks += 1
+        return honest(*args)
+
+    monkeypatch.setattr(generate, "decode_chunk", counted)
+    texts = generate.stream(model, ["a"], Settings(max_new_tokens=9, ignore_eos=True), chunk=4)
+    begun = [n_chunks for _ in texts]
+    assert begun == [1, 2, 2]
+
+
 def test_samples_share_a_prefill(model, monkeypatch):
     calls, honest = [], engine.prefill
     monkeypatch.setattr(engine, "prefill", lambda *args: calls.append(args[2]) or honest(*args))

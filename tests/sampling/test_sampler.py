@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +26,7 @@ adjust, filtered, argmax, inverse_cdf, sample = map(
         sampler.sample,
     ),
 )
+by_halves, by_digits = jax.jit(sampler.by_halves), jax.jit(sampler.by_digits)
 
 
 def rows(n=1, bias=None, **columns) -> sampler.SamplingParams:
@@ -131,6 +133,7 @@ def test_argmax_is_the_first_largest(logits):
 @given(values, st.floats(0, 1, width=32), st.integers(1, V))
 def test_inverse_cdf_never_draws_a_masked_token(logits, u, n_kept):
     x = np.array([logits], np.float32)
+    x -= x[0, :n_kept].max()
     x[0, n_kept:] = MASKED
     token = int(inverse_cdf(jnp.asarray(x), jnp.array([u], jnp.float32))[0])
     assert 0 <= token < n_kept
@@ -140,6 +143,7 @@ def test_inverse_cdf_is_the_inverse_of_the_sum():
     """Over several blocks of a large vocabulary, in float64; off by a rounding of u at most."""
     rng = np.random.default_rng(0)
     x, u = rng.normal(0, 1, (200, 1000)).astype(np.float32), rng.random(200).astype(np.float32)
+    x -= x.max(-1, keepdims=True)
     tokens = np.asarray(inverse_cdf(jnp.asarray(x), jnp.asarray(u)))
     weight = np.exp(x.astype(float))
     cdf = weight.cumsum(-1) / weight.sum(-1, keepdims=True)
@@ -154,7 +158,9 @@ def test_sparse_rows_of_a_large_vocabulary_draw_what_was_kept():
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (64, 50257)).astype(np.float32)
     logits[rng.random(logits.shape) > 0.001] = MASKED
-    weight = np.exp(logits - logits.max(-1, keepdims=True))
+    logits -= logits.max(-1, keepdims=True)
+    logits = np.maximum(logits, MASKED)
+    weight = np.exp(logits)
     cdf = np.asarray(jnp.cumsum(jnp.asarray(weight), axis=-1))
     for _ in range(20):
         at = cdf[np.arange(64), rng.integers(50257, size=64)] / cdf[:, -1]
@@ -281,7 +287,37 @@ def test_logprob_ignores_temperature_and_filters():
 
 
 def test_every_setting_of_a_row_is_an_array():
-    assert {field.name for field in dataclasses.fields(sampler.SamplingParams)} == {
-        "bias_BV",
-        *NAMES,
-    }
+    fields = {field.name for field in dataclasses.fields(sampler.SamplingParams)}
+    assert fields == {"bias_BV", *NAMES, "steps"}
+
+
+@settings(max_examples=100, deadline=None)
+@given(values | tied | lonely, st.lists(st.integers(0, 9), min_size=V, max_size=V), st.data())
+def test_digits_find_the_threshold_that_halves_find(logits, weights, data):
+    """With whole numbers for weights, whose sums are exact in any order."""
+    bits = sampler.ordered_bits(jnp.array([logits], jnp.float32))
+    weights = np.array([weights], np.float32)
+    target = np.array([data.draw(st.integers(0, int(weights.sum()) + 1))], np.float32)
+    found = [find(bits, weights, target) for find in (by_halves, by_digits)]
+    assert found[0] == found[1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(columns, min_size=4, max_size=4), st.integers(0, 1000))
+def test_an_accelerator_draws_what_a_cpu_draws(each, seed):
+    """Thresholds found by digits, and only the steps that the host says are needed."""
+    rng = np.random.default_rng(seed)
+    logits = jnp.asarray(rng.normal(0, 3, (4, V)).astype(np.float32))
+    seen, at = jnp.asarray(rng.random((4, V)) < 0.3), jnp.arange(4)
+    mixed = rows(4, **{name: [one[name] for one in each] for name in NAMES})
+    known = sampler.with_known_steps(mixed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "platform", lambda: "gpu")
+        tokens = sampler.sample(logits, known, seen, at)
+    assert np.array_equal(tokens, sample(logits, mixed, seen, at))
+
+
+def test_steps_are_those_that_some_row_needs():
+    assert sampler.with_known_steps(rows(2)).steps == {"draw"}
+    mixed = rows(2, temperature=[0, 1], top_p=[1, 0.5], repetition_penalty=1.1)
+    assert sampler.with_known_steps(mixed).steps == {"adjust", "greedy", "draw", "top_p"}
