@@ -170,5 +170,5 @@ def test_what_one_refuses_all_refuse(text, alone, tmp_path):
             wait(trainers)
         assert [t.returncode for t in trainers] == [2, 2], trainers[0].err + trainers[1].err
         assert all(t.err.count("error: ") == 1 for t in trainers)
-        assert f"error: {reason}" in trainers[0].err or reason in trainers[0].err
+        assert reason in trainers[0].err
         assert not folder.exists()

@@ -3,6 +3,7 @@ clock is a fake, and planted functions move it."""
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -209,12 +210,12 @@ def test_lengths_fit_the_context(context, given, expected):
         ({"prompt_lengths": "0"}, "at least 1"),
         ({"new_tokens": 1}, "--new-tokens 1: expected at least 2"),
         ({"repeats": 0}, "--repeats is 0: expected at least 1"),
-        ({"json": bench.Path("no/such/folder/x.json")}, "--json .* does not exist"),
-        ({"plot": bench.Path("x.pdf")}, "--plot .*.svg"),
-        ({"checkpoint": bench.Path("run"), "preset": "tiny"}, "--preset exclude each other"),
+        ({"json": Path("no/such/folder/x.json")}, "--json .* does not exist"),
+        ({"plot": Path("x.pdf")}, "--plot .*.svg"),
+        ({"checkpoint": Path("run"), "preset": "tiny"}, "--preset exclude each other"),
         ({"fail_if_slower": "5%"}, "needs --compare"),
         ({"grad_accum": 2}, "--grad-accum needs --train"),
-        ({"train": True, "plot": bench.Path("x.png")}, "--train measures .* drop --plot"),
+        ({"train": True, "plot": Path("x.png")}, "--train measures .* drop --plot"),
     ],
 )
 def test_bad_input_is_one_line(given, message):

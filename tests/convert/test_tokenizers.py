@@ -61,10 +61,9 @@ def test_ids_and_texts_are_the_librarys(form, tmp_path):
     assert ours.decode_bytes([N_VOCAB - 1]) == f"<|unused_{N_VOCAB - 1}|>".encode()
 
 
-@pytest.mark.parametrize("form", ["Qwen"])
-def test_added_tokens_that_are_not_special_are_as_in_transformers(form, tmp_path):
+def test_added_tokens_that_are_not_special_are_as_in_transformers(tmp_path):
     """Qwen's <think>: found in every text, and kept in what is decoded and exported."""
-    content = make(form)
+    content = make("Qwen")
     imported, _ = read(*folder_with(tmp_path, tokenizer_json=content))
     think = Tokenizer.from_str(content.decode()).token_to_id("<think>")
     for encode in (imported.encode, imported.encode_ordinary):

@@ -28,16 +28,9 @@ needs_tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reaso
 
 # An untied head: whether a tied one is gathered apart from the lookup's table varies with XLA.
 SMALL = [
-    "--model.n-layers",
-    "2",
-    "--model.d-model",
-    "64",
-    "--model.n-heads",
-    "4",
-    "--seq-len",
-    "128",
+    *("--model.n-layers", "2", "--model.d-model", "64", "--model.n-heads", "4", "--model.no-tied"),
+    *("--tokenizer", "bpe", "--vocab-size", "1000", "--seq-len", "128", "--batch-size", "64"),
 ]
-SMALL += ["--model.no-tied", "--tokenizer", "bpe", "--vocab-size", "1000", "--batch-size", "64"]
 AXES = ("data", "fsdp", "tensor")
 
 

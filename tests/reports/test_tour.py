@@ -51,10 +51,8 @@ def test_a_prompt_in_chinese_is_text_and_its_tokens_bytes(toured):
 
 def test_the_page_holds_the_recorded_numbers(trained, toured):
     settings = Settings(max_new_tokens=4, temperature=0.8, top_k=50, top_p=0.9)
-    record, data = (
-        record_tour(language_model.load(trained[1]), "天<b>气", settings),
-        data_of(toured),
-    )
+    record = record_tour(language_model.load(trained[1]), "天<b>气", settings)
+    data = data_of(toured)
     for name in ("scores", "weights"):
         error = np.abs(unpack(data[name]) - record.attention_map(name)).max()
         assert error <= data[name]["width"] / 65535

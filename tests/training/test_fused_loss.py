@@ -34,8 +34,8 @@ def learned():
 
     @jax.jit
     def update(params, moments):
-        aim = lambda params: loss.objective(CONFIG, params, TOKENS[:4])[0]  # noqa: E731
-        updates, moments = optimizer.update(jax.grad(aim)(params), moments)
+        gradient = jax.grad(lambda params: loss.objective(CONFIG, params, TOKENS[:4])[0])
+        updates, moments = optimizer.update(gradient(params), moments)
         return optax.apply_updates(params, updates), moments
 
     params = transformer.init(MODEL, jax.random.key(0))
