@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU should be asked when it is there for ten minutes. Nothing is downloaded.
+# What to measure on a GPU that is there for ten minutes. Nothing is downloaded.
 #
 #     benchmarks/gpu.sh [OUT]            OUT: folder of the results (default benchmarks/results)
 #
@@ -28,7 +28,7 @@ step() {
   local name=$1 limit=$2
   shift 2
   if ((SECONDS >= seconds_in_all)); then
-    echo "== $name: not run, $SECONDS s are gone"
+    echo "== $name: not run, after $SECONDS s"
     failed+=("$name")
     return
   fi

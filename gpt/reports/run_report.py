@@ -238,7 +238,7 @@ def differences(runs: Sequence[Run], names: Iterable[str]) -> list[str]:
 
 
 def settings_table(runs: Sequence[Run], names: Iterable[str]) -> str:
-    """One row per setting, one column per run; a dash where there is no value."""
+    """A row for each setting, a column for each run; a dash stands for no value."""
     rows = []
     for name in names:
         values = [run.settings.get(name) for run in runs]
