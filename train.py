@@ -7,13 +7,12 @@ The same command again continues the run where it stopped.
 """
 
 import os
-import shlex
 import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt import cli, plan, train_flags
+from gpt import cli, train_flags
 from gpt.train_flags import Args
 
 if TYPE_CHECKING:
@@ -30,12 +29,10 @@ if TYPE_CHECKING:
 
 def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     """From text to a trained model in `out`; the exit code."""
-    from gpt import distributed
-    from gpt.hardware import default_dtype
-    from gpt.sharding import make_mesh
-    from gpt.training import memory_plan, metrics, resume, run_plan, trainer
+    from gpt import distributed, hardware, sharding
+    from gpt.training import memory_plan, metrics, resume, run_plan, trainer, verify
 
-    dtype = default_dtype()
+    dtype = hardware.default_dtype()
     log = metrics.print_once(console)
     with distributed.exit_together():  # of several processes, all start or none does
         # Where the weights come from: fresh, from another run, or from where this one stopped.
@@ -47,22 +44,19 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
         config = args.train.completed(tokenizer.n_vocab, dtype)
 
         # The devices, and whether the run is possible on them.
-        mesh = make_mesh(config.mesh)
-        memory_bytes = args.memory_gb * 1e9 if args.memory_gb else None
-        config = memory_plan.choose(resume.keep_choices(config, mesh, start), mesh, memory_bytes)
+        mesh = sharding.make_mesh(config.mesh)
+        config = resume.keep_choices(config, mesh, start)
+        config = memory_plan.choose(config, mesh, args.memory_bytes)
         run = trainer.Run(args, out, start, config, mesh, tokenizer, dataset, console, stop)
         trainer.require_possible(run)
         console.print(*run_plan.describe(config, mesh, len(dataset.train)), sep="\n")
 
     trainer.require_same_everywhere(run)
     if args.dry_run:
-        console.print(*run_plan.describe_memory(config, mesh, args.memory_gb), sep="\n")
+        console.print(*run_plan.describe_memory(config, mesh, args.memory_bytes), sep="\n")
         return 0
     if args.verify_resume:
-        from gpt.training import verify
-
         return verify.verify_resume(run, fit, log)
-    memory_plan.require_room(memory_plan.least_need(config, mesh))
 
     # Weights and optimizer state, on the mesh.
     state = resume.initial_state(config, mesh, start, log)
@@ -71,17 +65,15 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     else:
         console.print(f"complete       {config.steps:,} steps; --overwrite starts afresh")
         code = trainer.finish(run)
-    command = shlex.join([cli.interpreter(), "sample.py", str(out), "--prompt", "TEXT"])
+    command = cli.command("sample.py", str(out), "--prompt", "TEXT")
     console.print(f"sample it      {command}")
     return code
 
 
 def fit(run: "Run", state: "TrainState", until: int) -> int:
     """Train from `state` until step `until`, or until a signal; the exit code."""
-    from gpt.compile_log import Stopwatch
     from gpt.training import trainer
     from gpt.training.train_step import evaluate
-    from gpt.training.trainer import is_due
 
     first_step = int(state.step)
     if first_step:
@@ -90,9 +82,7 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
     # One program for a step and one for an evaluation. From here on a signal no longer ends the run
     # at once but after the next step.
     run.stop.defer(first_step)
-    with Stopwatch() as watch:
-        run, train_step, eval_step = trainer.compile_run(run)
-    run.console.print(f"compiled       in {watch.compile_seconds:.1f} s")
+    run, train_step, eval_step = trainer.compile_run(run)
     config = run.config
     trainer.take_over_folder(run, first_step)  # not before: a refused run leaves it alone
 
@@ -104,9 +94,9 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
             recorder.step(step, state, metrics)
 
             ending = step == until or run.stop.requested_by(step)
-            evaluates = is_due(config, step, config.eval_every)
-            saves = is_due(config, step, config.save_every)
-            samples = is_due(config, step, config.sample_every)
+            evaluates = trainer.is_due(config, step, config.eval_every)
+            saves = trainer.is_due(config, step, config.save_every)
+            samples = trainer.is_due(config, step, config.sample_every)
             if not (ending or evaluates or saves or samples):
                 continue
             # A step whose update was skipped is not saved, so another one must follow.
@@ -131,7 +121,7 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
 def main(argv: list[str]) -> int:
     """Read the flags, prepare JAX, train; the exit code."""
     args = train_flags.parse_args(argv, __doc__)
-    if plan.wants_absent_devices(args):
+    if args.plans_absent:
         cli.prepare_absent()
         from gpt.plan.absent import print_plan
 

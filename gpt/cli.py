@@ -14,6 +14,7 @@ import io
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -199,13 +200,14 @@ def _discard_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def interpreter() -> str:
-    """How to call this Python in a command that can be pasted: `python`, or its relative path where
-    its environment is below the current folder and not activated."""
-    path, here = Path(sys.executable), Path.cwd()
-    if path.is_relative_to(here) and os.environ.get("VIRTUAL_ENV") != sys.prefix:
-        return str(path.relative_to(here))
-    return "python"
+def command(script: str, *words: str) -> str:
+    """A command for a shell, to be pasted. Python is `python`, or its relative path if its
+    environment is below the current folder and not activated."""
+    python = Path(sys.executable)
+    here = Path.cwd()
+    if python.is_relative_to(here) and os.environ.get("VIRTUAL_ENV") != sys.prefix:
+        return shlex.join([str(python.relative_to(here)), script, *words])
+    return shlex.join(["python", script, *words])
 
 
 @functools.cache

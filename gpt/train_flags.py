@@ -8,7 +8,7 @@ import tyro
 
 from gpt import cli
 from gpt.config import TrainConfig, optional
-from gpt.errors import above_zero, not_negative, positive, require
+from gpt.errors import above_zero, each, not_negative, positive, require, require_file_path
 from gpt.presets import PRESETS
 
 
@@ -92,13 +92,39 @@ class Args:
     def __post_init__(self):
         require(self.data != (), "--data names nothing: give at least one path")
         not_negative("profile", self.profile)
-        if self.memory_gb is not None:
-            above_zero("memory_gb", self.memory_gb)
+        each(above_zero, self, "memory_gb")
+        each(positive, self, "devices")
+        if not self.plans_absent:
+            require(self.json is None, "--json writes a plan: add --devices or --topology")
+            return
+        require(
+            self.devices is None or self.topology is None,
+            "--devices and --topology exclude each other: choose virtual devices of this CPU, or "
+            "accelerators",
+        )
+        require(
+            self.dry_run,
+            "--devices and --topology plan for devices that are not here: add --dry-run",
+        )
+        if self.json is not None:
+            require_file_path("--json", self.json)
+        for flag, value in (("--data", self.data), ("--init-from", self.init_from)):
+            require(not value, f"a plan for devices that are not here reads no text: drop {flag}")
 
     @property
     def is_trial(self) -> bool:
         """Whether it must leave nothing behind."""
         return self.dry_run or self.verify_resume
+
+    @property
+    def plans_absent(self) -> bool:
+        """Whether it only plans for devices that are not here."""
+        return self.devices is not None or self.topology is not None
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """Memory of one device; None: what is found here."""
+        return None if self.memory_gb is None else self.memory_gb * 1e9
 
 
 def parse_args(argv: list[str], description: str) -> Args:

@@ -155,8 +155,8 @@ def test_what_is_printed_to_be_pasted_names_an_environment_that_is_not_activated
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VIRTUAL_ENV", raising=False)
-    assert cli.interpreter() == "python"  # its environment lies elsewhere
+    assert cli.command("sample.py", "my run") == "python sample.py 'my run'"  # it lies elsewhere
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
-    assert cli.interpreter() == ".venv/bin/python"
+    assert cli.command("sample.py", "run") == ".venv/bin/python sample.py run"
     monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)
-    assert cli.interpreter() == "python"
+    assert cli.command("sample.py", "run") == "python sample.py run"

@@ -159,10 +159,11 @@ def test_when_one_dies_or_hangs_the_other_ends_too(who, how, text, tmp_path):
 @pytest.mark.slow
 def test_what_one_refuses_all_refuse(text, alone, tmp_path):
     folder = tmp_path / "run"
-    argv = [*SMALL, "--data", text, "--out", folder]
+    argv = [*SMALL, "--data", text, "--out", folder, "--grad-accum", "auto"]
     missing = ["--data", tmp_path / "missing.txt"]
     for own, reason in (
         (lambda i: ["--seed", 7 + i], "the processes of a run must agree on the settings"),
+        (lambda i: ["--memory-gb", 1 - 0.999 * i], "must agree on --grad-accum and --remat"),
         (lambda i: missing if i else [], "another process of this run reported an error"),
         (lambda i: [] if i else missing, "missing.txt"),
     ):

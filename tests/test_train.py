@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -59,7 +58,7 @@ def interrupt(monkeypatch):
 
 def sample_command(folder):
     """The command that a run ends with, wherever the environment lies."""
-    return f"{shlex.quote(cli.interpreter())} sample.py {shlex.quote(str(folder))} --prompt TEXT\n"
+    return cli.command("sample.py", str(folder), "--prompt", "TEXT") + "\n"
 
 
 def test_a_run_leaves_what_the_next_command_needs(trained):

@@ -32,14 +32,12 @@ def print_plan(args) -> int:
     log = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True).print
 
     # The mesh, and a config as text and machine would complete it.
-    chip = limit = None
+    limit = args.memory_bytes
     if args.topology:
         found, chip = devices.topology_devices(args.topology)
-        limit = chip.usable_bytes
+        limit = limit or chip.usable_bytes
     else:
-        found = devices.virtual_devices(args.devices)
-    if args.memory_gb:
-        limit = args.memory_gb * devices.GB
+        found, chip = devices.virtual_devices(args.devices), None
     mesh = sharding.make_mesh(args.train.mesh, found)
     config = completed(args.train, "bfloat16" if chip else "float32")
     config = memory_plan.choose(config, mesh, limit or math.inf)

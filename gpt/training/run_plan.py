@@ -64,11 +64,11 @@ def describe(config: TrainConfig, mesh: Mesh, n_tokens: int) -> list[str]:
     return lines
 
 
-def describe_memory(config: TrainConfig, mesh: Mesh, memory_gb: float | None) -> list[str]:
+def describe_memory(config: TrainConfig, mesh: Mesh, memory_bytes: float | None) -> list[str]:
     """The memory of one device as lines: what the compiled step takes, and how large a micro-batch
     would fit. Compiles the step for several sizes.
 
-    `memory_gb`: what a device has, in 10^9 bytes (None: what is found here).
+    `memory_bytes`: what a device has (None: what is found here).
     """
     least = least_need(config, mesh).total
     require(
@@ -76,8 +76,8 @@ def describe_memory(config: TrainConfig, mesh: Mesh, memory_gb: float | None) ->
         f"no device holds {format_bytes(least)}, which a step takes at least: {ADVICE}",
     )
     limit, source = hardware.memory()
-    if memory_gb is not None:
-        limit, source = int(memory_gb * 1e9), "--memory-gb"
+    if memory_bytes is not None:
+        limit, source = memory_bytes, "--memory-gb"
 
     def need_with(rows: int) -> Need:
         """The need with micro-batches of `rows`; infinite where the compiler runs out of memory."""
@@ -107,7 +107,7 @@ def describe_memory(config: TrainConfig, mesh: Mesh, memory_gb: float | None) ->
     ]
 
 
-def largest_rows(limit: int, step: int, start: int, total: Callable[[int], float]) -> int:
+def largest_rows(limit: float, step: int, start: int, total: Callable[[int], float]) -> int:
     """The largest micro-batch, a multiple of `step` sequences, of which `total(rows)` is within
     `limit` bytes; 0 if none is. The search begins at `start` and tries a few sizes.
 

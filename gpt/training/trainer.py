@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from gpt import checkpoint, distributed, hardware, sharding
+from gpt.compile_log import Stopwatch
 from gpt.config import TrainConfig
 from gpt.data import batches, tokenizers
 from gpt.data.dataset import load_dataset
@@ -83,6 +84,8 @@ def require_possible(run: Run) -> None:
     for note in train_step.require_fit(config, run.mesh):
         run.console.print(note)
     batches.require_length(run.dataset.train, config.sequence_length)
+    if not args.dry_run:
+        memory_plan.require_room(memory_plan.least_need(config, run.mesh))
     if config.warmup_steps > max(config.steps - 2, 0):
         run.console.print(
             f"note: a warm-up of {config.warmup_steps:,} steps takes the whole run of "
@@ -114,11 +117,18 @@ def require_same_everywhere(run: Run) -> None:
     found = checkpoint.steps(source) if source else []
     distributed.require_same(
         {
-            "the settings": (run.config, run.args.overwrite),
+            "the settings": (run.args.train, run.config.model, run.args.overwrite),
             "the text": run.dataset.fingerprint,
             "what they find in --out": (run.start.resuming, found),
         }
     )
+    require_same_choices(run.config)
+
+
+def require_same_choices(config: TrainConfig) -> None:
+    """Raise UserError in all processes unless `auto` means the same in each."""
+    chosen = "--grad-accum and --remat, which auto chooses by the memory of each: give both"
+    distributed.require_same({chosen: (config.grad_accum, config.remat, config.unroll)})
 
 
 def compile_run(run: Run) -> tuple[Run, Callable, Callable]:
@@ -127,23 +137,26 @@ def compile_run(run: Run) -> tuple[Run, Callable, Callable]:
     Where the step takes more memory than was expected and `auto` leaves other ways to make it, the
     next one is compiled; the returned run has the config that was. Raises UserError if none fits.
     """
-    asked = run.args.train
-    while True:
-        try:
-            return run, *train_step.compile_steps(run.config, run.mesh)
-        except Exception as error:
-            if not isinstance(error, UserError) and not is_out_of_memory(error):
-                raise
-            choices = {"grad_accum": asked.grad_accum, "remat": asked.remat, "unroll": asked.unroll}
-            open_config = replace(run.config, **choices)
-            config = memory_plan.choose(open_config, run.mesh, after=run.config)
-            if config is None:
-                raise
-        run = replace(run, config=config)
+    try:
+        with Stopwatch() as watch:
+            steps = train_step.compile_steps(run.config, run.mesh)
+    except Exception as error:
+        if not isinstance(error, UserError) and not is_out_of_memory(error):
+            raise
+        asked = run.args.train
+        choices = {"grad_accum": asked.grad_accum, "remat": asked.remat, "unroll": asked.unroll}
+        open_config = replace(run.config, **choices)
+        config = memory_plan.choose(open_config, run.mesh, after=run.config)
+        if config is None:
+            raise
         run.console.print(
             "note: a step takes more memory than was expected; it is compiled anew with "
             f"--remat {config.remat} --grad-accum {config.grad_accum}"
         )
+        return compile_run(replace(run, config=config))
+    require_same_choices(run.config)
+    run.console.print(f"compiled       in {watch.compile_seconds:.1f} s")
+    return run, *steps
 
 
 def take_over_folder(run: Run, first_step: int) -> None:

@@ -71,10 +71,10 @@ def test_the_dry_run_tells_what_fits(mesh, monkeypatch):
 
     monkeypatch.setattr(run_plan, "compile_train_step", lambda config, mesh: config)
     monkeypatch.setattr(run_plan, "need_of", need_of)
-    few, more = (run_plan.describe_memory(CONFIG, mesh, gb) for gb in (0.003, 0.03))
+    few, more = (run_plan.describe_memory(CONFIG, mesh, limit) for limit in (3e6, 3e7))
     assert "up to 24 fit" in few[-1] and "up to 294 fit" in more[-1]
     assert "(--memory-gb)" in few[1] and few[0].startswith("activations ")
-    (none,) = run_plan.describe_memory(CONFIG, mesh, 1e-4)[-1:]
+    (none,) = run_plan.describe_memory(CONFIG, mesh, 1e5)[-1:]
     assert "none fits: raise --grad-accum" in none
     assert "this machine's memory" in run_plan.describe_memory(CONFIG, mesh, None)[1]
 
