@@ -120,7 +120,7 @@ FAULTS = [
         ("online softmax", "running_sum_M * jnp.exp(running_max_M - new_max_M)", "running_sum_M"),
     ),
     *faults_in("training/train_step", "training/test_optimizer training/test_train_step",
-        ("mean of micro-batches", "return target / A, loss / A", "return target, loss / A"),
+        ("mean of micro-batches", "return minimized / A, loss / A", "return minimized, loss / A"),
         ("weights of evaluation", "jnp.sum(losses_BT * weight_BT), ", "jnp.sum(losses_BT), "),
         ("dropout of a step", "jax.random.key(config.seed), step)",
          "jax.random.key(config.seed), 0)"),

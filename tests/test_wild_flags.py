@@ -12,6 +12,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from programs import TINY, call, write_text
@@ -51,7 +52,7 @@ AWAY = ("preset", "train", "processes", "devices", "topology", "dry_run", "verif
 NAMES = {
     "train": [
         *names(train_flags.Args, *AWAY),
-        *resume.flatten(to_json(PRESETS["tiny"])),
+        *flatten_dict(to_json(PRESETS["tiny"]), sep="."),
         "nonsense",
         "model.nonsense",
     ],

@@ -86,7 +86,7 @@ def topology_devices(topology: str) -> tuple[list, Chip]:
     """The devices of a TPU slice such as v5e:16x16, or of nodes of GPUs such as h100:8 or h100:4x8,
     and what they are.
 
-    UserError if there are no such devices or no compiler for them.
+    Raises UserError if the chip or the shape is unknown, or if its compiler is not installed.
     """
     kind, _, shape = topology.partition(":")
     chip = CHIPS.get(kind)

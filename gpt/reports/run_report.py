@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -22,7 +23,6 @@ from gpt.errors import UserError, require
 from gpt.reports.html import build_page, escape, table
 from gpt.training.loss_curve import smoothed
 from gpt.training.metrics import read_metrics
-from gpt.training.resume import flatten
 
 MAX_SAMPLES = 12
 MAX_SAMPLE_CHARACTERS = 2000
@@ -94,7 +94,7 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], str]:
         )
     except UserError as error:
         return {}, f"its settings cannot be read: {error}"
-    settings = flatten(metadata["train"])
+    settings = flatten_dict(metadata["train"], sep=".")
     if "source" in metadata:
         models_own = {name: value for name, value in settings.items() if name.startswith("model.")}
         return models_own, "it was imported and not trained here: only its model's settings exist"

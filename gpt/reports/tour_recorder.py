@@ -284,8 +284,8 @@ def logit_lens(config: ModelConfig, params: dict, tokens: Sequence[int]):
     """What the head makes of the residual stream after each layer: the layers, and ids and
     probabilities [layers, P, LENS_TOP] of the likeliest next tokens.
 
-    With post-norm there is no residual stream before the first layer. Not compiled as a whole,
-    since each number of layers would be another program.
+    A post-norm model has no residual stream before its first layer, so its layers begin at 1. This
+    is not jitted: each number of layers would compile a program of its own.
     """
     first = 0 if config.norm_place == "pre" else 1
     layers = list(range(first, config.n_layers + 1))

@@ -1,4 +1,4 @@
-"""The loss that training minimises together with its gradient, in one pass over the logits.
+"""The loss that training minimizes together with its gradient, in one pass over the logits.
 
 For accelerators, whose time goes into moving logits to memory and back. Each logit is computed
 once, in the type of the products, a chunk of tokens at a time. While a chunk's logits are at hand
@@ -41,17 +41,13 @@ class Axes(NamedTuple):
 def mean_losses(
     config: TrainConfig, x_MD: jax.Array, table_VD: jax.Array, target_M: jax.Array
 ) -> Means:
-    """What training minimises (see loss.objective) and the plain cross-entropy in nats, means over
+    """What training minimizes (see loss.objective) and the plain cross-entropy in nats, means over
     all tokens, float32. Only the first is differentiable.
 
     `x_MD`: hidden states in the type of the products. `table_VD`: the head, padded.
     """
     means, _ = losses_and_gradients(config, x_MD, table_VD, target_M)
     return means
-
-
-def _forward(config, x_MD, table_VD, target_M):
-    return losses_and_gradients(config, x_MD, table_VD, target_M)
 
 
 def _backward(config, gradients, cotangents):
@@ -62,9 +58,6 @@ def _backward(config, gradients, cotangents):
         return (gradient * scale).astype(gradient.dtype)
 
     return scaled(x_gradient_MD), scaled(table_gradient_VD), None
-
-
-mean_losses.defvjp(_forward, _backward)
 
 
 def losses_and_gradients(
@@ -80,13 +73,16 @@ def losses_and_gradients(
     x_spec = sharding.fitting(mesh, x_MD.shape, ("batch", None))
     table_spec = sharding.fitting(mesh, table_VD.shape, ("vocab", "embed"))
     target_spec = sharding.fitting(mesh, target_M.shape, ("batch",))
-    whole = jax.sharding.PartitionSpec()
+    replicated = jax.sharding.PartitionSpec()
     return jax.shard_map(
         on_device,
         in_specs=(x_spec, table_spec, target_spec),
-        out_specs=((whole, whole), (x_spec, table_spec)),
+        out_specs=((replicated, replicated), (x_spec, table_spec)),
         check_vma=False,
     )(x_MD, table_VD, target_M)
+
+
+mean_losses.defvjp(losses_and_gradients, _backward)
 
 
 def device_losses(
@@ -127,30 +123,30 @@ def device_losses(
     )
 
     def add_chunk(sums, chunk):
-        aim_sum, loss_sum, table_gradient_VD = sums
+        objective_sum, loss_sum, table_gradient_VD = sums
         x_CD, target_C, counts_C = chunk
 
         # Kept in the type of the products; everything below reads them from there.
         kept_CV = jnp.einsum("CD,VD->CV", x_CD, table_VD)
-        aim_C, loss_C, gradient_CV = chunk_losses(
+        objective_C, loss_C, gradient_CV = chunk_losses(
             config, vocab, kept_CV, target_C - first_id, ids_V
         )
-        aim_sum += jnp.where(counts_C, aim_C, 0).sum()
+        objective_sum += jnp.where(counts_C, objective_C, 0).sum()
         loss_sum += jnp.where(counts_C, loss_C, 0).sum()
 
         gradient_CV = jnp.where(counts_C[:, None], gradient_CV / n_tokens, 0).astype(x_CD.dtype)
         x_gradient_CD = product("CV,VD->CD", gradient_CV, table_VD).astype(x_CD.dtype)
         table_gradient_VD += product("CV,CD->VD", gradient_CV, x_CD)
-        return (aim_sum, loss_sum, table_gradient_VD), x_gradient_CD
+        return (objective_sum, loss_sum, table_gradient_VD), x_gradient_CD
 
     zero = jnp.zeros(())
     with exact_products(config.model.compute_dtype):
-        (aim, loss, table_gradient_VD), x_gradient = jax.lax.scan(
+        (objective, loss, table_gradient_VD), x_gradient = jax.lax.scan(
             add_chunk, (zero, zero, jnp.zeros((V, D))), chunks
         )
 
     # Summed over the devices that have other tokens, or other rows of the vocabulary.
-    means = jax.lax.psum((aim / n_tokens, loss / n_tokens), rows)
+    means = jax.lax.psum((objective / n_tokens, loss / n_tokens), rows)
     if embed:
         table_gradient_VD = jax.lax.psum_scatter(
             table_gradient_VD, embed, scatter_dimension=1, tiled=True
@@ -168,7 +164,7 @@ def chunk_losses(
     target_C: jax.Array,
     ids_V: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each token of a chunk what training minimises and the cross-entropy in nats, and the
+    """Of each token of a chunk what training minimizes and the cross-entropy in nats, and the
     gradient of the former with respect to the kept logits; all float32.
 
     `target_C`: the rows of this device's part of the table, outside of it if they are another
@@ -201,18 +197,18 @@ def chunk_losses(
     # The loss, and what its derivative is in terms of the probabilities p: p itself, less 1 at the
     # target. A comparison finds the target: a scatter into all logits would cost more.
     loss_C = log_total_C - target_logit_C
-    aim_C = loss_C
+    objective_C = loss_C
     p_CV = jnp.exp(logits_CV - log_total_C[:, None])
     is_target_CV = jnp.arange(V) == target_C[:, None]
     gradient_CV = p_CV - (1 - smoothing) * is_target_CV
     if smoothing:
         logit_sum_C = jax.lax.psum(jnp.where(is_token_V, logits_CV, 0).sum(-1), vocab)
-        even_C = log_total_C - logit_sum_C / vocab_size
-        aim_C = (1 - smoothing) * loss_C + smoothing * even_C
+        uniform_C = log_total_C - logit_sum_C / vocab_size
+        objective_C = (1 - smoothing) * loss_C + smoothing * uniform_C
         gradient_CV -= smoothing / vocab_size * is_token_V
     if config.z_loss:
-        aim_C += config.z_loss * log_total_C**2
+        objective_C += config.z_loss * log_total_C**2
         gradient_CV += (2 * config.z_loss * log_total_C)[:, None] * p_CV
     if cap:
         gradient_CV *= jnp.where(is_token_V, 1 - (logits_CV / cap) ** 2, 0)
-    return aim_C, loss_C, gradient_CV
+    return objective_C, loss_C, gradient_CV

@@ -110,7 +110,7 @@ def sequence_losses(
 
 
 def objective(config: TrainConfig, params: dict, tokens_BU: jax.Array, key_B=None):
-    """What training minimises, a mean over tokens, and the plain cross-entropy in nats.
+    """What training minimizes, a mean over tokens, and the plain cross-entropy in nats.
 
     (1-e) of the loss on the target plus e of the mean over the vocabulary (label smoothing,
     Szegedy et al. 2016), plus z log²(sum of exp) (z-loss, Chowdhery et al. 2022, section 5).
@@ -120,12 +120,13 @@ def objective(config: TrainConfig, params: dict, tokens_BU: jax.Array, key_B=Non
         model, x_MD, target_M = hidden_states(config.model, params, tokens_BU, key_B, **options)
         return fused_loss.mean_losses(config, x_MD, model.head_table, target_M)
 
-    loss_BT, log_total_BT, even_BT = sequence_losses(
+    loss_BT, log_total_BT, uniform_BT = sequence_losses(
         config.model, params, tokens_BU, key_B, **options
     )
-    aim_BT, e = loss_BT, config.label_smoothing
-    if e:
-        aim_BT = (1 - e) * loss_BT + e * even_BT
+    objective_BT = loss_BT
+    smoothing = config.label_smoothing
+    if smoothing:
+        objective_BT = (1 - smoothing) * loss_BT + smoothing * uniform_BT
     if config.z_loss:
-        aim_BT += config.z_loss * log_total_BT**2
-    return aim_BT.mean(), loss_BT.mean()
+        objective_BT += config.z_loss * log_total_BT**2
+    return objective_BT.mean(), loss_BT.mean()

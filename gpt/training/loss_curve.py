@@ -10,8 +10,8 @@ from gpt.training.metrics import read_metrics
 
 
 def save_loss_curve(metrics_path: Path, png_path: Path) -> Any:
-    """Plot the losses of a metrics.jsonl: each batch faint, their running mean over it, validation
-    on top. Returns matplotlib's figure, or None if there are no losses to plot."""
+    """Plot the losses in a metrics.jsonl: those of single batches in a faint line, their running
+    mean, and the validation losses. Returns matplotlib's figure, or None without any losses."""
     records = read_metrics(metrics_path)
     steps, losses = curve_of(records, "loss")
     val_steps, val_losses = curve_of(records, "val_loss")
@@ -53,8 +53,8 @@ def curve_of(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """The mean over a twentieth of `values` around each; less at both ends, so that the curve never
-    lags."""
+    """The running mean of `values` over a twentieth of them. The window is centred, and so narrower
+    at both ends: the curve never lags."""
     n = len(values)
     i = np.arange(n)
     reach = np.minimum(np.minimum(i, n - 1 - i), n // 40)

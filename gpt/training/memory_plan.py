@@ -19,8 +19,8 @@ from gpt.training.loss import count_chunks
 
 MIB, GIB = 2**20, 2**30
 RECOMPUTED = {"none": "nothing", "products": "all but matrix products", "blocks": "each block"}
-FEWEST_TOKENS = 4096  # of a micro-batch on a device, for products that keep an accelerator busy
-MOST_MICRO_BATCHES = 4096  # that are considered
+FEWEST_TOKENS = 4096  # of a micro-batch on a device that keep an accelerator busy
+MOST_MICRO_BATCHES = 4096  # that `auto` considers
 ADVICE = "raise --grad-accum, or lower --batch-size, --seq-len, --model.d-model, --model.n-layers"
 
 
@@ -28,8 +28,8 @@ ADVICE = "raise --grad-accum, or lower --batch-size, --seq-len, --model.d-model,
 class Need:
     """Bytes of one device that a training step takes.
 
-    `state`: what the step is given: weights, optimizer state, average, batch. What it returns takes
-    the place of that. `temporary`: what lives within the step: gradients and activations.
+    `state`: its arguments (weights, optimizer state, average, batch), which its results replace.
+    `temporary`: gradients and activations, which are freed when it ends.
     """
 
     state: float
@@ -41,7 +41,7 @@ class Need:
 
 
 def need_of(compiled: jax.stages.Compiled) -> Need:
-    """What XLA has planned for a compiled step, on one device."""
+    """What XLA has planned for a compiled step."""
     plan = compiled.memory_analysis()
     state = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return Need(state, plan.temp_size_in_bytes)
@@ -70,29 +70,30 @@ def choose(
     limit: float | None = None,
     after: TrainConfig | None = None,
 ) -> TrainConfig | None:
-    """`config` with what it leaves to `auto` decided: of the ways to make a step that `candidates`
-    lists the first that is expected to fit in `limit` bytes (default: what a device here has), else
-    the last.
+    """`config` with what it leaves to `auto` decided: the first of its `candidates` expected to fit
+    in `limit` bytes (default: what a device here has), or the last if none is.
 
-    `after`: the way that did not fit when it was compiled; only those behind it count. None if
-    there are none.
+    `after`: a candidate that did not fit when it was compiled; only later ones are considered.
+    None if there are no later ones.
     """
     found = candidates(config, mesh)
     if after is not None:
         found = found[found.index(after) + 1 :] if after in found else []
     if limit is None and len(found) > 1:
         limit, _ = hardware.memory()
+    # Expectations are inexact, and a CPU's memory is used by other programs too.
+    usable_share = 0.5 if is_cpu(mesh) else 0.9
     for candidate in found[:-1]:
-        if expected_need(candidate, mesh).total <= limit * usable_share(mesh):
+        if expected_need(candidate, mesh).total <= limit * usable_share:
             return candidate
     return found[-1] if found else None
 
 
 def candidates(config: TrainConfig, mesh: Mesh) -> list[TrainConfig]:
-    """The ways to make a step that `auto` leaves, those that are expected to be fastest first.
+    """The settings among which `auto` chooses, those expected to be fastest first.
 
-    To recompute nothing saves a third of the work, unless micro-batches get so small for it that
-    products no longer fill the device. On a CPU to recompute is as fast as to fetch what was kept.
+    Recomputing nothing saves a quarter of the work, but not if micro-batches must then be so small
+    that an accelerator is not kept busy. On a CPU recomputing is as fast as loading what was kept.
     """
     kinds = [config.remat]
     if config.remat == AUTO:
@@ -116,12 +117,6 @@ def candidates(config: TrainConfig, mesh: Mesh) -> list[TrainConfig]:
     return found
 
 
-def usable_share(mesh: Mesh) -> float:
-    """The part of a device's memory that an expected need may take: others use a CPU's memory too,
-    and expectations are inexact."""
-    return 0.5 if is_cpu(mesh) else 0.9
-
-
 def is_cpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
@@ -135,8 +130,8 @@ def expected_need(config: TrainConfig, mesh: Mesh) -> Need:
     n_tokens = config.batch_size // config.grad_accum * config.sequence_length // batch_shards
     item_bytes = flops.ITEM_BYTES[model.compute_dtype or "float32"]
 
-    # What a block keeps of each token: inputs of the norms, projections, and the MLP's hidden layer
-    # before, within and behind the activation.
+    # What a block keeps of each token: the inputs of its norms, its projections, and the MLP's
+    # hidden layer before, inside and after the activation.
     mixed = model.n_heads * model.head_width
     products = 2 * model.d_model + flops.qkv_width(model) + mixed + flops.mlp_inputs_width(model)
     everything = 2 * model.d_model + products + 2 * model.ff_width

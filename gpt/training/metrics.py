@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from gpt.config import TrainConfig
 from gpt.training.step_timer import StepTimer
 
-SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal to show a bar on
+SECONDS_BETWEEN_LINES = 10.0  # of progress, without a terminal
 
 
 class RunLog:
@@ -75,7 +75,8 @@ class RunLog:
         line |= self.timer.measure()
         self._write(line)
 
-        # Beside the bar; where there is no terminal, in a line now and then.
+        # Shown next to the progress bar, or, without a terminal, on a line of its own every
+        # SECONDS_BETWEEN_LINES.
         speed = line["tokens_per_second"]
         tokens_left = (self.config.steps - step) * self.timer.tokens_per_step
         text = f"loss {line['loss']:.4f}  {speed:,.0f} tokens/s"

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from gpt import checkpoint
@@ -116,23 +117,12 @@ def differences(saved: dict[str, Any], config: TrainConfig, steps_done: int) -> 
     if both_wsd and whole_warmup and not_falling:
         may_change.add("steps")
 
-    before = flatten(to_json(earlier))
+    before = flatten_dict(to_json(earlier), sep=".")  # names as flags spell them
     lines = []
-    for name, now in flatten(to_json(config)).items():
+    for name, now in flatten_dict(to_json(config), sep=".").items():
         if now != before[name] and name.split(".")[0] not in may_change:
             lines.append(f"{name}: the run has {before[name]}, you asked for {now}")
     return lines
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name, as flags spell them."""
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def newest(folder: Path, load: Callable[[Path, int], Any], log: Callable[[str], None]) -> Any:

@@ -96,12 +96,12 @@ def mean_gradients(
     def mean_over_devices(params, tokens_ABU, key_AB):
         return jax.lax.pmean(sum_gradients(config, params, tokens_ABU, key_AB), "data")
 
-    whole = PartitionSpec()
+    replicated = PartitionSpec()
     by_row = PartitionSpec(None, "data")
     return jax.shard_map(
         mean_over_devices,
-        in_specs=(whole, by_row, by_row),
-        out_specs=whole,
+        in_specs=(replicated, by_row, by_row),
+        out_specs=replicated,
         check_vma=False,  # it would have each gradient summed over the devices at once
     )(params, tokens_ABU, key_AB)
 
@@ -109,13 +109,13 @@ def mean_gradients(
 def sum_gradients(
     config: TrainConfig, params: dict, tokens_ABU: jax.Array, key_AB: jax.Array | None
 ) -> tuple[jax.Array, dict]:
-    """`mean_gradients` of rows that are at hand, with the dropout key of each. Sums over
+    """`mean_gradients` for these rows alone; `key_AB`: the dropout key of each. Sums over
     micro-batches are kept in float32."""
     A = len(tokens_ABU)
 
     def share_of_loss(params, tokens_BU, key_B):
-        target, loss = objective(config, params, tokens_BU, key_B)
-        return target / A, loss / A
+        minimized, loss = objective(config, params, tokens_BU, key_B)
+        return minimized / A, loss / A
 
     gradient = jax.value_and_grad(share_of_loss, has_aux=True)
     if A == 1:
