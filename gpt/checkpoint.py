@@ -117,7 +117,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
             self._discard_partial()
             self.failed = False
 
-        # What is said of the arrays goes into one JSON record, with a digest of its own.
+        # Names, shapes and digests of the arrays go into one JSON record, with its own digest.
         arrays = {name: named_leaves(tree) for name, tree in trees.items()}
         described = {}
         for name, tree in arrays.items():

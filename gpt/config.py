@@ -19,7 +19,7 @@ Mlp = Literal["relu", "gelu", "gelu_tanh", "relu2", "swiglu"]
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "linear", "wsd"]
 Remat = Literal["auto", "none", "products", "blocks"]
-AUTO = "auto"  # decided by the memory that there is: memory_plan.choose
+AUTO = "auto"  # chosen by the memory of a device: memory_plan.choose
 Quantize = Literal["int8"]
 Weights = Literal["ema", "raw"]  # the average over the run, or the weights as they are
 VOCAB_MULTIPLE = 128  # accelerators tile by 128, and sharded tables need a divisor
@@ -258,9 +258,9 @@ class TrainConfig:
     """The run ends after this many consecutive steps whose loss or gradient is not finite; the
     update of such a step is skipped."""
     remat: Remat = "blocks"
-    """What the backward pass computes again instead of keeping it: none, products (all but the
-    products with matrices) or blocks (each from its input: a third more work). auto: blocks on a
-    CPU; elsewhere the first of these that is expected to fit, with --unroll for none."""
+    """What the backward pass computes again instead of keeping it: none, products (all but matrix
+    products) or blocks (each from its input: a third more work). auto: blocks on a CPU; elsewhere
+    the first of these that is expected to fit, and for none --unroll too."""
     unroll: bool = False
     """Compile the blocks one after another instead of one program for all: compiling takes longer,
     and a CPU that does not recompute trains faster."""

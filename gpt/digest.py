@@ -1,4 +1,4 @@
-"""Digests of arrays, computed where they lie: the same number on any mesh, without a gather."""
+"""Digests of arrays, computed on their devices: the same number on any mesh, without a gather."""
 
 import math
 from functools import partial

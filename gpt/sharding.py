@@ -154,3 +154,12 @@ def state_shardings(mesh: Mesh, axes: dict, state, rules: dict = RULES):
         return NamedSharding(mesh, fitting(mesh, leaf.shape, names, rules))
 
     return tree_map_with_path(sharding_of, state)
+
+
+def with_shardings(shapes, shardings):
+    """A tree of shape structs, with the shardings that the other tree has in the same places."""
+
+    def add(leaf, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(add, shapes, shardings)

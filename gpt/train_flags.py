@@ -72,7 +72,7 @@ class Args:
     verify_resume: bool = False
     """Prove on a few steps that stopping and continuing changes no bit; exit code 1 if it does."""
     memory_gb: Annotated[float | None, optional("GB", "what is found here")] = None
-    """With --dry-run: memory of one device, in 10^9 bytes."""
+    """Memory of one device in 10^9 bytes, for --dry-run and for settings that are auto."""
     devices: Annotated[int | None, optional("INT")] = None
     """With --dry-run: plan for this many devices that are not here, virtual ones of this CPU."""
     topology: Annotated[str | None, optional("NAME")] = None

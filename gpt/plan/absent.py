@@ -31,7 +31,7 @@ def print_plan(args) -> int:
     """
     log = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True).print
 
-    # The mesh, and a config as text and machine would complete it.
+    # The mesh, and the config as the text and the machine would complete it.
     limit = args.memory_bytes
     if args.topology:
         found, chip = devices.topology_devices(args.topology)
@@ -84,7 +84,13 @@ def state_bytes(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
     """Bytes on one device of weights, optimizer state and averaged weights."""
     state = train_state.abstract_state(config, mesh)
     parts = {"weights": state.params, "optimizer": state.opt_state, "average": state.ema_params}
-    return {name: programs.bytes_on_device(tree) for name, tree in parts.items() if tree}
+    found = {}
+    for name, tree in parts.items():
+        arrays = jax.tree.leaves(tree)
+        if arrays:
+            sizes = [a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in arrays]
+            found[name] = sum(sizes)
+    return found
 
 
 def describe(

@@ -26,16 +26,16 @@ CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{|ensions": ?\[)([\d,"]+)')
 SCORES = re.compile(r'"intermediate_tensor_shape".*?"dimensions": ?\[([\d, "]+)\]')
 
 
-@dataclass(frozen=True)
+@dataclass
 class Kernel:
     """A kernel, or all of one kind. The figures are those of all its runs together."""
 
     name: str
     line: str
-    runs: int
-    moved_bytes: float
-    flops: float
-    seconds: float
+    runs: int = 0
+    moved_bytes: float = 0
+    flops: float = 0
+    seconds: float = 0
 
 
 def find(
@@ -61,8 +61,11 @@ def find(
                 link_seconds.get(one.name, 0),
                 LAUNCH_SECONDS,
             )
-            figures = (n_runs * n for n in (1, n_bytes, flops, seconds))
-            found.append(Kernel(one.name, program.source_line(one), *figures))
+            kernel = Kernel(one.name, program.source_line(one), n_runs)
+            kernel.moved_bytes = n_runs * n_bytes
+            kernel.flops = n_runs * flops
+            kernel.seconds = n_runs * seconds
+            found.append(kernel)
     return found
 
 
@@ -80,12 +83,15 @@ def link_rate(chip: Chip, nodes: Sequence[int]) -> float:
 def longest(kernels: Sequence[Kernel], n: int) -> list[Kernel]:
     """The `n` kinds of kernels that take longest, each with its sums. A kind has one name, apart
     from its number, and one line."""
-    kinds: dict[tuple[str, str], list[tuple]] = {}
+    kinds: dict[tuple[str, str], Kernel] = {}
     for one in kernels:
-        figures = (one.runs, one.moved_bytes, one.flops, one.seconds)
-        kinds.setdefault((one.name.split(".")[0], one.line), []).append(figures)
-    merged = [Kernel(*kind, *map(sum, zip(*rows, strict=True))) for kind, rows in kinds.items()]
-    return sorted(merged, key=lambda kernel: -kernel.seconds)[:n]
+        name = one.name.split(".")[0]
+        kind = kinds.setdefault((name, one.line), Kernel(name, one.line))
+        kind.runs += one.runs
+        kind.moved_bytes += one.moved_bytes
+        kind.flops += one.flops
+        kind.seconds += one.seconds
+    return sorted(kinds.values(), key=lambda kind: -kind.seconds)[:n]
 
 
 def moved_bytes(program: Program, kernel: Instruction) -> int:

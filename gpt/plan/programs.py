@@ -3,7 +3,6 @@
 Shape letters: see gpt/model/transformer.py.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +24,7 @@ ROWS = 8  # sampled together on each part of the batch axes
 
 @dataclass(frozen=True)
 class PlannedProgram:
-    """A program, and what one device must at least compute and, where memory is what limits it,
-    read."""
+    """A program, and the least that one device must compute and, if memory limits it, read."""
 
     name: str
     compile: Callable[[], jax.stages.Compiled]
@@ -98,9 +96,7 @@ def abstract_weights(config: ModelConfig, mesh: Mesh) -> dict:
     shapes = jax.eval_shape(transformer.unstack, transformer.abstract(config.for_sampling()))
     axes = transformer.logical_axes(config, stacked=False)
     shardings = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING)
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
-    )
+    return sharding.with_shardings(shapes, shardings)
 
 
 def abstract_cache(config: ModelConfig, mesh: Mesh) -> kv_cache.KVCache:
@@ -118,9 +114,3 @@ def place_rows(mesh: Mesh, a: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtyp
     names = kv_cache.AXES if a.ndim == len(kv_cache.AXES) else ("batch", None)[: a.ndim]
     split = NamedSharding(mesh, sharding.fitting(mesh, a.shape, names))
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=split)
-
-
-def bytes_on_device(tree) -> int:
-    """Bytes of shape structs on the device that holds most of them."""
-    leaves = jax.tree.leaves(tree)
-    return sum(a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in leaves)

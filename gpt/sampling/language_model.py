@@ -150,9 +150,7 @@ def load(
         shapes = transformer.abstract(config)
         axes = transformer.logical_axes(config)
         shardings = sharding.state_shardings(devices, axes, shapes, sharding.DECODING)
-        like = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
-        )
+        like = sharding.with_shardings(shapes, shardings)
         stacked = checkpoint.restore(run, step, tree, like)
 
         return LanguageModel(

@@ -190,7 +190,7 @@ def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
             batches = f"micro-batches of {config.batch_size // config.grad_accum:,} sequences"
         raise UserError(
             f"out of memory with {batches} of "
-            f"{config.sequence_length:,} tokens: {ADVICE}; --dry-run tells what fits"
+            f"{config.sequence_length:,} tokens: {ADVICE}; --dry-run shows what fits"
         ) from None
 
 

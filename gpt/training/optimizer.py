@@ -70,15 +70,22 @@ def make_muon(config: TrainConfig) -> optax.GradientTransformation:
     def axes(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: KERNEL_AXES[path[-2].key], params)
 
-    schedule = make_schedule(config, config.muon_learning_rate)
-    decay = config.weight_decay
-    return muon(schedule, weight_decay=decay, muon_weight_dimension_numbers=axes)
+    return muon(
+        make_schedule(config, config.muon_learning_rate),
+        weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=axes,
+    )
 
 
 def make_adamw(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW with decoupled decay (Loshchilov & Hutter 2019), on matrices and tables alone."""
-    decay, schedule = config.weight_decay, make_schedule(config)
-    return optax.adamw(schedule, b1=config.beta1, b2=config.beta2, weight_decay=decay, mask=decayed)
+    return optax.adamw(
+        make_schedule(config),
+        b1=config.beta1,
+        b2=config.beta2,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+    )
 
 
 def clipping(config: TrainConfig) -> optax.GradientTransformation:

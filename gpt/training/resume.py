@@ -90,8 +90,8 @@ def require_same_settings(start: StartingPoint, config: TrainConfig) -> None:
 
 
 def keep_choices(config: TrainConfig, mesh: Mesh, start: StartingPoint) -> TrainConfig:
-    """`config` with what it leaves to `auto` as the run that continues has it, so that its steps
-    are the same to the bit; still open where micro-batches would not divide on this mesh."""
+    """`config`, with what it leaves to `auto` taken from the run that it continues: its steps then
+    stay the same to the bit. If those micro-batches do not divide on this mesh, `auto` stays."""
     if not start.resuming:
         return config
     saved = from_json(TrainConfig, start.metadata["train"])
@@ -105,11 +105,11 @@ def keep_choices(config: TrainConfig, mesh: Mesh, start: StartingPoint) -> Train
 
 def differences(saved: dict[str, Any], config: TrainConfig, steps_done: int) -> list[str]:
     """A line for each setting that differs from the saved ones and may not, after `steps_done`
-    steps. A setting that the run is older than had its default."""
+    steps. Settings that were unknown when the run began count as their defaults."""
     earlier = from_json(TrainConfig, saved)
     may_change = set(MAY_CHANGE)
 
-    # Nor does the number of steps matter where both schedules are wsd and not yet falling.
+    # The number of steps may change too, if both schedules are wsd and neither has begun to fall.
     both_wsd = earlier.schedule == config.schedule == "wsd"
     longest_warmup = max(earlier.warmup_steps, config.warmup_steps)
     whole_warmup = longest_warmup < min(earlier.steps, config.steps) - 1

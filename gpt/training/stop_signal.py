@@ -21,9 +21,9 @@ class StopSignal:
     number, 0 before any.
 
     Until `defer` is called there is nothing to save, and a signal raises KeyboardInterrupt(code).
-    From then on it only sets `code` and is told to `log`. A second Ctrl-C ends the process at once,
-    whatever the main thread is doing, after calling `before_exit`. A signal that is ignored, as
-    nohup does with SIGHUP, stays ignored.
+    From then on it only sets `code`, and `log` gets a notice. A second Ctrl-C ends the process at
+    once, whatever the main thread is doing, after calling `before_exit`. A signal that is ignored,
+    as nohup does with SIGHUP, stays ignored.
 
     If several processes train, the one that gets a signal informs the others: JAX's preemption
     service handles SIGTERM and chooses the step after which all stop; the other signals are passed
@@ -80,7 +80,7 @@ class StopSignal:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _watch(self) -> None:
-        """Runs in a thread of its own: tell of the first signal, exit on a second Ctrl-C."""
+        """In a thread of its own: log a notice of the first signal, exit on a second Ctrl-C."""
         n_seen = 0
         while received := self.reader.recv(1):
             number = received[0]

@@ -51,10 +51,7 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state on `mesh`; nothing is computed."""
     shapes = jax.eval_shape(partial(fresh_state, config))
     axes = transformer.logical_axes(config.model)
-    shardings = sharding.state_shardings(mesh, axes, shapes)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
+    return sharding.with_shardings(shapes, sharding.state_shardings(mesh, axes, shapes))
 
 
 def shardings_of(tree):

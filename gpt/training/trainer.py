@@ -1,7 +1,7 @@
-"""What stands around the training loop of train.py: text, batches, recording, saving, ending.
+"""What the training loop in train.py uses: text, batches, recording, saving, ending.
 
-The loop itself is in train.py. What a reader does not need in order to follow it is here: numbers
-that are read one step late, steps that are not finite, several processes, traces.
+Here is what a reader need not know to follow the loop: numbers that are read one step late, steps
+that are not finite, several processes, traces.
 """
 
 import contextlib
@@ -169,7 +169,7 @@ def take_over_folder(run: Run, first_step: int) -> None:
 
 
 class Recorder(contextlib.AbstractContextManager):
-    """Hands out the batches of a run from `state` until step `until`, and takes what comes of them.
+    """Supplies the batches of a run from `state` until step `until`, and records their results.
 
     Numbers of a step are read one step late, while the device computes the next one. Use it in
     `with`.
@@ -252,7 +252,7 @@ class Recorder(contextlib.AbstractContextManager):
 
     def catch_up(self, state: TrainState) -> bool:
         """Wait for the last step, and stop the clock until the next one. Returns whether its update
-        was applied: else this must not be the last step, nor be saved."""
+        was applied; if not, this must neither be the last step nor be saved."""
         self._read_last_step(state)
         self.log.timer.pause()
         return self.n_bad == 0
@@ -354,8 +354,8 @@ class Recorder(contextlib.AbstractContextManager):
 
 
 def is_due(config: TrainConfig, step: int, every: int) -> bool:
-    """Whether what is done `every` so many steps, and at the end of the run, is due after `step`;
-    0 is never."""
+    """Whether something that is done `every` so many steps, and after the last one, is due after
+    `step`; `every` 0 means never."""
     return every > 0 and (step == config.steps or step % every == 0)
 
 
