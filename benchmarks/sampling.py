@@ -57,7 +57,7 @@ def take_turns(works: dict, repeats: int) -> dict[object, list[float]]:
 def spread(values: list[float]) -> str:
     """The median and the middle half."""
     low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:,.4g} ({low:,.4g} to {high:,.4g})"
+    return f"{middle:,.5g} ({low:,.5g} to {high:,.5g})"
 
 
 def compare_contexts(model, repeats: int) -> None:

@@ -161,9 +161,9 @@ def summary_section(runs: Sequence[Run]) -> str:
 def summarize(run: Run) -> dict[str, str]:
     """What a run has reached, and how fast, as HTML by label."""
 
-    def show(metric: str, form: str, of_all: Callable = lambda values: values[-1]) -> str:
+    def show(metric: str, form: str, reduce: Callable = lambda values: values[-1]) -> str:
         _, values = run.curve(metric)
-        return form.format(of_all(values)) if values else "–"
+        return form.format(reduce(values)) if values else "–"
 
     val_losses = zip(*run.curve("val_loss"), strict=True)
     best = min(((loss, step) for step, loss in val_losses), default=None)
