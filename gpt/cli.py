@@ -34,8 +34,11 @@ Args = TypeVar("Args")
 
 # Failures of the file system that a user causes and can mend.
 USER_OS_ERRORS = (
-    *(FileNotFoundError, FileExistsError, PermissionError),
-    *(IsADirectoryError, NotADirectoryError),
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
 )
 USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
 

@@ -32,12 +32,13 @@ def print_plan(args) -> int:
     log = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True).print
 
     # The mesh, and the config as the text and the machine would complete it.
+    chip = None
     limit = args.memory_bytes
     if args.topology:
         found, chip = devices.topology_devices(args.topology)
         limit = limit or chip.usable_bytes
     else:
-        found, chip = devices.virtual_devices(args.devices), None
+        found = devices.virtual_devices(args.devices)
     mesh = sharding.make_mesh(args.train.mesh, found)
     config = completed(args.train, "bfloat16" if chip else "float32")
     config = memory_plan.choose(config, mesh, limit or math.inf)

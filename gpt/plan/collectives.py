@@ -56,7 +56,8 @@ class Collective:
 
 def find(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
     """The collectives of a program. `mesh`: the sizes of its axes, by name."""
-    found, counted = [], set()
+    found = []
+    counted = set()
     for computation, n_runs in program.n_runs.items():
         for one in program.computations[computation]:
             kind = kind_of(one, computation)
@@ -65,7 +66,8 @@ def find(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
 
             # The permutes of a windowed product count once, and so do pieces of one collective.
             is_windowed = WINDOWED.search(computation) is not None
-            origin, channel = one.name, CHANNEL.search(one.line)
+            channel = CHANNEL.search(one.line)
+            origin = one.name
             if is_windowed:
                 origin = computation
             elif channel and computation in program.fused:

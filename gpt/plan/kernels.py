@@ -148,12 +148,13 @@ def count_flops(program: Program, one: Instruction) -> tuple[float, float]:
     of float32 are multiplied as TF32.
     """
     inside = [inner for callee in one.callees for inner in program.computations[callee]]
-    flops, flops_in_bf16 = 0.0, 0.0
+    flops = flops_in_bf16 = 0.0
     for inner in inside:
         more, more_in_bf16 = count_flops(program, inner)
         flops += more
         flops_in_bf16 += more_in_bf16
-    contracted, scores = CONTRACTED.search(one.line), SCORES.search(one.line)
+    contracted = CONTRACTED.search(one.line)
+    scores = SCORES.search(one.line)
     if one.opcode not in ("dot", "custom-call") or not (contracted or scores):
         return flops, flops_in_bf16
 

@@ -117,10 +117,12 @@ def read(text: str) -> Program:
     instructions: dict[str, Instruction] = {}
     fused: set[str] = set()
     for line in text.splitlines():
-        start, match = COMPUTATION.match(line), INSTRUCTION.match(line)
+        start = COMPUTATION.match(line)
+        match = INSTRUCTION.match(line)
         if start:
             current = start[2]
-            entry = current if start[1] else entry
+            if start[1]:
+                entry = current
         elif match:
             root, name, shape, opcode, rest = match.groups()
             operands = NAME.findall(rest.split(")")[0])

@@ -35,7 +35,9 @@ class PlannedProgram:
 def planned(config: TrainConfig, mesh: Mesh) -> list[PlannedProgram]:
     """Training step, prefill, one decode step, and a chunk of the decode loop."""
     c = config.model.for_sampling()
-    n_rows, n_prompt, chunk = count_rows(mesh), prompt_length(c), generate.CHUNK
+    n_rows = count_rows(mesh)
+    n_prompt = prompt_length(c)
+    chunk = generate.CHUNK
     n_tokens = config.batch_size * config.sequence_length
     train_flops = n_tokens * flops.train_flops_per_token(c) / mesh.size
     prefill_flops = n_rows * flops.forward_flops(c, n_prompt, n_logit_positions=1) / mesh.size
@@ -44,7 +46,8 @@ def planned(config: TrainConfig, mesh: Mesh) -> list[PlannedProgram]:
     decode_bytes = flops.decode_bytes(c, ROWS, c.context_length) / mesh.shape["tensor"]
 
     # What the programs of sampling are given.
-    weights, cache = abstract_weights(c, mesh), abstract_cache(c, mesh)
+    weights = abstract_weights(c, mesh)
+    cache = abstract_cache(c, mesh)
     tokens_BT = jax.ShapeDtypeStruct((n_rows, n_prompt), jnp.int32)
     count_B = jax.ShapeDtypeStruct((n_rows,), jnp.int32)
     active_B = jax.ShapeDtypeStruct((n_rows,), jnp.bool_)

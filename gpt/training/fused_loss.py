@@ -167,10 +167,12 @@ def chunk_losses(
     """Of each token of a chunk what training minimizes and the cross-entropy in nats, and the
     gradient of the former with respect to the kept logits; all float32.
 
-    `target_C`: the rows of this device's part of the table, outside of it if they are another
-    device's. `ids_V`: the tokens whose logits these are; padding has numbers beyond the vocabulary.
+    `vocab`: the axes of the mesh over which the table's rows are split. `target_C`: rows of this
+    device's part of the table, outside of it if they are another device's. `ids_V`: the tokens
+    whose logits these are; those of padding are beyond the vocabulary.
     """
-    cap, smoothing = config.model.logit_softcap, config.label_smoothing
+    cap = config.model.logit_softcap
+    smoothing = config.label_smoothing
     vocab_size = config.model.vocab_size
     is_token_V = ids_V < vocab_size
 

@@ -40,7 +40,8 @@ def token_losses(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of each token, float32 in nats: -log p(target), the log of the softmax's denominator, and
     the mean of -log p over the vocabulary."""
-    config, table_VD = model.config, model.head_table
+    config = model.config
+    table_VD = model.head_table
     V = len(table_VD)
     n_chunks = count_chunks(V)
 
