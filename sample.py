@@ -17,7 +17,7 @@ from gpt.sample_flags import Args
 
 
 def main(argv: list[str]) -> int:
-    """Load the model and do what the flags ask for; the exit code."""
+    """Load the model and do what the flags ask for; returns the exit code."""
     terminal.prepare_streams()
     args, mode = sample_flags.parse_args(argv, __doc__)
     inputs = sample_flags.read_inputs(args)
@@ -27,8 +27,6 @@ def main(argv: list[str]) -> int:
     model = gpt.load(
         args.checkpoint, args.step, args.dtype, args.weights, args.mesh, args.quantize, args.prefix
     )
-    if model.weights == "ema":
-        terminal.note("note: these are the averaged weights; --weights raw for the last ones")
     for text in model.notes:
         terminal.note(f"note: {text}")
 
@@ -56,7 +54,8 @@ def generate(model, args: Args, prompts: list, interrupted=lambda: False) -> Non
     until all have ended, or `interrupted()`."""
     from gpt.sampling.generate import stream
 
-    settings, top = args.settings, args.show_probs or 0
+    settings = args.settings
+    top = args.show_probs or 0
     if args.json:
         show = partial(terminal.json_piece, with_top=top > 0)
     else:
@@ -70,12 +69,11 @@ def generate(model, args: Args, prompts: list, interrupted=lambda: False) -> Non
             if interrupted():
                 output.flush(end_line=True)
                 break
-    ends = terminal.describe_end(list(completions.values()), model.config.context_length)
-    terminal.note(ends)
+    terminal.note(terminal.describe_end(list(completions.values()), model.config.context_length))
 
 
 def converse(model, args: Args) -> None:
-    """Complete line after line, each a prompt of its own, until there are no more."""
+    """Complete each line that is typed, until there are no more."""
     from gpt.sampling.generate import require_usable
 
     require_usable(model, [args.settings], args.show_probs or 0)

@@ -13,7 +13,7 @@ try:
 except PackageNotFoundError:
     __version__ = "0 (not installed)"
 
-HOMES = {
+MODULES = {
     "load": "gpt.sampling.language_model",
     "LanguageModel": "gpt.sampling.language_model",
     "Settings": "gpt.sampling.settings",
@@ -22,11 +22,11 @@ HOMES = {
     "TrainConfig": "gpt.config",
     "UserError": "gpt.errors",
 }
-__all__ = [*HOMES, "__version__"]
+__all__ = [*MODULES, "__version__"]
 
 
 def __getattr__(name: str):
     """Public names, imported when first used: `--help` need not wait for JAX."""
-    if name not in HOMES:
+    if name not in MODULES:
         raise AttributeError(f"module 'gpt' has no attribute {name!r}")
-    return getattr(import_module(HOMES[name]), name)
+    return getattr(import_module(MODULES[name]), name)

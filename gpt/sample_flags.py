@@ -11,7 +11,6 @@ from gpt.config import DTYPES, ONE_DEVICE, Dtype, MeshConfig, Quantize, Weights,
 from gpt.errors import UserError, each, positive, require
 from gpt.sampling.settings import Prefix, Settings
 
-AVERAGE = "the average where one is kept"
 DEFAULT = Settings()
 EARLY_STOPPING = tyro.conf.arg(metavar="{True,False,never}")
 
@@ -67,7 +66,7 @@ class Args:
     """Take the checkpoint of this step."""
     dtype: Annotated[Dtype | None, optional(DTYPES, "float32 on CPU, else bfloat16")] = None
     """Data type to compute in."""
-    weights: Annotated[Weights | None, optional("{ema,raw}", AVERAGE)] = None
+    weights: Annotated[Weights | None, optional("{ema,raw}", "the average if one is kept")] = None
     """The average over the run, or the last weights."""
     quantize: Annotated[Quantize | None, optional("{int8}")] = None
     """Keep matrices as int8: a quarter of their memory; --score tells what it does to the loss."""

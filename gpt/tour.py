@@ -51,9 +51,7 @@ class Command:
     """Take the checkpoint of this step."""
     dtype: Annotated[Dtype | None, optional(DTYPES, BY_PLATFORM)] = None
     """Data type to compute in."""
-    weights: Annotated[Weights | None, optional("{ema,raw}", "ema if the run kept an average")] = (
-        None
-    )
+    weights: Annotated[Weights | None, optional("{ema,raw}", "the average if one is kept")] = None
     """Averaged (ema) or last (raw) weights."""
 
 

@@ -170,12 +170,11 @@ def measure_training(args: Args) -> dict:
     """The training step at every batch size, smallest first: the result."""
     from gpt import flops, hardware, sharding
     from gpt.bench import measure
-    from gpt.hardware import default_dtype
     from gpt.training import memory_plan
 
     name = args.preset or "tiny"
     config = preset(name)
-    dtype = args.dtype or default_dtype()
+    dtype = args.dtype or hardware.default_dtype()
     config = dataclasses.replace(config, model=config.model.computing_in(dtype), dtype=dtype)
     mesh = sharding.make_decoding_mesh(args.mesh)
     trained = memory_plan.choose(config, mesh)
@@ -216,8 +215,7 @@ def choose_model(args: Args):
     """Name and config of the model, its mesh, and a function that makes its weights."""
     import jax
 
-    from gpt import sharding
-    from gpt.hardware import default_dtype
+    from gpt import hardware, sharding
     from gpt.model import transformer
     from gpt.sampling.language_model import for_decoding, load
 
@@ -227,7 +225,7 @@ def choose_model(args: Args):
         return name, loaded.config, loaded.mesh, lambda: loaded.params
 
     name = args.preset or "tiny"
-    config = preset(name).model.computing_in(args.dtype or default_dtype())
+    config = preset(name).model.computing_in(args.dtype or hardware.default_dtype())
     mesh = sharding.make_decoding_mesh(args.mesh)
     transformer.require_fit(config, mesh, fsdp=False)
 

@@ -68,7 +68,7 @@ def card(result: dict) -> Group:
 
 
 def cell_line(cell: dict) -> str:
-    """A row of the table on one line, which needs no other rows to be read."""
+    """A row of the table as one line that can be read by itself."""
     return "; ".join(f"{' '.join(name.split())}: {text}" for name, text in cell_row(cell))
 
 

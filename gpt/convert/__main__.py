@@ -40,9 +40,7 @@ class Export:
     """The model's folder to make."""
     step: Annotated[int | None, optional("INT", "the newest")] = None
     """Take the checkpoint of this step."""
-    weights: Annotated[Weights | None, optional("{ema,raw}", "ema if the run kept an average")] = (
-        None
-    )
+    weights: Annotated[Weights | None, optional("{ema,raw}", "the average if one is kept")] = None
     """The average over the run, or the last weights."""
 
 

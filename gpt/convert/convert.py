@@ -31,9 +31,9 @@ DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 @dataclass(frozen=True)
 class HFModel:
-    """A model's folder, found to be whole; its weights are not read yet.
+    """A model's folder that was found to be complete; its weights are not read yet.
 
-    values: its config.json. unused_fields: those of it that say nothing to us.
+    values: its config.json. unused_fields: those of its fields that were ignored.
     """
 
     values: dict[str, Any]
@@ -153,8 +153,7 @@ def export_model(
 def new_folder(dest: Path) -> Iterator[Path]:
     """A folder to fill, beside `dest`: it becomes `dest`, or is gone if filling it failed.
 
-    UserError if there is something at `dest` already (an empty folder is nothing), or it cannot be
-    written.
+    UserError if `dest` exists already (an empty folder does not count) or cannot be written.
     """
     taken = any(dest.iterdir()) if dest.is_dir() else dest.exists()
     require(not taken, f"{dest} is there already: name a new folder, or remove it first")

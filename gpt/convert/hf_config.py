@@ -57,7 +57,7 @@ ROPE_SCALING_FIELDS = {
     "original_max_position_embeddings": ("rope_context", int, REQUIRED),
 }
 
-# Features that change what a model computes and that ours has not, refused wherever they are on:
+# Features that change what a model computes and that ours lacks, refused wherever they are on:
 # code and quantized weights of its own, encoders, mixtures of experts, factors and caps on scores
 # and logits, attention of other forms.
 UNSUPPORTED = re.compile(
@@ -164,7 +164,7 @@ def read_gpt2(f: Fields) -> dict[str, Any]:
         f.problems.append(
             f"activation_function is {brief(activation)}, expected one of {', '.join(ACTIVATIONS)}"
         )
-    # One rate for all places is all that ours has; it matters to training alone.
+    # Ours has one rate for all places; it matters only for training.
     dropouts = {f.get(f"{place}_pdrop", float, 0.1) for place in ("embd", "attn", "resid")}
     dropout = dropouts.pop() if len(dropouts) == 1 else 0.0
     return f.get_all(GPT2_FIELDS) | {"mlp": ACTIVATIONS.get(activation), "dropout": dropout}
@@ -236,8 +236,8 @@ def read_rope(f: Fields) -> dict[str, Any]:
 def to_hf_config(c: ModelConfig) -> tuple[dict[str, Any], Family]:
     """A config.json for `c`, and how its tensors are named.
 
-    A bias that the form declares and `c` lacks has to be written as zeros. UserError if no form of
-    transformers expresses the model lists the flags that would change it.
+    A bias that the form declares and `c` lacks has to be written as zeros. Raises UserError, which
+    lists the flags that would help, if no form of transformers expresses the model.
     """
     gpt2, llama = needed_flags(c)
     if not gpt2:

@@ -21,8 +21,12 @@ from gpt.errors import UserError, is_of, require
 # What is kept with the run beside tokenizer.json, and goes out again as it came.
 GENERATION = "generation_config.json"
 COMPANIONS = (
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json", GENERATION),
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    GENERATION,
 )
 # Tokenizers in forms that the `tokenizers` library does not read alone.
 OTHER_FORMS = ("vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -160,7 +164,7 @@ def byte_level_tokenizer(tokenizer: tokenizers.ByteLevelTokenizer) -> library.To
     vocabulary = {text: ranks[token] for token, text in spelled.items()}
     made = library.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
 
-    # Oniguruma reads two things otherwise than tiktoken's engine: "{1,3}+" repeats a repetition
+    # Oniguruma reads two things differently from tiktoken's engine: "{1,3}+" repeats a repetition
     # (where nothing can fail after it, it may be plain), and "$" also stands before a last newline.
     pattern = re.sub(r"(\{\d+,\d+\})\+(?=\||$)", r"\1", tokenizer.pattern)
     pattern = pattern.replace("++$", r"++\z")

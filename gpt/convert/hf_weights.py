@@ -222,7 +222,7 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for file in files:
         with open_safetensors(folder / file) as opened:
-            for name in opened.keys():  # noqa: SIM118 - it is no dictionary
+            for name in opened.keys():  # noqa: SIM118 - not a dictionary
                 part = opened.get_slice(name)
                 shape = tuple(part.get_shape())
                 tensors[name] = StoredTensor(folder / file, name, str(part.get_dtype()), shape)

@@ -1,8 +1,8 @@
 """A tokenizer of another model, run by the library that its tokenizer.json was written for.
 
 Nothing is translated: the file goes into our checkpoints and out again byte for byte, and the
-`tokenizers` library encodes. What is ours is the bytes of each token, which streaming needs to hold
-back half a character. Imports no JAX.
+`tokenizers` library encodes. We add only the bytes of each token, which streaming needs in order to
+hold back half a character. Imports no JAX.
 """
 
 import base64

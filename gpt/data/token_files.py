@@ -116,7 +116,7 @@ def write_tokens(
         done = 0
         for group in groups(assign(corpus), THREADS * PIECE):
             texts = [text for _, text, _ in group]
-            # The ids have no name, so that they are gone when the next group's are made.
+            # No variable holds all the ids, so they are freed before the next group is encoded.
             for ids, (split, text, last) in zip(
                 tokenizer.encode_ordinary_batch(texts, num_threads=THREADS), group, strict=True
             ):

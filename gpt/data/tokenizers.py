@@ -197,7 +197,7 @@ def openai_encoding(name: str) -> ByteLevelTokenizer:
             "folder to this machine and set TIKTOKEN_CACHE_DIR to it"
         ) from None
 
-    # Ids that nothing has get a name, so that whatever a model produces decodes.
+    # Ids without a token get a name, so that every id that a model can produce decodes.
     special_tokens = parts["special_tokens"]
     ranks = parts["mergeable_ranks"]
     for i in range(len(ranks), max(special_tokens.values())):

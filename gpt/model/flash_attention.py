@@ -1,9 +1,9 @@
 """Fused attention: a kernel of the platform in place of the plain einsums, where it does the same.
 
 The scores of all pairs of tokens, which the plain form writes to memory and reads back, never leave
-the chip (Dao et al. 2022, FlashAttention). That is so where query t stands at slot t, in training
-and where a prompt is read into an empty cache, in bfloat16 and without dropout of weights. It is
-settled while a program is traced, by the devices that it is traced for; a CPU has no such kernel.
+the chip (Dao et al. 2022, FlashAttention). A kernel is used where query t stands at slot t, in
+training and when a prompt is read into an empty cache, in bfloat16 and without dropout of weights.
+That is decided while a program is traced, by the devices that it is for; a CPU has no such kernel.
 Shape letters: see transformer.py.
 """
 
@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from gpt.model import attention
-from gpt.model.attention import Drop
 from gpt.sharding import fitting, mesh_in_force, platform, target_device
 
 try:  # what jax.nn.dot_product_attention calls: it knows our layout, and is not public
@@ -26,16 +25,10 @@ except ImportError:
 Kernel = Callable[..., jax.Array]  # of q_BTNH, k_BKSH, v_BKSH
 BEFORE_AMPERE = re.compile(r"Tesla|TITAN|Quadro|GTX|MX\d|RTX 20\d0|Xavier|\b[KMPVT]\d")
 HOPPER_OR_LATER = re.compile(r"\bG?[HB]\d")  # in data centres
-TILES = (512, 256, 128)  # tokens of a tile on a TPU, as many as divide the sequence
+TILES = (512, 256, 128)  # tokens per tile on a TPU: the largest that divides the sequence
 
 
-def attend(
-    q_BTNH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    pos_BT: jax.Array | None,
-    drop: Drop | None,
-) -> jax.Array:
+def attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
     """As attention.attend, by the platform's kernel where there is one for it."""
     kernel = kernel_for(q_BTNH)
     if kernel is None or pos_BT is not None or drop is not None:
@@ -43,31 +36,19 @@ def attend(
     return spread(kernel, q_BTNH, k_BKSH, v_BKSH)
 
 
-def attend_prompt(
-    q_BTNH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    pos_BT: jax.Array | None,
-    drop: Drop | None,
-) -> jax.Array:
-    """As `attend`, where keys and values are kept: a kernel that can takes them as they are kept,
-    or they would be written twice."""
+def attend_prompt(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
+    """As `attend`, for a prompt whose keys and values become the cache: cuDNN reads them in the
+    cache's layout, so that they are written once."""
     if cudnn is not None and pos_BT is None and kernel_for(q_BTNH) is by_cudnn:
         return spread(kept_by_cudnn, q_BTNH, k_BKSH, v_BKSH)
     return attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
 
 
-def attend_token(
-    q_BTNH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    pos_BT: jax.Array,
-    drop: Drop | None,
-) -> jax.Array:
+def attend_token(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
     """As attention.attend in a decode step, where a row's T queries are the same token, T times.
 
-    All of them get what the first one sees. One row alone has too few heads to keep the kernel's
-    part of a GPU busy.
+    All of them get the result of the first. The heads of a single row are too few to keep a GPU
+    busy with the kernel.
     """
     if cudnn is not None and len(q_BTNH) > 1 and kernel_for(q_BTNH) is by_cudnn:
         # A row that has filled the cache stands behind it.
@@ -106,7 +87,7 @@ def spread(kernel: Kernel, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Arr
 
 
 def by_cudnn(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
-    """cuDNN's, for NVIDIA's GPUs."""
+    """cuDNN's kernel, for NVIDIA GPUs."""
     k_BSKH, v_BSKH = k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2)
     return jax.nn.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn"
@@ -143,10 +124,10 @@ def token_by_cudnn(q_BTNH, k_BKSH, v_BKSH, n_B: jax.Array) -> jax.Array:
 
 
 def fits_cudnn(n_tokens: int, width: int) -> bool:
-    """Whether cuDNN takes heads of this width, on a GPU of NVIDIA's of Ampere or later.
+    """Whether cuDNN takes heads of this width: on NVIDIA GPUs from Ampere on.
 
-    Told by the name of the GPU, which is all that is known of one that is not here; of its widths
-    JAX then allows those of any GPU.
+    The name decides, since nothing else is known of a GPU that is not in this machine. For such a
+    one JAX allows only the widths that every GPU takes.
     """
     kind = target_device().device_kind
     widest = 256 if HOPPER_OR_LATER.search(kind) and jax.default_backend() == "gpu" else 128
@@ -160,7 +141,7 @@ def is_ampere_or_later(device_kind: str) -> bool:
 
 
 def by_splash(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
-    """JAX's own, for TPUs: masked tiles are skipped."""
+    """JAX's own kernel for TPUs, which skips masked tiles."""
     # Imported where it is used: half a second that no other platform should pay.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 

@@ -41,7 +41,7 @@ class Int8:
 
 
 def plain_product(x_MI: jax.Array, ints_OI: jax.Array) -> jax.Array:
-    """The integers converted on their way into the product, as accelerators do it for nothing."""
+    """The integers are converted on their way into the product: free of cost on accelerators."""
     ints_OI = ints_OI.astype(x_MI.dtype)
     return jnp.einsum("MI,OI->MO", x_MI, ints_OI, preferred_element_type=jnp.float32)
 

@@ -101,7 +101,7 @@ class Linear(nnx.Module):
         if isinstance(kernel, Int8):
             y_MO = kernel.product(x_MI).astype(x.dtype)
         else:
-            # Of stacked kernels the metadata names the layers too; here is the one of one layer.
+            # The metadata of stacked kernels names the layer axis too, which this kernel lacks.
             axes = self.kernel.out_sharding[-kernel.ndim :]
             kernel = gather_for_matmul(axes, kernel.astype(x.dtype))
             kernel_IO = kernel.reshape(x_MI.shape[1], -1)
@@ -202,6 +202,11 @@ def _widening_backward(factors, gradient_MO):
 widening_product.defvjp(_widening_forward, _widening_backward)
 
 
+def unit_mean_square(x: jax.Array, epsilon: float) -> jax.Array:
+    """`x` over its root mean square along the last axis."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+
+
 class LayerNorm(nnx.Module):
     """Zero mean and unit variance over the last axis, then scale and shift (Ba et al. 2016)."""
 
@@ -213,9 +218,8 @@ class LayerNorm(nnx.Module):
 
     def standardize(self, x: jax.Array) -> jax.Array:
         if platform() == "gpu":
-            # Two passes over a row that stays on the chip: one kernel, where jax.nn's are two.
-            x = x - jnp.mean(x, axis=-1, keepdims=True)
-            return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+            # Compiled to one kernel, jax.nn's form to two.
+            return unit_mean_square(x - jnp.mean(x, axis=-1, keepdims=True), self.epsilon)
         return jax.nn.standardize(x, axis=-1, epsilon=self.epsilon)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -230,7 +234,7 @@ class RMSNorm(LayerNorm):
     """Unit mean square, the mean left as it is (Zhang & Sennrich 2019)."""
 
     def standardize(self, x: jax.Array) -> jax.Array:
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        return unit_mean_square(x, self.epsilon)
 
 
 NORMS = {"layer": LayerNorm, "rms": RMSNorm}

@@ -128,7 +128,7 @@ def display_tokens(ids: Sequence[int], decode_bytes: DecodeBytes) -> list[Displa
         except UnicodeDecodeError:
             around = text[character_of_byte[start] : character_of_byte[end - 1] + 1]
             if any("\ud800" <= character <= "\udfff" for character in around):
-                around = ""  # bytes that are no part of a character
+                around = ""  # not valid UTF-8: part of no character
             escaped = show_blanks(token.decode("utf-8", "backslashreplace"))
             shown.append(DisplayToken(escaped, is_partial=True, characters=show_blanks(around)))
         start = end

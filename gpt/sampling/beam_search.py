@@ -5,8 +5,8 @@ that have ended. A step scores all continuations of the live texts. Of the `2 * 
 (more where several ids end a text), those that end and are among the first `width` move to the
 pool, and the first `width` that do not end live on, so that endings do not crowd out live texts.
 
-Shape letters: see gpt/model/transformer.py; P prompts, W width, C candidates, S also room for the
-tokens of a text.
+Shape letters: see gpt/model/transformer.py; P prompts, W width, C candidates; S is also the room
+for the tokens of a text.
 """
 
 import math
@@ -31,7 +31,7 @@ from gpt.sampling.sampler import SamplingParams
 from gpt.sampling.settings import Settings
 from gpt.sharding import on_mesh
 
-CHUNK = 64  # steps between looks at the host, where Ctrl-C is noticed
+CHUNK = 64  # steps per call of the device; Ctrl-C is noticed between two calls
 FORBIDDEN = MASKED * 1e-6  # adjusted logits below this belong to forbidden tokens
 
 
@@ -184,7 +184,7 @@ def search(model, prompts: Sequence[Prompt], settings: BeamSettings) -> list[lis
                 state = search_chunk(model.config, model.params, state, rules, CHUNK)
         ended = jax.device_get(state.ended)
 
-    # The best of the ended texts of each prompt; fewer than asked for if there are no more.
+    # The best `n_best` ended texts of each prompt, or as many as there are.
     found = []
     for p, row in enumerate(rows):
         n = min(settings.n_best, np.sum(ended.value_PW[p] != -np.inf))
@@ -232,7 +232,8 @@ def begin(cache: kv.KVCache, logits_PV, seen_PV, rules: Rules, width: int) -> Se
     """The search after a prefill of the prompts, which their texts share, one token on."""
     P, W, S = len(logits_PV), width, cache.capacity
     cache, logits_BV = engine.fork(cache, logits_PV, jnp.repeat(jnp.arange(P), W))
-    tokens_PWS, logprobs_PWS = jnp.zeros((P, W, S), jnp.int32), jnp.zeros((P, W, S))
+    tokens_PWS = jnp.zeros((P, W, S), jnp.int32)
+    logprobs_PWS = jnp.zeros((P, W, S))
     none = Texts(jnp.full((P, W), -jnp.inf), tokens_PWS, logprobs_PWS)
     # One live text, which is empty: else all would have the same continuations.
     live = replace(none, value_PW=none.value_PW.at[:, 0].set(0.0))

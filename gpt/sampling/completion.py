@@ -182,8 +182,8 @@ class TextStream:
     def release(self, text: str) -> str:
         """`text` after what was held back, without a stop string or what may become one.
 
-        Of several stop strings the one that ends first counts, and of those that end together the
-        longest, so that it does not matter in which pieces the text came.
+        Of several matches the one that ends first counts, and of those that end together the
+        longest: the result does not depend on how the text was cut into pieces.
         """
         if self.stopped:
             return ""

@@ -86,8 +86,8 @@ def decode_chunk(
     """Up to `size` tokens for each row, until it is done or has filled the cache.
 
     `state` is consumed. Rows that are not active are done from here on. A CPU takes no more steps
-    when every row is done or one has filled the cache. An accelerator takes `size` steps: to look
-    at what it has computed is a round trip to the host.
+    when every row is done or one has filled the cache. An accelerator always takes `size` steps: to
+    decide by what it has computed would be a round trip to the host.
     """
     B = len(state.token_B)
     state = replace(state, remaining_B=jnp.where(active_B, state.remaining_B, 0))

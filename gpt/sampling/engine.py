@@ -26,7 +26,7 @@ def bucket(n_tokens: int, context_length: int) -> int:
     """The power of two, or from 192 on three quarters of one, into which `n_tokens` fit; at least
     32 and at most the context.
 
-    Few sizes are few programs; but what a size has too much is read again at each decode step.
+    Fewer sizes mean fewer programs, but each decode step reads the unused slots too.
     """
     size = max(SMALLEST_BUCKET, 1 << (n_tokens - 1).bit_length())
     size = size * 3 // 4 if size >= 256 and n_tokens <= size * 3 // 4 else size
@@ -56,8 +56,8 @@ def prefill(config: ModelConfig, params: dict, tokens_BT: jax.Array, n_B: jax.Ar
 def extend(config: ModelConfig, params: dict, cache: kv.KVCache, tokens_BT, n_B: jax.Array):
     """Read `n_B` more tokens per row on top of `cache`, which is consumed; as `prefill`.
 
-    The caller sees to it that they fit: what lies past the capacity is dropped. The logits of a
-    row that reads none mean nothing.
+    The caller makes sure that they fit: what lies past the capacity is dropped. The logits of a row
+    that reads none mean nothing.
     """
     model = transformer.bind(config, params)
     x_BTD, cache = model.hidden(tokens_BT, cache)
@@ -89,8 +89,8 @@ def decode_step(config: ModelConfig, params: dict, cache: kv.KVCache, token_B, a
     Rows not active are computed like the others and keep their length.
     """
     model = transformer.bind(config, params)
-    # A GPU's products want two rows: of one, XLA makes sums that copy whole matrices. A lonely row
-    # reads its token twice; the second time is dropped, and its slot is overwritten.
+    # On a GPU XLA turns a product of one row into sums that copy whole matrices. So a batch of one
+    # reads its token twice; the second result is dropped, and its slot is overwritten.
     n_times = 2 if len(token_B) == 1 and platform() == "gpu" else 1
     tokens_BT = jnp.repeat(token_B[:, None], n_times, axis=1)
     x_BTD, cache = model.hidden(tokens_BT, cache, attend=flash_attention.attend_token)

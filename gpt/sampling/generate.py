@@ -33,7 +33,7 @@ from gpt.sampling.sampler import SamplingParams
 from gpt.sampling.settings import Settings
 from gpt.sharding import on_mesh, platform
 
-CHUNK = 16  # decode steps between looks at the host: text appears this often
+CHUNK = 16  # decode steps per call of the device: text appears this often
 MAX_INT32 = 2**31 - 1
 Prompt = str | Sequence[int]
 
@@ -48,7 +48,7 @@ def stream(
     """Complete `prompts`, texts or token ids, together; hand out each row's text as it appears.
 
     `model` is a LanguageModel. `settings`: for all prompts, or one for each. `chunk`: decode steps
-    between looks at the host; it changes no token. `top`: likeliest tokens to report at each step.
+    per call of the device; it changes no token. `top`: likeliest tokens to report at each step.
     Raises UserError here, not at the first piece, if a prompt exceeds the context or the settings
     cannot be used with this model; and later, if the text exceeds the context where the settings
     say that this is an error.

@@ -105,7 +105,7 @@ class LanguageModel:
 
 
 def as_list(prompt: Prompts) -> tuple[Sequence[str] | Sequence[Sequence[int]], bool]:
-    """Prompts as a list, and whether there was one prompt, text or token ids, and no list."""
+    """The prompts as a list, and whether a single one, text or token ids, was given."""
     if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))):
         return [prompt], True
     return prompt, False
@@ -131,9 +131,9 @@ def load(
     `dtype`: type of the computation (default: float32 on CPU, bfloat16 on accelerators).
     `weights`: "ema", their average over the run, or "raw" (default: the average where one is
     kept). `mesh`: devices among which rows (data) and heads, MLP and vocabulary (tensor) are split.
-    `quantize`: "int8" keeps matrices and tables as such, with a scale an output (default: as they
-    are). `prefix`: see LanguageModel. UserError if there is no checkpoint, it is damaged, it has no
-    such average or prefix, or the mesh does not divide the model.
+    `quantize`: "int8" for matrices and tables as int8, with a scale per output (default: none).
+    `prefix`: see LanguageModel. UserError if the checkpoint is missing or damaged, if it lacks the
+    average or the prefix that is asked for, or if the mesh does not divide the model.
     """
     run = Path(run).expanduser()
     require(run.is_dir(), f"no folder {run}: expected a run's folder made by train.py")
@@ -145,6 +145,8 @@ def load(
         config = from_json(ModelConfig, metadata["model"]).computing_in(dtype)
         notes = transformer.require_fit(config, devices, fsdp=False)
         tree = choose_tree(run, metadata, weights)
+        if tree == "ema_params":
+            notes.append("these are the averaged weights; --weights raw for the last ones")
 
         # Each part of the stacked weights is read by the device that keeps it.
         shapes = transformer.abstract(config)

@@ -3,7 +3,7 @@
 Settings are traced arrays with one entry per row: no value recompiles anything, and the rows of a
 batch may differ in all of them. A step that no row needs is not computed. A CPU decides that while
 a program runs. For a GPU that would be a round trip to the host at each token, so the host decides
-before, by `SamplingParams.steps`, and there is a program for each set of steps that is used.
+beforehand, by `SamplingParams.steps`, and there is a program for each set of steps in use.
 
 The order is that of Hugging Face transformers: logit bias (which also forbids end-of-text),
 repetition penalty, temperature, top-k, top-p over what top-k kept, min-p over what both kept. Ties

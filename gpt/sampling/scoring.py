@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gpt import flops
@@ -23,7 +22,7 @@ from gpt.data.tokenizers import without_lone_surrogates
 from gpt.errors import require
 from gpt.model import kv_cache as kv
 from gpt.model import transformer
-from gpt.sampling import engine
+from gpt.sampling import engine, sampler
 from gpt.sampling.completion import require_number
 from gpt.sampling.generate import require_memory
 from gpt.sharding import on_mesh
@@ -57,7 +56,7 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Bits that the model needs per byte of the text; None where there is no byte."""
+        """Mean loss in bits per byte; None for no bytes, or a model without a tokenizer."""
         if not self.n_bytes:
             return None
         return -math.fsum(self.logprobs) / math.log(2) / self.n_bytes
@@ -121,8 +120,8 @@ def score(
     require(1 <= stride <= window, f"stride is {stride}: expected 1 to {window}, the window")
     with on_mesh(model.mesh):
         logprobs = score_ids(model, [*prefix, *ids], window, stride)[len(prefix) - 1 :]
-    is_nan = np.isnan(logprobs)
-    require_number(math.nan if is_nan.any() else 0.0, int(is_nan.argmax()) + 1)
+    suspect = int(np.isnan(logprobs).argmax())  # the first NaN, if there is one
+    require_number(logprobs[suspect], suspect + 1)
 
     n_bytes = None
     if len(special.not_text) < model.tokenizer.n_vocab:
@@ -202,8 +201,6 @@ def target_logprobs(
 
     def score_row(row):
         x_TD, targets_T = row
-        logits_TV = model.unembed(x_TD)
-        target_logits_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
-        return target_logits_T - jax.nn.logsumexp(logits_TV, axis=-1)
+        return sampler.token_logprob(model.unembed(x_TD), targets_T)
 
     return jax.lax.map(score_row, (x_BTD, targets_BT)), cache

@@ -59,7 +59,7 @@ class Settings:
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name} is {value}: expected a number from 0 to 1")
         for token, bias in self.logit_bias.items():
-            require(  # NaN is not below infinity either
+            require(  # refuses NaN too
                 bias < math.inf,
                 f"logit_bias of token {token} is {bias}: expected a number or -inf",
             )

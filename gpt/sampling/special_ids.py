@@ -9,7 +9,7 @@ from gpt.data.tokenizers import END_OF_TEXT, IdTokenizer
 from gpt.errors import require
 from gpt.sampling.settings import Prefix
 
-UNUSED = re.compile(r"<\|unused_\d+\|>")  # the name that an id of the vocabulary has if it has none
+UNUSED = re.compile(r"<\|unused_\d+\|>")  # what tokenizers.py calls an id without a token
 
 
 @dataclass(frozen=True)
