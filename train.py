@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from gpt.training.train_state import TrainState
     from gpt.training.trainer import Run
 
-
 # JAX is imported in the functions below, after the flags are read: so `--help` is quick, and the
 # flags can decide how JAX is set up.
 
@@ -43,7 +42,7 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
         tokenizer, dataset = trainer.load_text(args, start, cache_dir, console)
         config = args.train.completed(tokenizer.n_vocab, dtype)
 
-        # The devices, and whether the run is possible on them.
+        # The devices, what `auto` chooses for them, and whether the run is possible.
         mesh = sharding.make_mesh(config.mesh)
         config = resume.keep_choices(config, mesh, start)
         config = memory_plan.choose(config, mesh, args.memory_bytes)

@@ -168,8 +168,8 @@ def disconnect() -> None:
         jax.distributed.shutdown()
 
 
-# Who is who, and what all agree on. All processes must call what asks the others in the same order,
-# and when no training step is running.
+# Who is who, and what all agree on. Functions that ask the other processes must be called by all in
+# the same order, and while no training step is running.
 
 
 def is_multi_process() -> bool:

@@ -47,14 +47,19 @@ class RunLog:
         if tensorboard and out is not None:
             from tensorboardX import SummaryWriter  # an optional package
 
-            # Later steps that an earlier process wrote were given up with them.
+            # An earlier process may have written events of steps that are now made again.
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
         self.last_line_at = -math.inf
         self.bar = None
         if console.is_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn())
-            columns += (TextColumn("{task.description}"),)
-            self.bar = Progress(*columns, console=console, refresh_per_second=4)
+            self.bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                console=console,
+                refresh_per_second=4,
+            )
             self.bar_task = self.bar.add_task("", completed=first_step, total=config.steps)
             self.bar.start()
 

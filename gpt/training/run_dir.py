@@ -12,7 +12,7 @@ from gpt import checkpoint, distributed
 from gpt.errors import UserError, require
 
 LOCK = ".lock"
-# Beside the checkpoints. The `.new` files are of a process that was killed.
+# What a run writes besides its checkpoints. A process that is killed leaves the `.new` files.
 WRITTEN = (
     "metrics.jsonl",
     "metrics.jsonl.new",
@@ -24,8 +24,13 @@ WRITTEN = (
     "tensorboard/events.out.tfevents.*",
     "profile/plugins/profile/[0-9]*/*",
 )
-FOLDERS = ("profile/plugins/profile/[0-9]*", "profile/plugins/profile", "profile/plugins")
-FOLDERS += ("profile", "tensorboard")
+FOLDERS = (
+    "profile/plugins/profile/[0-9]*",
+    "profile/plugins/profile",
+    "profile/plugins",
+    "profile",
+    "tensorboard",
+)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from gpt import distributed
 
-# By these, terminals and schedulers end a program, or warn it that they will (Windows lacks some).
+# Terminals and schedulers end a program by these signals, or announce that they will. Windows lacks
+# some of them.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 NOTICE = "stopping       the run is saved after this step; Ctrl-C again stops at once"
