@@ -169,9 +169,9 @@ def test_programs_are_listed_with_their_shapes_where_asked_for(folder):
     """Those that this very process has compiled: no other test has five rows, nor a top of 7."""
     argv = ["--prompt", "the ", "--num-samples", "5", "--max-new-tokens", "40", "--verbose"]
     done = call("sample", folder, *argv, "--show-probs", "7")
-    for name in ("start_decoding", "decode_chunk"):
-        assert listed(done.err, name, "batch 5, capacity 16, top 7")
-        assert not listed(done.err, name, "batch 5, capacity 16")
+    assert listed(done.err, "sample_first", "batch 5, top 7")
+    assert listed(done.err, "decode_chunk", "batch 5, capacity 16, top 7")
+    assert not listed(done.err, "decode_chunk", "batch 5, capacity 16")
     assert listed(done.err, "prefill", "batch 1, bucket 16")
     assert done.err.splitlines()[-1].endswith("from the cache")
     slid = call("sample", folder, *argv, "--on-context-full", "slide", "--ignore-eos")

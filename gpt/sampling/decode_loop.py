@@ -1,8 +1,8 @@
 """Decoding on the device: one token per row and step, several steps per call.
 
-There is one program of `start_decoding` and one of `decode_chunk` for each batch size and cache
-capacity: lengths, settings, and which rows have ended are traced. (On an accelerator there is one
-for each set of sampling steps too, see sampler.py.)
+There is one program of `sample_first` for each batch size, and one of `decode_chunk` for each
+batch size and cache capacity: lengths, settings, and which rows have ended are traced. (On an
+accelerator there is one for each set of sampling steps too, see sampler.py.)
 Shape letters: see gpt/model/transformer.py; C steps of a chunk.
 """
 
@@ -54,7 +54,6 @@ def find_full_rows(state: DecodeState) -> jax.Array:
     return (state.remaining_B > 0) & (state.cache.length_B >= state.cache.capacity)
 
 
-@partial(jax.jit, static_argnames="top", donate_argnames="state")
 def start_decoding(
     state: DecodeState, logits_BV: jax.Array, sampling: SamplingParams, top: int = 0
 ) -> tuple[DecodeState, SampledTokens]:
@@ -62,6 +61,18 @@ def start_decoding(
 
     `state` is consumed; its `token_B` holds nothing yet. `top`: likeliest tokens to report.
     """
+    # Without keys and values the program is the same for every capacity.
+    k, v = state.cache.k, state.cache.v
+    state = replace(state, cache=replace(state.cache, k=(), v=()))
+    state, sampled = sample_first(state, logits_BV, sampling, top)
+    return replace(state, cache=replace(state.cache, k=k, v=v)), sampled
+
+
+@partial(jax.jit, static_argnames="top", donate_argnames="state")
+def sample_first(
+    state: DecodeState, logits_BV: jax.Array, sampling: SamplingParams, top: int
+) -> tuple[DecodeState, SampledTokens]:
+    """The compiled part of `start_decoding`."""
     position_B = state.cache.length_B + state.dropped_B
     token_B = sampler.sample(logits_BV, sampling, state.seen_BV, position_B)
     state = replace(

@@ -341,7 +341,7 @@ def start(
         dropped_B=jnp.asarray(n_prompt_B - n_B[prompt_of_row]),
         eot=jnp.array(model.special_ids.ends, jnp.int32),
     )
-    with compilations.of(batch=len(rows), capacity=cache.capacity, top=top):
+    with compilations.of(batch=len(rows), top=top):
         return start_decoding(state, logits_BV, sampling, top)
 
 
