@@ -22,8 +22,6 @@ ACTIVATIONS = {  # theirs to ours
     "relu2": "relu2",
 }
 
-LARGEST = {int: 2**31 - 1, float: 3e38}  # what int32 and float32 can hold
-
 # Fields that mean the same as one of ours: our name, the type, and the value where it is absent.
 REQUIRED: Any = object()
 GPT2_FIELDS = {
@@ -97,8 +95,6 @@ class Fields:
             self.problems.append(f"{name} is missing")
         elif not is_of(value, kind):
             self.problems.append(f"{name} is {brief(value)}, expected {kind.__name__}")
-        elif kind in LARGEST and not abs(value) <= LARGEST[kind]:  # NaN too
-            self.problems.append(f"{name} is {brief(value)}, expected a smaller number")
         else:
             return kind(value)
         return kind()
@@ -157,49 +153,49 @@ def read_config(values: dict[str, Any]) -> tuple[ModelConfig, Family, list[str]]
     return ModelConfig(**settings), FAMILIES[kind], unused
 
 
-def read_gpt2(f: Fields) -> dict[str, Any]:
-    f.expect("scale_attn_weights", True)
-    activation = f.get("activation_function", str, "gelu_new")
+def read_gpt2(fields: Fields) -> dict[str, Any]:
+    fields.expect("scale_attn_weights", True)
+    activation = fields.get("activation_function", str, "gelu_new")
     if activation not in ACTIVATIONS:
-        f.problems.append(
+        fields.problems.append(
             f"activation_function is {brief(activation)}, expected one of {', '.join(ACTIVATIONS)}"
         )
     # Ours has one rate for all places; it matters only for training.
-    dropouts = {f.get(f"{place}_pdrop", float, 0.1) for place in ("embd", "attn", "resid")}
+    dropouts = {fields.get(f"{place}_pdrop", float, 0.1) for place in ("embd", "attn", "resid")}
     dropout = dropouts.pop() if len(dropouts) == 1 else 0.0
-    return f.get_all(GPT2_FIELDS) | {"mlp": ACTIVATIONS.get(activation), "dropout": dropout}
+    return fields.get_all(GPT2_FIELDS) | {"mlp": ACTIVATIONS.get(activation), "dropout": dropout}
 
 
-def read_llama(f: Fields, kind: str) -> dict[str, Any]:
+def read_llama(fields: Fields, kind: str) -> dict[str, Any]:
     """The fields of Llama, Mistral, Qwen2 and Qwen3."""
-    f.expect("hidden_act", "silu")
-    settings = f.get_all(LLAMA_FIELDS) | read_rope(f)
+    fields.expect("hidden_act", "silu")
+    settings = fields.get_all(LLAMA_FIELDS) | read_rope(fields)
     if kind != "llama":
-        f.get("num_key_value_heads", int)  # required: transformers' own defaults differ
+        fields.get("num_key_value_heads", int)  # required: transformers' own defaults differ
     if kind == "qwen3":
         settings["d_head"] = settings["d_head"] or 128
 
     # Attention has to look back over the whole context. Qwen's window has a switch, off by default;
     # Mistral's is 4,096 tokens where the field is absent (not null).
-    layers = f.get("layer_types", list, [])
+    layers = fields.get("layer_types", list, [])
     if any(layer != "full_attention" for layer in layers):
-        f.problems.append(
+        fields.problems.append(
             f"layer_types is {brief(layers)}, only 'full_attention' everywhere is supported"
         )
-    is_absent = "sliding_window" not in f.values
-    window = f.get("sliding_window", int, 4096 if kind == "mistral" and is_absent else None)
-    is_on = f.get("use_sliding_window", bool, False) or kind not in ("qwen2", "qwen3")
+    is_absent = "sliding_window" not in fields.values
+    window = fields.get("sliding_window", int, 4096 if kind == "mistral" and is_absent else None)
+    is_on = fields.get("use_sliding_window", bool, False) or kind not in ("qwen2", "qwen3")
     if window is not None and window < settings["context_length"] and is_on:
-        f.problems.append(
+        fields.problems.append(
             f"sliding_window is {window}, less than max_position_embeddings "
             f"{settings['context_length']}; only attention over the whole context is supported"
         )
 
     # Where Mistral and Qwen2 have biases does not depend on what the file says.
     if kind in ("llama", "qwen3"):
-        attention_bias = f.get("attention_bias", bool, False)
+        attention_bias = fields.get("attention_bias", bool, False)
     else:
-        f.expect("attention_bias", False)
+        fields.expect("attention_bias", False)
         attention_bias = False
     return settings | {
         "norm": "rms",
@@ -208,47 +204,47 @@ def read_llama(f: Fields, kind: str) -> dict[str, Any]:
         "bias": False,
         "qkv_bias": attention_bias or kind == "qwen2",
         "out_bias": attention_bias,
-        "mlp_bias": kind == "llama" and f.get("mlp_bias", bool, False),
+        "mlp_bias": kind == "llama" and fields.get("mlp_bias", bool, False),
     }
 
 
-def read_rope(f: Fields) -> dict[str, Any]:
+def read_rope(fields: Fields) -> dict[str, Any]:
     """RoPE's base and scaling: in rope_parameters as transformers 5 writes them, or in rope_theta
     and rope_scaling as before."""
-    f.expect("partial_rotary_factor", 1.0)
-    older = f.get("rope_scaling", dict, {})
-    rope = Fields(f.get("rope_parameters", dict, older) or older, f.problems)
+    fields.expect("partial_rotary_factor", 1.0)
+    older = fields.get("rope_scaling", dict, {})
+    rope = Fields(fields.get("rope_parameters", dict, older) or older, fields.problems)
     rope.expect("partial_rotary_factor", 1.0)
-    older_theta = f.get("rope_theta", float, 10_000.0)
+    older_theta = fields.get("rope_theta", float, 10_000.0)
     settings = {"positions": "rope", "rope_theta": rope.get("rope_theta", float, older_theta)}
     older_kind = rope.get("type", str, "default")
     kind = rope.get("rope_type", str, older_kind)
     if kind == "llama3":
         settings |= rope.get_all(ROPE_SCALING_FIELDS)
     elif kind != "default":
-        f.problems.append(f"rope_type is {brief(kind)}, expected default or llama3")
+        fields.problems.append(f"rope_type is {brief(kind)}, expected default or llama3")
     return settings
 
 
 # ---------------------------------------------------------------- writing
 
 
-def to_hf_config(c: ModelConfig) -> tuple[dict[str, Any], Family]:
-    """A config.json for `c`, and how its tensors are named.
+def to_hf_config(config: ModelConfig) -> tuple[dict[str, Any], Family]:
+    """A config.json for `config`, and how its tensors are named.
 
-    A bias that the form declares and `c` lacks has to be written as zeros. Raises UserError, which
-    lists the flags that would help, if no form of transformers expresses the model.
+    A bias that the form declares and `config` lacks has to be written as zeros. Raises UserError,
+    which lists the flags that would help, if no form of transformers expresses the model.
     """
-    gpt2, llama = needed_flags(c)
+    gpt2, llama = needed_flags(config)
     if not gpt2:
-        activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.mlp)
+        activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.mlp)
         values = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "use_cache": True}
-        values |= {theirs: getattr(c, ours) for theirs, (ours, _, _) in GPT2_FIELDS.items()}
-        values |= {"n_ctx": c.context_length, "activation_function": activation}
-        values |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), c.dropout)
+        values |= {theirs: getattr(config, ours) for theirs, (ours, _, _) in GPT2_FIELDS.items()}
+        values |= {"n_ctx": config.context_length, "activation_function": activation}
+        values |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
         return values, GPT2
     if not llama:
-        return llama_config(c), LLAMA
+        return llama_config(config), LLAMA
 
     raise UserError(
         f"transformers has no form for this model: GPT-2's needs {' '.join(gpt2)}, and Llama's "
@@ -256,53 +252,53 @@ def to_hf_config(c: ModelConfig) -> tuple[dict[str, Any], Family]:
     )
 
 
-def needed_flags(c: ModelConfig) -> tuple[list[str], list[str]]:
-    """The flags of training that would give `c` GPT-2's form, and those for Llama's, Qwen2's or
+def needed_flags(config: ModelConfig) -> tuple[list[str], list[str]]:
+    """The flags of training that would give a model GPT-2's form, and those for Llama's, Qwen2's or
     Qwen3's; none where it has that form."""
-    no_norm_bias = "--model.no-bias" if c.norm_bias is None else "--model.norm-bias False"
-    no_mlp_bias = "--model.no-bias" if c.mlp_bias is None else "--model.mlp-bias False"
+    no_norm_bias = "--model.no-bias" if config.norm_bias is None else "--model.norm-bias False"
+    no_mlp_bias = "--model.no-bias" if config.mlp_bias is None else "--model.mlp-bias False"
     both = {
-        "--model.norm-place pre": c.norm_place != "pre",
-        "--model.logit-softcap 0": c.logit_softcap != 0,
+        "--model.norm-place pre": config.norm_place != "pre",
+        "--model.logit-softcap 0": config.logit_softcap != 0,
     }
     gpt2 = {
-        "--model.positions learned": c.positions != "learned",
-        "--model.norm layer": c.norm != "layer",
-        "--model.mlp gelu_tanh": c.gated_mlp,
-        f"--model.n-kv-heads {c.n_heads}": c.kv_heads != c.n_heads,
-        "--model.d-head None": c.head_width * c.n_heads != c.d_model,
-        "--model.no-qk-norm": c.qk_norm,
+        "--model.positions learned": config.positions != "learned",
+        "--model.norm layer": config.norm != "layer",
+        "--model.mlp gelu_tanh": config.gated_mlp,
+        f"--model.n-kv-heads {config.n_heads}": config.kv_heads != config.n_heads,
+        "--model.d-head None": config.head_width * config.n_heads != config.d_model,
+        "--model.no-qk-norm": config.qk_norm,
     }
     llama = {
-        "--model.positions rope": c.positions != "rope",
-        "--model.norm rms": c.norm != "rms",
-        "--model.mlp swiglu": not c.gated_mlp,
-        no_norm_bias: c.biased("norm"),
+        "--model.positions rope": config.positions != "rope",
+        "--model.norm rms": config.norm != "rms",
+        "--model.mlp swiglu": not config.gated_mlp,
+        no_norm_bias: config.biased("norm"),
     }
     # Qwen3, which has QK-norm, has no biases of the MLP.
-    if c.qk_norm and c.biased("mlp"):
+    if config.qk_norm and config.biased("mlp"):
         llama[no_mlp_bias] = True
     return tuple(
         [flag for flag, is_needed in (form | both).items() if is_needed] for form in (gpt2, llama)
     )
 
 
-def llama_config(c: ModelConfig) -> dict[str, Any]:
-    """A config.json of the one among Llama, Qwen2 and Qwen3 that has exactly the parts of `c`."""
-    values = {theirs: getattr(c, ours) for theirs, (ours, _, _) in LLAMA_FIELDS.items()}
+def llama_config(config: ModelConfig) -> dict[str, Any]:
+    """A config.json of the one among Llama, Qwen2 and Qwen3 that has exactly these parts."""
+    values = {theirs: getattr(config, ours) for theirs, (ours, _, _) in LLAMA_FIELDS.items()}
     values |= {
-        "num_key_value_heads": c.kv_heads,
-        "head_dim": c.head_width,
-        "intermediate_size": c.ff_width,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "intermediate_size": config.ff_width,
         "hidden_act": "silu",
-        "attention_dropout": c.dropout,
+        "attention_dropout": config.dropout,
         "use_cache": True,
     }
 
-    plain_heads = c.head_width * c.n_heads == c.d_model
-    only_qkv_biased = c.biased("qkv") and not c.biased("out") and not c.biased("mlp")
-    attention_bias = c.biased("qkv") or c.biased("out")
-    if c.qk_norm:
+    plain_heads = config.head_width * config.n_heads == config.d_model
+    only_qkv_biased = config.biased("qkv") and not config.biased("out") and not config.biased("mlp")
+    attention_bias = config.biased("qkv") or config.biased("out")
+    if config.qk_norm:
         values |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
         values |= {"attention_bias": attention_bias, "use_sliding_window": False}
     elif only_qkv_biased and plain_heads:
@@ -310,11 +306,13 @@ def llama_config(c: ModelConfig) -> dict[str, Any]:
         values |= {"use_sliding_window": False}
     else:
         values |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-        values |= {"attention_bias": attention_bias, "mlp_bias": c.biased("mlp")}
+        values |= {"attention_bias": attention_bias, "mlp_bias": config.biased("mlp")}
 
     # RoPE in the form that every transformers since 4.43 reads.
-    values |= {"rope_theta": c.rope_theta, "rope_scaling": None}
-    if c.rope_factor != 1:
-        scaling = {theirs: getattr(c, ours) for theirs, (ours, _, _) in ROPE_SCALING_FIELDS.items()}
+    values |= {"rope_theta": config.rope_theta, "rope_scaling": None}
+    if config.rope_factor != 1:
+        scaling = {
+            theirs: getattr(config, ours) for theirs, (ours, _, _) in ROPE_SCALING_FIELDS.items()
+        }
         values["rope_scaling"] = {"rope_type": "llama3"} | scaling
     return values

@@ -194,17 +194,14 @@ def open_safetensors(path: Path) -> safe_open:
 def open_folder(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a model's folder by name, from one file or from shards with an index.
 
-    UserError if the folder has neither, or a file is damaged, or the shards do not hold what the
-    index says. No tensor is read.
+    UserError if the folder has neither, or a file is damaged. No tensor is read.
     """
     if (folder / WEIGHTS).is_file():
         files = [WEIGHTS]
-        expected = set()
     elif (folder / INDEX).is_file():
         file_of = read_json(folder / INDEX).get("weight_map")
         require(isinstance(file_of, dict) and file_of, f"{folder / INDEX} has no weight_map")
         files = sorted({str(file) for file in file_of.values()})
-        expected = set(file_of)
     else:
         advice = ""
         if PICKLE_SUFFIXES & {path.suffix for path in (folder, *folder.glob("*"))}:
@@ -226,8 +223,6 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
                 part = opened.get_slice(name)
                 shape = tuple(part.get_shape())
                 tensors[name] = StoredTensor(folder / file, name, str(part.get_dtype()), shape)
-    missing = sorted(expected - tensors.keys())
-    require(not missing, f"{folder}: tensors of the index are in no file: {shorten(missing)}")
     return tensors
 
 

@@ -47,8 +47,6 @@ def test_all_defaults_of_transformers_4_change_nothing(c):
         ("gpt2", {"n_layer": 2.0}, "n_layer is 2.0, expected int"),
         ("gpt2", {"n_layer": True}, "n_layer is True"),
         ("gpt2", {"n_head": 0}, "n_heads is 0"),
-        ("gpt2", {"n_positions": 10**400}, "n_positions is 1000"),
-        ("gpt2", {"initializer_range": float("nan")}, "initializer_range is nan"),
         ("gpt2", {"n_embd": 25}, "not divisible"),
         ("gpt2", {"activation_function": "gelu_fast"}, "activation_function is 'gelu_fast'"),
         ("gpt2", {"activation_function": "swiglu"}, "activation_function is 'swiglu'"),
