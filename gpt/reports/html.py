@@ -1,7 +1,6 @@
 """A self-contained HTML page: its frame, and texts, tables and data that are safe in it."""
 
 import html
-import json
 from collections.abc import Iterable
 from importlib import resources
 from typing import Any
@@ -44,12 +43,6 @@ def read_asset(name: str) -> str:
 def escape(text: Any) -> str:
     """Text for HTML. Control characters and direction overrides are shown as escapes."""
     return html.escape(visible(str(text)))
-
-
-def script_json(value: Any) -> str:
-    """JSON for a script element: no character in it can end the element or begin a tag."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], css_class: str = "") -> str:

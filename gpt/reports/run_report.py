@@ -35,27 +35,20 @@ MAX_SAMPLE_CHARACTERS = 2000
 class Run:
     """What a run's folder holds.
 
-    `records`: the lines of metrics.jsonl. `samples`: (step, text). `settings`: those of the newest
-    good checkpoint by dotted name, with the text it was trained on; `note` says why some are
+    `records`: the lines of metrics.jsonl. `restarts`: the steps from which the run was continued.
+    `seconds`: of training, in all its processes. `samples`: (step, text). `settings`: those of the
+    newest good checkpoint by dotted name, with the text it was trained on; `note` says why some are
     missing. `last_written`: when the run last logged something.
     """
 
     name: str
     records: list[dict[str, Any]]
+    restarts: list[int]
+    seconds: float
     samples: list[tuple[int, str]]
     settings: dict[str, Any]
     note: str
     last_written: datetime | None
-
-    @property
-    def last_lines(self) -> dict[int, dict[str, Any]]:
-        """The last training line of each process, by the step from which the process continued."""
-        return {record["since_step"]: record for record in self.records if "since_step" in record}
-
-    @property
-    def restarts(self) -> list[int]:
-        """The step from which each later process continued."""
-        return list(self.last_lines)[1:]
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it was a number."""
@@ -76,11 +69,29 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             bool(records or checkpoint.steps(folder)),
             f"{folder} holds neither metrics.jsonl nor a checkpoint: expected a run's folder",
         )
+        # The last line of each process, by the step from which it continued.
+        last_lines = {r["since_step"]: r for r in records if "since_step" in r}
+
+        # Some of the texts that the model wrote, evenly spaced, with the last one.
+        written = read_metrics(folder / "samples.jsonl")
+        chosen = np.linspace(0, len(written) - 1, min(len(written), MAX_SAMPLES)).round()
+        samples = [
+            (written[int(i)]["step"], written[int(i)]["text"][:MAX_SAMPLE_CHARACTERS])
+            for i in chosen
+        ]
         settings, note = read_settings(folder)
-        samples = read_samples(folder / "samples.jsonl")
-        unique_name = name if names.count(name) == 1 else str(folder)
-        written = datetime.fromtimestamp(path.stat().st_mtime) if path.exists() else None
-        runs.append(Run(unique_name, records, samples, settings, note, written))
+        runs.append(
+            Run(
+                name=name if names.count(name) == 1 else str(folder),
+                records=records,
+                restarts=list(last_lines)[1:],
+                seconds=sum(line["seconds"] for line in last_lines.values()),
+                samples=samples,
+                settings=settings,
+                note=note,
+                last_written=datetime.fromtimestamp(path.stat().st_mtime) if records else None,
+            )
+        )
     return runs
 
 
@@ -104,27 +115,41 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], str]:
     return settings, ""
 
 
-def read_samples(path: Path) -> list[tuple[int, str]]:
-    """Up to MAX_SAMPLES of the texts that the model wrote, evenly spaced, with the last one."""
-    samples = [(line["step"], line["text"][:MAX_SAMPLE_CHARACTERS]) for line in read_metrics(path)]
-    indices = np.linspace(0, len(samples) - 1, min(len(samples), MAX_SAMPLES)).round()
-    return [samples[int(i)] for i in indices]
-
-
 # The page
 
 
 def build_report(runs: Sequence[Run]) -> str:
     """The whole page."""
     heading = "Run report: " + ", ".join(run.name for run in runs)
+
+    # What each run has reached, and how fast: a column per run.
+    columns = [summarize(run) for run in runs]
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    summary = table(["", *run_names(runs)], rows, "numbers")
+    for run in runs:
+        if run.note:
+            summary += f'<p class="soft">{escape(run.name)}: {escape(run.note)}.</p>'
+
     charts = ""
     for title in CHARTS:
         figure = draw_chart(title, runs)
         if figure:
             charts += f'<figure class="chart">{to_svg(figure, title)}</figure>\n'
+
+    samples = ""
+    for run in runs:
+        if run.samples:
+            samples += f'<h3>{escape(run.name)}</h3><div class="samples">'
+            for step, text in run.samples:
+                samples += f"<figure><figcaption>step {step:,}</figcaption>"
+                samples += f'<pre tabindex="0">{escape(text)}</pre></figure>'
+            samples += "</div>"
+    if samples:
+        samples = "<h2>Samples</h2><p class='soft'>Without a prompt, during training.</p>" + samples
+
     body = f"""<header><h1>{escape(heading)}</h1></header>
 <main>
-{summary_section(runs)}
+{summary}
 <h2>Curves</h2>
 <p class="soft">Over optimizer steps. Solid lines are means over a twentieth of the run, with each
 logged step faint behind them; the validation loss and the 99th percentile are dashed. A dotted
@@ -133,7 +158,7 @@ because its loss or gradient was not finite.</p>
 <section class="charts" aria-label="Curves">
 {charts or "<p>No step has been logged yet.</p>"}
 </section>
-{samples_section(runs)}
+{samples}
 {settings_section(runs)}
 </main>"""
     return build_page(heading, body)
@@ -148,18 +173,16 @@ def run_names(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def summary_section(runs: Sequence[Run]) -> str:
-    """A table of what each run has reached, and how fast."""
-    columns = [summarize(run) for run in runs]
-    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
-    notes = [
-        f'<p class="soft">{escape(run.name)}: {escape(run.note)}.</p>' for run in runs if run.note
-    ]
-    return table(["", *run_names(runs)], rows, "numbers") + "".join(notes)
-
-
 def summarize(run: Run) -> dict[str, str]:
     """What a run has reached, and how fast, as HTML by label."""
+    # How far it is and, if it is not complete, when it last wrote.
+    reached = max((record["step"] for record in run.records), default=0)
+    total = run.settings.get("steps")
+    steps = f"{reached:,} of {total:,}" if total else f"{reached:,}"
+    if reached == total:
+        steps = f"{total:,}, complete"
+    elif run.last_written:
+        steps += f"<br><small>last update {run.last_written:%Y-%m-%d %H:%M}</small>"
 
     def show(metric: str, form: str, reduce: Callable = lambda values: values[-1]) -> str:
         _, values = run.curve(metric)
@@ -167,50 +190,19 @@ def summarize(run: Run) -> dict[str, str]:
 
     val_losses = zip(*run.curve("val_loss"), strict=True)
     best = min(((loss, step) for step, loss in val_losses), default=None)
-    seconds = sum(line["seconds"] for line in run.last_lines.values())
     return {
-        "steps": progress(run),
+        "steps": steps,
         "training loss": show("loss", "{:.3f}"),
         "validation loss": show("val_loss", "{:.4f}"),
         "best validation loss": "{:.4f} at step {:,}".format(*best) if best else "–",
         "bits per byte": show("val_bits_per_byte", "{:.4f}"),
         "tokens": show("tokens", "{:,.0f}"),
-        "training time": str(timedelta(seconds=round(seconds))),
+        "training time": str(timedelta(seconds=round(run.seconds))),
         "tokens per second": show("tokens_per_second", "{:,.0f}", statistics.median),
         "MFU": show("mfu", "{:.1%}", statistics.median),
         "skipped updates": show("skipped", "{:,.0f}"),
         "restarts": str(len(run.restarts)),
     }
-
-
-def progress(run: Run) -> str:
-    """How far a run is and, if it is not complete, when it last wrote."""
-    reached = max((record["step"] for record in run.records), default=0)
-    total = run.settings.get("steps")
-    if reached == total:
-        return f"{total:,}, complete"
-    text = f"{reached:,} of {total:,}" if total else f"{reached:,}"
-    if run.last_written:
-        text += f"<br><small>last update {run.last_written:%Y-%m-%d %H:%M}</small>"
-    return text
-
-
-def samples_section(runs: Sequence[Run]) -> str:
-    """What the models wrote, without a prompt, during training."""
-    parts = []
-    for run in runs:
-        figures = [
-            f"<figure><figcaption>step {step:,}</figcaption>"
-            f'<pre tabindex="0">{escape(text)}</pre></figure>'
-            for step, text in run.samples
-        ]
-        if figures:
-            parts.append(
-                f'<h3>{escape(run.name)}</h3><div class="samples">{"".join(figures)}</div>'
-            )
-    if not parts:
-        return ""
-    return "<h2>Samples</h2><p class='soft'>Without a prompt, during training.</p>" + "".join(parts)
 
 
 def settings_section(runs: Sequence[Run]) -> str:

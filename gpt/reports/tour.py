@@ -5,6 +5,7 @@ the reader picks is painted by tour.js, from packed arrays.
 """
 
 import base64
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from string import Template
@@ -12,7 +13,7 @@ from string import Template
 import numpy as np
 
 from gpt import flops
-from gpt.reports.html import build_page, escape, read_asset, script_json, table
+from gpt.reports.html import build_page, escape, read_asset, table
 from gpt.reports.tour_recorder import ModelCall, SampledToken, TourRecord
 from gpt.sampling.completion import split_end
 from gpt.terminal import visible
@@ -54,7 +55,10 @@ def build_tour(record: TourRecord, model, run_name: str) -> str:
         shapes=shapes,
         steps="".join(describe_call(record, i, tokens, decode_bytes) for i in range(len(new_ids))),
     )
-    data = script_json(script_data(record, tokens, decode_bytes))
+    # No character of the data can end its element or begin a tag.
+    data = json.dumps(script_data(record, tokens, decode_bytes), separators=(",", ":"))
+    for character in "<>&":
+        data = data.replace(character, f"\\u{ord(character):04x}")
     scripts = f"""<script type="application/json" id="data">{data}</script>
 <script>
 {read_asset("tour.js")}
@@ -225,11 +229,24 @@ def describe_call(
     if i > 0:
         name = f"step {i}"
         title = f"Decode step {i}: reads {tokens[T + i - 1].text}"
+
+    # How the token was chosen among those that were left.
+    chosen = sampled_chip(tokens[T + i])
+    if sampled.uniform is None:
+        choice = f"Temperature 0: the likeliest token is taken, {chosen}."
+    else:
+        probs = list(sampled.stages.values())[-1]
+        low = float(probs[: sampled.token].sum(dtype=np.float64))
+        high = low + float(probs[sampled.token])
+        choice = (
+            "The probabilities laid end to end, in the order of the vocabulary, cover 0 to 1. The "
+            f"random number {sampled.uniform:.4f} falls between {low:.4f} and {high:.4f}: {chosen}."
+        )
     return (
         f'<article class="step" data-name="{name}"><h3>{escape(title)}</h3>'
         f"{describe_cache(record, call)}"
         f"{distribution_table(sampled, decode_bytes)}"
-        f"<p>{explain_choice(sampled, tokens[T + i])}</p></article>"
+        f"<p>{choice}</p></article>"
     )
 
 
@@ -266,7 +283,8 @@ def format_bytes(n: int) -> str:
 
 
 def distribution_table(sampled: SampledToken, decode_bytes: DecodeBytes) -> str:
-    """The likeliest next tokens as the model predicts them and after each setting."""
+    """The likeliest next tokens as the model predicts them and after each setting, each with a
+    bar; a dash stands for a token that was removed."""
     stages = sampled.stages
     top = np.argsort(-stages["the model"], kind="stable")[:MAX_TABLE_ROWS].tolist()
     if sampled.token not in top:
@@ -274,29 +292,12 @@ def distribution_table(sampled: SampledToken, decode_bytes: DecodeBytes) -> str:
     rows = []
     for token in top:
         (shown,) = display_tokens([token], decode_bytes)
-        name = sampled_chip(shown) if token == sampled.token else chip(shown)
-        rows.append([name, *(format_prob(probs[token]) for probs in stages.values())])
+        row = [sampled_chip(shown) if token == sampled.token else chip(shown)]
+        for probs in stages.values():
+            p = probs[token]
+            text = f"{p:.1%}" if p >= 0.001 else f"{p:.0e}".replace("e-0", "e-")
+            bar = f'<span class="share" style="--p:{100 * p:.1f}%">{text}</span>'
+            row.append(bar if p > 0 else '<span class="gone">–</span>')
+        rows.append(row)
     rows.append(["tokens left", *(f"{np.count_nonzero(probs):,}" for probs in stages.values())])
     return table(["next token", *stages], rows, "distribution")
-
-
-def format_prob(p: float) -> str:
-    """A probability with a bar; a dash where the token was removed."""
-    if p == 0:
-        return '<span class="gone">–</span>'
-    text = f"{p:.1%}" if p >= 0.001 else f"{p:.0e}".replace("e-0", "e-")
-    return f'<span class="share" style="--p:{100 * p:.1f}%">{text}</span>'
-
-
-def explain_choice(sampled: SampledToken, shown: DisplayToken) -> str:
-    """How the token was chosen among those that were left."""
-    if sampled.uniform is None:
-        return f"Temperature 0: the likeliest token is taken, {sampled_chip(shown)}."
-    probs = list(sampled.stages.values())[-1]
-    low = float(probs[: sampled.token].sum(dtype=np.float64))
-    high = low + float(probs[sampled.token])
-    return (
-        "The probabilities laid end to end, in the order of the vocabulary, cover 0 to 1. The "
-        f"random number {sampled.uniform:.4f} falls between {low:.4f} and {high:.4f}: "
-        f"{sampled_chip(shown)}."
-    )

@@ -167,12 +167,19 @@ def call_model(config: ModelConfig, params: dict, cache: kv.KVCache, tokens: Seq
     """Read `tokens` after what `cache` holds: a ModelCall, and the cache afterwards."""
     tokens_BT = jnp.array([tokens], jnp.int32)
     new_cache, logits_BTV, arrays = forward_recording(config, params, cache, tokens_BT)
+
+    # The slots whose key or value differs in any layer; all if there were none.
+    written_slots = list(range(new_cache.capacity))
+    if cache.capacity:
+        pairs = zip((*cache.k, *cache.v), (*new_cache.k, *new_cache.v), strict=True)
+        changed_S = np.any([np.any(old[0] != new[0], axis=(0, 2)) for old, new in pairs], axis=0)
+        written_slots = np.flatnonzero(changed_S).tolist()
     call = ModelCall(
         tokens=list(tokens),
         first_position=int(cache.length_B[0]),
         arrays={name: np.asarray(array) for name, array in arrays.items()},
         logits_TV=np.asarray(logits_BTV[0]),
-        written_slots=changed_slots(cache, new_cache),
+        written_slots=written_slots,
         capacity=new_cache.capacity,
     )
     return call, new_cache
@@ -185,11 +192,17 @@ def forward_recording(config: ModelConfig, params: dict, cache: kv.KVCache, toke
 
     def attend_recording(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop):
         mix_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
+        # Every query times every key, before scale and mask.
+        B, T, N, H = q_BTNH.shape
+        K, S = k_BKSH.shape[1:3]
+        q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+        product = "BTKGH,BKSH->BTKGS"
+        scores_BTKGS = jnp.einsum(product, q_BTKGH, k_BKSH, preferred_element_type=jnp.float32)
         arrays = {
             "q": q_BTNH,
             "k": k_BKSH,
             "v": v_BKSH,
-            "scores": dot_products(q_BTNH, k_BKSH),
+            "scores": scores_BTKGS.reshape(B, T, N, S),
             "weights": attention_weights(q_BTNH, k_BKSH, pos_BT, drop),
             "mix": mix_BTNH,
         }
@@ -201,15 +214,6 @@ def forward_recording(config: ModelConfig, params: dict, cache: kv.KVCache, toke
     logits_BTV = model.unembed(x_BTD)
     arrays = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
     return cache.advanced(jnp.int32(tokens_BT.shape[1])), logits_BTV, arrays
-
-
-def dot_products(q_BTNH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
-    """Every query times every key, before scale and mask: float32 [B, T, N, S]."""
-    B, T, N, H = q_BTNH.shape
-    K, S = k_BKSH.shape[1:3]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BKSH->BTKGS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32)
-    return scores.reshape(B, T, N, S)
 
 
 def attention_weights(q_BTNH: jax.Array, k_BKSH: jax.Array, pos_BT, drop) -> jax.Array:
@@ -226,15 +230,6 @@ def attention_weights(q_BTNH: jax.Array, k_BKSH: jax.Array, pos_BT, drop) -> jax
         for columns_SH in jnp.split(identity, n_parts, axis=1)
     ]
     return jnp.concatenate(parts, axis=-1)[..., :S]
-
-
-def changed_slots(before: kv.KVCache, after: kv.KVCache) -> list[int]:
-    """The slots of row 0 whose key or value differs in any layer; all if `before` had none."""
-    if not before.capacity:
-        return list(range(after.capacity))
-    pairs = zip((*before.k, *before.v), (*after.k, *after.v), strict=True)
-    changed_S = np.any([np.any(old[0] != new[0], axis=(0, 2)) for old, new in pairs], axis=0)
-    return np.flatnonzero(changed_S).tolist()
 
 
 # A sampled token
