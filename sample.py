@@ -18,7 +18,6 @@ from gpt.sample_flags import Args
 
 def main(argv: list[str]) -> int:
     """Load the model and do what the flags ask for; returns the exit code."""
-    terminal.prepare_streams()
     args, mode = sample_flags.parse_args(argv, __doc__)
     inputs = sample_flags.read_inputs(args)
     cli.prepare_jax(cache=args.compile_cache)
@@ -62,13 +61,17 @@ def generate(model, args: Args, prompts: list, interrupted=lambda: False) -> Non
         show = terminal.CompletionText(len(prompts), settings.num_samples, top, model.tokenizer)
 
     completions = {}
-    with terminal.InOrder(len(prompts) * settings.num_samples) as output:
+    output = terminal.InOrder(len(prompts) * settings.num_samples)
+    try:
         for piece in stream(model, prompts, settings, top=top):
             completions[piece.row] = piece.completion
             output.add(piece.row, show(piece), ended=piece.completion.finish_reason is not None)
             if interrupted():
                 output.flush(end_line=True)
                 break
+    except (KeyboardInterrupt, UserError):
+        output.flush(end_line=sys.stdout.isatty())
+        raise
     terminal.note(terminal.describe_end(list(completions.values()), model.config.context_length))
 
 

@@ -116,17 +116,6 @@ def _one_line(message: str, program: str) -> str:
     return f"{sentence}; see {program} --help"
 
 
-def require_no_empty_values(argv: list[str]) -> None:
-    """Raise UserError for an empty value, such as `--out "$OUT"` where OUT is not set.
-
-    As a path it would mean the current folder.
-    """
-    for word in argv:
-        name = word if word else "a flag"
-        empty = word == "" or (word.startswith("--") and word.endswith("="))
-        require(not empty, f"{name} has an empty value: fill it in, or leave the flag out")
-
-
 def flags_given(argv: list[str]) -> set[str]:
     """The flags on the command line as field names, such as `model.n_layers` or `overwrite`."""
     given = set()
@@ -145,30 +134,35 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     KeyboardInterrupt carries. A reader that closes the pipe (`| head`) ends the program quietly.
     Anything else is a bug in this project and keeps its traceback.
     """
+    # No character fails for the locale: output shows what it cannot encode as escapes, and what
+    # cannot be decoded on input becomes U+FFFD.
+    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
     try:
         try:
             code = main(sys.argv[1:]) or 0
         finally:
             sys.stdout.flush()  # here, where a closed pipe can still be handled
-    except UserError as error:
-        code = _refuse(str(error))
-    except Failed as error:
-        code = _refuse(str(error), code=1)
     except BrokenPipeError:
         _discard_stdout()
         code = 0
-    except OSError as error:
-        if not isinstance(error, USER_OS_ERRORS) and error.errno not in USER_ERRNOS:
-            raise
-        _discard_stdout()
-        path = "" if error.filename is None else f"{error.filename}: "
-        code = _refuse(f"{path}{error.strerror or error}")
     except KeyboardInterrupt as interrupt:
         sys.stderr.flush()
         # Leave at once: Python's shutdown crashes where a compilation was interrupted.
         os._exit(interrupt.args[0] if interrupt.args else 130)
     except Exception as error:
-        code = _report_bug(error)
+        message = explain(error)
+        if message is None and not _is_connected():
+            raise
+        code = 1 if message is None or isinstance(error, Failed) else 2
+        if message is None:
+            traceback.print_exc()
+        else:
+            if isinstance(error, OSError):  # perhaps of standard output
+                _discard_stdout()
+            print(f"error: {message}", file=sys.stderr)
     if code in (1, 2) and _is_connected():
         # The other processes do not know: an orderly shutdown would wait for them.
         sys.stderr.flush()
@@ -176,25 +170,22 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def _report_bug(error: Exception) -> int:
-    """Raise `error` again, unless it is a lack of memory, or other processes wait for this one."""
+def explain(error: Exception) -> str | None:
+    """The line that a user gets for an error; None for a bug in this project."""
+    if isinstance(error, UserError | Failed):
+        return str(error)
     if is_out_of_memory(error):
-        return _refuse("out of memory: ask for less at once, or use a smaller model")
-    if not _is_connected():
-        raise error
-    traceback.print_exc()
-    return 1
+        return "out of memory: ask for less at once, or use a smaller model"
+    if isinstance(error, USER_OS_ERRORS) or getattr(error, "errno", None) in USER_ERRNOS:
+        reason = error.strerror or str(error)
+        return reason if error.filename is None else f"{error.filename}: {reason}"
+    return None
 
 
 def _is_connected() -> bool:
     """Whether this process trains with others, which it must not leave without notice."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
-
-
-def _refuse(message: str, code: int = 2) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
 
 
 def _discard_stdout() -> None:

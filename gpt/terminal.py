@@ -5,7 +5,6 @@ this file is for entry points only; it imports no JAX.
 """
 
 import contextlib
-import io
 import json
 import math
 import re
@@ -29,14 +28,6 @@ TIMING = "compilation is left out; the first completion of a process includes it
 # Text to standard output.
 
 
-def prepare_streams() -> None:
-    """Let no character fail for the locale: standard output shows what it cannot encode as escapes,
-    and what standard input cannot decode becomes U+FFFD."""
-    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "replace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
-
-
 def visible(text: str) -> str:
     """`text` with each character that a terminal would obey shown as an escape, such as `\\x1b`."""
     return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
@@ -57,8 +48,7 @@ class InOrder:
     """Shows the completions of a batch one after the other, in whatever order their text comes.
 
     The first row is shown as it grows, while the others wait; when it has ended, the next one shows
-    what it has and goes on. Used in `with`: if something interrupts it, rows that have ended and
-    still wait are shown too, on a line of their own.
+    what it has and goes on.
     """
 
     def __init__(self, n_rows: int):
@@ -80,7 +70,8 @@ class InOrder:
             self.current += 1
 
     def flush(self, end_line: bool) -> None:
-        """Show the rows that have ended and wait; `end_line`: end the line in any case."""
+        """After an interruption: show the rows that have ended and still wait, on a line of their
+        own; `end_line`: end the line in any case."""
         kept = "".join(text for row, text in sorted(self.waiting.items()) if row in self.ended)
         self.waiting = {}
         if self.in_line and (end_line or kept):
@@ -91,13 +82,6 @@ class InOrder:
         if text:
             write(text)
             self.in_line = not text.endswith("\n")
-
-    def __enter__(self) -> "InOrder":
-        return self
-
-    def __exit__(self, kind, error, _traceback) -> None:
-        if isinstance(error, KeyboardInterrupt | UserError):
-            self.flush(end_line=sys.stdout.isatty())
 
 
 # Completions as text and as JSON.

@@ -130,7 +130,12 @@ class Args:
 def parse_args(argv: list[str], description: str) -> Args:
     """The flags, with the rest of the settings from the preset that the first word names, else from
     `tiny`; UserError for a flag that cannot be read."""
-    cli.require_no_empty_values(argv)
+    for word in argv:
+        # As a path an empty value, such as --out "$OUT" where OUT is not set, would be the current
+        # folder.
+        name = word or "a flag"
+        is_empty = word == "" or (word.startswith("--") and word.endswith("="))
+        require(not is_empty, f"{name} has an empty value: fill it in, or leave the flag out")
     preset = argv[0] if argv and argv[0] in PRESETS else "tiny"
     default = Args(preset=preset, train=PRESETS[preset])
     args = cli.parse(Args, argv, program="train.py", description=description, default=default)

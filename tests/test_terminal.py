@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt import terminal
+from gpt import cli, terminal
 from gpt.errors import UserError
 
 
@@ -54,8 +54,8 @@ def test_no_text_fails_for_the_locale(monkeypatch):
     latin = io.TextIOWrapper(io.BytesIO(), "latin-1")
     monkeypatch.setattr(sys, "stdout", latin)
     monkeypatch.setattr(sys, "stdin", pipe(b"a\xff\n"))
-    terminal.prepare_streams()
-    terminal.write("é天")
+    with pytest.raises(SystemExit):
+        cli.run(lambda argv: terminal.write("é天"))
     assert latin.buffer.getvalue() == b"\xe9\\u5929"
     assert sys.stdin.readline() == "a\ufffd\n"
 
@@ -155,28 +155,23 @@ def test_rows_never_interleave(texts, random):
             assert out.getvalue() == expected
 
 
-@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError])
-def test_an_interruption_loses_no_row_that_has_ended(stream, error, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", stream())
-    with pytest.raises(error), terminal.InOrder(3) as output:
-        output.add(0, "a1", ended=False)
-        output.add(1, "b1", ended=False)
-        output.add(2, "c\n", ended=True)
-        raise error
-    assert sys.stdout.getvalue() == "a1\nc\n"
+def test_an_interruption_loses_no_row_that_has_ended(capsys):
+    output = terminal.InOrder(3)
+    output.add(0, "a1", ended=False)
+    output.add(1, "b1", ended=False)
+    output.add(2, "c\n", ended=True)
+    output.flush(end_line=False)
+    assert capsys.readouterr().out == "a1\nc\n"
 
 
 @pytest.mark.parametrize("text", ["open", "closed\n", ""])
-def test_only_a_terminal_gets_an_open_line_ended(text, monkeypatch):
-    for stream in (Terminal(), io.StringIO()):
-        monkeypatch.setattr(sys, "stdout", stream)
-        with pytest.raises(KeyboardInterrupt), terminal.InOrder(1) as output:
-            output.add(0, text, ended=False)
-            output.add(0, "", ended=False)
-            raise KeyboardInterrupt
-        ends_line = stream.isatty() and text == "open"
-        assert stream.getvalue() == text + ("\n" if ends_line else "")
+def test_only_an_open_line_is_ended(text, capsys):
+    for end_line in (True, False):
+        output = terminal.InOrder(1)
+        output.add(0, text, ended=False)
+        output.flush(end_line)
+        is_ended = end_line and text == "open"
+        assert capsys.readouterr().out == text + ("\n" if is_ended else "")
 
 
 # What is read.
