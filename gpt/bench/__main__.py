@@ -3,12 +3,12 @@
     python -m gpt.bench runs/tiny
     python -m gpt.bench --preset gpt2 --prompt-lengths 128,512 --batch-sizes 1,8
 
-Prints a card and a table; the last line of standard output is the whole result as JSON.
+Prints a card and a table. To a pipe or a file, the last line of standard output is the whole result
+as JSON.
 """
 
 import dataclasses
 import json
-import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from typing import Annotated
 
 import tyro
 
-from gpt import cli
+from gpt import cli, terminal
 from gpt.config import BY_PLATFORM, DTYPES, ONE_DEVICE, Dtype, MeshConfig, Quantize, optional
 from gpt.errors import positive, require, require_file_path
 from gpt.presets import preset
@@ -55,6 +55,8 @@ class Args:
     quantize: Annotated[Quantize | None, optional("{int8}")] = None
     """Keep matrices and tables as int8."""
     mesh: MeshConfig = ONE_DEVICE
+    verbose: bool = False
+    """Show compilation, decode steps driven from the host, and peak memory too."""
     json: Annotated[Path | None, optional("FILE")] = None
     """Write the result to this file too."""
     plot: Annotated[Path | None, optional("FILE")] = None
@@ -89,11 +91,14 @@ def main(argv: list[str]) -> int:
 
     del result["incomplete"]
     if args.json:
-        write_result(args.json, result)
-    Console(width=report.WIDTH).print(report.card(result))
+        args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    Console(width=report.WIDTH).print(report.card(result, args.verbose))
+    rows = [report.cell_row(cell, args.verbose) for cell in result["cells"]]
+    Console(width=report.TABLE_WIDTH).print(report.make_table(rows))
     if args.plot:
         report.draw_roofline(result, args.plot)
-    print(json.dumps(result))
+    if not sys.stdout.isatty():
+        print(json.dumps(result))
     return 0
 
 
@@ -154,14 +159,16 @@ def measure_sampling(args: Args) -> dict:
     measure.require_memory(config, cells[-1])
 
     # What this machine can do at best, then what it does.
-    note("measuring matrix products and reading memory")
+    terminal.note("measuring matrix products and reading memory")
     n_bytes, _ = measure.step_cost(config, cells[-1])
     ceilings = hardware.ceilings(n_bytes, config.compute_dtype)
     result = measure.describe_machine(name, config, ceilings, args.repeats, int8)
     params = make_params()
     with on_mesh(mesh):
         for cell in cells:
-            measured = measure.measure_cell(config, params, cell, args.repeats, ceilings, note)
+            measured = measure.measure_cell(
+                config, params, cell, args.repeats, ceilings, terminal.note
+            )
             add_cell(args, result, measured)
     return result
 
@@ -180,18 +187,14 @@ def measure_training(args: Args) -> dict:
     trained = memory_plan.choose(config, mesh)
     micro_batch = str(trained.batch_size // trained.grad_accum)
 
-    note("measuring matrix products and reading memory")
+    terminal.note("measuring matrix products and reading memory")
     ceilings = hardware.ceilings(flops.weight_bytes(config.model), dtype)
     result = measure.describe_machine(name, config.model, ceilings, args.repeats)
     for batch_size in parse_sizes("--batch-sizes", args.batch_sizes or micro_batch):
-        note(f"batch {batch_size}: compiling the training step")
+        terminal.note(f"batch {batch_size}: compiling the training step")
         sized = dataclasses.replace(config, batch_size=batch_size, grad_accum=args.grad_accum)
         add_cell(args, result, measure.measure_train_step(sized, mesh, args.repeats, ceilings))
     return result
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def add_cell(args: Args, result: dict, cell: dict) -> None:
@@ -200,15 +203,10 @@ def add_cell(args: Args, result: dict, cell: dict) -> None:
     from gpt.bench import report
 
     result["cells"].append(cell)
-    note(report.cell_line(cell))
+    columns = report.cell_row(cell, verbose=True)
+    terminal.note("; ".join(f"{' '.join(name.split())}: {text}" for name, text in columns))
     if args.json:
-        write_result(args.json, result)
-
-
-def write_result(path: Path, result: dict) -> None:
-    unfinished = path.with_name(path.name + ".new")
-    unfinished.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+        args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
 def choose_model(args: Args):
@@ -280,17 +278,30 @@ def compare(old_path: Path, new_path: Path, fail_if_slower: str | None) -> int:
     allowed = report.parse_share(fail_if_slower or "0%")
     old, new = report.read_result(old_path), report.read_result(new_path)
     changes = report.changes_between(old, new)
-    print(report.machine_change(old, new))
-    for name in ("device", "precision", "weights", "model", "jax", "incomplete"):
+    is_same_machine, line = report.compare_machines(old, new)
+    print(line)
+    if not is_same_machine:
+        advice = "no verdict: the program and the machine cannot be told apart; measure both again"
+        require(fail_if_slower is None, f"{line}; {advice}")
+        print(advice)
+    for name in ("precision", "weights", "model", "jax", "incomplete"):
         if old.get(name) != new.get(name):
-            note(f"note: {name}: {old.get(name)} before, {new.get(name)} now")
-    Console(width=160).print(report.changes_table(changes))
+            terminal.note(f"note: {name}: {old.get(name)} before, {new.get(name)} now")
+
+    rows = []
+    for one in changes:
+        row = [("cell", one.cell), ("figure", one.name), ("new / old", f"{one.ratio:.3f}")]
+        row.append(("spread", f"±{one.spread:.3f}"))
+        if is_same_machine:
+            row.append(("verdict", one.verdict))
+        rows.append(row)
+    Console(width=report.TABLE_WIDTH).print(report.make_table(rows, justify="left"))
     if fail_if_slower is None:
         return 0
 
     slow = [one for one in changes if one.verdict == "slower" and one.ratio > 1 + allowed]
     for one in slow:
-        note(f"{one.cell}: {one.name} is slower by {one.ratio - 1:.0%}")
+        terminal.note(f"{one.cell}: {one.name} is slower by {one.ratio - 1:.0%}")
     return 1 if slow else 0
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 from rich.box import SIMPLE
-from rich.console import Group, JustifyMethod
+from rich.console import JustifyMethod
 from rich.panel import Panel
 from rich.table import Table
 
 from gpt.errors import UserError, require
 
-WIDTH = 124  # a narrower terminal wraps; a truncated figure would be lost
+WIDTH = 100  # of the card; a narrower terminal wraps it
+TABLE_WIDTH = 140  # a truncated figure would be lost
 WIDE_SPREAD = 0.1  # half the range of the repeats, as a share of the median, that is marked with !
 # Dense bfloat16 FLOP/s and memory bytes/s by the data sheets of NVIDIA and Google Cloud of 2025.
 # They are shown beside what was measured, never in place of it.
@@ -39,37 +40,50 @@ VENDOR_PEAKS = {
 # --- card and table ---
 
 
-def card(result: dict) -> Group:
-    """Card and table, ready to be printed."""
+def card(result: dict, verbose: bool = False) -> Panel:
+    """What was measured, what limits it, and how to read the table. `verbose`: also what the vendor
+    of the device states."""
     best, cells = result["ceilings"], result["cells"]
     lines = [
         f"{result['model']}: {result['parameters'] / 1e6:.1f} M parameters, "
         f"{result['weight_bytes'] / 1e6:.1f} MB of {result['weights']} weights, "
         f"computing in {result['precision']}",
         f"{result['device']}, jax {result['jax']}; measured at best: "
-        f"{best['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s, reading "
-        f"{best['read_bytes_per_second'] / 1e9:,.1f} GB/s{vendor_peak(result['device'])}",
-        f"Medians ± half the range of {result['repeats']} repeats, compilation apart; ! marks more "
-        f"than {WIDE_SPREAD:.0%}: measure again on a quiet machine.",
+        f"{best['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s in matrix products, "
+        f"reading {best['read_bytes_per_second'] / 1e9:,.1f} GB/s",
     ]
+    for name, (n_flops, n_bytes) in VENDOR_PEAKS.items():
+        if verbose and result["device"].endswith(name):
+            lines.append(
+                f"the vendor states {n_flops / 1e12:,.0f} TFLOP/s in bfloat16 and "
+                f"{n_bytes / 1e12:,.2f} TB/s"
+            )
+    lines.append("")
     if "train" in cells[0]:
-        lines.append(
+        lines += [
             "A step reads one batch, in as many micro-batches as the table says, and updates the "
-            "weights. MFU: share of the measured matrix rate; recomputation is not counted."
-        )
+            "weights.",
+            "MFU, model FLOPs utilization: FLOP/s as a share of the measured matrix-product rate.",
+        ]
     else:
-        lines += [regime(result, "prefill"), regime(result, "decode")]
+        lines += [
+            f"prefill: {regime(result, 'prefill')}",
+            f"decode: {regime(result, 'decode')}",
+            "",
+            "Prefill reads the prompts; each step of decode writes one token in every row.",
+            "MFU, model FLOPs utilization: FLOP/s as a share of the measured matrix-product rate.",
+            "MBU, memory bandwidth utilization: bytes/s as a share of the measured reading rate.",
+        ]
+    lines += [
+        f"± is half the range of {result['repeats']} repeats; ! marks more than {WIDE_SPREAD:.0%}: "
+        "measure again on a quiet machine.",
+        "Compilation is left out.",
+    ]
+    if verbose and "train" not in cells[0]:
         lines.append(
-            "Decode is a step of the device's loop; p50 to p99 are steps driven from the host. MFU "
-            "and MBU: shares of the measured rates of matrix products and of reading."
+            "host-driven: decode steps started one by one from Python (50th, 90th, 99th percentile)"
         )
-    table = make_table([cell_row(cell) for cell in cells])
-    return Group(Panel("\n".join(lines), expand=False), table)
-
-
-def cell_line(cell: dict) -> str:
-    """A row of the table as one line that can be read by itself."""
-    return "; ".join(f"{' '.join(name.split())}: {text}" for name, text in cell_row(cell))
+    return Panel("\n".join(lines), expand=False)
 
 
 Row = list[tuple[str, str]]
@@ -85,40 +99,40 @@ def make_table(rows: list[Row], justify: JustifyMethod = "right") -> Table:
     return table
 
 
-def cell_row(cell: dict) -> Row:
+def cell_row(cell: dict, verbose: bool = False) -> Row:
     """The table's columns for a cell of sampling or of training."""
-    compile_seconds = f"{cell['compile_seconds']:.1f}"
     peak_bytes = cell["peak_bytes"]
-    peak = ("peak\nGB", "unknown" if peak_bytes is None else f"{peak_bytes / 1e9:.2f}")
+    details = [
+        ("compile\ns", f"{cell['compile_seconds']:.1f}"),
+        ("peak\nGB", "unknown" if peak_bytes is None else f"{peak_bytes / 1e9:.2f}"),
+    ]
     if "train" in cell:
         train = cell["train"]
-        return [
+        row = [
             ("\nbatch", str(cell["batch"])),
             ("micro-\nbatches", str(cell["grad_accum"])),
             ("\ntokens", str(cell["seq_len"])),
-            ("compile\ns", compile_seconds),
             ("step\nms", milliseconds(train["seconds_of_repeats"])),
             ("\ntokens/s", f"{train['tokens_per_second']:,.0f}"),
             ("\nMFU", f"{train['mfu']:.0%}"),
-            peak,
         ]
-
-    prefill, decode = cell["prefill"], cell["decode"]
-    percentiles = [decode[f"seconds_per_step_p{p}"] * 1e3 for p in (50, 90, 99)]
-    return [
-        ("\nbatch", str(cell["batch"])),
-        ("\nprompt", str(cell["prompt_length"])),
-        ("compile\ns", compile_seconds),
-        ("1st tok.\nms", f"{cell['ttft_seconds'] * 1e3:.1f}"),
-        ("prefill\nms", milliseconds(prefill["seconds_of_repeats"])),
-        ("\ntokens/s", f"{prefill['tokens_per_second']:,.0f}"),
-        ("\nMFU", f"{prefill['mfu']:.0%}"),
-        ("decode\nms", milliseconds(decode["seconds_per_step_of_repeats"])),
-        ("\ntokens/s", f"{decode['tokens_per_second']:,.0f}"),
-        ("\nMBU", f"{decode['mbu']:.0%}"),
-        ("p50 / p90 / p99\nms", " / ".join(f"{p:.2f}" for p in percentiles)),
-        peak,
-    ]
+    else:
+        prefill, decode = cell["prefill"], cell["decode"]
+        row = [
+            ("\nbatch", str(cell["batch"])),
+            ("prompt\ntokens", str(cell["prompt_length"])),
+            ("first token\nafter ms", f"{cell['ttft_seconds'] * 1e3:.1f}"),
+            ("prefill\nms", milliseconds(prefill["seconds_of_repeats"])),
+            ("prefill\ntokens/s", f"{prefill['tokens_per_second']:,.0f}"),
+            ("\nMFU", f"{prefill['mfu']:.0%}"),
+            ("decode\nms per step", milliseconds(decode["seconds_per_step_of_repeats"])),
+            ("decode\ntokens/s", f"{decode['tokens_per_second']:,.0f}"),
+            ("\nMBU", f"{decode['mbu']:.0%}"),
+        ]
+        percentiles = [decode[f"seconds_per_step_p{p}"] * 1e3 for p in (50, 90, 99)]
+        host_driven = " / ".join(f"{p:.2f}" for p in percentiles)
+        details.insert(0, ("host-driven\np50 / p90 / p99 ms", host_driven))
+    return row + details if verbose else row
 
 
 def milliseconds(repeats: Sequence[float]) -> str:
@@ -127,17 +141,6 @@ def milliseconds(repeats: Sequence[float]) -> str:
     spread = (max(repeats) - min(repeats)) / 2 / median
     mark = "!" if spread > WIDE_SPREAD else ""
     return f"{median * 1e3:.2f} ±{spread:.0%}{mark}"
-
-
-def vendor_peak(device_kind: str) -> str:
-    """What the vendor of a device states; nothing for a device that is not in the list."""
-    for name, (n_flops, n_bytes) in VENDOR_PEAKS.items():
-        if device_kind.endswith(name):
-            return (
-                f"; the vendor states {n_flops / 1e12:,.0f} TFLOP/s in bfloat16 and "
-                f"{n_bytes / 1e12:,.2f} TB/s"
-            )
-    return ""
 
 
 # --- the roofline (Williams et al. 2009, section 3): min(peak FLOP/s, bytes/s x FLOP per byte) ---
@@ -165,19 +168,19 @@ def balance(result: dict) -> float:
 
 
 def regime(result: dict, phase: str) -> str:
-    """One line on what limits a phase: its FLOP per byte against the balance point."""
+    """What limits a phase: its FLOP per byte against the balance point."""
     intensities = [intensity for intensity, _ in points(result, phase)]
     low, high, limit = min(intensities), max(intensities), balance(result)
     if low > limit:
-        bound = "bound by arithmetic"
+        limited = "limited by compute"
     elif high < limit:
-        bound = "bound by memory"
+        limited = "limited by memory"
     else:
-        bound = "small cells are bound by memory, large ones by arithmetic"
+        limited = "small cells are limited by memory, large ones by compute"
     span = f"{low:,.1f}"
     if high >= 1.05 * low:
         span = f"{low:,.1f} to {high:,.1f}"
-    return f"{phase}: {span} FLOP per byte against a balance of {limit:,.1f}: {bound}"
+    return f"{limited} ({span} FLOP per byte; this machine breaks even at {limit:,.1f})"
 
 
 def draw_roofline(result: dict, path: Path) -> None:
@@ -256,54 +259,46 @@ def read_result(path: Path) -> dict:
         ) from None
 
 
-def machine_change(old: dict, new: dict) -> str:
-    """One line: whether the machine itself changed, by the ceilings of both runs."""
+def compare_machines(old: dict, new: dict) -> tuple[bool, str]:
+    """Whether both results come from the same machine in the same state, by its ceilings, and one
+    line that says so."""
+    if old["device"] != new["device"]:
+        return False, f"the machine CHANGED: {old['device']} before, {new['device']} now"
     ratios = {name: new["ceilings"][key] / old["ceilings"][key] for key, name in CEILINGS.items()}
     changes = ", ".join(f"{name} {ratio:.2f}x as fast" for name, ratio in ratios.items())
     if all(abs(ratio - 1) <= MACHINE_TOLERANCE for ratio in ratios.values()):
-        return f"the machine is the same within {MACHINE_TOLERANCE:.0%}: {changes} as before"
-    return f"the machine CHANGED between the runs: {changes} as before"
+        return True, f"the machine is the same within {MACHINE_TOLERANCE:.0%}: {changes} as before"
+    return False, f"the machine CHANGED between the runs: {changes} as before"
 
 
 def changes_between(old: dict, new: dict) -> list[Change]:
     """Each figure of each cell that both results have."""
-    before = {cell_name(cell): cell for cell in old["cells"]}
-    changes = []
-    for cell in new["cells"]:
-        cell_before = before.get(cell_name(cell), {})
-        for name, (phase, key) in REPEATS.items():
-            if phase in cell and phase in cell_before:
-                repeats = cell_before[phase][key], cell[phase][key]
-                changes.append(change(cell_name(cell), name, *repeats))
+
+    def by_sizes(result: dict) -> dict[str, dict]:
+        return {
+            ", ".join(
+                f"{size.replace('_', ' ')} {cell[size]}" for size in SIZES if size in cell
+            ): cell
+            for cell in result["cells"]
+        }
+
+    before, after = by_sizes(old), by_sizes(new)
+    changes = [
+        compare_repeats(cell, name, before[cell][phase][key], after[cell][phase][key])
+        for cell in after
+        for name, (phase, key) in REPEATS.items()
+        if cell in before and phase in before[cell] and phase in after[cell]
+    ]
     require(bool(changes), "the two results have no cell in common: measure the same sizes twice")
     return changes
 
 
-def change(cell: str, name: str, old: Sequence[float], new: Sequence[float]) -> Change:
+def compare_repeats(cell: str, name: str, old: Sequence[float], new: Sequence[float]) -> Change:
     """The change of one figure, from the seconds of its repeats."""
     old_q1, old_median, old_q3 = np.percentile(old, [25, 50, 75]).tolist()
     new_q1, new_median, new_q3 = np.percentile(new, [25, 50, 75]).tolist()
     spread = (old_q3 - old_q1) / old_median + (new_q3 - new_q1) / new_median
     return Change(cell, name, new_median / old_median, spread)
-
-
-def cell_name(cell: dict) -> str:
-    """What a cell was measured with."""
-    return ", ".join(f"{key.replace('_', ' ')} {cell[key]}" for key in SIZES if key in cell)
-
-
-def changes_table(changes: Sequence[Change]) -> Table:
-    rows = [
-        [
-            ("cell", one.cell),
-            ("figure", one.name),
-            ("new / old", f"{one.ratio:.3f}"),
-            ("spread", f"±{one.spread:.3f}"),
-            ("verdict", one.verdict),
-        ]
-        for one in changes
-    ]
-    return make_table(rows, justify="left")
 
 
 def parse_share(text: str) -> float:

@@ -154,7 +154,19 @@ def test_the_last_line_is_the_json_that_the_file_holds(planted, tmp_path, capsys
     assert "batch 2, prompt 20: compiling prefill and decode\n" in err
     for cell in result["cells"]:
         assert f"{cell['prefill']['tokens_per_second']:,.0f}" in table
-        assert f"batch: 2; prompt: {cell['prompt_length']}; compile s: 0.0; " in err
+        assert f"batch: 2; prompt tokens: {cell['prompt_length']}; " in err
+
+
+def test_a_terminal_gets_the_card_and_no_json(planted, capsys, monkeypatch):
+    monkeypatch.setattr(bench.sys.stdout, "isatty", lambda: True)
+    argv = ["--preset", "small", "--repeats", "1", "--batch-sizes", "2"]
+    assert bench.main(argv) == 0
+    plain = capsys.readouterr().out
+    assert "limited by memory" in plain and "MBU, memory bandwidth utilization" in plain
+    assert '"cells"' not in plain and "host-driven" not in plain and "compile" not in plain
+    assert bench.main([*argv, "--verbose"]) == 0
+    verbose = capsys.readouterr().out
+    assert "host-driven" in verbose and "compile" in verbose and "peak" in verbose
 
 
 def test_a_benchmark_that_is_stopped_leaves_what_it_measured(
@@ -173,7 +185,7 @@ def test_a_benchmark_that_is_stopped_leaves_what_it_measured(
     left = json.loads(path.read_text())
     assert left["incomplete"] is True and [cell["batch"] for cell in left["cells"]] == [1]
     assert list(tmp_path.iterdir()) == [path]
-    assert "batch: 1; prompt: 32; " in capsys.readouterr().err
+    assert "batch: 1; prompt tokens: 32; " in capsys.readouterr().err
 
 
 def test_int8_weights_are_counted_as_such(planted, capsys):

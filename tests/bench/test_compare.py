@@ -31,12 +31,14 @@ def result(rng, slower=1.0):
 def test_noise_is_called_a_difference_once_in_twenty():
     rng = np.random.default_rng(0)
     pairs = rng.lognormal(0, NOISE, (1000, 2, 5))
-    changes = [report.change("cell", "figure", old, new) for old, new in pairs]
+    changes = [report.compare_repeats("cell", "figure", old, new) for old, new in pairs]
     assert 0.03 < np.mean([change.verdict != "no difference" for change in changes]) < 0.07
 
 
 def test_the_ratio_is_of_medians_and_the_spread_of_quartiles():
-    change = report.change("cell", "figure", [1.0, 2.0, 3.0, 4.0, 90.0], [8.0, 8.0, 8.0, 9.0, 90.0])
+    change = report.compare_repeats(
+        "cell", "figure", [1.0, 2.0, 3.0, 4.0, 90.0], [8.0, 8.0, 8.0, 9.0, 90.0]
+    )
     assert change.ratio == 8 / 3 and change.spread == pytest.approx(2 / 3 + 1 / 8)
     assert change.verdict == "slower"
 
@@ -76,15 +78,24 @@ def test_the_exit_code_says_whether_it_became_slower(files, capsys):
 def test_a_changed_machine_is_the_first_thing_said(files, capsys):
     old, new = str(files[0]), files[1]
     bench.main(["--compare", old, str(new)])
-    assert capsys.readouterr().out.startswith("the machine is the same within 5%: ")
-    other = json.loads(new.read_text()) | {"device": "another"}
-    other["ceilings"]["read_bytes_per_second"] *= 0.8
-    new.write_text(json.dumps(other))
+    same = capsys.readouterr().out
+    assert same.startswith("the machine is the same within 5%: ") and "verdict" in same
+
+    # Then nothing is said about the program.
+    slower = json.loads(files[2].read_text())
+    slower["ceilings"]["read_bytes_per_second"] *= 0.8
+    new.write_text(json.dumps(slower))
+    assert bench.main(["--compare", old, str(new)]) == 0
+    first, second, *table = capsys.readouterr().out.splitlines()
+    assert first.startswith("the machine CHANGED between the runs: ")
+    assert "reading memory 0.80x as fast" in first and second.startswith("no verdict: ")
+    assert "1.3" in "".join(table) and not {"slower", "verdict"} & {*" ".join(table).split()}
+    with pytest.raises(UserError, match=r"CHANGED.*no verdict"):
+        bench.main(["--compare", old, str(new), "--fail-if-slower", "5%"])
+
+    new.write_text(json.dumps(slower | {"device": "another"}))
     bench.main(["--compare", old, str(new)])
-    printed = capsys.readouterr()
-    assert printed.out.startswith("the machine CHANGED")
-    assert "reading memory 0.80x as fast" in printed.out.splitlines()[0]
-    assert "device: cpu before, another now" in printed.err
+    assert "CHANGED: cpu before, another now\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -112,17 +123,20 @@ def test_the_roofline_shows_what_limits_each_phase(tmp_path):
     """Balance 10 FLOP per byte: prefill at 100 is above it, decode at 1 and 8 below."""
     measured = result(np.random.default_rng(4))
     assert report.balance(measured) == 10
-    assert report.regime(measured, "prefill").endswith("bound by arithmetic")
+    assert report.regime(measured, "prefill").startswith("limited by compute")
     assert "1.0 to 8.0 FLOP per byte" in report.regime(measured, "decode")
-    assert report.regime(measured, "decode").endswith("bound by memory")
+    assert report.regime(measured, "decode").startswith("limited by memory")
     report.draw_roofline(measured, tmp_path / "roof.svg")
     drawn = (tmp_path / "roof.svg").read_text()
     assert "arithmetic intensity" in drawn and "8 x 128" in drawn
 
 
-def test_the_vendor_is_quoted_or_unknown():
-    assert "989 TFLOP/s in bfloat16 and 4.80 TB/s" in report.vendor_peak("NVIDIA H200")
-    assert report.vendor_peak("cpu, 2 cores") == ""
+def test_the_vendor_is_quoted_where_it_is_known():
+    measured = result(np.random.default_rng(4))
+    measured |= {"parameters": 1, "weight_bytes": 4, "weights": "float32", "repeats": 5}
+    assert "vendor" not in report.card(measured, verbose=True).renderable
+    card = report.card(measured | {"device": "NVIDIA H200"}, verbose=True)
+    assert "989 TFLOP/s in bfloat16 and 4.80 TB/s" in card.renderable
 
 
 def test_a_wide_spread_is_marked():
