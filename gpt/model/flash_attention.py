@@ -40,7 +40,7 @@ def attend_prompt(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
     """As `attend`, for a prompt whose keys and values become the cache: cuDNN reads them in the
     cache's layout, so that they are written once."""
     if cudnn is not None and pos_BT is None and kernel_for(q_BTNH) is by_cudnn:
-        return spread(kept_by_cudnn, q_BTNH, k_BKSH, v_BKSH)
+        return spread(cache_by_cudnn, q_BTNH, k_BKSH, v_BKSH)
     return attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
 
 
@@ -53,7 +53,7 @@ def attend_token(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
     if cudnn is not None and len(q_BTNH) > 1 and kernel_for(q_BTNH) is by_cudnn:
         # A row that has filled the cache stands behind it.
         n_B = jnp.minimum(pos_BT[:, 0] + 1, k_BKSH.shape[2])
-        return spread(token_by_cudnn, q_BTNH, k_BKSH, v_BKSH, n_B)
+        return spread(cache_by_cudnn, q_BTNH, k_BKSH, v_BKSH, n_B)
     mix_B1NH = attention.attend(q_BTNH[:, :1], k_BKSH, v_BKSH, pos_BT[:, :1], drop)
     return jnp.broadcast_to(mix_B1NH, q_BTNH.shape)
 
@@ -94,31 +94,26 @@ def by_cudnn(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Arr
     )
 
 
-def kept_by_cudnn(q_BTNH, k_BKSH, v_BKSH) -> jax.Array:
-    """As `by_cudnn`, on keys and values in the cache's layout, which jax.nn would transpose."""
-    mix_BNTH = cudnn.dot_product_attention(
-        q_BTNH.swapaxes(1, 2),
-        k_BKSH,
-        v_BKSH,
-        scale=1 / math.sqrt(q_BTNH.shape[-1]),
-        mask_type=cudnn.MaskType.CAUSAL,
-        qkv_layout="BNTH",
-    )
-    return mix_BNTH.swapaxes(1, 2)
+def cache_by_cudnn(q_BTNH, k_BKSH, v_BKSH, n_B: jax.Array | None = None) -> jax.Array:
+    """As `by_cudnn`, on keys and values in the cache's layout, which jax.nn would transpose.
 
-
-def token_by_cudnn(q_BTNH, k_BKSH, v_BKSH, n_B: jax.Array) -> jax.Array:
-    """All queries of row b see its first `n_B[b]` slots."""
+    With `n_B` all queries of row b see its first `n_B[b]` slots, instead of those up to their own.
+    """
     B, T, _, H = q_BTNH.shape
+    options = {"mask_type": cudnn.MaskType.CAUSAL}
+    if n_B is not None:
+        options = {
+            "mask_type": cudnn.MaskType.PADDING,
+            "q_seqlen": jnp.full(B, T, jnp.int32),
+            "kv_seqlen": n_B,
+        }
     mix_BNTH = cudnn.dot_product_attention(
         q_BTNH.swapaxes(1, 2),
         k_BKSH,
         v_BKSH,
-        q_seqlen=jnp.full(B, T, jnp.int32),
-        kv_seqlen=n_B,
         scale=1 / math.sqrt(H),
-        mask_type=cudnn.MaskType.PADDING,
         qkv_layout="BNTH",
+        **options,
     )
     return mix_BNTH.swapaxes(1, 2)
 
@@ -131,13 +126,9 @@ def fits_cudnn(n_tokens: int, width: int) -> bool:
     """
     kind = target_device().device_kind
     widest = 256 if HOPPER_OR_LATER.search(kind) and jax.default_backend() == "gpu" else 128
-    return width % 8 == 0 and width <= widest and is_ampere_or_later(kind)
-
-
-def is_ampere_or_later(device_kind: str) -> bool:
-    """Whether a GPU's name is one of NVIDIA's of compute capability 8 or more."""
-    of_nvidia = device_kind.startswith(("NVIDIA", "GeForce", "A100"))
-    return of_nvidia and BEFORE_AMPERE.search(device_kind) is None
+    of_nvidia = kind.startswith(("NVIDIA", "GeForce", "A100"))
+    is_ampere_or_later = of_nvidia and BEFORE_AMPERE.search(kind) is None
+    return width % 8 == 0 and width <= widest and is_ampere_or_later
 
 
 def by_splash(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:

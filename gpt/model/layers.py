@@ -61,12 +61,9 @@ def dropout(x: jax.Array, key_B: jax.Array | None, rate: float, *, site: str) ->
     if key_B is None or rate == 0:
         return x
 
-    def drop_row(key: jax.Array, x_row: jax.Array) -> jax.Array:
-        site_key = jax.random.fold_in(key, DROPOUT_SITES[site])
-        kept = jax.random.bernoulli(site_key, 1 - rate, x_row.shape)
-        return jnp.where(kept, x_row / (1 - rate), 0).astype(x.dtype)
-
-    return jax.vmap(drop_row)(key_B, x)
+    key_B = jax.vmap(lambda key: jax.random.fold_in(key, DROPOUT_SITES[site]))(key_B)
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(key_B)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -125,28 +122,24 @@ def narrowing_matmul(precision: str | None, x_MI: jax.Array, kernel_IO: jax.Arra
     return jnp.matmul(x_MI, kernel_IO, precision=precision)
 
 
-def _narrowing_forward(precision, x_MI, kernel_IO):
-    return narrowing_matmul(precision, x_MI, kernel_IO), (x_MI, kernel_IO)
-
-
 def _narrowing_backward(precision, factors, gradient_MO):
     x_MI, kernel_IO = factors
     product = functools.partial(jnp.matmul, precision=precision)
 
-    def turned_product(x_MI: jax.Array, gradient_MO: jax.Array) -> jax.Array:
-        # Without the barrier the compiler would undo the turning.
-        return jax.lax.optimization_barrier(product(gradient_MO.T, x_MI)).T
-
-    def plain_product(x_MI: jax.Array, gradient_MO: jax.Array) -> jax.Array:
-        return product(x_MI.T, gradient_MO)
-
     gradient_IO = jax.lax.platform_dependent(
-        x_MI, gradient_MO, cpu=turned_product, default=plain_product
+        x_MI,
+        gradient_MO,
+        # Without the barrier the compiler would undo the turning.
+        cpu=lambda x_MI, g_MO: jax.lax.optimization_barrier(product(g_MO.T, x_MI)).T,
+        default=lambda x_MI, g_MO: product(x_MI.T, g_MO),
     )
     return product(gradient_MO, kernel_IO.T), gradient_IO
 
 
-narrowing_matmul.defvjp(_narrowing_forward, _narrowing_backward)
+narrowing_matmul.defvjp(
+    lambda precision, *factors: (narrowing_matmul(precision, *factors), factors),
+    _narrowing_backward,
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -185,10 +178,6 @@ def widening_product(x_MI: jax.Array, table_OI: jax.Array) -> jax.Array:
     return jnp.einsum("MI,OI->MO", x_MI, table_OI, preferred_element_type=jnp.float32)
 
 
-def _widening_forward(x_MI, table_OI):
-    return widening_product(x_MI, table_OI), (x_MI, table_OI)
-
-
 def _widening_backward(factors, gradient_MO):
     # Summed in float32, each in the type of its factor.
     x_MI, table_OI = factors
@@ -199,7 +188,7 @@ def _widening_backward(factors, gradient_MO):
     return gradient_MI, gradient_OI
 
 
-widening_product.defvjp(_widening_forward, _widening_backward)
+widening_product.defvjp(lambda *factors: (widening_product(*factors), factors), _widening_backward)
 
 
 def unit_mean_square(x: jax.Array, epsilon: float) -> jax.Array:
@@ -261,12 +250,10 @@ class MLP(nnx.Module):
         gate_key = jax.random.fold_in(key, 2)
         gate = Linear(gate_key, (D,), (F,), ("embed", "mlp"), **into) if config.gated_mlp else None
         self.gate = gate
-
-        def draw_down(key: jax.Array, shape: tuple, dtype: str) -> jax.Array:
-            # Drawn as [D, F] and turned, so that a seed gives the weights that it always gave.
-            return normal(config.residual_std)(key, shape[::-1], dtype).T
-
-        self.down = Linear(down_key, (F,), (D,), ("mlp", "embed"), kernel_init=draw_down, **options)
+        # Drawn as [D, F] and turned, so that a seed gives the weights that it always gave.
+        draw = normal(config.residual_std)
+        from_mlp = {"kernel_init": lambda key, shape, dtype: draw(key, shape[::-1], dtype).T}
+        self.down = Linear(down_key, (F,), (D,), ("mlp", "embed"), **from_mlp, **options)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         activate = ACTIVATIONS[self.activation]

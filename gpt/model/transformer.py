@@ -15,6 +15,7 @@ per layer, because slicing stacked weights at every token would copy them.
 
 import functools
 from dataclasses import replace
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -153,7 +154,10 @@ class GPT(nnx.Module):
         if cache is not None and cache.capacity:
             pos_BT = cache.length_B[:, None] + jnp.arange(T)
         positions = positions_of(config, pos_BT, T)
-        keys_LB = None if key_B is None else split_rows(key_B, config.n_layers)
+        keys_LB = None
+        if key_B is not None:
+            split = functools.partial(jax.random.split, num=config.n_layers)
+            keys_LB = jax.vmap(split, out_axes=1)(key_B)
 
         def apply_block(block: Block, x_BTD, past, key_B):
             return block(x_BTD, past, key_B, positions, attend)
@@ -166,7 +170,15 @@ class GPT(nnx.Module):
                     apply_block, self.blocks, x_BTD, keys_LB, remat=remat, unroll=unroll
                 )
             else:
-                x_BTD, cache = loop_blocks(apply_block, self.blocks, x_BTD, cache, keys_LB)
+                written = []
+                for i, block in enumerate(self.blocks):
+                    past = None if cache is None else (cache.k[i], cache.v[i])
+                    key_B = None if keys_LB is None else keys_LB[i]
+                    x_BTD, past = apply_block(block, x_BTD, past, key_B)
+                    written.append(past)
+                if cache is not None:
+                    k, v = zip(*written, strict=True)
+                    cache = replace(cache, k=k, v=v)
         if self.final_norm is not None:
             x_BTD = self.final_norm(x_BTD)
         return x_BTD, cache
@@ -246,26 +258,6 @@ def keep_products(primitive, *avals, **params) -> bool:
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
 
 
-def loop_blocks(apply_block, blocks: nnx.List, x_BTD, cache: kv.KVCache | None, keys_LB):
-    """The residual stream after a list of blocks, for decoding, and the cache they have written."""
-    keys, values = [], []
-    for i, block in enumerate(blocks):
-        past = None if cache is None else (cache.k[i], cache.v[i])
-        key_B = None if keys_LB is None else keys_LB[i]
-        x_BTD, past = apply_block(block, x_BTD, past, key_B)
-        if past is not None:
-            keys.append(past[0])
-            values.append(past[1])
-    if cache is not None:
-        cache = replace(cache, k=tuple(keys), v=tuple(values))
-    return x_BTD, cache
-
-
-def split_rows(key_B: jax.Array, n: int) -> jax.Array:
-    """`n` keys for each row's key, [n, B]."""
-    return jax.vmap(lambda key: jax.random.split(key, n), out_axes=1)(key_B)
-
-
 # From weights to a model and back.
 
 
@@ -276,7 +268,8 @@ def init(config: ModelConfig, key: jax.Array) -> dict:
 
 def bind(config: ModelConfig, params: dict) -> GPT:
     """The model with these weights, stacked or not; called while a program is traced."""
-    return nnx.merge(graphdef(config, is_stacked(params)), params)
+    stacked = "attention" in params["blocks"]
+    return nnx.merge(nnx.graphdef(abstract_model(config, stacked)), params)
 
 
 def forward(config: ModelConfig, params: dict, tokens_BT: jax.Array, **options) -> jax.Array:
@@ -284,16 +277,11 @@ def forward(config: ModelConfig, params: dict, tokens_BT: jax.Array, **options) 
     return bind(config, params)(tokens_BT, **options)
 
 
+@functools.cache
 def abstract_model(config: ModelConfig, stacked: bool) -> GPT:
     """The model with shapes in place of arrays; nothing is computed."""
     # Not nnx.eval_shape, which under a mesh would take the logical axes for the axes of that mesh.
     return jax.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), stacked=stacked))
-
-
-@functools.cache
-def graphdef(config: ModelConfig, stacked: bool) -> nnx.GraphDef:
-    """The model's structure without its arrays."""
-    return nnx.graphdef(abstract_model(config, stacked))
 
 
 def abstract(config: ModelConfig) -> dict:
@@ -307,28 +295,11 @@ def logical_axes(config: ModelConfig, stacked: bool = True) -> dict:
     return nnx.to_pure_dict(specs)
 
 
-def is_stacked(params: dict) -> bool:
-    """Whether the blocks' weights are stacked, [L, ...], and not a subtree per layer."""
-    return "attention" in params["blocks"]
-
-
-def cast(params: dict, dtype: str) -> dict:
-    """The weights in `dtype`, but for those that are int8."""
-
-    def convert(leaf: jax.Array | Int8) -> jax.Array | Int8:
-        return leaf if isinstance(leaf, Int8) else leaf.astype(dtype)
-
-    return jax.tree.map(convert, params, is_leaf=lambda leaf: isinstance(leaf, Int8))
-
-
 def unstack(params: dict) -> dict:
     """Stacked weights as one subtree per layer, for decoding."""
-    n_layers = jax.tree.leaves(params["blocks"])[0].shape[0]
-
-    def layer(i: int) -> dict:
-        return jax.tree.map(lambda leaf: leaf[i], params["blocks"])
-
-    return params | {"blocks": {i: layer(i) for i in range(n_layers)}}
+    n_layers = len(jax.tree.leaves(params["blocks"])[0])
+    layers = {i: jax.tree.map(itemgetter(i), params["blocks"]) for i in range(n_layers)}
+    return params | {"blocks": layers}
 
 
 def stack(params: dict) -> dict:

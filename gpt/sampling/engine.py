@@ -98,10 +98,7 @@ def decode_step(config: ModelConfig, params: dict, cache: kv.KVCache, token_B, a
     return cache.advanced(active_B.astype(jnp.int32)), logits_BV
 
 
-@partial(jax.jit, static_argnames="capacity")
-def grow(cache: kv.KVCache, capacity: int) -> kv.KVCache:
-    """The cache with room for `capacity` tokens per row: one copy, each time it is full."""
-    return kv.grow(cache, capacity)
+grow = jax.jit(kv.grow, static_argnames="capacity")
 
 
 @jax.jit

@@ -220,7 +220,12 @@ def for_decoding(config: ModelConfig, mesh: Mesh, quantize: Quantize | None, par
     def convert(params: dict) -> dict:
         params = transformer.unstack(params)
         params = int8.quantize(params) if quantize else params
-        return transformer.cast(params, config.for_sampling().param_dtype)
+        dtype = config.for_sampling().param_dtype
+
+        def cast(leaf: jax.Array | int8.Int8) -> jax.Array | int8.Int8:
+            return leaf if isinstance(leaf, int8.Int8) else leaf.astype(dtype)
+
+        return jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, int8.Int8))
 
     axes = transformer.logical_axes(config, stacked=False)
     axes = int8.quantize_axes(axes) if quantize else axes
