@@ -46,7 +46,7 @@ class Done:
 
 @functools.cache
 def program(name: str) -> ModuleType:
-    """train.py or sample.py as a module."""
+    """A script or an entry point as a module, by its path without `.py`."""
     spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their annotations up there
@@ -156,11 +156,3 @@ def same_losses(a: Path, b: Path) -> bool:
     return len(both) > 3 and np.allclose(
         [mine[n] for n in both], [other[n] for n in both], rtol=1e-5, atol=0
     )
-
-
-def damage(folder, *steps):
-    """Cut the largest file of each checkpoint in half."""
-    for saved in steps:
-        files = [p for p in checkpoint.step_dir(folder, saved).rglob("*") if p.is_file()]
-        largest = max(files, key=lambda path: path.stat().st_size)
-        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])

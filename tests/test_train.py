@@ -1,18 +1,23 @@
-"""train.py: what a run leaves, that it continues to the bit, what it refuses and never harms."""
+"""train.py: what a run leaves, where it starts, that it continues to the bit, what it refuses."""
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from programs import (
+    EVERY,
     ROOT,
     SHAPE,
+    STEPS,
     TIMINGS,
     TINY,
     arrays,
@@ -20,13 +25,16 @@ from programs import (
     read_lines,
     same_bits,
     snapshot,
+    stored_shapes,
     write_text,
 )
 
-from gpt import checkpoint, cli
+from gpt import checkpoint, cli, train_flags
 from gpt.config import MeshConfig, TrainConfig, from_json, to_json
 from gpt.data import tokenizers
 from gpt.errors import UserError
+from gpt.presets import PRESETS
+from gpt.sampling.language_model import load
 from gpt.training import resume, run_plan, train_step
 from gpt.training.metrics import read_metrics
 
@@ -219,23 +227,143 @@ def test_overwrite_starts_afresh_and_removes_only_what_a_run_wrote(text, finishe
         assert (place / "notes.txt").read_text() == "mine"
 
 
-def test_overwrite_removes_nothing_when_it_is_refused(finished, tmp_path):
-    before = snapshot(finished)
-    argv = [*TINY, "--out", finished, "--overwrite", "--seq-len", "100000"]
-    assert call("train", *argv, "--data", write_text(tmp_path / "t")).code == 2
-    assert call("train", *argv, "--data", tmp_path / "missing").code == 2
-    assert snapshot(finished) == before
+def test_overwrite_removes_nothing_when_it_is_refused(text, finished, tmp_path, monkeypatch):
+    """Neither by what is asked for, nor by a step that turns out not to fit."""
 
-
-def test_a_step_that_turns_out_not_to_fit_leaves_the_folder_as_it_was(
-    text, finished, tmp_path, monkeypatch
-):
     def compile_steps(config, mesh):
         raise UserError("out of memory: a step takes 2 GiB")
 
     monkeypatch.setattr(train_step, "compile_steps", compile_steps)
     before = snapshot(tmp_path)
-    for out in (finished, tmp_path / "new"):
-        done = call("train", *TINY, "--data", text, "--out", out, "--overwrite")
-        assert done.code == 2 and "error: out of memory" in done.err, done.err
-    assert snapshot(tmp_path) == before
+    for words, *more in (
+        ("--seq-len 100000", "--data", text, "--seq-len", "100000"),
+        ("missing does not exist", "--data", tmp_path / "missing"),
+        ("out of memory", "--data", text),
+    ):
+        for out in (finished, tmp_path / "new"):
+            done = call("train", *TINY, "--out", out, "--overwrite", *more)
+            assert done.code == 2 and words in done.err, done.err
+            assert snapshot(tmp_path) == before
+
+
+# Proving that it continues.
+
+
+@pytest.fixture
+def verify(text, tmp_path, monkeypatch):
+    """The flags that prove it, in a world where what is left behind is seen."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return [*TINY, "--ema-decay", "0.9", "--data", text, "--verify-resume", "--out"]
+
+
+def test_a_stopped_run_is_proven_to_equal_one_that_is_not(verify, tmp_path):
+    done = call("train", *verify, tmp_path / "run")
+    assert done.code == 0, done.err
+    compared = [line for line in done.err.splitlines() if line.startswith("compared")]
+    assert all(line.endswith("equal to the bit") for line in compared)
+    parts = [line.removeprefix("compared").strip().split(",")[0] for line in compared]
+    assert parts == ["weights", "optimizer and step", "average", "metrics"]
+    assert "metrics, 8 lines" in compared[-1]
+    assert "grad_norm" in compared[-1] and "val_loss" in compared[-1]
+    assert "verified       3 steps, a stop and 3 more equal 6 steps at once" in done.err
+    assert snapshot(tmp_path) == {}
+
+
+def test_what_a_stop_loses_is_noticed(verify, tmp_path, monkeypatch):
+    """As if the second moments were not saved, or the noise came from a stream of its own."""
+    honest = resume.load_state
+
+    def forgetful(like, folder, at):
+        loaded = honest(like, folder, at)
+        forget = lambda a: a * np.float32(1 + 1e-6) if a.ndim else a  # noqa: E731
+        return dataclasses.replace(loaded, opt_state=jax.tree.map(forget, loaded.opt_state))
+
+    monkeypatch.setattr(resume, "load_state", forgetful)
+    done = call("train", *verify, tmp_path / "run")
+    assert done.code == 1
+    assert "NOT verified" in done.err and "differs, " in done.err and "Traceback" not in done.err
+    assert snapshot(tmp_path) == {}
+
+
+def test_a_proof_does_not_touch_a_run_that_is_there(trained, verify, monkeypatch):
+    before = snapshot(trained[1])
+    monkeypatch.setattr(train_step, "compile_steps", lambda *_: pytest.fail("it is refused before"))
+    done = call("train", *verify, trained[1], "--steps", "1")
+    assert done.code == 2 and "--steps 2 or more" in done.err
+    assert snapshot(trained[1]) == before
+
+
+# The average, and weights of another run.
+
+
+def test_the_average_is_what_is_sampled(text, trained, tmp_path):
+    run = tmp_path / "run"
+    flags = ["--ema-decay", "0.9", "--sample-every", "0", "--eval-every", "100"]
+    assert call("train", *TINY, *flags, "--data", text, "--out", run).code == 0
+    averaged, last = load(run), load(run, weights="raw")
+    assert averaged.weights == "ema" and last.weights == "raw"
+    stored = checkpoint.restore(run, 12, "ema_params", stored_shapes(run, 12, "ema_params"))
+    assert np.array_equal(averaged.params["tokens"], stored["tokens"])
+    assert not np.array_equal(averaged.params["tokens"], last.params["tokens"])
+    for flags, said in (([], True), (["--weights", "raw"], False)):
+        done = call("sample", run, "--prompt", "the", "--max-new-tokens", "3", *flags)
+        assert ("averaged weights" in done.err) == said
+    done = call("sample", trained[1], "--weights", "ema")
+    assert done.code == 2 and "keeps no average" in done.err
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def test_a_run_takes_weights_tokenizer_and_model_of_another(trained, tmp_path, monkeypatch):
+    """Text in another file, and a tokenizer of its own, which is not used."""
+    kept = []
+
+    def initial_state(*args):
+        state = honest(*args)
+        kept.append(jax.tree.map(np.array, state))  # the first step consumes it
+        return state
+
+    honest = resume.initial_state
+    monkeypatch.setattr(resume, "initial_state", initial_state)
+    argv = ["--data", write_text(tmp_path / "t", seed=2), "--out", tmp_path / "run"]
+    argv += ["--tokenizer", "char"]
+    settings = ["--batch-size", "4", "--grad-accum", "2", *STEPS[:4], *STEPS[6:], *EVERY]
+    done = call("train", *settings, *argv, "--init-from", trained[1])
+    assert done.code == 0, done.err
+    weights = checkpoint.restore(trained[1], 12, "params", stored_shapes(trained[1], 12, "params"))
+    assert bits(kept[0].params) == bits(weights) and kept[0].step == 0
+    source = checkpoint.read_metadata(trained[1], 12)
+    began = checkpoint.read_metadata(tmp_path / "run", 12)
+    assert began["model"] == source["model"]
+    assert tokenizers.load(tmp_path / "run" / "tokenizer.json").name == "byte"
+    assert began["init_from"] == str(trained[1])
+
+    # Continued without --init-from, by a command that gives the model itself.
+    shutil.rmtree(checkpoint.step_dir(tmp_path / "run", 12))
+    done = call("train", *TINY, *argv)
+    assert done.code == 0 and "continues" in done.err, done.err
+    assert checkpoint.read_metadata(tmp_path / "run", 12)["init_from"] == str(trained[1])
+
+
+def test_model_flags_win_over_the_other_run_even_with_the_value_of_the_preset(trained, tmp_path):
+    """The other run has 2 layers of width 16, 2 heads, a dropout of 0.1, and a context of 16."""
+    preset = PRESETS["tiny"].model
+    flags = ["--model.dropout", str(preset.dropout), f"--model.n_heads={preset.n_heads}"]
+    argv = [*flags, "--model.no-bias", "--init-from", str(trained[1])]
+    args = train_flags.parse_args(argv, "")
+    args = resume.with_model_of_source(args, tmp_path / "run", cli.flags_given(argv))
+    model = args.train.model
+    assert (preset.dropout, preset.n_heads) != (0.1, 2)  # else this shows nothing
+    assert (model.dropout, model.n_heads, model.bias) == (preset.dropout, preset.n_heads, False)
+    assert (model.n_layers, model.d_model, model.context_length) == (2, 16, 16)
+    assert model.compute_dtype == preset.compute_dtype
+
+
+def test_init_from_another_shape_lists_the_shapes(text, trained, tmp_path):
+    argv = [*TINY, "--model.d-model", "32", "--data", text, "--init-from", trained[1]]
+    done = call("train", *argv, "--out", tmp_path / "run")
+    assert done.code == 2
+    assert "\n  tokens: stored (384, 16), expected (384, 32)\n" in done.err
+    assert snapshot(tmp_path) == {}

@@ -59,7 +59,7 @@ def same_alone(alone: tuple, together: tuple, allowed: float) -> bool:
     return alone[2:] == together[2:]
 
 
-@pytest.mark.parametrize("n_batches", [25, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_batches", [10, pytest.param(1000, marks=pytest.mark.slow)])
 def test_rows_do_not_see_each_other_in_random_batches(n_batches):
     """Within a shape to the bit: in another place, beside other rows. Alone, another shape, within
     rounding; where the draw lies within it, at most one row in a thousand may differ."""
@@ -79,12 +79,13 @@ def test_rows_do_not_see_each_other_in_random_batches(n_batches):
     assert exempt <= max(1, n_batches * B // 1000)
 
 
-@pytest.mark.parametrize("n_models", [12, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_models", [6, pytest.param(500, marks=pytest.mark.slow)])
 def test_chunks_cut_nothing_in_random_models(n_models):
     """The bytes streamed are the bytes collected; U+FFFD stands only where the model's own bytes
     are no UTF-8; a stop string cuts at the same byte."""
     rng = np.random.default_rng(0)
     favoured = dict.fromkeys("天ab".encode(), 9.0)  # real characters, and broken ones
+    prompts = ["a", "天", "b", "今天"]
     stopped = characters = 0
     for seed in range(n_models):
         model = make_model(CONFIG, seed, float(rng.uniform(1, 8)))
@@ -92,10 +93,10 @@ def test_chunks_cut_nothing_in_random_models(n_models):
         settings = Settings(
             max_new_tokens=24, logit_bias=favoured, stop=stop, seed=seed, ignore_eos=True
         )
-        whole = generate.complete(model, ["a", "天"], settings)
+        whole = generate.complete(model, prompts, settings)
         for chunk in (1, 3, 7):
-            texts = ["", ""]
-            for piece in generate.stream(model, ["a", "天"], settings, chunk):
+            texts = [""] * B
+            for piece in generate.stream(model, prompts, settings, chunk):
                 texts[piece.row] += piece.text
             assert texts == [c.text for c in whole]
             assert piece.completion.token_ids == whole[piece.row].token_ids
@@ -109,4 +110,4 @@ def test_chunks_cut_nothing_in_random_models(n_models):
             else:
                 assert said == completion.text
     # There was something to cut, and to break.
-    assert stopped > n_models / 5 and characters > n_models / 10
+    assert stopped > n_models / 5 and characters > n_models / 5

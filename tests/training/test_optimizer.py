@@ -109,6 +109,9 @@ def test_schedules_rise_and_fall_as_named():
     assert cosine[30] > linear[30]
     assert wsd[10:80] == pytest.approx([1e-3] * 70) and wsd[80] < 1e-3
     assert wsd[89] == pytest.approx(middle)
+    # A longer run may continue a shorter one until it falls.
+    longer = rates(dataclasses.replace(CONFIG, schedule="wsd", steps=200))
+    assert wsd[:80] == longer[:80]
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 10, 11, 100])
