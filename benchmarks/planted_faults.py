@@ -55,7 +55,7 @@ FAULTS = [
         ("epsilon", ", epsilon=self.epsilon)", ", epsilon=0.0)"),
         ("bias of norms", "y = y + self.bias[...]\n", "y = y\n"),
         ("gelu", "jax.nn.gelu, approximate=False", "jax.nn.gelu, approximate=True"),
-        ("scale of dropout", "jnp.where(kept, x_row / (1 - rate), 0)", "jnp.where(kept, x_row, 0)"),
+        ("scale of dropout", "jnp.where(kept, x / (1 - rate), 0)", "jnp.where(kept, x, 0)"),
     ),
     *faults_in("model/transformer", "model/test_choices",
         ("residual", 'x_BTD = x_BTD + dropout(y_BTD, key_B, self.dropout, site="mlp")',

@@ -44,9 +44,9 @@ def ablations(monkeypatch):
     monkeypatch.setattr(attention.Attention, "project", attention.Attention.project)
     monkeypatch.setattr(attention, "visible", attention.visible)
     monkeypatch.setitem(transformer.BLOCKS, "pre", transformer.BLOCKS["pre"])
-    transformer.graphdef.cache_clear()
+    transformer.abstract_model.cache_clear()
     yield script("benchmarks/ablations.py")
-    transformer.graphdef.cache_clear()
+    transformer.abstract_model.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -84,5 +84,5 @@ def test_without_residuals_silent_blocks_pass_nothing_on(ablations, params):
     silent = params | {"blocks": jax.tree.map(jnp.zeros_like, params["blocks"])}
     assert np.std(logits(silent)) > 0.1
     ablations.leave_out_residuals()
-    transformer.graphdef.cache_clear()
+    transformer.abstract_model.cache_clear()
     assert np.all(logits(silent) == 0)
