@@ -1,5 +1,5 @@
-# What each target does is said in CONTRIBUTING.md. Every recipe runs in the environment that
-# `setup` makes once; nothing is installed anywhere else.
+# `make` alone lists the targets: the lines below with ## in them. CONTRIBUTING.md says more. Every
+# recipe runs in the environment that `setup` makes once; nothing is installed anywhere else.
 
 VENV ?= .venv
 PARITY_VENV ?= .venv-parity
@@ -26,10 +26,15 @@ endif
 
 INSTALL = -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-all test-parity faults bench-peers cpu-torch lint clean
-.DEFAULT_GOAL := setup
+.PHONY: help setup demo test test-all test-parity faults bench-peers cpu-torch lint clean
+.DEFAULT_GOAL := help
 
-setup: $(VENV)/ready
+help:
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1~\2/p' $(firstword $(MAKEFILE_LIST)) | \
+	while IFS='~' read -r target text; do printf '%-18s %s\n' "$$target" "$$text"; done
+	@echo 'Then: source .venv/bin/activate, and python train.py --help'
+
+setup: $(VENV)/ready  ## makes .venv, once (PYTHON=python3.13 picks the interpreter)
 	@:
 
 # An environment that works is kept, with the Python it was made with, and only brought up to date.
@@ -44,28 +49,32 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 # The benchmark's last line, its whole result as JSON, is for programs: it stays in the file.
-demo: setup
+demo: setup  ## trains a small GPT, samples from it, measures it
 	@$(BIN)/python train.py
 	@$(BIN)/python sample.py runs/tiny --prompt "def main(" --prompt "import "
 	@$(BIN)/python -m gpt.bench runs/tiny >runs/tiny/bench.txt
 	@sed '$$d' runs/tiny/bench.txt
+	@echo 'Next, after  source .venv/bin/activate :'
+	@echo '  python train.py --data my.txt --out runs/mine       your own text, in files or folders'
+	@echo '  python -m gpt.report runs/tiny --out report.html    its curves and samples as a page'
+	@echo '  make test                                           the tests'
 
-test: setup
+test: setup  ## the tests, four minutes
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
 
-test-all: setup
+test-all: setup  ## the long proofs too
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not parity"
 
 # Faults planted one at a time in a copy of the project: which test notices each? Half an hour.
-faults: setup
+faults: setup  ## plants faults in a copy and says which test notices each, half an hour
 	@$(BIN)/python benchmarks/planted_faults.py
 
-test-parity: $(PARITY_VENV)/ready
+test-parity: $(PARITY_VENV)/ready  ## the comparison with transformers
 	@$(PARITY_VENV)/bin/python -m pytest -q -m parity
 
 # torch and transformers are those of the comparison, llama.cpp is built beside them;
 # NANOGPT=FOLDER adds nanoGPT from its folder.
-bench-peers: setup $(PARITY_VENV)/llama-cpp
+bench-peers: setup $(PARITY_VENV)/llama-cpp  ## speeds beside nanoGPT (NANOGPT=FOLDER), transformers, llama.cpp
 	@$(BIN)/python benchmarks/peers.py --python $(PARITY_VENV)/bin/python \
 	$(if $(NANOGPT),--nanogpt "$(NANOGPT)")
 
@@ -95,10 +104,10 @@ $(PARITY_VENV)/bin/python:
 cpu-torch: $(PARITY_VENV)/bin/python
 	@echo $(CPU_TORCH)
 
-lint: setup
+lint: setup  ## ruff check and ruff format --check
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-clean:
+clean:  ## removes the environments and caches; runs/ stays
 	@rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

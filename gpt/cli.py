@@ -7,6 +7,7 @@ gpt/*/__main__.py. It imports neither JAX nor NumPy, so that `--help` is quick.
 import atexit
 import contextlib
 import ctypes
+import difflib
 import errno
 import functools
 import importlib.util
@@ -25,6 +26,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+if importlib.util.find_spec("tyro") is None:
+    print(
+        "error: this Python lacks what the project needs: type `make setup` once, then "
+        "`source .venv/bin/activate`",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -42,6 +51,11 @@ USER_OS_ERRORS = (
 )
 USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
 
+HOW_DEVICES_ARE_CHOSEN = (
+    "JAX takes the accelerator that it was installed for (pip install -e '.[cuda]' or '.[tpu]'), "
+    "else the CPU; JAX_PLATFORMS=cpu before the command keeps it on the CPU"
+)
+
 
 def parse(
     kind: type[Args],
@@ -50,31 +64,67 @@ def parse(
     program: str,
     description: str,
     default: Args | None = None,
+    guesses: dict[str, str] | None = None,
 ) -> Args:
     """`argv` parsed into the dataclass `kind`; fields it does not mention come from `default`.
 
     `--help` prints every flag and exits with code 0. Raises UserError, in one line, for flags that
-    cannot be parsed; the dataclasses' own UserErrors pass through.
+    cannot be parsed; the dataclasses' own UserErrors pass through. `guesses`: see suggest.
     """
     options = {"prog": program, "description": description}
     if default is not None:
         options["default"] = default
-    if "--help" in argv or "-h" in argv:
-        # tyro leaves flags that were given out of its help, so ask for the help of nothing else,
-        # except of a subcommand.
-        has_subcommands = typing.get_origin(kind) in (typing.Union, types.UnionType)
-        subcommand = argv[:1] if has_subcommands and not argv[0].startswith("-") else []
-        argv = [*subcommand, "--help"]
+    # tyro leaves flags that were given out of its help, so ask for the help of nothing else, except
+    # of a subcommand.
+    has_subcommands = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    subcommand = argv[:1] if has_subcommands and argv and not argv[0].startswith("-") else []
+    help_argv = [*subcommand, "--help"]
 
-    stdout, stderr = io.StringIO(), io.StringIO()
-    try:
-        with paths, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+    def run_tyro(argv: list[str]) -> Args:
+        """`argv` parsed; what tyro prints, its help or a message, is left in `printed`."""
+        with paths, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             return tyro.cli(kind, args=argv, **options)
+
+    printed = io.StringIO()
+    try:
+        return run_tyro(help_argv if {"--help", "-h"} & {*argv} else argv)
     except SystemExit as leaving:
-        if leaving.code:
-            raise UserError(_one_line(stderr.getvalue(), program)) from None
-        print(stdout.getvalue(), end="")
-        raise
+        if not leaving.code:
+            print(printed.getvalue(), end="")
+            raise
+        message = printed.getvalue()
+
+    # Between lines of dashes stand a title, the problem, and perhaps flags with their help.
+    _title, problem, *_ = re.split(r"\n *-{5,} *\n", message)
+    sentence = " ".join(problem.split()).rstrip(".")
+    unknown = re.match(r"Unrecognized options: (--[^,=]+)", sentence)
+    if unknown:
+        with contextlib.suppress(SystemExit):
+            run_tyro(help_argv)
+        pattern = r"^  (--[\w.-]+)(?:, (--[\w.-]+))?"
+        lines = re.findall(pattern, printed.getvalue(), re.MULTILINE)
+        flags = [flag for line in lines for flag in line if flag]
+        sentence = f"there is no flag {unknown[1]}{suggest(unknown[1], flags, guesses or {})}"
+    raise UserError(f"{sentence}; see {program} --help")
+
+
+def suggest(flag: str, known: list[str], guesses: dict[str, str]) -> str:
+    """What the user may have meant by an unknown flag, as the rest of a sentence.
+
+    `guesses`: for names that other programs use, without hyphens in front, the flag that means the
+    same here, or a sentence.
+    """
+    name = flag.removeprefix("--").rpartition(".")[2].replace("_", "-").lower()
+    meant = guesses.get(name)
+    if meant and not meant.startswith("--"):
+        return f": {meant}"
+    if meant is None:
+        # `n-layers` is enough for `--model.n-layers`, and so is the beginning of a flag.
+        by_last_word = {one.removeprefix("--").rpartition(".")[2]: one for one in known}
+        begin_alike = [word for word in by_last_word if word.startswith(name)]
+        close = begin_alike or difflib.get_close_matches(name, by_last_word, n=2, cutoff=0.8)
+        meant = " or ".join(by_last_word[word] for word in close[:3])
+    return f": did you mean {meant}?" if meant else ""
 
 
 paths = ConstructorRegistry()
@@ -87,6 +137,11 @@ def _parse_path(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None
 
     def read(words: list[str]) -> Path:
         (word,) = words
+        require(
+            not re.match("https?://|www[.]", word),
+            f"{word} is an address, and nothing is downloaded: fetch it first (curl -LO {word}), "
+            "and give the path of the file",
+        )
         require(
             not re.match("[a-z][a-z0-9+.-]*://", word),
             f"{word} is an address, and files are read and written through the file system only: "
@@ -103,17 +158,6 @@ def _parse_path(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None
         is_instance=lambda instance: isinstance(instance, Path),
         str_from_instance=lambda path: [str(path)],
     )
-
-
-def _one_line(message: str, program: str) -> str:
-    """tyro's message as one line: the problem, the flags it suggests, and where to find help."""
-    # Between lines of dashes stand a title, the problem, and perhaps flags with their help.
-    _title, problem, *_ = re.split(r"\n *-{5,} *\n", message)
-    sentence = " ".join(problem.split()).rstrip(".")
-    if "Perhaps you meant" in message or "Arguments similar to" in message:
-        suggestions = re.findall(r"^ +(--\w.*?) *$", message, re.MULTILINE)
-        sentence += f"; did you mean {' or '.join(suggestions)}?"
-    return f"{sentence}; see {program} --help"
 
 
 def flags_given(argv: list[str]) -> set[str]:

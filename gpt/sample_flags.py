@@ -12,6 +12,21 @@ from gpt.errors import UserError, each, positive, require
 from gpt.sampling.settings import Prefix, Settings
 
 DEFAULT = Settings()
+# What other programs call it.
+GUESSES = {
+    **dict.fromkeys(("max-tokens", "max-length", "length", "num-tokens"), "--max-new-tokens"),
+    **dict.fromkeys(("n", "num-return-sequences", "samples"), "--num-samples"),
+    **dict.fromkeys(("beam", "beams", "num-beams"), "--beam-width"),
+    **dict.fromkeys(("start", "text", "input"), "--prompt"),
+    **dict.fromkeys(("file", "input-file"), "--prompt-file"),
+    **dict.fromkeys(("greedy", "no-sample"), "--temperature 0"),
+    "logprobs": "--show-probs",
+    **dict.fromkeys(
+        ("model", "checkpoint", "ckpt", "run", "out-dir", "out"),
+        "the run's folder is the first word: sample.py runs/tiny",
+    ),
+    **dict.fromkeys(("device", "gpu", "cuda", "cpu", "tpu"), cli.HOW_DEVICES_ARE_CHOSEN),
+}
 EARLY_STOPPING = tyro.conf.arg(metavar="{True,False,never}")
 
 
@@ -94,7 +109,7 @@ USED_BY = {
 def parse_args(argv: list[str], description: str) -> tuple[Args, str]:
     """The flags, and the mode that they ask for; UserError for flags that exclude each other or
     have no effect."""
-    args = cli.parse(Args, argv, program="sample.py", description=description)
+    args = cli.parse(Args, argv, program="sample.py", description=description, guesses=GUESSES)
     each(positive, args, "window stride show_probs beam_width")
     # Of two biases for the same token only the last would be left.
     n_biases = sum(word.partition("=")[0] in ("--logit-bias", "--logit_bias") for word in argv)

@@ -11,6 +11,35 @@ from gpt.config import TrainConfig, optional
 from gpt.errors import above_zero, each, not_negative, positive, require, require_file_path
 from gpt.presets import PRESETS
 
+# What other programs call it.
+GUESSES = {
+    **dict.fromkeys(("lr", "max-lr"), "--learning-rate"),
+    **dict.fromkeys(("min-lr", "lr-min"), "--min-learning-rate"),
+    **dict.fromkeys(("epochs", "num-epochs", "num-train-epochs"), "--steps"),
+    **dict.fromkeys(("max-iters", "max-steps", "num-steps", "iterations", "iters"), "--steps"),
+    **dict.fromkeys(("block-size", "context-size", "max-seq-len", "seq-length"), "--seq-len"),
+    **dict.fromkeys(("n-layer", "num-layers", "layers", "depth"), "--model.n-layers"),
+    **dict.fromkeys(("n-head", "num-heads", "heads"), "--model.n-heads"),
+    **dict.fromkeys(("n-embd", "hidden-size", "width", "dim"), "--model.d-model"),
+    **dict.fromkeys(("gradient-accumulation-steps", "accumulate"), "--grad-accum"),
+    **dict.fromkeys(("eval-interval", "eval-steps", "val-every"), "--eval-every"),
+    **dict.fromkeys(("log-interval", "logging-steps"), "--log-every"),
+    **dict.fromkeys(("save-interval", "save-steps", "checkpoint-every"), "--save-every"),
+    **dict.fromkeys(("grad-clip", "max-grad-norm", "clip"), "--clip-norm"),
+    **dict.fromkeys(("input", "dataset", "file", "text", "corpus", "train-data"), "--data"),
+    **dict.fromkeys(("output", "output-dir", "out-dir", "run-name", "name"), "--out"),
+    **dict.fromkeys(("warmup-iters", "warmup-ratio"), "--warmup-steps"),
+    **dict.fromkeys(("precision", "fp16", "bf16", "amp"), "--dtype"),
+    **dict.fromkeys(("lr-schedule", "lr-scheduler", "scheduler"), "--schedule"),
+    **dict.fromkeys(("pretrained", "from-pretrained", "checkpoint", "finetune"), "--init-from"),
+    **dict.fromkeys(("model", "preset"), "the first word names the model: train.py gpt2"),
+    **dict.fromkeys(
+        ("config", "config-file"),
+        "settings are flags, and the first word names a preset of them: train.py gpt2 --steps 500",
+    ),
+    **dict.fromkeys(("device", "gpu", "cuda", "cpu", "tpu"), cli.HOW_DEVICES_ARE_CHOSEN),
+}
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -136,8 +165,14 @@ def parse_args(argv: list[str], description: str) -> Args:
         name = word or "a flag"
         is_empty = word == "" or (word.startswith("--") and word.endswith("="))
         require(not is_empty, f"{name} has an empty value: fill it in, or leave the flag out")
-    preset = argv[0] if argv and argv[0] in PRESETS else "tiny"
+    first = argv[0] if argv else ""
+    preset = first if first in PRESETS else "tiny"
+    require(
+        first.startswith("-") or preset == first or not Path(first).is_file(),
+        f"{first} is a file, and the first word names a preset: train on it with --data {first}",
+    )
     default = Args(preset=preset, train=PRESETS[preset])
-    args = cli.parse(Args, argv, program="train.py", description=description, default=default)
+    options = {"program": "train.py", "description": description, "guesses": GUESSES}
+    args = cli.parse(Args, argv, default=default, **options)
     require(args.preset == preset, f"{args.preset} must come first: train.py {args.preset} ...")
     return args

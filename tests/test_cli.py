@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import program
 
-from gpt import cli, train_flags
+from gpt import cli, sample_flags, train_flags
 from gpt.errors import UserError
 from gpt.presets import PRESETS
 
@@ -71,7 +71,7 @@ def test_the_flags_that_were_given():
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (("--stepz", "5"), ("--stepz", "did you mean --steps INT?")),
+        (("--stepz", "5"), ("no flag --stepz: did you mean --steps?;",)),
         (("--steps", "many"), ("--steps", "'many'")),
         (("--steps",), ("--steps", "Missing value")),
         (("--dtype", "float8"), ("--dtype", "float8", "bfloat16")),
@@ -84,6 +84,47 @@ def test_an_unreadable_flag_is_one_line(argv, words):
     message = refusal(*argv)
     assert all(word in message for word in words)
     assert "\n" not in message and "---" not in message
+
+
+@pytest.mark.parametrize(
+    ("guessed", "meant"),
+    [
+        ("--lr", "--learning-rate?"),
+        ("--epochs=3", "--steps?"),
+        ("--max_iters", "--steps?"),
+        ("--block-size", "--seq-len?"),
+        ("--n-layer", "--model.n-layers?"),
+        ("--dropout", "--model.dropout?"),  # a setting of the model
+        ("--model.n-layer", "--model.n-layers?"),
+        ("--no-bias", "--model.no-bias?"),
+        ("--warmup", "--warmup-steps?"),  # the beginning
+        ("--device", "JAX_PLATFORMS=cpu"),
+        ("--config", "names a preset"),
+    ],
+)
+def test_the_flag_of_another_program_is_told_apart(guessed, meant):
+    message = refusal("gpt2", guessed, "1")
+    assert message.startswith(f"there is no flag {guessed.partition('=')[0]}: ")
+    assert meant in message and " or --" not in message and message.endswith("see train.py --help")
+
+
+def test_nothing_absurd_is_suggested():
+    assert refusal("--file-system", "x") == "there is no flag --file-system; see train.py --help"
+    assert cli.suggest("--topk", ["--top-k", "--stop"], {}) == ": did you mean --top-k?"
+
+
+def test_every_guess_names_a_flag(capsys):
+    for module in (train_flags, sample_flags):
+        with pytest.raises(SystemExit):
+            module.parse_args(["--help"], "")
+        help_text = capsys.readouterr().out
+        for meant in module.GUESSES.values():
+            assert not meant.startswith("--") or f"  {meant.split()[0]} " in help_text, meant
+
+
+def test_a_file_as_the_first_word_is_text(tmp_path):
+    (tmp_path / "my.txt").write_text("text")
+    assert refusal(str(tmp_path / "my.txt")).endswith(f"--data {tmp_path / 'my.txt'}")
 
 
 WORDS = st.text() | st.sampled_from(["--", "-h", "-", "--steps", "--no-tied", "--data=", "@x"])

@@ -69,6 +69,15 @@ def test_the_parser_needs_neither_jax_nor_numpy():
     assert python(f"import sys, gpt.cli; print({heavy} & set(sys.modules))") == "set()"
 
 
+@pytest.mark.parametrize("program", ["train.py", "sample.py"])
+def test_without_the_environment_it_says_what_to_type(program):
+    """With -S Python finds none of the packages."""
+    words = [sys.executable, "-S", program, "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "`make setup`" in done.stderr and "`source .venv/bin/activate`" in done.stderr
+
+
 WHERE = "from gpt.cli import cache_folder; print(cache_folder(), cache_folder().is_dir())"
 
 

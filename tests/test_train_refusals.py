@@ -20,6 +20,10 @@ BAD = {
     "an empty path": (["--data", ""], "a flag has an empty value"),
     "an empty folder": (["--out="], "--out= has an empty value"),
     "remote storage": (["--out", "gs://bucket/run"], "gs://bucket/run is an address"),
+    "a web page": (
+        ["--data", "https://a.org/b.txt"],
+        "fetch it first (curl -LO https://a.org/b.txt)",
+    ),
     "remote weights": (["--init-from=s3://bucket/run"], "s3://bucket/run is an address"),
     "too short": (["--data", "short.txt"], "too few for --seq-len 16"),
     "a missing checkpoint": (["--init-from", "gone"], "no checkpoint in gone"),
