@@ -170,15 +170,7 @@ class GPT(nnx.Module):
                     apply_block, self.blocks, x_BTD, keys_LB, remat=remat, unroll=unroll
                 )
             else:
-                written = []
-                for i, block in enumerate(self.blocks):
-                    past = None if cache is None else (cache.k[i], cache.v[i])
-                    key_B = None if keys_LB is None else keys_LB[i]
-                    x_BTD, past = apply_block(block, x_BTD, past, key_B)
-                    written.append(past)
-                if cache is not None:
-                    k, v = zip(*written, strict=True)
-                    cache = replace(cache, k=k, v=v)
+                x_BTD, cache = loop_blocks(apply_block, self.blocks, x_BTD, cache, keys_LB)
         if self.final_norm is not None:
             x_BTD = self.final_norm(x_BTD)
         return x_BTD, cache
@@ -256,6 +248,20 @@ def keep_products(primitive, *avals, **params) -> bool:
     if "dot_product_attention_fwd" in primitive.name or primitive.name == "pallas_call":
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
+
+
+def loop_blocks(apply_block, blocks: nnx.List, x_BTD, cache: kv.KVCache | None, keys_LB):
+    """The residual stream after a list of blocks, for decoding, and the cache they have written."""
+    written = []
+    for i, block in enumerate(blocks):
+        past = None if cache is None else (cache.k[i], cache.v[i])
+        key_B = None if keys_LB is None else keys_LB[i]
+        x_BTD, past = apply_block(block, x_BTD, past, key_B)
+        written.append(past)
+    if cache is not None:
+        k, v = zip(*written, strict=True)
+        cache = replace(cache, k=k, v=v)
+    return x_BTD, cache
 
 
 # From weights to a model and back.

@@ -282,12 +282,7 @@ def advance(state: SearchState, logits_BV: jax.Array, rules: Rules) -> SearchSta
     # Keep the best of the others alive, unless their prompt is done.
     going_on_PC = jnp.where(is_end_PC, -jnp.inf, candidates.value_PW)
     live, index_PW = replace(candidates, value_PW=going_on_PC).best(W)
-    longest_P = jnp.where(rules.length_penalty > 0, rules.max_tokens_P, n_tokens + 1)
-    length_P = jnp.where(rules.is_exact, longest_P, n_tokens)
-    bound_P = live.value_PW[:, 0] / length_P**rules.length_penalty  # see BeamSettings
-    worst_P = jnp.where(rules.is_exact, ended.value_PW[:, rules.n_best - 1], ended.value_PW[:, -1])
-    stops_early_P = rules.stops_early & (ended.value_PW[:, -1] > -jnp.inf)
-    done_P = (worst_P >= bound_P) | stops_early_P | (n_tokens >= rules.max_tokens_P)
+    done_P = is_done(rules, live.value_PW[:, 0], ended, n_tokens)
     live = replace(live, value_PW=jnp.where(done_P[:, None], -jnp.inf, live.value_PW))
 
     # Give each live text the cache of the text that it continues.
@@ -318,6 +313,17 @@ def find_candidates(
     tokens_PCS = tokens_PCS.at[:, :, state.n_tokens].set(token_PC)
     logprobs_PCS = logprobs_PCS.at[:, :, state.n_tokens].set(own_logprob_PC)
     return Texts(value_PC, tokens_PCS, logprobs_PCS), parent_PC
+
+
+def is_done(rules: Rules, best_P: jax.Array, ended: Texts, n_tokens: jax.Array) -> jax.Array:
+    """Whether each prompt is done; its live texts of `n_tokens` have sums of at most `best_P`."""
+    longest_P = jnp.where(rules.length_penalty > 0, rules.max_tokens_P, n_tokens + 1)
+    length_P = jnp.where(rules.is_exact, longest_P, n_tokens)
+    bound_P = best_P / length_P**rules.length_penalty  # see BeamSettings
+    worst_P = jnp.where(rules.is_exact, ended.value_PW[:, rules.n_best - 1], ended.value_PW[:, -1])
+    pool_is_full_P = ended.value_PW[:, -1] > -jnp.inf
+    stops_early_P = rules.stops_early & pool_is_full_P
+    return (worst_P >= bound_P) | stops_early_P | (n_tokens >= rules.max_tokens_P)
 
 
 def pick(tree, index_PC: jax.Array):

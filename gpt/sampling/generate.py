@@ -350,19 +350,9 @@ def make_room(model, state: DecodeState, rows: Sequence[Row], full_B: np.ndarray
     the cache grows up to the context, and then these rows slide."""
     if not full_B.any():
         return state
-    config = model.config
-    if state.cache.capacity < config.context_length:
-        return grow(config, state)
-
-    # Rows that slide go on from the last half of the context.
-    kept = config.context_length // 2
-    windows = []
-    for row, is_full in zip(rows, full_B, strict=True):
-        ids = row.prompt.ids + row.completion.token_ids
-        windows.append(ids[-kept - 1 : -1] if is_full else [])
-    tokens_BT, _ = pad_prompts(windows, config.context_length)
-    with compilations.of(bucket=tokens_BT.shape[1], capacity=state.cache.capacity):
-        return reread(config, model.params, state, tokens_BT, full_B, kept)
+    if state.cache.capacity < model.config.context_length:
+        return grow(model.config, state)
+    return slide(model, state, rows, full_B)
 
 
 def grow(config: ModelConfig, state: DecodeState) -> DecodeState:
@@ -370,3 +360,15 @@ def grow(config: ModelConfig, state: DecodeState) -> DecodeState:
     capacity = engine.bucket(state.cache.capacity + 1, config.context_length)
     with compilations.of(capacity=capacity):
         return replace(state, cache=engine.grow(state.cache, capacity))
+
+
+def slide(model, state: DecodeState, rows: Sequence[Row], full_B: np.ndarray) -> DecodeState:
+    """The state with the rows that have filled the context set back to the last half of it."""
+    kept = model.config.context_length // 2
+    windows = []
+    for row, is_full in zip(rows, full_B, strict=True):
+        ids = row.prompt.ids + row.completion.token_ids
+        windows.append(ids[-kept - 1 : -1] if is_full else [])
+    tokens_BT, _ = pad_prompts(windows, model.config.context_length)
+    with compilations.of(bucket=tokens_BT.shape[1], capacity=state.cache.capacity):
+        return reread(model.config, model.params, state, tokens_BT, full_B, kept)
