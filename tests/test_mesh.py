@@ -1,4 +1,4 @@
-"""Several devices compute what one computes, and each keeps only its part."""
+"""Several devices train, sample and score what one does, and each keeps only its part."""
 
 import json
 import math
@@ -6,23 +6,19 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
 from programs import ROOT, TINY, arrays, call, same_losses
 
 import gpt
-from gpt import sharding
-from gpt.config import MeshConfig, TrainConfig
-from gpt.errors import UserError
-from gpt.training import train_step
 
 
-def on_eight(*words):
-    """What eight virtual devices gave, in a process of their own."""
+def on_eight(*tasks):
+    """What tasks of eight_devices.py gave, in a process of their own."""
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "on_eight_devices.py", *words],
+        [sys.executable, ROOT / "tests" / "eight_devices.py", *map(json.dumps, tasks)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -33,55 +29,47 @@ def on_eight(*words):
 
 
 @pytest.fixture(scope="module")
-def ran(text, tmp_path_factory):
-    """How a run on a mesh that splits rows, weights and heads ended, and its folder."""
+def eight(text, tmp_path_factory):
+    """What eight devices gave by default: a run and its folder, and samples beside one device's."""
     folder = tmp_path_factory.mktemp("mesh") / "run"
-    return on_eight("run", folder, text), folder
+    tasks = [("run", str(folder), str(text)), ("sample", "one"), ("sample", "rows and heads")]
+    run, one, mesh = on_eight(*tasks)
+    return SimpleNamespace(folder=folder, run=run, one=one, mesh=mesh)
 
 
-def test_a_run_on_a_mesh_is_a_run_anywhere(text, ran, tmp_path):
-    """Written on (2, 2, 2) and read on one device; trained there, it comes out the same."""
-    done, folder = ran
+# Training.
+
+
+def test_a_run_on_a_mesh_is_a_run_anywhere(text, eight, tmp_path):
+    """Written on (2, 2, 2) and read on one device; trained or continued there, it comes out the
+    same."""
+    done, folder = eight.run, eight.folder
     assert done["code"] == 0, done["err"]
     assert "on 8 device(s)" in done["err"] and done["err"].count("--- sample ---") == 2
     assert gpt.load(folder).generate("the ", max_new_tokens=4).token_ids
-    argv = [*TINY, "--batch-size", "8", "--data", text]
-    assert call("train", *argv, "--out", tmp_path / "one").code == 0
+    argv = [*TINY, "--batch-size", "8", "--data", text, "--out"]
+    assert call("train", *argv, tmp_path / "one").code == 0
     assert arrays(folder, 12).keys() == arrays(tmp_path / "one", 12).keys()
     assert same_losses(folder, tmp_path / "one")
 
-
-def test_a_run_of_a_mesh_continues_on_one_device(text, ran):
-    """From step 8, its mesh forgotten."""
-    folder = ran[1]
     shutil.rmtree(folder / "checkpoints" / "12")
-    before = arrays(folder, 8)
-    done = call("train", *TINY, "--batch-size", "8", "--data", text, "--out", folder)
-    assert done.code == 0 and "on 1 device(s)" in done.err
-    after = arrays(folder, 12)
-    assert int(before["optimizer/step"]) == 8 and int(after["optimizer/step"]) == 12
-
-
-def test_a_batch_that_does_not_divide_is_refused():
-    config = TrainConfig(mesh=MeshConfig(2, 2, 2), batch_size=8, grad_accum=8)
-    mesh = AbstractMesh((2, 2, 2), sharding.AXES)
-    with pytest.raises(UserError, match=r"a micro-batch of 1 sequences .* among 4 devices"):
-        train_step.require_fit(config, mesh)
+    done = call("train", *argv, folder)
+    assert done.code == 0 and "on 1 device(s)" in done.err and "from step 8" in done.err
+    assert int(arrays(folder, 12)["optimizer/step"]) == 12
+    assert same_losses(folder, tmp_path / "one")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("few_heads", ["", "few heads, "])
-def test_every_mesh_trains_as_one_device(few_heads):
+@pytest.mark.parametrize("n_kv_heads", [None, 2])
+def test_every_mesh_trains_as_one_device(n_kv_heads):
     """Losses and an evaluation; of each array a device has the part that its sharding says."""
-    names = ["tensor"] if few_heads else ["data", "fsdp", "tensor", "all", "rows and heads"]
-    found = on_eight("meshes", *(few_heads + name for name in ["one", *names]))
-    one = found[few_heads + "one"]
+    names = ["tensor"] if n_kv_heads else ["data", "fsdp", "tensor", "all", "rows and heads"]
+    one, *meshes = on_eight(*(("train", name, n_kv_heads) for name in ["one", *names]))
     assert len(set(one["losses"])) == 20
-    for name in names:
-        mesh = found[few_heads + name]
+    for name, mesh in zip(names, meshes, strict=True):
         assert np.allclose(mesh["losses"], one["losses"], rtol=1e-5, atol=0), name
         assert mesh["evaluation"] == pytest.approx(one["evaluation"], rel=1e-5), name
-        assert len(mesh["notes"]) == bool(few_heads)
+        assert len(mesh["notes"]) == bool(n_kv_heads)
         for path, array in mesh["arrays"].items():
             axes = [axis for part in array["spec"] for axis in np.atleast_1d(part or [])]
             parts = math.prod(mesh["mesh"][axis] for axis in axes)
@@ -91,16 +79,60 @@ def test_every_mesh_trains_as_one_device(few_heads):
 @pytest.mark.slow
 def test_the_data_axis_is_the_data_parallelism_of_pmap():
     """With dropout and two micro-batches, which pmap's devices take as one."""
-    found = on_eight("meshes", "data", "pmap")
-    assert np.allclose(found["data"]["losses"], found["pmap"]["losses"], rtol=1e-5, atol=0)
+    data, pmap = on_eight(("train", "data"), ("train_by_pmap",))
+    assert np.allclose(data["losses"], pmap["losses"], rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow
 def test_five_hundred_steps_end(text, tmp_path):
     """Two steps in flight, evaluations and checkpoints between: no collective waits for another."""
     flags = ["--steps", "500", "--save-every", "500", "--eval-every", "100", "--sample-every", "0"]
-    done = on_eight("run", tmp_path / "run", text, *flags)
+    (done,) = on_eight(("run", str(tmp_path / "run"), str(text), *flags))
     assert done["code"] == 0, done["err"]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     losses = {x["step"]: x["loss"] for x in map(json.loads, lines) if "loss" in x}
     assert losses[500] < losses[1] / 2
+
+
+# Sampling, searching and scoring.
+
+
+def check_sampled(one, mesh, rows, heads, parts_of_cache, parts_of_weights):
+    """Greedy, with all filters, alone, and by beam search; these models leave wide gaps. The cache
+    is split over `rows` and `heads`, weights over `tensor` alone: gathering them at each step would
+    cost more than the step."""
+    for what in ("greedy", "drawn", "alone", "beam"):
+        assert mesh[what] == one[what], what
+    assert len({tuple(row) for row in one["greedy"]}) > 4
+    assert mesh["score"] == pytest.approx(one["score"], abs=2e-5)
+    for found in (one, mesh):
+        assert found["again"] and found["compiled"] == 0
+
+    for array in mesh["cache"].values():
+        assert [*array["spec"], None, None][:2] == [rows, heads]
+        assert array["most"] * parts_of_cache == array["bytes"]
+    inner = ("/q/", "/k/", "/v/", "/o/", "/up/", "/down/", "tokens")  # not what is added once
+    for path, array in mesh["weights"].items():
+        split = "tensor" in array["spec"]
+        assert array["most"] * (parts_of_weights if split else 1) == array["bytes"], path
+        if parts_of_weights > 1:
+            is_inner = any(word in path for word in inner)
+            assert split == (is_inner and not path.endswith(("o/bias", "down/bias"))), path
+
+
+def test_a_mesh_samples_and_scores_what_one_device_does(eight):
+    check_sampled(eight.one, eight.mesh, "data", "tensor", parts_of_cache=8, parts_of_weights=2)
+
+
+@pytest.mark.slow
+def test_other_meshes_sample_and_score_what_one_device_does():
+    names = ["one", "data", "fsdp", "tensor", "more devices than heads"]
+    one, data, fsdp, tensor, more = found = on_eight(*(("sample", name, True) for name in names))
+    assert all(mesh["check"].startswith("ok") for mesh in found)
+    check_sampled(one, data, "data", None, 8, 1)
+    check_sampled(one, fsdp, None, None, 1, 1)
+    check_sampled(one, tensor, None, "tensor", 4, 4)
+    assert tensor["notes"] == []
+    for what in ("greedy", "drawn", "alone", "beam"):
+        assert more[what] == one[what], what
+    assert more["notes"] == ["4 key/value heads do not divide among 8 devices: each keeps them all"]

@@ -12,7 +12,7 @@ from gpt.checkpoint import named_leaves
 from gpt.config import MeshConfig, ModelConfig, TrainConfig
 from gpt.errors import UserError
 from gpt.model import transformer
-from gpt.training import train_state
+from gpt.training import train_state, train_step
 
 MODEL = ModelConfig(300, context_length=16, n_layers=2, n_heads=4, d_model=32)
 CONFIG = TrainConfig(model=MODEL, ema_decay=0.9)
@@ -99,3 +99,9 @@ def test_heads_that_do_not_divide_are_kept_whole_and_told():
 def test_weights_that_do_not_divide_are_refused(sizes, message):
     with pytest.raises(UserError, match=message):
         transformer.require_fit(MODEL, mesh_of(*sizes))
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    config = TrainConfig(mesh=MeshConfig(2, 2, 2), batch_size=8, grad_accum=8)
+    with pytest.raises(UserError, match=r"a micro-batch of 1 sequences .* among 4 devices"):
+        train_step.require_fit(config, mesh_of(2, 2, 2))
