@@ -105,6 +105,23 @@ def call(name: str, *argv) -> Done:
             return Done(leaving.code, out.getvalue(), err.getvalue())
 
 
+def sample(folder, *argv) -> str:
+    """What sample.py prints, which must go well."""
+    done = call("sample", folder, *argv)
+    assert done.code == 0, done.err
+    return done.out
+
+
+def refuse_constant(word: str):
+    raise AssertionError(f"{word} is no JSON")
+
+
+def objects(folder, *argv) -> list[dict]:
+    """What sample.py prints with --json, which must be strict JSON."""
+    lines = sample(folder, *argv, "--json").splitlines()
+    return [json.loads(line, parse_constant=refuse_constant) for line in lines]
+
+
 def write_text(path: Path, seed: int = 0) -> Path:
     """Two hundred lines of a few English words."""
     chosen = random.Random(seed).choices(WORDS, k=1600)

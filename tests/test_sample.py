@@ -1,17 +1,21 @@
-"""sample.py: completions and streams, from nothing but a run's folder."""
+"""sample.py on nothing but a run's folder: completions, settings, beams, scores, checks."""
 
+import dataclasses
 import io
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
-from programs import call, snapshot
-from samples import BRIEF, TWO, objects, sample
+from programs import call, objects, program, sample, snapshot
 
 import gpt
-from gpt.model import transformer
+from gpt.sampling import cache_check, generate, language_model
+from gpt.sampling.completion import Completion, Piece
 
+BRIEF = ["--max-new-tokens", "12"]
+TWO = ["--prompt", "the ", "--prompt", "a cat"]
 FIELDS = ["prompt", "text", "token_ids", "logprobs", "finish_reason", "prefill_seconds"]
 FIELDS += ["decode_seconds", "tokens_per_second", "seed", "sample"]
 
@@ -59,33 +63,6 @@ def test_json_has_the_fields_that_others_read(folder):
     assert "prefill" in printed.err and "compilation left out" in printed.err
 
 
-def test_without_a_prompt_generation_starts_from_end_of_text(folder):
-    model = gpt.load(folder)
-    (done,) = objects(folder, *BRIEF)
-    assert done["prompt"] == "" and done["token_ids"]
-    eot = np.array([[model.tokenizer.eot_token]])
-    logits = transformer.forward(model.config, model.params, eot)[0, -1]
-    expected = jax.nn.log_softmax(logits)[done["token_ids"][0]]
-    assert done["logprobs"][0] == pytest.approx(float(expected), abs=1e-4)
-
-
-def test_temperature_zero_is_greedy(folder):
-    argv = [*TWO, "--temperature", "0", *BRIEF]
-    first, other = (objects(folder, *argv, "--seed", seed) for seed in "12")
-    assert [d["token_ids"] for d in first] == [d["token_ids"] for d in other]
-    hot = objects(folder, *TWO, "--temperature", "5", *BRIEF)
-    assert [d["token_ids"] for d in hot] != [d["token_ids"] for d in first]
-    assert objects(folder, *TWO, "--top-k", "1", *BRIEF)[0]["token_ids"] == first[0]["token_ids"]
-
-
-def test_a_full_context_ends_a_completion(folder):
-    done = objects(folder, "--prompt", "the cat", "--max-new-tokens", "100", "--num-samples", "4")
-    full = [d for d in done if d["finish_reason"] == "context"]
-    assert full and all(d["finish_reason"] in ("context", "eos") for d in done)
-    for d in full:  # 16 positions, and one token drawn from the last
-        assert len(d["token_ids"]) == 16 - len("the cat") + 1
-
-
 def test_another_step_can_be_chosen(folder):
     new, old = (objects(folder, "--prompt", "a", *BRIEF, "--step", s)[0] for s in ("12", "8"))
     assert objects(folder, "--prompt", "a", *BRIEF)[0]["logprobs"] == new["logprobs"]
@@ -118,16 +95,6 @@ def test_a_prompt_from_a_file_or_a_pipe(folder, tmp_path, monkeypatch):
     assert sample(folder, "--prompt-file", "-", *BRIEF) == expected
 
 
-def test_bytes_that_are_no_text_are_replaced(folder, tmp_path):
-    """Of a file with a note. On a command line Python gives each as half of a surrogate pair."""
-    (tmp_path / "file").write_bytes(b"a\xe5\xa4")
-    done = call("sample", folder, "--prompt-file", tmp_path / "file", *BRIEF)
-    assert done.out == sample(folder, "--prompt", "a\ufffd", *BRIEF)
-    assert "is not valid UTF-8: what cannot be decoded is read as U+FFFD" in done.err
-    typed = sample(folder, "--prompt", "a\udce5", *BRIEF)
-    assert typed == sample(folder, "--prompt", "a\ufffd", *BRIEF)
-
-
 def test_each_line_of_a_pipe_is_a_prompt_of_its_own(folder, monkeypatch):
     type_in(b"the \n" + b"x" * 20 + b"\na cat\nthe ", monkeypatch)
     done = call("sample", folder, "--interactive", *BRIEF)
@@ -144,3 +111,224 @@ def test_what_no_line_could_be_completed_with_is_refused_before_the_first(folder
     done = call("sample", folder, "--interactive", "--logit-bias", "257", "1")
     assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
     assert done.err.startswith("error: logit_bias names token 257: expected 0 to 256")
+
+
+# Settings.
+
+
+def tokens(folder, *argv):
+    return [done["token_ids"] for done in objects(folder, "--prompt", "the ", *BRIEF, *argv)]
+
+
+def test_every_filter_reaches_the_draw(folder):
+    greedy = tokens(folder, "--temperature", "0")
+    for flags in (("--top-p", "1e-6"), ("--min-p", "1"), ("--top-k", "1")):
+        assert tokens(folder, *flags) == greedy
+    assert tokens(folder, "--temperature", "0", "--repetition-penalty", "9") != greedy
+    biased = ["--logit-bias", "65", "200", "--logit-bias", "66", "-5"]
+    assert tokens(folder, *biased) == [[65] * 12]
+
+
+def test_end_of_text_can_be_forbidden(folder):
+    bias = ["--logit-bias", "256", "200"]
+    (done,) = objects(folder, "--prompt", "the ", *BRIEF, *bias)
+    assert (done["text"], done["finish_reason"]) == ("", "eos")
+    (done,) = objects(folder, "--prompt", "the ", *BRIEF, *bias, "--ignore-eos")
+    assert len(done["token_ids"]) == 12 and 256 not in done["token_ids"]
+
+
+def test_stop_strings_end_the_text_and_are_not_printed(folder):
+    letters = ["--logit-bias", "65", "200"]
+    argv = ["--prompt", "the ", *BRIEF, *letters]
+    (done,) = objects(folder, *argv, "--stop", "b", "--stop", "AAAA", "--stop=--x")
+    assert (done["text"], done["finish_reason"]) == ("", "stop")
+    stopped = call("sample", folder, *argv, "--stop", "AAAA")
+    assert stopped.out == "the \n" and "stopped by stop" in stopped.err
+
+
+def test_a_full_context_as_the_user_wants_it(folder):
+    argv = ["--prompt", "the ", "--max-new-tokens", "40", "--ignore-eos"]
+    stopped = call("sample", folder, *argv)
+    assert "context of 16 tokens is full, --on-context-full slide goes on" in stopped.err
+    slid = call("sample", folder, *argv, "--on-context-full", "slide")
+    assert slid.code == 0 and slid.out.startswith(stopped.out.rstrip("\n"))
+    assert "stopped by length" in slid.err
+    failed = call("sample", folder, *argv, "--on-context-full", "error")
+    assert failed.code == 2 and failed.err.startswith("error: the context of 16 tokens is full")
+
+
+# Several rows on one output.
+
+
+def test_each_line_of_json_is_printed_when_its_row_has_ended(folder, monkeypatch):
+    """In the order of the rows, although the last end first."""
+    counts, honest = [], generate.stream
+
+    def watched(model, prompts, settings, **options):
+        each = [dataclasses.replace(settings, max_new_tokens=n) for n in (3, 7, 5, 2)]
+        for piece in honest(model, prompts, each, **options, chunk=1):
+            yield piece
+            counts.append((len(piece.completion.token_ids), sys.stdout.getvalue().count("\n")))
+
+    monkeypatch.setattr(generate, "stream", watched)
+    done = objects(folder, *TWO, "--prompt", "x", "--prompt", "y", "--ignore-eos")
+    assert [d["prompt"] for d in done] == ["the ", "a cat", "x", "y"]
+    assert [len(d["token_ids"]) for d in done] == [3, 7, 5, 2]
+    lines = dict(counts)  # after so many tokens, so many lines
+    assert (lines[2], lines[4], lines[6], lines[7]) == (0, 1, 1, 4)
+
+
+def test_ctrl_c_in_a_conversation_keeps_samples_that_have_ended(monkeypatch, capsys):
+    """The second has ended, and waits for the first, which is in the middle of a line."""
+    first, second = (Completion("the ", [], 0, 0, finish_reason=reason) for reason in (None, "eos"))
+    pieces = [Piece(0, "one", first), Piece(1, "two", second)]
+    monkeypatch.setattr(generate, "stream", lambda *_, **__: iter(pieces))
+    sample_py = program("sample")
+    args = sample_py.Args(Path("run"), settings=gpt.Settings(num_samples=2))
+    model = SimpleNamespace(tokenizer=None, config=gpt.ModelConfig())
+    pressed = iter([False, True])
+    sample_py.generate(model, args, ["the "], lambda: next(pressed))
+    label = "--- prompt 1, sample {} ---\nthe {}\n"
+    shown = capsys.readouterr()
+    assert shown.out == label.format(1, "one") + label.format(2, "two\n")
+    assert shown.err.endswith("stopped by Ctrl-C, eos\n")
+
+
+# Probabilities, beams, programs.
+
+
+def test_the_likeliest_tokens_of_each_step(folder):
+    argv = ["--prompt", "the ", *BRIEF]
+    (done,) = objects(folder, *argv, "--show-probs", "257")
+    assert len(done["top"]) == len(done["token_ids"])
+    for token, logprob, top in zip(done["token_ids"], done["logprobs"], done["top"], strict=True):
+        probabilities = [p for _, p in top]
+        assert sorted(probabilities, reverse=True) == probabilities
+        assert sum(probabilities) == pytest.approx(1, abs=1e-4) and len(dict(top)) == 257
+        assert dict(top)[token] == pytest.approx(np.exp(logprob), rel=1e-3)
+    printed = sample(folder, *argv, "--show-probs", "257")
+    assert printed.startswith("after prefill\n") and printed.endswith("the " + done["text"] + "\n")
+    table = printed[: -len("the " + done["text"] + "\n")].splitlines()
+    assert sum(line.startswith("  * ") for line in table) == len(done["token_ids"])
+    assert sum(line.startswith("step ") for line in table) == len(done["token_ids"]) - 1
+    assert "top" not in objects(folder, *argv)[0]
+
+
+def test_a_drawn_end_of_text_is_shown_too(folder):
+    argv = ["--prompt", "the ", *BRIEF, "--logit-bias", "256", "200", "--show-probs"]
+    (done,) = objects(folder, *argv, "257")
+    assert (done["token_ids"], len(done["top"])) == ([], 1)
+    shown = sample(folder, *argv, "257").splitlines()
+    (drawn,) = [line for line in shown if line.startswith("  * ")]
+    assert f"{dict(done['top'][0])[256]:.4%}" in drawn and drawn.endswith("'<|endoftext|>'")
+    few = sample(folder, *argv, "1").splitlines()  # its probability is below the one that is kept
+    assert few[2].startswith("  * <=") and few[1].split()[0] in few[2]
+
+
+def test_beams_are_not_told_to_slide(folder):
+    """Which they cannot: neither when the context is full nor when the prompt is too long."""
+    argv = ["--prompt", "the ", "--ignore-eos", "--beam-width", "2"]
+    full = call("sample", folder, *argv)
+    assert full.err.endswith("stopped by context: the model's context of 16 tokens is full\n")
+    long = call("sample", folder, "--prompt", "x" * 17, "--beam-width", "2")
+    assert long.code == 2 and long.err.endswith("the model's context of 16: shorten it\n")
+
+
+def test_beams_are_the_best_texts_with_their_scores(folder):
+    argv = [*TWO, *BRIEF, "--beam-width", "4", "--num-samples", "2", "--temperature", "0"]
+    done = objects(folder, *argv)
+    assert [d["sample"] for d in done] == [0, 1, 0, 1] and list(done[0])[-1] == "score"
+    assert done[0]["score"] >= done[1]["score"] and done[0]["text"] != done[1]["text"]
+    printed = sample(folder, *argv)
+    assert printed == "".join(
+        f"--- prompt {1 + i // 2}, sample {1 + i % 2}, score {d['score']:.4f} ---\n"
+        f"{d['prompt']}{d['text']}\n\n"
+        for i, d in enumerate(done)
+    )
+    short = objects(folder, *argv, "--length-penalty", "-5", "--early-stopping", "never")
+    assert short[0]["score"] != done[0]["score"]
+
+
+def test_programs_are_listed_with_their_shapes_where_asked_for(folder):
+    """Those that this very process has compiled: no other test has five rows, nor a top of 7."""
+    argv = ["--prompt", "the ", "--num-samples", "5", "--max-new-tokens", "9"]
+    done = call("sample", folder, *argv, "--verbose", "--show-probs", "7")
+    lines = done.err.splitlines()
+    for program_and_sizes in ("sample_first (batch 5, top 7)", "prefill (batch 1, bucket 16)",
+                              "decode_chunk (batch 5, capacity 16, top 7)"):  # fmt: skip
+        assert any(line.startswith(f"compiled {program_and_sizes} in ") for line in lines)
+    assert lines[-1].endswith("from the cache")
+    assert "compiled" not in call("sample", folder, *argv).err.replace("compilation", "")
+
+
+# Scores and checks.
+
+
+def test_a_score_has_the_fields_that_others_read(folder):
+    (score,) = objects(folder, "--score", "the cat sat")
+    assert list(score)[:4] == ["tokens", "mean_nll", "bits_per_byte", "perplexity"]
+    assert score["tokens"] == len(score["token_ids"]) == len(score["logprobs"]) == 11
+    logprobs = gpt.load(folder).score("the cat sat").logprobs
+    assert score["logprobs"] == logprobs
+    assert score["mean_nll"] == pytest.approx(-np.mean(logprobs))
+    assert score["perplexity"] == pytest.approx(np.exp(-np.mean(logprobs)))
+    assert score["bits_per_byte"] == pytest.approx(-np.sum(logprobs) / np.log(2) / 11)
+
+
+def test_a_score_as_text_shows_each_token(folder):
+    lines = sample(folder, "--score", "a 天").splitlines()
+    assert len(lines) == 6 and lines[-1].startswith("5 tokens: ")
+    assert [line.split(maxsplit=1)[1] for line in lines[:2]] == ["'a'", "' '"]
+
+
+def test_the_loss_of_quantizing_is_that_of_one_checkpoint(finished, tmp_path, monkeypatch):
+    """A run that is still training saves another while the first is scored."""
+    place, kept, honest = finished / "checkpoints" / "12", tmp_path / "12", language_model.load
+    place.rename(kept)
+
+    def load(*args, **options):
+        model = honest(*args, **options)
+        if kept.exists():
+            kept.rename(place)
+        return model
+
+    monkeypatch.setattr(language_model, "load", load)
+    (score,) = objects(finished, "--score", "the cat sat", "--quantize", "int8")
+    whole = honest(finished, step=8).score("the cat sat").mean_nll
+    assert score["quantization_nll"] == pytest.approx(score["mean_nll"] - whole, abs=1e-6)
+
+
+def test_a_file_of_any_length_is_scored_with_a_stated_stride(folder, tmp_path, monkeypatch):
+    text = "the cat sat on the hill\r\n" * 20
+    (tmp_path / "text").write_bytes(text.encode())
+    (whole,) = objects(folder, "--score-file", tmp_path / "text")
+    assert (whole["tokens"], whole["context"], whole["stride"]) == (500, 16, 8)
+    (close,) = objects(folder, "--score-file", tmp_path / "text", "--stride", "1")
+    assert close["stride"] == 1 and close["mean_nll"] != whole["mean_nll"]
+    (small,) = objects(folder, "--score-file", tmp_path / "text", "--window", "8")
+    assert (small["context"], small["stride"]) == (8, 4)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    printed = sample(folder, "--score-file", "-", "--stride", "8").splitlines()
+    assert len(printed) == 501 and printed[-1].endswith("(context 16, stride 8)")
+    assert printed[-1].startswith(f"500 tokens: {whole['mean_nll']:.4f} nats per token")
+
+
+def test_token_ids_are_scored(folder):
+    ids = objects(folder, "--score-ids", "116 104 101")
+    assert objects(folder, "--score", "the") == ids
+    (other,) = objects(folder, "--score-ids", "256 255")
+    assert other["token_ids"] == [256, 255] and other["prefix"] == [256]
+    (alone,) = objects(folder, "--score-ids", "256 255", "--prefix", "none")
+    assert (alone["token_ids"], alone["prefix"]) == ([255], [256])
+    assert alone["logprobs"] == objects(folder, "--score-ids", "255")[0]["logprobs"]
+
+
+@pytest.mark.parametrize(("difference", "code"), [(0.0, 0), (2.0, 1)])
+def test_the_check_tells_each_result_and_whether_all_passed(folder, difference, code, monkeypatch):
+    """Results made up; tests/sampling/test_cache_check.py has the real ones."""
+    results = [cache_check.Check("growing", 0.0, 1.0), cache_check.Check("rows", difference, 1.0)]
+    monkeypatch.setattr(cache_check, "run_checks", lambda model: results)
+    done = call("sample", folder, "--check")
+    said = {0: ("ok     rows", "the cache contract holds"), 1: ("FAILED rows", "1 checks FAILED")}
+    assert done.code == code and "ok     growing" in done.out
+    assert all(words in done.out for words in said[code])

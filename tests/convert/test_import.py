@@ -11,9 +11,8 @@ import numpy as np
 import numpy_transformer
 import pytest
 import standins
-from programs import call, snapshot
+from programs import call, objects, snapshot
 from safetensors.numpy import load_file, save_file
-from samples import objects
 
 from gpt import checkpoint
 from gpt.convert import convert, hf_weights

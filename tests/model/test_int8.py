@@ -1,7 +1,6 @@
 """Weights as int8: what they cost in accuracy, where they lie, and what a run says of them."""
 
 import functools
-import json
 
 import hypothesis.extra.numpy as hnp
 import jax
@@ -138,12 +137,8 @@ def test_nothing_in_a_decode_step_is_a_float_copy_of_a_matrix():
 
 
 def test_a_run_is_sampled_and_scored(trained):
-    """The flag of sample.py; the score tells what it costs."""
+    """The flag of sample.py; what its score tells is tested in tests/test_sample.py."""
     _, run = trained
-    told = json.loads(call("sample", run, "--quantize", "int8", "--score", "the cat", "--json").out)
-    plain = load(run).score("the cat").mean_nll
-    assert told["mean_nll"] - told["quantization_nll"] == pytest.approx(plain, abs=1e-6)
-    assert 0 < abs(told["quantization_nll"]) < 0.02
     assert "int8 changes the loss by" in call("sample", run, "--quantize=int8", "--score", "a").out
     generated = load(run, quantize="int8").generate("a", temperature=0, max_new_tokens=5)
     assert len(generated.token_ids) == 5
