@@ -8,7 +8,7 @@ The same command again continues the run where it stopped.
 
 import os
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     """From text to a trained model in `out`; the exit code."""
     from gpt import distributed, hardware, sharding
-    from gpt.training import memory_plan, metrics, resume, run_plan, trainer, verify
+    from gpt.training import memory_plan, resume, run_plan, trainer, verify
 
     dtype = hardware.default_dtype()
-    log = metrics.print_once(console)
+    log = cache(console.print)  # prints each note once
     with distributed.exit_together():  # of several processes, all start or none does
         # Where the weights come from: fresh, from another run, or from where this one stopped.
         start = resume.find_starting_point(args, out, log)

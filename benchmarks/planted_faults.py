@@ -133,7 +133,7 @@ FAULTS = [
     *faults_in("training/optimizer", "training/test_optimizer",
         ("decay of norms", 'not in ("bias", "scale")', 'not in ("bias",)'),
         ("first step", "linear_schedule(peak / (warmup + 1), peak", "linear_schedule(0.0, peak"),
-        ("order of clipping", "(clipping(config), optimizer)", "(optimizer, clipping(config))"),
+        ("order of clipping", "(clipping, optimizer)", "(optimizer, clipping)"),
         ("second moment", "b2=config.beta2", "b2=config.beta1"),
     ),
     # Data and resuming.

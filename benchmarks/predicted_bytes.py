@@ -20,7 +20,7 @@ from gpt import sharding
 from gpt.config import ModelConfig, TrainConfig
 from gpt.flops import ITEM_BYTES
 from gpt.model import transformer
-from gpt.training.loss import count_chunks, recomputes_logits
+from gpt.training.loss import KEPT_LOGITS, count_chunks
 
 Row = tuple[str, tuple[str, ...]]
 BATCH = ("data", "fsdp")
@@ -127,7 +127,7 @@ def count_table_gathers(config: TrainConfig) -> int:
     if c.tied and config.grad_accum > 1 and jax.__version_info__ > (0, 10, 2):
         return 0
     n_tokens = config.batch_size // config.grad_accum * config.sequence_length  # on all devices
-    return 2 if recomputes_logits(n_tokens, c.padded_vocab) else 1
+    return 2 if n_tokens * c.padded_vocab > KEPT_LOGITS else 1
 
 
 def count_gathers(config: TrainConfig, tpu: bool) -> int:

@@ -11,13 +11,13 @@ import hashlib
 import json
 import logging
 import math
+import re
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -27,7 +27,6 @@ from gpt import distributed
 from gpt.digest import digest, named_leaves
 from gpt.errors import UserError, require
 
-T = TypeVar("T")
 Tree = Any  # a pytree of jax arrays, or of ShapeDtypeStructs
 FORMAT = 2  # raise it whenever older checkpoints can no longer be read
 PARTIAL = ".orbax-checkpoint-tmp"  # orbax writes to a folder with this suffix, then renames it
@@ -52,16 +51,14 @@ def step_dir(folder: str | Path, step: int) -> Path:
     return Path(folder).absolute() / "checkpoints" / str(step)
 
 
-# Writing
-
-
 class CheckpointManager(contextlib.AbstractContextManager):
-    """Saves a run's checkpoints in the background; keeps the latest `keep` and the best.
+    """Saves a run's checkpoints in the background; keeps the latest `keep` and the best. Use it in
+    a `with`, which waits for the last save.
 
     `keep_best`: how many of those with the lowest loss are kept as well. `resumed`: the step this
     run was restored from. Later steps in the folder were damaged and passed over; the next save
     replaces them. `low_memory`: write each array in files of 32 MiB as they are made, where orbax
-    would first gather the whole save, compressed, in memory. Close it, or use it in a `with`.
+    would first gather the whole save, compressed, in memory.
     """
 
     def __init__(
@@ -78,7 +75,8 @@ class CheckpointManager(contextlib.AbstractContextManager):
         self.latest = max(found, default=None) if resumed is None else resumed
         self.abandoned = [s for s in found if self.latest is not None and s > self.latest]
         self.failed = False  # whether the previous save failed
-        self.pending = None  # the save in the background
+        self._keep = keep
+        self._keep_best = keep_best
         self._losses: dict[int, float | None] = {}
         for step in found if keep_best else []:
             with contextlib.suppress(Damaged):
@@ -91,7 +89,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         with self._context:
             self._orbax = ocp.training.Checkpointer(
                 Path(folder).absolute() / "checkpoints",
-                preservation_policy=_LatestAndBest(keep, keep_best, self._losses),
+                preservation_policy=self,
                 cleanup_tmp_directories=True,
             )
 
@@ -107,8 +105,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         """Save named `trees` and JSON `metadata` as `step`; does nothing if it is the latest.
 
         `loss` is what the best are chosen by. The arrays may be donated as soon as this returns.
-        A save that fails in the background raises SaveFailed from the next `save`, `wait` or
-        `close`.
+        A save that fails in the background raises SaveFailed from the next `save` or `wait`.
         """
         self.wait()
         if step == self.latest:
@@ -141,12 +138,8 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 self._orbax.delete(abandoned)
             self.abandoned = []
             self.latest = step
-            self.pending = self._orbax.save_checkpointables_async(
-                step,
-                arrays,
-                force=True,  # the caller decides when to save
-                custom_metadata=record,
-            )
+            # By force: the caller decides when to save.
+            self._orbax.save_checkpointables_async(step, arrays, force=True, custom_metadata=record)
         if wait:
             self.wait()
 
@@ -158,21 +151,15 @@ class CheckpointManager(contextlib.AbstractContextManager):
 
     def wait(self) -> None:
         """Return once the save in the background is on disk; SaveFailed if it failed."""
-        pending, self.pending = self.pending, None
-        if pending is not None:
-            with self._raising_save_failed(self.latest):
-                pending.result()
+        with self._raising_save_failed(self.latest):
+            self._orbax.wait()
 
-    def close(self) -> None:
-        """Wait for the save in the background and release the folder."""
+    def __exit__(self, *_) -> None:
         try:
             self.wait()
         finally:
             with contextlib.suppress(OSError, ValueError):
                 self._orbax.close()  # raises again what `wait` has already raised
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
     @contextlib.contextmanager
     def _raising_save_failed(self, step: int) -> Iterator[None]:
@@ -196,33 +183,20 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 f"{_reason(error)}"
             ) from None
 
+    def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
+        """Orbax asks which checkpoints to keep. Its own BestN reads losses from a file without a
+        digest, and fails if that is damaged."""
+        saved = sorted(checkpoint.step for checkpoint in checkpoints)
+        rated = [step for step in saved if self._losses.get(step) is not None]
+        best = sorted(rated, key=lambda step: (self._losses[step], -step))[: self._keep_best]
+        kept = {*saved[-self._keep :], *best}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
     def _discard_partial(self) -> None:
         """Remove partly written checkpoints: they take the space that the next save needs."""
         if distributed.is_first():
             for path in (Path(self.folder) / "checkpoints").glob(f"*{PARTIAL}"):
                 shutil.rmtree(path, ignore_errors=True)
-
-
-@dataclass
-class _LatestAndBest:
-    """Which checkpoints orbax keeps.
-
-    Orbax's own BestN reads losses from a file without a digest, and fails if that is damaged.
-    """
-
-    keep: int
-    keep_best: int
-    losses: dict[int, float | None]
-
-    def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
-        saved = sorted(checkpoint.step for checkpoint in checkpoints)
-        latest = saved[-self.keep :]
-        rated = [step for step in saved if self.losses.get(step) is not None]
-        best = sorted(rated, key=lambda step: (self.losses[step], -step))[: self.keep_best]
-        return [checkpoint.step in {*latest, *best} for checkpoint in checkpoints]
-
-
-# Reading
 
 
 def read_record(folder: str | Path, step: int) -> dict[str, Any]:
@@ -246,7 +220,7 @@ def read_record(folder: str | Path, step: int) -> dict[str, Any]:
 
 
 def read_metadata(folder: str | Path, step: int) -> dict[str, Any]:
-    """The JSON saved with `step`, verified, without reading an array."""
+    """The JSON given to `save`, verified, without reading an array."""
     return read_record(folder, step)["metadata"]
 
 
@@ -263,11 +237,10 @@ def restore(folder: str | Path, step: int, name: str, like: Tree) -> Tree:
     wanted = named_leaves(like)
     with distributed.all_or_none(elsewhere):
         described = read_record(folder, step)["arrays"].get(name, {})
-        stored_shapes = {leaf: tuple(d["shape"]) for leaf, d in described.items()}
-        shapes = {leaf: tuple(x.shape) for leaf, x in wanted.items()}
         differing = ""
-        for leaf in shapes | stored_shapes:
-            stored, expected = stored_shapes.get(leaf, "none"), shapes.get(leaf, "none")
+        for leaf in wanted | described:
+            stored = tuple(described[leaf]["shape"]) if leaf in described else "none"
+            expected = wanted[leaf].shape if leaf in wanted else "none"
             if stored != expected:
                 differing += f"\n  {leaf}: stored {stored}, expected {expected}"
         require(not differing, f"{path} does not fit this configuration:{differing}")
@@ -289,7 +262,7 @@ def restore(folder: str | Path, step: int, name: str, like: Tree) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def latest_good(folder: str | Path, load: Callable[[int], T]) -> tuple[int, T, list[str]]:
+def latest_good(folder: str | Path, load: Callable[[int], Any]) -> tuple[int, Any, list[str]]:
     """The newest step that `load` can read, what it returned, and a line per damaged newer one.
 
     Raises UserError if no intact checkpoint exists.
@@ -305,9 +278,6 @@ def latest_good(folder: str | Path, load: Callable[[int], T]) -> tuple[int, T, l
     raise UserError(f"no checkpoint in {folder} is whole: " + "; ".join(damaged))
 
 
-# Shared by both
-
-
 def _sha256(record: dict[str, Any]) -> str:
     """Digest of a JSON object's canonical text."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
@@ -317,8 +287,7 @@ def _sha256(record: dict[str, Any]) -> str:
 def _raising_damaged(path: Path) -> Iterator[None]:
     """Turn whatever orbax raises for an unreadable file into Damaged."""
     _quiet_orbax()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # never awaited
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):
@@ -342,11 +311,10 @@ def _quiet_orbax() -> None:
     own threads at any time later."""
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
-    report = sys.unraisablehook
+    report_others = sys.unraisablehook
 
-    def report_others(unraisable: Any) -> None:
-        abandoned = ("Event loop is closed", "TensorStore")
-        if not any(words in str(unraisable.exc_value) for words in abandoned):
-            report(unraisable)
+    def report(unraisable: Any) -> None:
+        if not re.search("Event loop is closed|TensorStore", str(unraisable.exc_value)):
+            report_others(unraisable)
 
-    sys.unraisablehook = report_others
+    sys.unraisablehook = report

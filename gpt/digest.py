@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental.multihost_utils import process_allgather
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -21,8 +21,6 @@ def digest(tree: Any) -> dict[str, int]:
     One changed element always changes the digest; several escape with probability 2^-32.
     """
     arrays = named_leaves(tree)
-    if not arrays:
-        return {}
 
     # The first axis of each array that is not split among devices; None for a vector.
     whole_axes: list[int | None] = []
@@ -31,20 +29,14 @@ def digest(tree: Any) -> dict[str, int]:
         whole = [axis for axis in range(x.ndim) if local[axis] == x.shape[axis]]
         whole_axes.append(whole[0] if x.ndim > 1 and x.size and whole else None)
 
-    # Each of several processes needs the sums, and may fetch no other's part.
-    sharding = next(iter(arrays.values())).sharding
-    replicated = None
-    if isinstance(sharding, NamedSharding):
-        replicated = NamedSharding(sharding.mesh, PartitionSpec())
-    sums = _digest_arrays(list(arrays.values()), tuple(whole_axes), replicated)
-    return dict(zip(arrays, jax.device_get(sums).tolist(), strict=True))
+    sums = _digest_arrays(list(arrays.values()), tuple(whole_axes))
+    return dict(zip(arrays, process_allgather(sums, tiled=True).tolist(), strict=True))
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _digest_arrays(arrays, whole_axes, replicated) -> jax.Array:
+@partial(jax.jit, static_argnums=1)
+def _digest_arrays(arrays, whole_axes) -> jax.Array:
     """One program for all arrays, so that one fetch brings all digests."""
-    sums = jnp.stack([digest_array(x, axis) for x, axis in zip(arrays, whole_axes, strict=True)])
-    return sums if replicated is None else jax.lax.with_sharding_constraint(sums, replicated)
+    return jnp.stack([digest_array(x, axis) for x, axis in zip(arrays, whole_axes, strict=True)])
 
 
 def digest_array(x: jax.Array, axis: int | None = None) -> jax.Array:
@@ -74,11 +66,8 @@ def digest_array(x: jax.Array, axis: int | None = None) -> jax.Array:
 
 def _mix(x: jax.Array, index: jax.Array) -> jax.Array:
     """The bits of each element mixed with its index; ends as MurmurHash3 does."""
-    if x.dtype == jnp.bool_:
-        bits = x.astype(jnp.uint32)
-    else:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     h = bits ^ (index * jnp.uint32(0x9E3779B1))
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)

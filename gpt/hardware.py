@@ -29,17 +29,12 @@ def memory() -> tuple[int, str]:
     stats = devices[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"], f"what JAX may take of a {devices[0].device_kind}"
-    return host_bytes() // len(devices), "this machine's memory"
-
-
-@functools.cache
-def host_bytes() -> int:
-    """Bytes of memory of this machine, or of the part of it that a container may use."""
+    # This machine's, or the part of it that a container may use.
     sizes = [psutil.virtual_memory().total]
     for path in CGROUP_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # no such file, or the word "max"
             sizes.append(int(path.read_text()))
-    return min(sizes)
+    return min(sizes) // len(devices), "this machine's memory"
 
 
 def timed(function: Callable, *args) -> tuple[float, object]:
@@ -67,10 +62,9 @@ def read_rate(n_bytes: int) -> float:
 
     @jax.jit
     def read(matrix, row):
-        def one_pass(_, row):
-            return jnp.einsum("bd,vd->bv", row, matrix)
-
-        return jax.lax.fori_loop(0, passes, one_pass, row)
+        return jax.lax.fori_loop(
+            0, passes, lambda _, row: jnp.einsum("bd,vd->bv", row, matrix), row
+        )
 
     # The product with a vector of ones is that vector, so that nothing overflows.
     matrix = jnp.full((side, side), 1 / side, "float32")
@@ -84,10 +78,7 @@ def matmul_rate(dtype: str) -> float:
     if jax.default_backend() == "cpu":
         side, passes = 1024, 4
 
-    @jax.jit
-    def multiply(x):
-        return jax.lax.fori_loop(0, passes, lambda _, y: x @ y, x)
-
+    multiply = jax.jit(lambda x: jax.lax.fori_loop(0, passes, lambda _, y: x @ y, x))
     matrix = jnp.full((side, side), 1 / side, dtype)
     return passes * 2 * side**3 / best_seconds(multiply, matrix)
 

@@ -24,10 +24,10 @@ def gpt2(n_layers: int, n_heads: int, d_model: int) -> TrainConfig:
     )
 
 
-def transformer_2017() -> TrainConfig:
-    """The decoder of Vaswani et al. 2017, base model: sinusoidal positions, ReLU, post-norm."""
-    base = gpt2(6, 8, 512)
-    model = ModelConfig(
+# The decoder of Vaswani et al. 2017, base model: sinusoidal positions, ReLU, post-norm.
+TRANSFORMER_2017 = dataclasses.replace(
+    gpt2(6, 8, 512),
+    model=ModelConfig(
         50257,
         512,
         n_layers=6,
@@ -38,24 +38,21 @@ def transformer_2017() -> TrainConfig:
         norm_place="post",
         mlp="relu",
         dropout=0.1,
-    )
-    return dataclasses.replace(
-        base,
-        model=model,
-        steps=100_000,
-        batch_size=64,
-        warmup_steps=4000,
-        learning_rate=7e-4,  # the paper's 1/sqrt(d_model * warmup) peak
-        min_learning_rate=0.0,
-        beta2=0.98,
-        weight_decay=0.0,
-        label_smoothing=0.1,
-    )
+    ),
+    steps=100_000,
+    batch_size=64,
+    warmup_steps=4000,
+    learning_rate=7e-4,  # the paper's 1/sqrt(d_model * warmup) peak
+    min_learning_rate=0.0,
+    beta2=0.98,
+    weight_decay=0.0,
+    label_smoothing=0.1,
+)
 
-
-def modern() -> TrainConfig:
-    """About 125M parameters, with the choices of small models of the 2020s."""
-    model = ModelConfig(
+# About 125M parameters, with the choices of small models of the 2020s.
+MODERN = dataclasses.replace(
+    gpt2(12, 12, 768),
+    model=ModelConfig(
         50257,
         1024,
         n_layers=12,
@@ -68,10 +65,12 @@ def modern() -> TrainConfig:
         mlp="swiglu",
         qk_norm=True,
         bias=False,
-    )
-    recipe = {"optimizer": "muon", "schedule": "wsd", "z_loss": 1e-4, "min_learning_rate": 0.0}
-    return dataclasses.replace(gpt2(12, 12, 768), model=model, **recipe)
-
+    ),
+    optimizer="muon",
+    schedule="wsd",
+    z_loss=1e-4,
+    min_learning_rate=0.0,
+)
 
 PRESETS = {
     "tiny": TrainConfig(
@@ -112,8 +111,8 @@ PRESETS = {
     "gpt2-medium": gpt2(24, 16, 1024),
     "gpt2-large": gpt2(36, 20, 1280),
     "gpt2-xl": gpt2(48, 25, 1600),
-    "transformer-2017": transformer_2017(),
-    "modern": modern(),
+    "transformer-2017": TRANSFORMER_2017,
+    "modern": MODERN,
 }
 
 

@@ -73,15 +73,11 @@ def spec(*axes: str | None, rules: dict = RULES) -> PartitionSpec:
 
 def fitting(mesh, shape: tuple[int, ...], axes: tuple, rules: dict = RULES) -> PartitionSpec:
     """As `spec`, for an array of that shape on that mesh: split only where it divides."""
-
-    def parts(names: str | tuple[str, ...]) -> int:
-        return int(np.prod([mesh.shape[name] for name in np.atleast_1d(names)]))
-
-    wanted = spec(*axes, rules=rules)
     kept = []
-    for size, names in zip(shape, wanted, strict=True):
-        divides = names is not None and size % parts(names) == 0
-        kept.append(names if divides else None)
+    for size, names in zip(shape, spec(*axes, rules=rules), strict=True):
+        split_over = () if names is None else np.atleast_1d(names)
+        n_parts = math.prod(mesh.shape[name] for name in split_over)
+        kept.append(names if size % n_parts == 0 else None)
     return PartitionSpec(*kept)
 
 
@@ -158,8 +154,4 @@ def state_shardings(mesh: Mesh, axes: dict, state, rules: dict = RULES):
 
 def with_shardings(shapes, shardings):
     """A tree of shape structs, with the shardings that the other tree has in the same places."""
-
-    def add(leaf, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(add, shapes, shardings)
+    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, shardings)

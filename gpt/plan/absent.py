@@ -9,15 +9,15 @@ from collections.abc import Iterator
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
 
-from gpt import flops, sharding
+from gpt import sharding
 from gpt.config import TrainConfig
 from gpt.data import tokenizers
 from gpt.errors import is_out_of_memory
 from gpt.plan import collectives, devices, kernels, program_text, programs
 from gpt.plan.devices import Chip
-from gpt.training import memory_plan, train_state, train_step
+from gpt.training import memory_plan, run_plan, train_state, train_step
+from gpt.training.metrics import make_console
 
 MB = 10**6
 PUBLIC_SIZES = {"gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
@@ -29,7 +29,7 @@ def print_plan(args) -> int:
 
     UserError if the mesh does not suit the model.
     """
-    log = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True).print
+    log = make_console(quiet=False).print
 
     # The mesh, and the config as the text and the machine would complete it.
     chip = None
@@ -38,13 +38,29 @@ def print_plan(args) -> int:
         found, chip = devices.topology_devices(args.topology)
         limit = limit or chip.usable_bytes
     else:
-        found = devices.virtual_devices(args.devices)
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", args.devices)
+        found = jax.devices()
     mesh = sharding.make_mesh(args.train.mesh, found)
     config = completed(args.train, "bfloat16" if chip else "float32")
     config = memory_plan.choose(config, mesh, limit or math.inf)
     notes = train_step.require_fit(config, mesh)
-    for line in [*run_lines(args, config, mesh, chip), *notes]:
+
+    # The run, and what it keeps on each device.
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    state = state_bytes(config, mesh)
+    on_device = ", ".join(f"{name} {n_bytes / MB:,.1f} MB" for name, n_bytes in state.items())
+    log(f"devices        {mesh.size} ({args.topology or 'virtual, of this CPU'}): {sizes}")
+    for line in [*run_plan.describe(config, mesh, n_tokens=None), *notes]:
         log(line)
+    log(f"on a device    {on_device}")
+    if chip:
+        log(
+            "times          expected from the data sheet, not measured: "
+            f"{chip.flops_per_second / 1e12:,.0f} TFLOP/s in bfloat16, "
+            f"{chip.bytes_per_second / 1e9:,.0f} GB/s of memory, "
+            f"{chip.link_bytes_per_second / 1e9:,.0f} GB/s to other devices"
+        )
 
     # Each program, as soon as it is compiled.
     described = []
@@ -66,7 +82,6 @@ def print_plan(args) -> int:
             log(line)
         described.append(figures)
     if args.json:
-        state = state_bytes(config, mesh)
         plan = {"topology": args.topology, "state_bytes": state, "programs": described}
         args.json.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -112,51 +127,29 @@ def describe(
     if chip:
         by_memory = program.read_bytes / chip.bytes_per_second
         floor = max(program.flops / chip.flops_per_second, by_memory)
-    found = kernels.find(text, chip, mesh, sent) if chip and chip.is_gpu else None
-
-    def total(figure: str) -> float | None:
-        return None if found is None else sum(getattr(kernel, figure) for kernel in found)
+    totals = dict.fromkeys(("runs", "moved_bytes", "flops", "seconds"))
+    longest = []
+    if chip and chip.is_gpu:
+        found = kernels.find(text, chip, mesh, sent)
+        totals = {figure: sum(getattr(kernel, figure) for kernel in found) for figure in totals}
+        longest = kernels.longest(found, N_LONGEST)
+    turns = [text.count_turns(loop) for loop in text.of_kind("while")]
 
     return {
         "name": program.name,
         "given_bytes": compiled.memory_analysis().argument_size_in_bytes,
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "sent": sent_over,
-        "kernels": total("runs"),
-        "moved_bytes": total("moved_bytes"),
-        "flops": total("flops"),
-        "expected_seconds": total("seconds"),
+        "kernels": totals["runs"],
+        "moved_bytes": totals["moved_bytes"],
+        "flops": totals["flops"],
+        "expected_seconds": totals["seconds"],
         "floor_seconds": floor,
         "bound": "MBU" if program.read_bytes else "MFU",
-        "data_dependent_loops": text.count_data_dependent_loops(),
-        "conditionals": text.count_conditionals(),
-        "top": [vars(kernel) for kernel in kernels.longest(found or [], N_LONGEST)],
+        "data_dependent_loops": turns.count(None),
+        "conditionals": len(text.of_kind("conditional")),
+        "top": [vars(kernel) for kernel in longest],
     }
-
-
-def run_lines(args, config: TrainConfig, mesh: Mesh, chip: Chip | None) -> Iterator[str]:
-    """Lines about the devices and the run."""
-    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    n_tokens = config.batch_size * config.sequence_length
-    yield f"devices        {mesh.size} ({args.topology or 'virtual, of this CPU'}): {sizes}"
-    yield (
-        f"model          {flops.parameters(config.model):,} parameters, vocabulary "
-        f"{config.model.vocab_size:,}, products in {config.model.compute_dtype}"
-    )
-    yield (
-        f"batch          {config.batch_size} x {config.sequence_length} = {n_tokens:,} tokens per "
-        f"step, in {config.grad_accum} micro-batch(es)"
-    )
-    yield f"recomputes     {memory_plan.RECOMPUTED[config.remat]}"
-    parts = state_bytes(config, mesh).items()
-    yield "on a device    " + ", ".join(f"{name} {n / MB:,.1f} MB" for name, n in parts)
-    if chip:
-        yield (
-            "times          expected from the data sheet, not measured: "
-            f"{chip.flops_per_second / 1e12:,.0f} TFLOP/s in bfloat16, "
-            f"{chip.bytes_per_second / 1e9:,.0f} GB/s of memory, "
-            f"{chip.link_bytes_per_second / 1e9:,.0f} GB/s to other devices"
-        )
 
 
 def memory_line(compiled: jax.stages.Compiled, limit: float | None) -> str:

@@ -82,7 +82,10 @@ def find(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
                 n_bytes *= len(group)
             elif one.opcode == "all-reduce":
                 n_bytes = one.n_bytes  # may be of another type than the terms
-            axes = axes_of(group, mesh)
+            places = np.unravel_index(group, list(mesh.values()))
+            axes = tuple(
+                name for name, place in zip(mesh, places, strict=True) if np.ptp(place) > 0
+            )
             found.append(Collective(one.name, kind, n_bytes, axes, tuple(group), n_runs))
     return found
 
@@ -97,12 +100,6 @@ def kind_of(one: Instruction, computation: str) -> str | None:
     if kind == "all-reduce" and computation.startswith(FUSED_SCATTER):
         return "reduce-scatter"
     return kind
-
-
-def axes_of(devices: list[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes of the mesh on which these devices are at different places."""
-    places = np.unravel_index(devices, list(mesh.values()))
-    return tuple(name for name, place in zip(mesh, places, strict=True) if np.ptp(place) > 0)
 
 
 def first_group(line: str, n_devices: int) -> list[int]:

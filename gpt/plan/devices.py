@@ -1,4 +1,4 @@
-"""Devices that are not here: virtual ones of this CPU, and chips known only to their compiler."""
+"""Accelerators that are not here, known only to their compiler."""
 
 import importlib.util
 import re
@@ -122,10 +122,3 @@ def topology_devices(topology: str) -> tuple[list, Chip]:
             f"--topology {topology}: its compiler does not accept it: {reason}"
         ) from None
     return list(found), chip
-
-
-def virtual_devices(n: int) -> list:
-    """`n` devices of this CPU. Call it before JAX has created any device."""
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", n)
-    return jax.devices()

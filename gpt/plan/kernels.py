@@ -22,13 +22,18 @@ NO_KERNELS = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", 
 NO_KERNELS += ("conditional", "call", "after-all", "partition-id", "replica-id", "opt-barrier")
 READ_IN_PART = ("gather", "dynamic-slice", "slice")
 WRITTEN_IN_PART = {"dynamic-update-slice": 1, "scatter": -1}  # the operand that is written
+FRAME = re.compile(r"stack_frame_id=(\d+)")
 CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{|ensions": ?\[)([\d,"]+)')
 SCORES = re.compile(r'"intermediate_tensor_shape".*?"dimensions": ?\[([\d, "]+)\]')
 
 
 @dataclass
 class Kernel:
-    """A kernel, or all of one kind. The figures are those of all its runs together."""
+    """A kernel, or all of one kind. The figures are those of all its runs together.
+
+    `line`: the line of this project that it comes from, such as `gpt/model/layers.py:91`; empty if
+    the compiler does not say.
+    """
 
     name: str
     line: str
@@ -61,7 +66,9 @@ def find(
                 link_seconds.get(one.name, 0),
                 LAUNCH_SECONDS,
             )
-            kernel = Kernel(one.name, program.source_line(one), n_runs)
+            frame = FRAME.search(one.line)
+            source = program.lines_of_frames.get(frame[1], "") if frame else ""
+            kernel = Kernel(one.name, source, n_runs)
             kernel.moved_bytes = n_runs * n_bytes
             kernel.flops = n_runs * flops
             kernel.seconds = n_runs * seconds

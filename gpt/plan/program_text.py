@@ -18,7 +18,6 @@ TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 CONSTANT = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
 WINDOWED = re.compile(r"windowed_dot_general_body_(ag|rs)")  # see collectives.py
 NAME = re.compile(r"%([\w.-]+)")
-FRAME = re.compile(r"stack_frame_id=(\d+)")
 
 # Tables at the top of the text, which say from which line of Python an instruction comes.
 TABLE = re.compile(r"^(FileNames|FileLocations|StackFrames)\n((?:\d+ .+\n)+)", re.MULTILINE)
@@ -96,18 +95,9 @@ class Program:
         is_compound = any(one.opcode in ("and", "or", "reduce", "call") for one in condition)
         return int(limits[0]) if len(limits) == 1 and not is_compound else None
 
-    def count_data_dependent_loops(self) -> int:
-        loops = [one for one in self.instructions.values() if one.opcode == "while"]
-        return sum(self.count_turns(loop) is None for loop in loops)
-
-    def count_conditionals(self) -> int:
-        return sum(one.opcode == "conditional" for one in self.instructions.values())
-
-    def source_line(self, one: Instruction) -> str:
-        """The line of this project that an instruction comes from, such as
-        `gpt/model/layers.py:91`; empty if the compiler does not say."""
-        frame = FRAME.search(one.line)
-        return self.lines_of_frames.get(frame[1], "") if frame else ""
+    def of_kind(self, opcode: str) -> list[Instruction]:
+        """All instructions with this operation."""
+        return [one for one in self.instructions.values() if one.opcode == opcode]
 
 
 def read(text: str) -> Program:

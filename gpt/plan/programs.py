@@ -45,9 +45,13 @@ def planned(config: TrainConfig, mesh: Mesh) -> list[PlannedProgram]:
     decode_flops = n_rows * one_token / mesh.size
     decode_bytes = flops.decode_bytes(c, ROWS, c.context_length) / mesh.shape["tensor"]
 
-    # What the programs of sampling are given.
-    weights = abstract_weights(c, mesh)
-    cache = abstract_cache(c, mesh)
+    # What the programs of sampling are given: weights as sampling keeps them, not stacked, and a
+    # cache of the whole context.
+    shapes = jax.eval_shape(transformer.unstack, transformer.abstract(c))
+    axes = transformer.logical_axes(c, stacked=False)
+    shardings = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING)
+    weights = sharding.with_shardings(shapes, shardings)
+    cache = jax.eval_shape(lambda: kv_cache.grow(kv_cache.empty(c, n_rows), c.context_length))
     tokens_BT = jax.ShapeDtypeStruct((n_rows, n_prompt), jnp.int32)
     count_B = jax.ShapeDtypeStruct((n_rows,), jnp.int32)
     active_B = jax.ShapeDtypeStruct((n_rows,), jnp.bool_)
@@ -92,23 +96,6 @@ def count_rows(mesh: Mesh) -> int:
 def prompt_length(config: ModelConfig) -> int:
     """Tokens of a planned prompt: as many as are read at once."""
     return min(engine.PIECE, config.context_length)
-
-
-def abstract_weights(config: ModelConfig, mesh: Mesh) -> dict:
-    """Unstacked weights as sampling keeps them on `mesh`, as shape structs."""
-    shapes = jax.eval_shape(transformer.unstack, transformer.abstract(config.for_sampling()))
-    axes = transformer.logical_axes(config, stacked=False)
-    shardings = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING)
-    return sharding.with_shardings(shapes, shardings)
-
-
-def abstract_cache(config: ModelConfig, mesh: Mesh) -> kv_cache.KVCache:
-    """A cache of the whole context as sampling keeps it on `mesh`, as shape structs."""
-
-    def full_cache() -> kv_cache.KVCache:
-        return kv_cache.grow(kv_cache.empty(config, count_rows(mesh)), config.context_length)
-
-    return jax.tree.map(partial(place_rows, mesh), jax.eval_shape(full_cache))
 
 
 def place_rows(mesh: Mesh, a: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

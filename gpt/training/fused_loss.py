@@ -51,13 +51,9 @@ def mean_losses(
 
 
 def _backward(config, gradients, cotangents):
-    x_gradient_MD, table_gradient_VD = gradients
     scale, _ = cotangents
-
-    def scaled(gradient: jax.Array) -> jax.Array:
-        return (gradient * scale).astype(gradient.dtype)
-
-    return scaled(x_gradient_MD), scaled(table_gradient_VD), None
+    scaled = [(gradient * scale).astype(gradient.dtype) for gradient in gradients]
+    return *scaled, None
 
 
 def losses_and_gradients(

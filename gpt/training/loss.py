@@ -30,11 +30,6 @@ def count_chunks(rows: int) -> int:
     return n
 
 
-def recomputes_logits(n_tokens: int, vocabulary: int) -> bool:
-    """Whether the logits of so many tokens are too many to be kept for the backward pass."""
-    return n_tokens * vocabulary > KEPT_LOGITS
-
-
 def token_losses(
     model: GPT, x_MD: jax.Array, target_M: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -74,7 +69,7 @@ def token_losses(
         target_logit_M = target_logit_M + jnp.where(in_chunk_M, logit_M, 0)
         return (new_max_M, running_sum_M, target_logit_M, logit_sum_M), None
 
-    if recomputes_logits(len(x_MD), V):
+    if len(x_MD) * V > KEPT_LOGITS:
         add_chunk = jax.checkpoint(add_chunk)
     zero_M = jnp.zeros(len(x_MD), jnp.float32)
     start = (zero_M + MASKED, zero_M, zero_M, zero_M)

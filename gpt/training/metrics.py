@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -220,15 +220,3 @@ def make_console(quiet: bool) -> Console:
         emoji=False,
         soft_wrap=True,
     )
-
-
-def print_once(console: Console) -> Callable[[str], None]:
-    """A function that prints a note, unless it has printed it before."""
-    printed = set()
-
-    def log(note: str) -> None:
-        if note not in printed:
-            printed.add(note)
-            console.print(note)
-
-    return log

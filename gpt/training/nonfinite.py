@@ -71,25 +71,16 @@ def nonfinite_parts(tree: dict) -> list[str]:
     before_blocks = []
     in_blocks = []
     after_blocks = []
-    for name, finite in jax.device_get(finite_leaves(tree)).items():
+    for name, leaf in named_leaves(tree).items():
         if name.startswith("blocks/"):
-            for layer in (~finite).nonzero()[0]:
-                part = f"block {layer} of 0 to {len(finite) - 1} ({name})"
+            finite_L = jax.device_get(jnp.isfinite(leaf).reshape(len(leaf), -1).all(axis=1))
+            for layer in (~finite_L).nonzero()[0]:
+                part = f"block {layer} of 0 to {len(finite_L) - 1} ({name})"
                 in_blocks.append((layer, part))
-        elif not finite:
+        elif not jnp.isfinite(leaf).all():
             is_embedding = name.startswith(("tokens", "positions"))
             (before_blocks if is_embedding else after_blocks).append(name)
     return before_blocks + [part for _, part in sorted(in_blocks)] + sorted(after_blocks)
-
-
-@jax.jit
-def finite_leaves(tree: dict) -> dict[str, jax.Array]:
-    """Whether each leaf is finite, by name; for a stacked one whether each layer is, bool [L]."""
-    finite = {}
-    for name, leaf in named_leaves(tree).items():
-        n_kept = 1 if name.startswith("blocks/") else 0
-        finite[name] = jnp.isfinite(leaf).all(axis=tuple(range(n_kept, leaf.ndim)))
-    return finite
 
 
 @partial(jax.jit, static_argnums=0)
@@ -99,12 +90,10 @@ def output_is_finite(config: ModelConfig, params: dict, tokens_ABU, key_AB, n_bl
     The weights of the others are taken as zero: such a block passes on what is bad and adds nothing
     of its own, so one program serves every number of blocks.
     """
-    used = jnp.arange(config.n_layers) < n_blocks
-
-    def zero_unused(leaf):
-        return jnp.where(used.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
-
-    partial_params = params | {"blocks": jax.tree.map(zero_unused, params["blocks"])}
+    is_used_L = jnp.arange(config.n_layers) < n_blocks
+    zero_unused = jax.vmap(lambda is_used, layer: jnp.where(is_used, layer, 0))
+    blocks = jax.tree.map(partial(zero_unused, is_used_L), params["blocks"])
+    partial_params = params | {"blocks": blocks}
 
     def micro_batch_is_finite(micro_batch):
         tokens_BU, key_B = micro_batch

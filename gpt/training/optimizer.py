@@ -1,5 +1,7 @@
 """The optimizer: schedules, which weight is updated how, clipping. Built of optax's parts."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -48,49 +50,27 @@ def decayed(params: dict) -> dict:
 
     Told by name: where layers are stacked, biases have the rank of matrices.
     """
-
-    def decays(path, _):
-        return path[-1].key not in ("bias", "scale")
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key not in ("bias", "scale"), params
+    )
 
 
 def groups(params: dict) -> dict:
     """Under muon: "muon" for the blocks' matrices, "adamw" for tables, head, norms and biases."""
-
-    def group(path, _):
-        return "muon" if path[-1].key == "kernel" else "adamw"
-
-    return jax.tree_util.tree_map_with_path(group, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "muon" if path[-1].key == "kernel" else "adamw", params
+    )
 
 
 def make_muon(config: TrainConfig) -> optax.GradientTransformation:
     """Momentum made orthogonal by Newton-Schulz steps (Jordan et al. 2024), layer by layer."""
-
-    def axes(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: KERNEL_AXES[path[-2].key], params)
-
     return muon(
         make_schedule(config, config.muon_learning_rate),
         weight_decay=config.weight_decay,
-        muon_weight_dimension_numbers=axes,
+        muon_weight_dimension_numbers=partial(
+            jax.tree_util.tree_map_with_path, lambda path, _: KERNEL_AXES[path[-2].key]
+        ),
     )
-
-
-def make_adamw(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with decoupled decay (Loshchilov & Hutter 2019), on matrices and tables alone."""
-    return optax.adamw(
-        make_schedule(config),
-        b1=config.beta1,
-        b2=config.beta2,
-        weight_decay=config.weight_decay,
-        mask=decayed,
-    )
-
-
-def clipping(config: TrainConfig) -> optax.GradientTransformation:
-    """Scales gradients down to a global norm of clip_norm; 0 does not clip."""
-    return optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
 
 
 def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -98,22 +78,28 @@ def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
 
     In bfloat16 a moving average with a decay of 0.999 stands still: what a step adds rounds away.
     """
-
-    def widen(tree):
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
-
-    def init(params):
-        return optimizer.init(widen(params))
-
-    def update(gradients, state, params):
-        return optimizer.update(widen(gradients), state, widen(params))
-
-    return optax.GradientTransformation(init, update)
+    widen = partial(optax.tree.cast, dtype=jnp.float32)
+    return optax.GradientTransformation(
+        init=lambda params: optimizer.init(widen(params)),
+        update=lambda gradients, state, params: optimizer.update(
+            widen(gradients), state, widen(params)
+        ),
+    )
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Clipping, then AdamW; under muon AdamW only for what is not a matrix of the blocks."""
-    optimizer = make_adamw(config)
+    # AdamW with decoupled decay (Loshchilov & Hutter 2019), on matrices and tables alone.
+    optimizer = optax.adamw(
+        make_schedule(config),
+        b1=config.beta1,
+        b2=config.beta2,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+    )
     if config.optimizer == "muon":
         optimizer = optax.partition({"muon": make_muon(config), "adamw": optimizer}, groups)
-    return in_float32(optax.chain(clipping(config), optimizer))
+    clipping = optax.identity()
+    if config.clip_norm:
+        clipping = optax.clip_by_global_norm(config.clip_norm)
+    return in_float32(optax.chain(clipping, optimizer))

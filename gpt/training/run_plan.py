@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 from jax.sharding import Mesh
 
@@ -22,21 +21,20 @@ from gpt.training.memory_plan import (
 )
 from gpt.training.train_step import compile_train_step
 
-TRIES = 5  # sizes of the micro-batch that are compiled in search of the largest that fits
 ABSURD = 2**46  # bytes; far beyond this XLA's own numbers overflow
 
 
-def describe(config: TrainConfig, mesh: Mesh, n_tokens: int) -> list[str]:
+def describe(config: TrainConfig, mesh: Mesh, n_tokens: int | None) -> list[str]:
     """The plan as lines: the model, the bytes it needs over all devices, what the run computes.
 
-    `n_tokens`: tokens of the training text.
+    `n_tokens`: tokens of the training text, None if there is no text yet.
     """
     model = config.model
     weights = flops.weight_bytes(model)
     flops_per_token = flops.train_flops_per_token(model)
     tokens_per_step = config.batch_size * config.sequence_length
     tokens = tokens_per_step * config.steps
-    epochs = tokens / max(n_tokens, 1)
+    epochs = "" if n_tokens is None else f" ({tokens / max(n_tokens, 1):,.2f} epochs)"
     lines = [
         f"model          {model.n_layers} blocks, width {model.d_model}, {model.n_heads} heads "
         f"({model.kv_heads} key/value heads), context {model.context_length}, vocabulary "
@@ -58,7 +56,7 @@ def describe(config: TrainConfig, mesh: Mesh, n_tokens: int) -> list[str]:
         f"{mesh.devices.flat[0].device_kind}",
         f"recomputes     {RECOMPUTED[config.remat]}; a step is expected to take about "
         f"{format_bytes(expected_need(config, mesh).total)} of each device",
-        f"run            {config.steps:,} steps, {tokens:,} tokens ({epochs:,.2f} epochs), "
+        f"run            {config.steps:,} steps, {tokens:,} tokens{epochs}, "
         f"{tokens * flops_per_token:.3g} FLOPs",
     ]
     return lines
@@ -66,7 +64,7 @@ def describe(config: TrainConfig, mesh: Mesh, n_tokens: int) -> list[str]:
 
 def describe_memory(config: TrainConfig, mesh: Mesh, memory_bytes: float | None) -> list[str]:
     """The memory of one device as lines: what the compiled step takes, and how large a micro-batch
-    would fit. Compiles the step for several sizes.
+    would fit. Compiles the step twice.
 
     `memory_bytes`: what a device has (None: what is found here).
     """
@@ -89,14 +87,19 @@ def describe_memory(config: TrainConfig, mesh: Mesh, memory_bytes: float | None)
                 raise
             return Need(math.inf, math.inf)
 
+    # What a step takes grows about linearly with its rows: a line through two sizes tells how many
+    # would fit.
     rows = config.batch_size // config.grad_accum
-    need = need_with(rows)
     n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    most = largest_rows(limit, n_shards, rows, lambda rows: need_with(rows).total)
+    need = need_with(rows)
+    most = 0
+    if need.total < math.inf:
+        row_bytes = max((need_with(2 * rows).total - need.total) / rows, 1)
+        most = max(rows + int((limit - need.total) / row_bytes), 0) // n_shards * n_shards
 
     gradients = flops.weight_bytes(config.model) // (mesh.size // mesh.shape["data"])
     activations = max(need.temporary - gradients, 0)
-    fits = f"up to {most:,} fit" if most else "none fits"
+    fits = f"about {most:,} fit" if most else "none fits"
     advice = f": {ADVICE}" if rows > most else ""
     return [
         f"activations    {format_bytes(activations)} beside the gradients, as XLA plans the "
@@ -105,28 +108,3 @@ def describe_memory(config: TrainConfig, mesh: Mesh, memory_bytes: float | None)
         f"{format_bytes(limit)} ({source})",
         f"micro-batch    {rows} sequences; {fits}{advice}",
     ]
-
-
-def largest_rows(limit: float, step: int, start: int, total: Callable[[int], float]) -> int:
-    """The largest micro-batch, a multiple of `step` sequences, of which `total(rows)` is within
-    `limit` bytes; 0 if none is. The search begins at `start` and tries a few sizes.
-
-    What a step takes grows about linearly with its rows, so a line through two sizes comes close.
-    """
-    tried = {rows: total(rows) for rows in (step, max(start, 2 * step))}
-    for attempt in range(TRIES):
-        fits = max((rows for rows, size in tried.items() if size <= limit), default=0)
-        fails = min((rows for rows, size in tried.items() if size > limit), default=math.inf)
-        if fits + step >= fails:
-            break
-        if fails < math.inf:
-            low, high = fits, fails
-        else:
-            low, high = min(tried), fits
-        slope = (tried[high] - tried[low]) / (high - low)
-        guess = low + (limit - tried[low]) / slope if slope > 0 else 2 * fits
-        if attempt == 2 and fails < math.inf:
-            guess = (fits + fails) / 2  # the line has not helped
-        guess = min(max(int(guess) // step * step, fits + step), fails - step)
-        tried[guess] = total(guess)
-    return max((rows for rows, size in tried.items() if size <= limit), default=0)

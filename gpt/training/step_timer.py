@@ -7,7 +7,7 @@ import numpy as np
 from gpt import flops
 from gpt.config import TrainConfig
 
-PERCENTILES = (50, 90, 99)
+PERCENTILES = (50, 90, 99)  # the step time that half, 90 % and 99 % of the steps do not exceed
 # What a metrics line says about speed, beside `seconds`. These depend on the machine and the
 # process; everything else in a line is computed.
 SPEED_FIELDS = (
@@ -68,8 +68,8 @@ class StepTimer:
             # (Chowdhery et al. 2022, PaLM, appendix B).
             measured["mfu"] = tokens_per_second * self.flops_per_token / self.peak_flops
         if self.window_seconds:
-            for p, seconds in zip(PERCENTILES, percentiles(self.window_seconds), strict=True):
-                measured[f"step_seconds_p{p}"] = seconds
+            for p in PERCENTILES:
+                measured[f"step_seconds_p{p}"] = float(np.percentile(self.window_seconds, p))
 
         self.earlier_seconds += self.window_seconds
         self.window_seconds = []
@@ -81,15 +81,9 @@ class StepTimer:
         all_seconds = self.earlier_seconds + self.window_seconds
         if not all_seconds:
             return ""
-        times = zip(PERCENTILES, percentiles(all_seconds), strict=True)
-        line = "step time      "
-        line += ", ".join(f"p{p} {seconds * 1e3:,.1f}" for p, seconds in times) + " ms"
+        times = [f"p{p} {np.percentile(all_seconds, p) * 1e3:,.1f}" for p in PERCENTILES]
+        line = f"step time      {', '.join(times)} ms"
         if self.peak_flops:
             flops_per_second = self.tokens_per_step * self.flops_per_token / np.mean(all_seconds)
             line += f"; {flops_per_second / self.peak_flops:.1%} of the measured peak"
         return line
-
-
-def percentiles(seconds: list[float]) -> list[float]:
-    """The step times that half, 90 % and 99 % of the steps do not exceed."""
-    return np.percentile(seconds, PERCENTILES).tolist()

@@ -54,12 +54,10 @@ def train_step(
     # On a CPU a branch updates in place, where a choice would keep both states. A GPU waits for the
     # host at each branch, so there each array is chosen.
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    kept = jax.lax.platform_dependent(
-        finite,
-        state,
-        cpu=partial(update_by_branch, update),
-        default=partial(update_by_choice, update),
-    )
+    if sharding.platform() == "cpu":
+        kept = jax.lax.cond(finite, update, lambda state: state, state)
+    else:
+        kept = jax.tree.map(partial(jnp.where, finite), update(state), state)
 
     step = state.step + 1
     metrics = {
@@ -69,14 +67,6 @@ def train_step(
         "skipped": step - count_updates(kept.opt_state),
     }
     return dataclasses.replace(kept, step=step), metrics
-
-
-def update_by_branch(update: Callable, finite: jax.Array, state: TrainState) -> TrainState:
-    return jax.lax.cond(finite, update, lambda state: state, state)
-
-
-def update_by_choice(update: Callable, finite: jax.Array, state: TrainState) -> TrainState:
-    return jax.tree.map(partial(jnp.where, finite), update(state), state)
 
 
 def mean_gradients(
@@ -238,10 +228,6 @@ def compile_steps(config: TrainConfig, mesh: Mesh) -> tuple[Callable, Callable]:
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
 
-    def run_train_step(state: TrainState, tokens_ABU: jax.Array):
-        with sharding.on_mesh(mesh):
-            return compiled(state, tokens_ABU)
-
     def run_eval_step(params: dict, *arrays):
         with sharding.on_mesh(mesh):
             placed = [
@@ -250,4 +236,4 @@ def compile_steps(config: TrainConfig, mesh: Mesh) -> tuple[Callable, Callable]:
             ]
             return jitted_eval_step(params, *placed)
 
-    return run_train_step, run_eval_step
+    return compiled, run_eval_step

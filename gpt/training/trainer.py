@@ -168,7 +168,7 @@ def take_over_folder(run: Run, first_step: int) -> None:
             tokenizers.save(run.tokenizer, run.out / "tokenizer.json")
 
 
-class Recorder(contextlib.AbstractContextManager):
+class Recorder(contextlib.ExitStack):
     """Supplies the batches of a run from `state` until step `until`, and records their results.
 
     Numbers of a step are read one step late, while the device computes the next one. Use it in
@@ -176,6 +176,7 @@ class Recorder(contextlib.AbstractContextManager):
     """
 
     def __init__(self, run: Run, state: TrainState, until: int):
+        super().__init__()
         config = run.config
         is_first = distributed.is_first()  # of several processes, the one that writes
         self.run = run
@@ -187,8 +188,7 @@ class Recorder(contextlib.AbstractContextManager):
         self.n_profiled = run.args.profile if is_first else 0
         self.metadata = describe_run(run.args, config, run.tokenizer, run.dataset, run.start)
 
-        self.stack = contextlib.ExitStack()
-        self.checkpoints = self.stack.enter_context(
+        self.checkpoints = self.enter_context(
             checkpoint.CheckpointManager(
                 run.out, config.keep, config.keep_best, resumed=self.first_step or None
             )
@@ -201,11 +201,8 @@ class Recorder(contextlib.AbstractContextManager):
             peak_flops=hardware.matmul_rate(config.model.compute_dtype) * run.mesh.size,
             tensorboard=run.args.tensorboard,
         )
-        self.stack.callback(self.log.close)
-        self.trace = self.stack.enter_context(contextlib.ExitStack())
-
-    def __exit__(self, *error) -> None:
-        self.stack.__exit__(*error)
+        self.callback(self.log.close)
+        self.trace = self.enter_context(contextlib.ExitStack())
 
     def batch(self, index: int) -> jax.Array:
         """Batch `index`, counted from 0, on its devices: int32 [grad_accum, rows, T+1].

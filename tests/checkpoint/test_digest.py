@@ -7,17 +7,14 @@ import pytest
 
 from gpt.digest import digest, digest_array
 
-DTYPES = ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "int16", "bool"]
+DTYPES = ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "int16"]
 SHAPES = [(), (7,), (3, 1, 5), (2, 3, 4, 5)]
 
 
 def in_numpy(x: np.ndarray) -> int:
     """The digest in 64-bit integers, element by element."""
-    if x.dtype == bool:
-        bits = x.astype(np.uint64)
-    else:
-        bits = x.reshape(-1).view(f"u{x.dtype.itemsize}").astype(np.uint64)
-    bits, low = bits.reshape(-1), np.uint64(2**32 - 1)
+    bits = x.reshape(-1).view(f"u{x.dtype.itemsize}").astype(np.uint64)
+    low = np.uint64(2**32 - 1)
     h = bits ^ (np.arange(bits.size, dtype=np.uint64) * np.uint64(0x9E3779B1) & low)
     h = (h ^ (h >> np.uint64(16))) * np.uint64(0x85EBCA6B) & low
     h = (h ^ (h >> np.uint64(13))) * np.uint64(0xC2B2AE35) & low
@@ -29,10 +26,8 @@ def test_it_agrees_with_numpy_for_every_type_and_shape():
     for dtype in DTYPES:
         for shape in SHAPES:
             values = random.normal(scale=50, size=shape)
-            x = jnp.asarray(values > 0 if dtype == "bool" else values).astype(dtype)
-            tree[f"{dtype} {shape}"] = x
+            tree[f"{dtype} {shape}"] = jnp.asarray(values).astype(dtype)
     assert digest(tree) == {name: in_numpy(np.asarray(x)) for name, x in tree.items()}
-    assert digest({}) == {}
 
 
 @pytest.mark.parametrize("axis", [None, 0])

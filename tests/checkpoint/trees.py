@@ -28,7 +28,7 @@ def params(seed: int = 0):
             "scale": jax.random.normal(jax.random.key(seed + 1), (4, 8), jnp.bfloat16),
         },
         "dotted.name": jnp.arange(5, dtype=jnp.int32) + seed,
-        "mask": jnp.array([True, False, True]),
+        "mask": jnp.array([1, 0, 1], jnp.int8),
         "scalar": jnp.float32(3 + seed),
         "bits": jnp.array([0, 2**32 - 1], jnp.uint32),
         "odd": jnp.array([jnp.nan, -jnp.inf, -0.0]),

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gpt import flops, hardware, sharding
 from gpt.config import MeshConfig, ModelConfig, TrainConfig
@@ -23,35 +21,6 @@ CONFIG = TrainConfig(model=MODEL, batch_size=8, steps=5, ema_decay=0.9)
 @pytest.fixture(scope="module")
 def mesh():
     return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-
-
-@given(
-    fixed=st.integers(0, 10**9),
-    a_row=st.integers(1, 10**7),
-    least=st.integers(1, 8),
-    begin=st.integers(1, 20),
-    limit=st.integers(0, 10**11),
-)
-def test_the_largest_micro_batch_of_an_even_cost(fixed, a_row, least, begin, limit):
-    total = lambda rows: fixed + a_row * rows  # noqa: E731
-    best = run_plan.largest_rows(limit, least, least * begin, total)
-    assert best % least == 0
-    assert best == 0 or total(best) <= limit
-    assert total(best + least) > limit
-
-
-def test_the_search_holds_where_the_cost_is_uneven():
-    """As where XLA plans a larger batch otherwise: what it names has been tried, and fits."""
-    tried = {}
-
-    def total(rows):
-        return tried.setdefault(rows, 1000 + 7 * rows + (3000 if rows > 100 else 0))
-
-    best = run_plan.largest_rows(2000, 1, 4, total)
-    assert tried[best] <= 2000 and best >= 0.9 * 100
-    assert run_plan.largest_rows(10, 1, 4, total) == 0
-    no_end = lambda rows: float("inf")  # noqa: E731
-    assert run_plan.largest_rows(10, 1, 4, no_end) == 0
 
 
 def test_the_plan_agrees_with_the_arrays_themselves(mesh):
@@ -72,7 +41,7 @@ def test_the_dry_run_tells_what_fits(mesh, monkeypatch):
     monkeypatch.setattr(run_plan, "compile_train_step", lambda config, mesh: config)
     monkeypatch.setattr(run_plan, "need_of", need_of)
     few, more = (run_plan.describe_memory(CONFIG, mesh, limit) for limit in (3e6, 3e7))
-    assert "up to 24 fit" in few[-1] and "up to 294 fit" in more[-1]
+    assert "about 24 fit" in few[-1] and "about 294 fit" in more[-1]
     assert "(--memory-gb)" in few[1] and few[0].startswith("activations ")
     (none,) = run_plan.describe_memory(CONFIG, mesh, 1e5)[-1:]
     assert "none fits: raise --grad-accum" in none

@@ -146,10 +146,11 @@ def test_decay_pulls_matrices_alone_and_by_the_rate():
         assert np.allclose(update, -1e-3 * 0.5 * weight if decays else 0, atol=1e-9), path
 
 
-def test_adamw_is_that_of_the_textbook():
+@pytest.mark.parametrize(("clip_norm", "longest"), [(1.0, 1), (0.0, np.inf)])
+def test_adamw_is_that_of_the_textbook(clip_norm, longest):
     """Clipping, then both moments, decoupled decay and the rate of each step, in NumPy."""
     config = dataclasses.replace(
-        CONFIG, optimizer="adamw", beta1=0.8, beta2=0.95, weight_decay=0.1, clip_norm=1.0
+        CONFIG, optimizer="adamw", beta1=0.8, beta2=0.95, weight_decay=0.1, clip_norm=clip_norm
     )
     rate, noise = rates(config), np.random.default_rng(0)
     weight, first, second = np.ones((3, 2)), 0, 0
@@ -158,7 +159,8 @@ def test_adamw_is_that_of_the_textbook():
     for n in range(3):
         gradient = noise.normal(0, n + 1, weight.shape)
         updates, state = adamw.update({"kernel": gradient}, state, {"kernel": weight})
-        clipped = gradient / max(1, np.linalg.norm(gradient))
+        norm = np.linalg.norm(gradient)
+        clipped = gradient * min(norm, longest) / norm
         first = 0.8 * first + 0.2 * clipped
         second = 0.95 * second + 0.05 * clipped**2
         unbiased = first / (1 - 0.8 ** (n + 1)), second / (1 - 0.95 ** (n + 1))

@@ -193,12 +193,3 @@ def test_schedule_warms_up_and_ends_at_the_minimum():
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert (rates[54] + rates[55]) / 2 == pytest.approx((1e-3 + 1e-4) / 2)
     assert rates[99] == rates[100] == pytest.approx(1e-4)  # the last of 100 updates
-
-
-def test_clipping_bounds_the_update():
-    """With plain gradients of norm 5, a bound of 1 leaves direction and takes length."""
-    grads = {"w": jnp.array([3.0, 4.0])}
-    for bound, expected in [(1.0, [0.6, 0.8]), (0.0, [3.0, 4.0])]:
-        first = optimizer.clipping(dataclasses.replace(CONFIG, clip_norm=bound))
-        clipped, _ = first.update(grads, first.init(grads))
-        assert np.allclose(clipped["w"], expected)
