@@ -3,7 +3,7 @@
     python train.py                                    tiny, on Python's standard library
     python train.py shakespeare-char --data my.txt     another preset, your own text
 
-The same command again continues the run where it stopped.
+The same command again continues the run where it stopped, and so does --resume FOLDER.
 """
 
 import os
@@ -62,10 +62,14 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     if state.step < config.steps:
         code = fit(run, state, config.steps)
     else:
-        console.print(f"complete       {config.steps:,} steps; --overwrite starts afresh")
+        again = f"--resume {out} --extend STEPS"
+        console.print(
+            f"complete       {config.steps:,} steps; {again} trains on, --overwrite starts afresh"
+        )
         code = trainer.finish(run)
-    command = cli.command("sample.py", str(out), "--prompt", "TEXT")
-    console.print(f"sample it      {command}")
+    if code:
+        console.print(f"stopped        to go on: {cli.command('train.py', '--resume', str(out))}")
+    console.print(f"sample it      {cli.command('sample.py', str(out), '--prompt', 'TEXT')}")
     return code
 
 
@@ -78,10 +82,10 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
     if first_step:
         run.console.print(f"continues      from step {first_step:,}")
 
-    # One program for a step and one for an evaluation. From here on a signal no longer ends the run
+    # One program for a step and one for an evaluation. After that a signal no longer ends the run
     # at once but after the next step.
-    run.stop.defer(first_step)
     run, train_step, eval_step = trainer.compile_run(run)
+    run.stop.defer(first_step)
     config = run.config
     trainer.take_over_folder(run, first_step)  # not before: a refused run leaves it alone
 
@@ -126,7 +130,7 @@ def main(argv: list[str]) -> int:
 
         return print_plan(args)
 
-    out = args.out or Path("runs") / args.preset
+    out = args.resume or args.out or Path("runs") / args.preset
     cli.prepare_jax(cache=args.compile_cache and not args.is_trial)
     from gpt import distributed
 
@@ -134,6 +138,8 @@ def main(argv: list[str]) -> int:
     distributed.connect(args.processes, os.environ, lambda note: print(note, file=sys.stderr))
     from gpt.training import memory_plan, metrics, resume, run_dir, stop_signal
 
+    if args.resume:
+        args = resume.with_settings_of_run(args, cli.flags_given(argv))
     if args.init_from:
         args = resume.with_model_of_source(args, out, cli.flags_given(argv))
     console = metrics.make_console(quiet=not distributed.is_first())

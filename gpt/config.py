@@ -216,6 +216,7 @@ class TrainConfig:
     """Entries of a trained BPE, end-of-text included (only for --tokenizer bpe)."""
     steps: int = 2000
     """Optimizer steps of the whole run."""
+    extra_steps: Suppress[int] = 0  # of these, after the schedule has ended: train.py --extend
     batch_size: int = 16
     """Sequences in one optimizer step, over all devices."""
     seq_len: Annotated[int | None, optional("INT", "model.context-length")] = None
@@ -290,7 +291,7 @@ class TrainConfig:
         each(positive, self, "steps batch_size log_every eval_every save_every keep")
         each(positive, self, "vocab_size max_bad_steps")
         each(not_negative, self, "warmup_steps eval_tokens sample_every weight_decay clip_norm")
-        each(not_negative, self, "z_loss keep_best")
+        each(not_negative, self, "z_loss keep_best extra_steps")
         each(fraction, self, "beta1 beta2 label_smoothing ema_decay")
         each(above_zero, self, "learning_rate muon_learning_rate")
         require(
@@ -314,9 +315,14 @@ class TrainConfig:
         each(positive, self, "seq_len")
 
     @property
+    def schedule_steps(self) -> int:
+        """Steps over which the learning rate rises and falls; it stays as it is in later ones."""
+        return self.steps - self.extra_steps
+
+    @property
     def decay_start(self) -> int:
         """wsd: the step at which the learning rate begins to fall."""
-        return self.steps - max(1, round(self.steps * self.decay_fraction))
+        return self.schedule_steps - max(1, round(self.schedule_steps * self.decay_fraction))
 
     @property
     def sequence_length(self) -> int:

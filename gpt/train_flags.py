@@ -94,6 +94,11 @@ class Args:
     """Folder of the run. If it holds a run, that run continues."""
     overwrite: bool = False
     """Start afresh: remove the run that --out holds."""
+    resume: Annotated[Path | None, optional("DIR")] = None
+    """Continue the run in this folder with its own settings and its own text."""
+    extend: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
+    """With --resume: train so many steps more than the run was meant to have. The learning rate
+    stays where its schedule ended."""
     init_from: Annotated[Path | None, optional("DIR")] = None
     """Start from the weights, the tokenizer and the model settings of another run."""
     dry_run: bool = False
@@ -121,6 +126,16 @@ class Args:
     def __post_init__(self):
         require(self.data != (), "--data names nothing: give at least one path")
         not_negative("profile", self.profile)
+        not_negative("extend", self.extend)
+        require(
+            self.resume is None or not (self.out or self.overwrite or self.init_from),
+            "--resume takes the folder and the weights from the run: drop --out, --overwrite and "
+            "--init-from",
+        )
+        require(
+            self.extend == 0 or self.resume is not None,
+            "--extend adds steps to a run that is there: add --resume DIR",
+        )
         each(above_zero, self, "memory_gb")
         each(positive, self, "devices")
         if not self.plans_absent:
@@ -137,7 +152,8 @@ class Args:
         )
         if self.json is not None:
             require_file_path("--json", self.json)
-        for flag, value in (("--data", self.data), ("--init-from", self.init_from)):
+        given = {"--data": self.data, "--init-from": self.init_from, "--resume": self.resume}
+        for flag, value in given.items():
             require(not value, f"a plan for devices that are not here reads no text: drop {flag}")
 
     @property
@@ -175,4 +191,8 @@ def parse_args(argv: list[str], description: str) -> Args:
     options = {"program": "train.py", "description": description, "guesses": GUESSES}
     args = cli.parse(Args, argv, default=default, **options)
     require(args.preset == preset, f"{args.preset} must come first: train.py {args.preset} ...")
+    require(
+        args.resume is None or first not in PRESETS,
+        f"--resume takes all settings from the run: drop the preset {first}",
+    )
     return args

@@ -162,6 +162,40 @@ def test_a_real_process_saves_before_it_leaves(text, tmp_path):
     assert read_lines(tmp_path)[-1]["step"] == saved > 0
 
 
+def test_a_run_is_resumed_by_its_folder_alone(text, trained, finished):
+    """Settings and text are its own; what changes no result may be changed."""
+    shutil.rmtree(checkpoint.step_dir(finished, 12))
+    done = call("train", "--resume", finished, "--log-every", "2", "--mesh.fsdp", "1")
+    assert done.code == 0 and "continues      from step 8" in done.err, done.err
+    assert same_bits(arrays(finished, 12), arrays(trained[1], 12))
+    assert read_lines(finished)[-1] == read_lines(trained[1])[-1]
+    assert checkpoint.read_metadata(finished, 12)["model"]["compute_dtype"] is None  # still open
+
+
+def test_a_finished_run_is_extended_where_its_schedule_ended(text, finished):
+    before = read_lines(finished)
+    done = call("train", "--resume", finished, "--extend", "3")
+    assert done.code == 0, done.err
+    assert "the last 3 steps are trained at the learning rate 0.0001" in done.err
+    lines = read_lines(finished)
+    assert lines[: len(before)] == before
+    added = [line for line in lines if line["step"] > 12 and "loss" in line]
+    assert [line["step"] for line in added] == [13, 14, 15]
+    assert {line["learning_rate"] for line in added} == {before[-2]["learning_rate"]}
+    again = call("train", "--resume", finished)
+    assert "complete       15 steps" in again.err and "--extend STEPS trains on" in again.err
+    for words, *flags in (
+        ("--extend 12 for steps after its schedule", *TINY, "--steps", "27", "--out", finished),
+        ("drop the preset gpt2", "gpt2", "--resume", finished),
+        ("drop --out", "--resume", finished, "--out", finished),
+        ("--extend adds steps", "--extend", "3"),
+        ("no checkpoint in", "--resume", text.parent / "gone"),
+        ("batch_size: the run has 4, you asked for 8", "--resume", finished, "--batch-size", "8"),
+    ):
+        done = call("train", *flags, "--data", text)
+        assert done.code == 2 and words in done.err, done.err
+
+
 def test_the_same_command_on_a_finished_run(text, finished):
     """The picture is made again: the process may have been killed at the very end."""
     before = snapshot(finished)

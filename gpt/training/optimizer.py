@@ -23,14 +23,14 @@ KERNEL_AXES = {
 
 def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Schedule:
     """Learning rate by step, counted from 0: linear warm-up, no step at zero, then as
-    config.schedule says, down to the minimum at the last step.
+    config.schedule says, down to the minimum at the last step, where it stays.
 
     A warm-up that is as long as the run ends one step before. For another `peak` than
     config.learning_rate the same shape, scaled.
     """
     peak = config.learning_rate if peak is None else peak
     low = peak * config.min_learning_rate / config.learning_rate
-    last_step = config.steps - 1
+    last_step = config.schedule_steps - 1
     warmup = min(config.warmup_steps, max(last_step - 1, 0))
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
 
@@ -40,7 +40,7 @@ def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Sched
     else:
         falling = rest_steps
         if config.schedule == "wsd":
-            falling = min(config.steps - config.decay_start, rest_steps)
+            falling = min(config.schedule_steps - config.decay_start, rest_steps)
         rest = optax.linear_schedule(peak, low, falling, rest_steps - falling)
     return optax.join_schedules([rise, rest], [warmup])
 

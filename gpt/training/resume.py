@@ -70,22 +70,59 @@ def with_model_of_source(args: Any, out: Path, flags_given: set[str]):
     """
     start = find_starting_point(args, out, log=lambda note: None)  # train() logs the same notes
     source = from_json(ModelConfig, start.metadata["model"])
-    kept = {"param_dtype", "compute_dtype", "cache_dtype"}
-    kept |= {name.removeprefix("model.") for name in flags_given if name.startswith("model.")}
-    own = {name: getattr(args.train.model, name) for name in kept}
-    train = dataclasses.replace(args.train, model=dataclasses.replace(source, **own))
-    return dataclasses.replace(args, train=train)
+    kept = flags_given | {"model.param_dtype", "model.compute_dtype", "model.cache_dtype"}
+    model = with_flags(source, args.train.model, kept, "model.")
+    return dataclasses.replace(args, train=dataclasses.replace(args.train, model=model))
+
+
+def with_flags(config: Any, asked: Any, flags_given: set[str], prefix: str = "") -> Any:
+    """`config`, with those fields of `asked` that were given as flags; `flags_given`: see cli."""
+    names = [field.name for field in dataclasses.fields(config)]
+    given = {name: getattr(asked, name) for name in names if prefix + name in flags_given}
+    return dataclasses.replace(config, **given)
+
+
+def with_settings_of_run(args: Any, flags_given: set[str]):
+    """`args` with the settings and the text of the run that --resume names, except for those that
+    were given as flags."""
+    about = newest(args.resume, checkpoint.read_metadata, log=lambda note: None)
+    require(
+        "source" not in about,
+        f"{args.resume} was imported and has no training to continue: train on from its weights "
+        f"with --init-from {args.resume} --out ANOTHER",
+    )
+    saved = from_json(TrainConfig, about["train"])
+    train = with_flags(saved, args.train, flags_given)
+    model = from_json(ModelConfig, about["model"])  # where the run left types open, they stay open
+    train = dataclasses.replace(
+        train,
+        model=with_flags(model, args.train.model, flags_given, "model."),
+        mesh=with_flags(saved.mesh, args.train.mesh, flags_given, "mesh."),
+    )
+    if args.extend:
+        train = dataclasses.replace(
+            train,
+            steps=saved.steps + args.extend,
+            extra_steps=saved.extra_steps + args.extend,
+        )
+    paths = tuple(Path(path) for path in about["data"]["paths"])
+    return dataclasses.replace(args, train=train, data=args.data or paths or None)
 
 
 def require_same_settings(start: StartingPoint, config: TrainConfig) -> None:
     """Raise UserError that lists how `config` differs from the run that is to be continued."""
     differing = differences(start.metadata["train"], config, start.metadata["step"])
     listed = "".join(f"\n  {line}" for line in differing)
+    more_steps = config.steps - start.metadata["train"]["steps"]
+    longer = ""
+    if more_steps > 0:
+        longer = f"--resume {start.source} --extend {more_steps} for steps after its schedule, "
     require(
         not differing,
         f"{start.source} holds a run that these settings would change:{listed}\n"
-        "Give the run's own settings to continue it, another --out, --overwrite to start afresh, "
-        f"or train on from its weights: --init-from {start.source} --out ANOTHER",
+        f"Give --resume {start.source} to continue it with its own settings, {longer}another "
+        "--out, --overwrite to start afresh, or train on from its weights: "
+        f"--init-from {start.source} --out ANOTHER",
     )
 
 
@@ -108,6 +145,10 @@ def differences(saved: dict[str, Any], config: TrainConfig, steps_done: int) -> 
     steps. Settings that were unknown when the run began count as their defaults."""
     earlier = from_json(TrainConfig, saved)
     may_change = set(MAY_CHANGE)
+
+    # Steps may follow the end of the schedule.
+    if earlier.schedule_steps == config.schedule_steps:
+        may_change |= {"steps", "extra_steps"}
 
     # The number of steps may change too, if both schedules are wsd and neither has begun to fall.
     both_wsd = earlier.schedule == config.schedule == "wsd"

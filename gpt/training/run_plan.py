@@ -59,6 +59,11 @@ def describe(config: TrainConfig, mesh: Mesh, n_tokens: int | None) -> list[str]
         f"run            {config.steps:,} steps, {tokens:,} tokens{epochs}, "
         f"{tokens * flops_per_token:.3g} FLOPs",
     ]
+    if config.extra_steps:
+        lines.append(
+            f"extended       the last {config.extra_steps:,} steps are trained at the learning "
+            f"rate {config.min_learning_rate:g}, with which the schedule ended"
+        )
     return lines
 
 

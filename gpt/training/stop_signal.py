@@ -15,16 +15,18 @@ from gpt import distributed
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 NOTICE = "stopping       the run is saved after this step; Ctrl-C again stops at once"
+TOO_EARLY = "stopping       no step is made yet, so nothing is saved; Ctrl-C again stops at once"
 
 
 class StopSignal:
     """While open, turns Ctrl-C, SIGTERM and their like into an exit `code`: 128 and the signal's
     number, 0 before any.
 
-    Until `defer` is called there is nothing to save, and a signal raises KeyboardInterrupt(code).
-    From then on it only sets `code`, and `log` gets a notice. A second Ctrl-C ends the process at
-    once, whatever the main thread is doing, after calling `before_exit`. A signal that is ignored,
-    as nohup does with SIGHUP, stays ignored.
+    Until `defer` is called there is nothing to save, and a signal raises KeyboardInterrupt(code),
+    once Python runs again: a compilation cannot be interrupted. From then on it only sets `code`.
+    In either case `log` gets a notice at once. A second Ctrl-C ends the process at once, whatever
+    the main thread is doing, after calling `before_exit`. A signal that is ignored, as nohup does
+    with SIGHUP, stays ignored.
 
     If several processes train, the one that gets a signal informs the others: JAX's preemption
     service handles SIGTERM and chooses the step after which all stop; the other signals are passed
@@ -90,8 +92,8 @@ class StopSignal:
                 os._exit(128 + signal.SIGINT)
             if number in SIGNALS:
                 n_seen += 1
-                if self.deferred and n_seen == 1:
-                    self.log(NOTICE)
+                if n_seen == 1:
+                    self.log(NOTICE if self.deferred else TOO_EARLY)
 
     def __exit__(self, *_) -> None:
         for number, handler in self.previous_handlers.items():

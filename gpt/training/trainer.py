@@ -86,14 +86,19 @@ def require_possible(run: Run) -> None:
     batches.require_length(run.dataset.train, config.sequence_length)
     if not args.dry_run:
         memory_plan.require_room(memory_plan.least_need(config, run.mesh))
-    if config.warmup_steps > max(config.steps - 2, 0):
+    if config.warmup_steps > max(config.schedule_steps - 2, 0):
         run.console.print(
             f"note: a warm-up of {config.warmup_steps:,} steps takes the whole run of "
-            f"{config.steps:,}: the learning rate falls to its minimum in the last step alone; "
-            "lower --warmup-steps"
+            f"{config.schedule_steps:,}: the learning rate falls to its minimum in the last step "
+            "alone; lower --warmup-steps"
         )
     if start.resuming:
         require_same_settings(start, config)
+        require(
+            config.extra_steps == 0 or config.min_learning_rate > 0,
+            "--extend trains on at the learning rate with which the schedule ended, and that is 0: "
+            f"--init-from {run.out} --out ANOTHER starts a new schedule from these weights",
+        )
     else:
         require(
             args.profile <= max(config.steps - PROFILE_AFTER, 0),
@@ -357,14 +362,8 @@ def is_due(config: TrainConfig, step: int, every: int) -> bool:
 
 
 def finish(run: Run) -> int:
-    """Plot the losses, and say how a run that was stopped is continued; the exit code."""
+    """Plot the losses; the exit code, which is not 0 if the run was stopped."""
     if distributed.is_first():
         save_loss_curve(run.out / "metrics.jsonl", run.out / "loss.png")
     run.console.print(f"loss curve     {run.out / 'loss.png'}")
-    code = distributed.agree_on_code(run.stop.code)
-    if code:
-        command = "the same command"
-        if run.args.overwrite:
-            command += " without --overwrite"
-        run.console.print(f"stopped        {command} continues the run")
-    return code
+    return distributed.agree_on_code(run.stop.code)

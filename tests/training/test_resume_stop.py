@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from programs import ROOT, TINY, arrays, call, read_lines, same_bits
+from programs import ROOT, TINY, arrays, call, read_lines, same_bits, snapshot
 
-from gpt import checkpoint
+from gpt import checkpoint, cli
 from gpt.sampling import language_model
 from gpt.training import train_step, trainer
 from gpt.training.stop_signal import StopSignal
@@ -32,13 +32,12 @@ def before(monkeypatch, owner, name, action):
 
 PHASES = {  # the function that is interrupted, and the step that is saved
     "training": (Recorder, "step", 1),
-    "compiling": (train_step, "compile_steps", 1),
     "evaluating": (train_step, "evaluate", 5),
     "sampling": (language_model, "write_sample", 8),
     "saving": (Recorder, "save", 5),
     "at its end": (trainer, "save_loss_curve", 12),
 }
-BY_DEFAULT = [("training", "SIGINT"), ("compiling", "SIGUSR1"), ("at its end", "SIGTERM")]
+BY_DEFAULT = [("training", "SIGINT"), ("at its end", "SIGTERM")]
 OTHERS = [(p, s) for p in PHASES for s in ("SIGTERM", "SIGINT") if (p, s) not in BY_DEFAULT]
 
 
@@ -56,14 +55,30 @@ def test_a_signal_in_any_phase_saves_at_the_next_step(
     before(monkeypatch, owner, function, lambda: os.kill(os.getpid(), number))
     done = call("train", *argv)
     assert done.code == 128 + number, done.err
-    assert "the same command continues the run" in done.err
+    assert cli.command("train.py", "--resume", str(tmp_path / "run")) + "\n" in done.err
     assert "Ctrl-C again stops at once" in done.err and "Traceback" not in done.err
     assert checkpoint.steps(tmp_path / "run")[-1] == saved
     assert read_lines(tmp_path / "run") == [x for x in read_lines(trained[1]) if x["step"] <= saved]
     monkeypatch.undo()
-    assert call("train", *argv).code == 0
+    assert call("train", "--resume", tmp_path / "run").code == 0
     assert same_bits(arrays(tmp_path / "run", 12), arrays(trained[1], 12))
     assert read_lines(tmp_path / "run") == read_lines(trained[1])
+
+
+def test_a_signal_before_the_first_step_leaves_everything_as_it_was(
+    text, finished, tmp_path, monkeypatch
+):
+    """As while the step is compiled: of a new run, and of one that would be overwritten."""
+    before_it = snapshot(tmp_path)
+    for out in (tmp_path / "new", finished):
+        monkeypatch.setattr(os, "_exit", sys.exit)
+        before(
+            monkeypatch, train_step, "compile_steps", lambda: signal.raise_signal(signal.SIGUSR1)
+        )
+        done = call("train", *TINY, "--data", text, "--out", out, "--overwrite")
+        assert done.code == 128 + signal.SIGUSR1 and "so nothing is saved" in done.err
+        monkeypatch.undo()
+    assert snapshot(tmp_path) == before_it
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
@@ -78,7 +93,7 @@ def test_every_signal_that_ends_programs_is_noted(name, monkeypatch):
         stop.defer(first_step=0)
         signal.raise_signal(number)
         assert stop.requested_by(1)
-    assert stop.code == 128 + number
+    assert stop.code == 128 + number and len(log) == 1
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
@@ -98,7 +113,7 @@ import os, signal, sys, time
 sys.path.insert(0, "tests")
 from gpt import cli
 import programs
-from gpt.training import train_step, trainer
+from gpt.training import trainer
 
 train = programs.program("train")
 
@@ -110,21 +125,17 @@ def stuck(*arguments, **named):
     jax.jit(lambda x: jax.lax.fori_loop(0, 10**9, lambda i, x: x @ x / 2, x))(
         jax.numpy.eye(500)).block_until_ready()
 
-if sys.argv.pop(1) == "compiling":
-    train_step.compile_steps = stuck
-else:
-    trainer.Recorder.save = stuck
+trainer.Recorder.save = stuck
 cli.run(train.main)
 """
 
 
-@pytest.mark.parametrize("phase", [pytest.param("compiling", marks=pytest.mark.slow), "saving"])
-def test_a_second_ctrl_c_stops_at_once_and_harms_nothing(phase, text, trained, finished):
+def test_a_second_ctrl_c_stops_at_once_and_harms_nothing(text, trained, finished):
     shutil.rmtree(checkpoint.step_dir(finished, 12))
     good = arrays(finished, 8)
     argv = [*TINY, "--data", text, "--out", finished]
     # It gives up long before what it is stuck in ends.
-    words = [sys.executable, "-c", INTERRUPTED, phase, *map(str, argv)]
+    words = [sys.executable, "-c", INTERRUPTED, *map(str, argv)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert same_bits(arrays(finished, 8), good)
