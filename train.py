@@ -38,8 +38,7 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
         start = resume.find_starting_point(args, out, log)
 
         # Text to tokens. A run that continues keeps its tokenizer, and its text must be the same.
-        cache_dir = None if args.is_trial else cli.cache_folder() / "tokens"
-        tokenizer, dataset = trainer.load_text(args, start, cache_dir, console)
+        tokenizer, dataset = trainer.load_text(args, start, cli.cache_folder() / "tokens", console)
         config = args.train.completed(tokenizer.n_vocab, dtype)
 
         # The devices, what `auto` chooses for them, and whether the run is possible.

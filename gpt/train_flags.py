@@ -1,6 +1,6 @@
 """The flags of train.py and their checks, without JAX: `--help` and a refusal are quick."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,6 +8,7 @@ import tyro
 
 from gpt import cli
 from gpt.config import TrainConfig, optional
+from gpt.data.options import DataOptions
 from gpt.errors import above_zero, each, not_negative, positive, require, require_file_path
 from gpt.presets import PRESETS
 
@@ -89,7 +90,8 @@ class Args:
     preset: tyro.conf.Positional[Literal[tuple(PRESETS)]] = "tiny"
     """A set of settings, named by the first word. Flags override it."""
     data: Annotated[tuple[Path, ...] | None, optional("PATH [PATH ...]", "Python's source")] = None
-    """Text files, folders of text, or prepared tokens."""
+    """Text in any format, or tokens: files, folders, patterns. Several sources: A=0.7 B=0.3."""
+    text: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     out: Annotated[Path | None, optional("DIR", "runs/PRESET")] = None
     """Folder of the run. If it holds a run, that run continues."""
     overwrite: bool = False

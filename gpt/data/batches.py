@@ -13,25 +13,27 @@ from typing import TypeVar
 
 import numpy as np
 
-from gpt.data.token_files import Tokens
+from gpt.data.token_files import Mixture, Tokens
 from gpt.errors import require
 
 Made = TypeVar("Made")
 ROUNDS = 6  # of the Feistel network
 PHASE = 2**32 - 1  # used in place of a round's number to draw the epoch's offset
+BLOCK = 1000  # sequences in which each source of a mixture has exactly its share
 
 
-def require_length(tokens: Tokens, seq_len: int) -> None:
-    """Raise UserError unless one training sequence of `seq_len` tokens fits in `tokens`."""
-    require(
-        len(tokens) > seq_len,
-        f"the text has {len(tokens):,} tokens to train on, too few for --seq-len {seq_len}: "
-        f"at least {seq_len + 1:,} are needed, so give it more text or a smaller --seq-len",
-    )
+def require_length(tokens: Tokens | Mixture, seq_len: int) -> None:
+    """Raise UserError unless one training sequence of `seq_len` tokens fits in each source."""
+    for source in tokens.sources if isinstance(tokens, Mixture) else [tokens]:
+        require(
+            len(source) > seq_len,
+            f"the text has {len(source):,} tokens to train on, too few for --seq-len {seq_len}: "
+            f"at least {seq_len + 1:,} are needed, so give it more text or a smaller --seq-len",
+        )
 
 
 def batch(
-    tokens: Tokens,
+    tokens: Tokens | Mixture,
     seed: int,
     index: int,
     batch_size: int,
@@ -45,9 +47,36 @@ def batch(
     them or their numbers. Raises UserError if the text is shorter than one sequence.
     """
     require_length(tokens, seq_len)
-    n_windows, n_phases = count_windows(len(tokens), seq_len)
     row = np.arange(batch_size, dtype=np.uint64)[slice(None) if rows is None else rows]
     sequence = np.uint64(index * batch_size) + row
+    if not isinstance(tokens, Mixture):
+        return windows(tokens, seed, sequence, seq_len)
+    source, turn = draw_sources(tokens.weights, seed, sequence)
+    out = np.empty((len(row), seq_len + 1), np.int32)
+    for i, one in enumerate(tokens.sources):
+        # A seed of its own, or two sources of the same size would be read in the same order.
+        out[source == i] = windows(one, seed + (i << 32), turn[source == i], seq_len)
+    return out
+
+
+def draw_sources(
+    weights: list[float], seed: int, sequence: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The source of each of a run's sequences, and which sequence of that source it is.
+
+    In each block of BLOCK sequences the sources have their shares, in an order of its own.
+    """
+    ends = np.round(np.cumsum(weights) * BLOCK).astype(np.uint64)
+    starts = np.concatenate([[np.uint64(0)], ends[:-1]])
+    block, place = np.divmod(sequence, np.uint64(BLOCK))
+    rank = permute(place, mix(mix(np.full_like(block, seed)) ^ ~block), BLOCK)
+    source = np.searchsorted(ends, rank, "right")
+    return source, block * (ends - starts)[source] + rank - starts[source]
+
+
+def windows(tokens: Tokens, seed: int, sequence: np.ndarray, seq_len: int) -> np.ndarray:
+    """The sequences of these numbers, counted from 0 over all epochs: int32 [rows, T+1]."""
+    n_windows, n_phases = count_windows(len(tokens), seq_len)
     epoch, place = np.divmod(sequence, np.uint64(n_windows))
     key = mix(mix(np.full_like(epoch, seed)) ^ epoch)
     phase = keyed(key, PHASE, np.zeros_like(key)) % np.uint64(n_phases)

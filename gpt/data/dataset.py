@@ -1,98 +1,355 @@
-"""From what the user asked for to a tokenizer and a dataset: text or prepared tokens."""
+"""From what the user asked for to a tokenizer and a dataset: text of any format, or tokens.
+
+Tokens of text are kept in a folder that is named after their fingerprint, which follows the
+contents of the files. `starts/` beside it remembers, for the names, sizes and times of files, which
+folder that is: so files that have not changed are not read again.
+"""
 
 import contextlib
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from gpt.data import token_files, tokenizers
-from gpt.data.corpus import read_corpus, standard_library
-from gpt.data.token_files import Dataset
+from gpt.data import prepare, token_files, tokenizers
+from gpt.data.batches import BLOCK
+from gpt.data.formats import PIECE, BadDocuments, read_pieces
+from gpt.data.options import DataOptions, Reading
+from gpt.data.sources import Source, Text, expand, find, hash_files, open_text, standard_library
+from gpt.data.token_files import VERSION, Dataset, Mixture, Tokens, join
+from gpt.data.token_store import TokenStore
 from gpt.data.tokenizers import Tokenizer
-from gpt.errors import require
+from gpt.errors import UserError, require
 
-MAX_NAMES = 5  # of skipped files that are listed
+LEARNED = ("bpe", "char")  # tokenizers that are made from the text
+LEARNED_FROM = 2**31  # characters of the text that they are made from, at most
+SMALL = 2**26  # bytes of files that are tokenized for a plan
+SAMPLED_FILES = 8  # of a larger text, to say about how many tokens it has
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """One source of data: text, or a folder of our tokens, or files of others' tokens.
+
+    weight: of it in the batches, None where there is one source. held_out: the share of it that is
+    for validation, as in `prepare.tokenize`; 1 if all of it is.
+    """
+
+    weight: float | None
+    held_out: float | None
+    text: Source | None = None
+    folder: Path | None = None
+    shards: list[Path] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Found:
+    """What an origin is: its fingerprint, and a digest of each file, by name.
+
+    folder: of its tokens, unless they are others'. text: what to make them of, unless they are
+    there. splits: the tokens, once they are open.
+    """
+
+    fingerprint: str
+    files: dict[str, str]
+    folder: Path | None = None
+    text: Text | None = None
+    splits: dict[str, Tokens] = field(default_factory=dict)
 
 
 def load_dataset(  # noqa: PLR0913 - each is one decision of the user
     paths: Sequence[Path],
     tokenizer: str,
     vocab_size: int,
+    options: DataOptions,
     *,
-    saved_tokenizer: dict | None,
-    expected_fingerprint: str | None,
-    cache_dir: Path | None,
-    log: Callable[[str], None],
-    progress: Callable[[int, int], None] | None = None,
+    store: Path,
+    log: Log,
+    saved_tokenizer: dict | None = None,
+    expected: dict[str, Any] | None = None,
+    keep: bool = True,
+    estimate: bool = False,
+    progress: prepare.Progress | None = None,
 ) -> tuple[Tokenizer, Dataset]:
     """The tokenizer and the tokens of `paths`, or of Python's standard library if there are none.
 
-    paths: files and folders of text, or alone a folder of prepared tokens.
+    paths: files, folders and patterns of text or of tokens; several sources as PATH=WEIGHT.
     tokenizer, vocab_size: as of `tokenizers.create`, for a run that has no tokenizer yet.
+    store: the folder of kept tokens, unless `options` has another; new ones stay there if `keep`.
     saved_tokenizer: the tokenizer of an earlier run as JSON, which is used instead.
-    expected_fingerprint: the dataset's fingerprint when a run is resumed.
-    cache_dir: where tokens are kept; None leaves nothing behind.
-    progress: called now and then with the bytes of text tokenized and those in all.
+    expected: `fingerprint` and `files` of the data of a run that is resumed.
+    estimate: of a large text that has no tokens yet, only say about how many they will be.
+    progress: called now and then with the bytes of files tokenized and those in all.
 
     Raises UserError for text or tokens that cannot be read, and if they are not those expected.
     """
-
-    def choose_tokenizer(documents: Callable[[], Iterable[str]]) -> Tokenizer:
+    origins = find_origins(paths, options)
+    with TokenStore(options.tokens or store, keep) as kept:
+        texts = [origin.text for origin in origins if origin.text]
+        is_sample = estimate and sum(text.size for text in texts) > SMALL
         if saved_tokenizer:
-            return tokenizers.from_json(saved_tokenizer)
-        return tokenizers.create(tokenizer, documents, vocab_size)
-
-    # Tokens that were prepared before come with their tokenizer, unless they are nanoGPT's.
-    if any(token_files.is_prepared(path) for path in paths):
-        require(
-            len(paths) == 1,
-            "--data names prepared tokens beside other paths: text cannot be added to them, "
-            "so name them alone",
-        )
-        (folder,) = paths
-        beside = folder / "tokenizer.json"
-        if beside.exists() and not saved_tokenizer:
-            chosen = tokenizers.load(beside)
+            chosen = tokenizers.from_json(saved_tokenizer)
         else:
-            require(
-                tokenizer not in ("bpe", "char") or bool(saved_tokenizer),
-                f"--data has no tokenizer beside its tokens, and a {tokenizer} tokenizer cannot be "
-                "trained on tokens: name the one that made them with --tokenizer",
-            )
-            chosen = choose_tokenizer(lambda: ())
-        is_ours = (folder / token_files.HEADER).is_file()
-        open_tokens = token_files.open_shards if is_ours else token_files.open_headerless
-        dataset = open_tokens(folder, chosen)
-        require_same(expected_fingerprint, dataset.fingerprint)
-        return chosen, dataset
+            chosen = choose_tokenizer(origins, tokenizer, vocab_size, options, kept, is_sample)
 
-    text = read_corpus(paths) if paths else standard_library()
-    hint = "" if paths else "; for your own: --data PATH"
-    log(
-        f"text           {text.description}, {text.n_documents:,} document(s), "
-        f"fingerprint {text.fingerprint[:12]}{hint}"
-    )
-    if text.skipped:
-        count = len(text.skipped)
-        files = "1 file that is" if count == 1 else f"{count:,} files that are"
-        more = ", ..." if count > MAX_NAMES else ""
-        log(f"skipped        {files} not text: {', '.join(text.skipped[:MAX_NAMES])}{more}")
-    chosen = choose_tokenizer(text.documents)
+        starts = [start_of(origin, chosen, options) for origin in origins]
+        if is_sample and not all(kept.recall(start) for start in starts if start):
+            return chosen, estimate_tokens(texts, chosen, options, log)
 
-    # Text that has changed is refused before it is tokenized, which may take minutes.
-    fingerprint = token_files.fingerprint_of(text, chosen)
-    require_same(expected_fingerprint, fingerprint)
+        # What each origin is. Text that has changed is refused before it is tokenized.
+        found = []
+        for origin, start in zip(origins, starts, strict=True):
+            found.append(identify(origin, chosen, options, kept.recall(start), log))
+        fingerprint = found[0].fingerprint
+        if len(origins) > 1:
+            weights = [origin.weight for origin in origins]
+            fingerprint = prepare.digest_of([weights, [one.fingerprint for one in found]])
+        files = {name: digest[:16] for one in found for name, digest in one.files.items()}
+        if expected:
+            require_same(expected, fingerprint, files)
 
-    # On POSIX the tokens stay readable after their files are gone: they are mapped into memory.
-    kept = contextlib.nullcontext(cache_dir) if cache_dir else tempfile.TemporaryDirectory()
-    with kept as folder:
-        return chosen, token_files.tokenize(text, chosen, Path(folder), progress)
+        # Its tokens, made where they are not there yet.
+        for origin, one, start in zip(origins, found, starts, strict=True):
+            if one.text:
+                one.folder = kept.folder(one.fingerprint)
+                kept.remove_leftovers(but=one.folder)
+                job = prepare.Job(one.text, chosen, options, origin.held_out, progress=progress)
+                prepare.tokenize(job, one.folder, one.fingerprint, one.files)
+                kept.remember(start, one.folder)
+            if one.folder:
+                one.splits = token_files.open_shards(one.folder, chosen, options.verify_data)
+                log(describe_tokens(one, options))
+
+    if options.val_data:
+        *trained, last = [one.splits for one in found]
+        val = [last.get("val") or last["train"]]
+    else:
+        trained = [one.splits for one in found]
+        val = [splits["val"] for splits in trained if "val" in splits]
+    require(bool(val), "the data have no tokens for validation: give --val-data")
+    train = [splits["train"] for splits in trained]
+    weights = [origin.weight for origin in origins if origin.weight]
+    whole = Mixture(train, weights) if weights else train[0]
+    return chosen, Dataset(whole, concatenate(val), fingerprint, files)
 
 
-def require_same(expected: str | None, fingerprint: str) -> None:
-    """Raise UserError if a resumed run would go on with other text."""
+def find_origins(paths: Sequence[Path], options: DataOptions) -> list[Origin]:
+    """The sources that --data and --val-data name; UserError for one that is not there."""
+    weighted = [split_weight(path) for path in paths]
+    weights = [weight for _, weight in weighted]
     require(
-        expected in (None, fingerprint),
-        "data: the run was trained on other text, or the text has changed; give the same "
-        "--data to continue it, another --out, or --overwrite to start afresh",
+        all(weights) or not any(weights),
+        "--data gives some of its paths a weight: give each one, as in --data A=0.7 B=0.3",
     )
+    too_small = [path for path, weight in weighted if weight and weight / sum(weights) < 1 / BLOCK]
+    require(not too_small, f"--data {too_small}: its weight is less than a thousandth of all")
+    held_out = 0.0 if options.val_data else options.val_fraction
+    if any(weights):
+        groups = [([path], weight / sum(weights), held_out) for path, weight in weighted]
+    else:
+        groups = [([path for path, _ in weighted], None, held_out)]
+    if options.val_data:
+        groups.append((list(options.val_data), None, 1.0))
+
+    origins = []
+    for group, weight, share in groups:
+        shards = token_files.find_shards(expand(group))
+        prepared = [path for path in group if token_files.is_prepared(path)]
+        others = len(group) > 1 and (prepared or (shards and len(shards) < len(group)))
+        require(
+            not others,
+            "--data names prepared tokens beside other paths: give each a weight, as in "
+            "--data A=0.7 B=0.3, or name one alone",
+        )
+        if prepared:
+            origins.append(Origin(weight, share, folder=prepared[0]))
+        elif shards:
+            origins.append(Origin(weight, share, shards=shards))
+        else:
+            text = find(group) if group else standard_library()
+            origins.append(Origin(weight, share, text=text))
+    return origins
+
+
+def split_weight(path: Path) -> tuple[Path, float | None]:
+    """A path and its weight, if it has one: `web=0.7`."""
+    name, _, weight = str(path).rpartition("=")
+    with contextlib.suppress(ValueError):
+        if name and not path.exists() and float(weight) > 0:
+            return Path(name), float(weight)
+    return path, None
+
+
+def choose_tokenizer(
+    origins: list[Origin],
+    name: str,
+    vocab_size: int,
+    options: Reading,
+    kept: TokenStore,
+    is_sample: bool,
+) -> Tokenizer:
+    """The tokenizer of a run that has none yet: that of tokens of ours, or the one called `name`.
+
+    is_sample: a tokenizer that is made from the text is made from a sample of it, and not kept.
+    """
+    folders = [origin.folder for origin in origins if origin.folder]
+    if folders:
+        return tokenizers.load(folders[0] / "tokenizer.json")
+    if name not in LEARNED:
+        return tokenizers.create(name, lambda: (), vocab_size)
+
+    texts = [origin.text for origin in origins if origin.text and origin.held_out != 1]
+    require(
+        bool(texts),
+        f"--data has no tokenizer beside its tokens, and a {name} tokenizer cannot be trained on "
+        "tokens: name the one that made them with --tokenizer, or give the text that they were "
+        "made from (a meta.pkl is not opened: a pickle can run any program)",
+    )
+    stats = [file.stat for text in texts for file in text.files]
+    start = [VERSION, name, vocab_size, options.identity, stats]
+    known = kept.recall_tokenizer(start)
+    if known:
+        return known
+
+    def documents() -> Iterator[str]:
+        length = 0
+        for text in texts:
+            opened = open_text(text, options)
+            found = sample(opened, options)[0] if is_sample else opened.texts(options)
+            for piece in found:
+                yield piece
+                length += len(piece)
+                if length > LEARNED_FROM and name == "bpe":
+                    return
+
+    chosen = tokenizers.create(name, documents, vocab_size)
+    if not is_sample:
+        kept.remember_tokenizer(start, chosen)
+    return chosen
+
+
+def start_of(origin: Origin, tokenizer: Tokenizer, options: Reading) -> list | None:
+    """What decides the tokens of a text, if its files are what they look like; None for tokens."""
+    if origin.text is None:
+        return None
+    identity = prepare.identity(tokenizer, options, origin.held_out)
+    return [*identity, [file.stat for file in origin.text.files]]
+
+
+def identify(
+    origin: Origin, tokenizer: Tokenizer, options: DataOptions, known: Path | None, log: Log
+) -> Found:
+    """What an origin is. The files of a text are read to know it, unless there are tokens in the
+    folder `known` from when its files looked as they do now."""
+    if origin.shards:
+        splits, fingerprint = token_files.open_others(
+            origin.shards, tokenizer, origin.held_out, options.verify_data
+        )
+        return Found(fingerprint, {}, splits=splits)
+    if origin.folder:
+        header = token_files.read_header(origin.folder)
+        return Found(header["fingerprint"], header["files"], folder=origin.folder)
+
+    hint = "; for your own: --data PATH" if origin.text.is_library else ""
+    if known and not options.verify_data:
+        header = token_files.read_header(known)
+        log(f"text           {origin.text.title}: {header['text']}{hint}")
+        return Found(header["fingerprint"], header["files"], folder=known)
+    text = open_text(origin.text, options)
+    log(f"text           {origin.text.title}: {text.description}{hint}")
+    for note in text.notes:
+        log(note)
+    hashes = hash_files(text.files)
+    files = {file.name: digest for file, digest in zip(text.files, hashes, strict=True)}
+    identity = prepare.identity(tokenizer, options, origin.held_out)
+    return Found(prepare.digest_of([*identity, hashes, text.forms]), files, text=text)
+
+
+def require_same(expected: dict[str, Any], fingerprint: str, files: dict[str, str]) -> None:
+    """Raise UserError if a resumed run would go on with other data."""
+    if fingerprint == expected["fingerprint"]:
+        return
+    before = expected.get("files", {})
+    differing = [
+        f"{name} has changed" for name in files if before.get(name, files[name]) != files[name]
+    ]
+    differing += [f"{name} is new" for name in files if name not in before]
+    differing += [f"{name} is missing" for name in before if name not in files]
+    listed = "; ".join(differing[:3]) or "the tokenizer or how the text is read differs"
+    raise UserError(
+        f"data: the run was trained on other text ({listed}); give the same --data to continue it, "
+        "another --out, or --overwrite to start afresh"
+    )
+
+
+def describe_tokens(found: Found, options: Reading) -> str:
+    """A line of the plan: how many tokens of an origin there are, and where."""
+    header = token_files.read_header(found.folder)
+    counts = [f"{header['splits'][split]['tokens']:,}" for split in token_files.SPLITS]
+    size = sum(path.stat().st_size for path in found.folder.glob("*.bin"))
+    line = (
+        f"tokens         {counts[0]} to train on and {counts[1]} held out, of "
+        f"{header['documents']:,} document(s), fingerprint {found.fingerprint[:12]}, in "
+        f"{found.folder}, {size / 1e6:,.1f} MB"
+    )
+    if header["bad_documents"]:
+        line += (
+            f"\nskipped        {header['bad_documents']:,} document(s) that cannot be read, the "
+            f"first: {header['first_bad']}"
+        )
+    return line
+
+
+def concatenate(parts: list[Tokens]) -> Tokens:
+    if len(parts) == 1:
+        return parts[0]
+    arrays = [array for tokens in parts for array in tokens.arrays]
+    return Tokens(join(arrays), sum(tokens.n_bytes for tokens in parts))
+
+
+def estimate_tokens(
+    texts: list[Source], tokenizer: Tokenizer, options: DataOptions, log: Log
+) -> Dataset:
+    """About how many tokens texts have, from the first megabyte of a few files."""
+    n_tokens = n_bytes = 0
+    for text in texts:
+        opened = open_text(text, options)
+        log(f"text           {text.title}: {opened.description}")
+        pieces, n_read = sample(opened, options)
+        found = sum(len(ids) for ids in tokenizer.encode_ordinary_batch(pieces))
+        n_tokens += int(found * text.size / max(n_read, 1))
+        n_bytes += text.size
+    held_out = int(n_tokens * (options.val_fraction or prepare.HELD_OUT_DOCUMENTS))
+    log(f"tokens         about {n_tokens:,}, by a sample; they are made when training starts")
+    return Dataset(
+        Tokens(range(max(n_tokens - held_out, 2)), n_bytes),
+        Tokens(range(2 + held_out), n_bytes),
+        "",
+    )
+
+
+def sample(text: Text, options: Reading) -> tuple[list[str], int]:
+    """The first megabyte of text of a few files, and the bytes of the files that hold it."""
+    every = -(-len(text.files) // SAMPLED_FILES)
+    pieces = []
+    n_read = 0
+    for file, form in list(zip(text.files, text.forms, strict=True))[::every]:
+        length = 0
+        position = 0
+
+        def note(now: int) -> None:
+            nonlocal position
+            position = now
+
+        bad = BadDocuments(file.path, options.skip_bad_documents)
+        for piece, _ in read_pieces(file.path, form, options, bad, note):
+            pieces.append(piece)
+            length += len(piece)
+            if length > PIECE:
+                break
+        else:
+            position = file.size
+        n_read += position
+    return pieces, n_read

@@ -1,103 +1,104 @@
-"""Tokens on disk: text encoded once into two memory-mapped files, train.bin and val.bin.
+"""Tokens on disk, memory-mapped: our own shards, llm.c's and modded-nanogpt's, and nanoGPT's.
 
-A folder of shards holds both (little-endian uint16, or uint32 where the vocabulary is larger),
-`tokens.json`, which says what they are, and the tokenizer that made them. nanoGPT's folders are
-read as well: the same two files with no header. Knows nothing of batches or JAX.
+A folder of ours holds shards of ids (little-endian uint16, or uint32 where the vocabulary is
+larger), the tokenizer that made them, and `tokens.json`, which says what they are. Knows nothing of
+batches or JAX.
 """
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from gpt.data import tokenizers
-from gpt.data.corpus import PIECE, Corpus
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError, require
 
 HEADER = "tokens.json"
-VERSION = 1
+VERSION = 2
 SPLITS = {"train": "training", "val": "validation"}  # names of the files, and what they are for
-MIN_DOCUMENTS = 20  # with at least this many, whole documents are held out
-HELD_OUT_DOCUMENTS = 0.05  # fraction of the documents, where there are many
-HELD_OUT_TAIL = 0.1  # fraction of the characters, where there are few
-THREADS = min(os.cpu_count() or 1, 16)
-SAMPLE = 2**26  # tokens checked in a file that has no header
 
-Progress = Callable[[int, int], None]
-Part = tuple[str, str, bool]  # split, text, whether a document ends here
+# llm.c's shards begin with 256 integers: this one, the version, the number of ids. To the version
+# and the type of the ids; modded-nanogpt writes the first kind.
+LLMC = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
+LLMC_HEADER = 256 * 4  # bytes
+SAMPLE_CHUNKS = 64  # read of a file whose tokens are checked
+SAMPLE_CHUNK = 2**14  # tokens of each
+HELD_OUT = 0.05  # of foreign tokens that come without a validation file
+SPLIT_NAME = re.compile(r"(?:^|[-_.])(train|val|valid|validation)(?:[-_.]|$)")
+
+
+class Shards:
+    """Several arrays of ids as one, which can be sliced."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]):
+        self.arrays = arrays
+        self.ends = np.cumsum([len(array) for array in arrays])
+        self.dtype = arrays[0].dtype
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        """The ids of a slice without a step."""
+        start, stop, _ = where.indices(len(self))
+        parts = []
+        shard = int(np.searchsorted(self.ends, start, "right"))
+        while start < stop:
+            before = int(self.ends[shard - 1]) if shard else 0
+            end = min(stop, int(self.ends[shard]))
+            parts.append(self.arrays[shard][start - before : end - before])
+            start = end
+            shard += 1
+        return np.concatenate(parts) if parts else np.zeros(0, self.dtype)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.concatenate(self.arrays).astype(dtype or self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """One split: memory-mapped ids, and the bytes of the text they stand for."""
 
-    array: np.ndarray
+    array: np.ndarray | Shards
     n_bytes: int
 
     def __len__(self) -> int:
         return len(self.array)
 
+    @property
+    def arrays(self) -> Sequence[np.ndarray]:
+        """Its shards."""
+        return self.array.arrays if isinstance(self.array, Shards) else [self.array]
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Several sources to train on, and the share of each in the batches; together 1."""
+
+    sources: list[Tokens]
+    weights: list[float]
+
+    def __len__(self) -> int:
+        return sum(len(source) for source in self.sources)
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Both splits; the fingerprint changes with any of their tokens."""
+    """Both splits; the fingerprint changes with any of their tokens.
 
-    train: Tokens
+    files: a digest of each file they were made of, by its name.
+    """
+
+    train: Tokens | Mixture
     val: Tokens
     fingerprint: str
-
-
-def fingerprint_of(corpus: Corpus, tokenizer: Tokenizer) -> str:
-    """The fingerprint that the dataset of this text and tokenizer has, without making it."""
-    key = f"{VERSION} {corpus.fingerprint} {tokenizers.digest(tokenizer)}"
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
-def tokenize(
-    corpus: Corpus, tokenizer: Tokenizer, cache_folder: Path, progress: Progress | None = None
-) -> Dataset:
-    """The corpus as tokens, read from `cache_folder` if they were made there before.
-
-    End-of-text follows each document, unless there is only one. Where there are many, one in
-    twenty is held out, chosen by a hash of its content; otherwise the last tenth of all characters.
-    `progress` is called now and then with the bytes of text done and the total. UserError if the
-    text is too small for two splits, or the folder cannot be written.
-    """
-    fingerprint = fingerprint_of(corpus, tokenizer)
-    folder = cache_folder / fingerprint[:32]
-    try:
-        cache_folder.mkdir(parents=True, exist_ok=True)
-        # One process tokenizes, and others that want the same tokens wait for it.
-        with (
-            FileLock(cache_folder / f".{folder.name}.lock"),
-            tempfile.TemporaryDirectory(dir=cache_folder, prefix=".unfinished-") as unfinished,
-        ):
-            if not (folder / HEADER).is_file():
-                # Filled under another name, so that it is there whole or not at all.
-                made = Path(unfinished) / folder.name
-                made.mkdir()
-                header = {
-                    "version": VERSION,
-                    "text": corpus.description,
-                    "fingerprint": fingerprint,
-                    "vocab_size": tokenizer.n_vocab,
-                    "tokenizer_digest": tokenizers.digest(tokenizer),
-                    "dtype": token_type(tokenizer).name,
-                    "splits": write_tokens(corpus, tokenizer, made, progress),
-                }
-                tokenizers.save(tokenizer, made / "tokenizer.json")
-                (made / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
-                made.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write tokens to {cache_folder}: {error}") from None
-    return open_shards(folder, tokenizer)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def token_type(tokenizer: Tokenizer) -> np.dtype:
@@ -105,142 +106,180 @@ def token_type(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
 
 
-def write_tokens(
-    corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: Progress | None
-) -> dict[str, dict[str, int]]:
-    """Encode the corpus into train.bin and val.bin; the tokens and bytes of text in each."""
-    counts = {split: {"tokens": 0, "text_bytes": 0} for split in SPLITS}
-    dtype = token_type(tokenizer)
-    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-        files = {"train": train, "val": val}
-        done = 0
-        for group in groups(assign(corpus), THREADS * PIECE):
-            texts = [text for _, text, _ in group]
-            # No variable holds all the ids, so they are freed before the next group is encoded.
-            for ids, (split, text, last) in zip(
-                tokenizer.encode_ordinary_batch(texts, num_threads=THREADS), group, strict=True
-            ):
-                if last and corpus.n_documents > 1:
-                    ids.append(tokenizer.eot_token)
-                files[split].write(np.array(ids, dtype))
-                n_bytes = len(text.encode())
-                counts[split]["tokens"] += len(ids)
-                counts[split]["text_bytes"] += n_bytes
-                done += n_bytes
-            if progress:
-                progress(done, corpus.size_bytes)
-    require(done == corpus.size_bytes, "the text changed while it was read: start again")
-    for split, purpose in SPLITS.items():
-        require(
-            counts[split]["tokens"] >= 2,
-            f"the text is too small: its {sum(corpus.lengths):,} characters leave fewer than two "
-            f"tokens for {purpose}, give it more text",
-        )
-    return counts
+def join(arrays: Sequence[np.ndarray]) -> np.ndarray | Shards:
+    return arrays[0] if len(arrays) == 1 else Shards(arrays)
 
 
-def assign(corpus: Corpus) -> Iterator[Part]:
-    """Every piece of the corpus, in order, with its split."""
-    # Whole documents are held out, unless there are few or they are a poor sample. The choice
-    # depends on their content alone: a corpus that grows moves none of them into training.
-    held_out = np.array(corpus.hashes, np.uint64) < np.uint64(HELD_OUT_DOCUMENTS * 2**64)
-    lengths = np.array(corpus.lengths)
-    is_fair = 0.01 <= lengths[held_out].sum() / lengths.sum() <= 0.2
-    by_document = corpus.n_documents >= MIN_DOCUMENTS and is_fair
-
-    cut = int(sum(corpus.lengths) * (1 - HELD_OUT_TAIL))
-    document = 0  # number of the one at hand
-    position = 0  # characters before the piece at hand
-    for text, last in corpus.pieces():
-        head = cut - position  # characters of this piece before the cut
-        if by_document:
-            yield ("val" if held_out[document] else "train"), text, last
-        elif head <= 0:
-            yield "val", text, last
-        elif head >= len(text):
-            yield "train", text, last
-        else:
-            yield "train", text[:head], False
-            yield "val", text[head:], last
-        position += len(text)
-        if last:
-            document += 1
-
-
-def groups(parts: Iterable[Part], size: int) -> Iterator[list[Part]]:
-    """Consecutive parts, together about `size` characters."""
-    group = []
-    length = 0
-    for part in parts:
-        group.append(part)
-        length += len(part[1])
-        if length >= size:
-            yield group
-            group = []
-            length = 0
-    if group:
-        yield group
+# ------------------------------------------------------------ our own
 
 
 def is_prepared(path: Path) -> bool:
-    """Whether `path` is a folder of token shards, ours or nanoGPT's."""
-    shards = all((path / f"{split}.bin").is_file() for split in SPLITS)
-    return shards or (path / HEADER).is_file()
+    """Whether `path` is a folder of our token shards."""
+    return (path / HEADER).is_file()
 
 
-def open_shards(folder: Path, tokenizer: Tokenizer) -> Dataset:
-    """The dataset `tokenize` wrote; UserError if it is damaged or another tokenizer made it."""
+def read_header(folder: Path) -> dict[str, Any]:
+    """What tokens.json says of a folder; UserError if it is damaged."""
     damaged = f"the tokens in {folder} are damaged, delete the folder to have them made again"
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-        version = header["version"]
-        fingerprint = header["fingerprint"]
-        tokenizer_digest = header["tokenizer_digest"]
-        counts = {split: header["splits"][split]["tokens"] for split in SPLITS}
-        n_bytes = {split: header["splits"][split]["text_bytes"] for split in SPLITS}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        require(header["version"] == VERSION, f"{damaged}: {HEADER} is not version {VERSION}")
+        shards = [shard for split in SPLITS for shard in header["splits"][split]["shards"]]
+        good = all(type(shard["tokens"]) is int and shard["file"] for shard in shards)
+        good &= bool(header["fingerprint"] and header["tokenizer_digest"])
+        require(good, f"{damaged}: {HEADER} lacks a field")
+        header["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{damaged}: {HEADER} cannot be read ({error!r})") from None
-    require(version == VERSION, f"{damaged}: {HEADER} is not version {VERSION} of its format")
+    return header
+
+
+def open_shards(folder: Path, tokenizer: Tokenizer, verify: bool = False) -> dict[str, Tokens]:
+    """Both splits of a folder of ours; an empty one is left out.
+
+    verify: hash every shard. UserError if it is damaged or another tokenizer made it.
+    """
+    damaged = f"the tokens in {folder} are damaged, delete the folder to have them made again"
+    header = read_header(folder)
     require(
-        tokenizer_digest == tokenizers.digest(tokenizer),
+        header["tokenizer_digest"] == tokenizers.digest(tokenizer),
         f"the tokens in {folder} were made by another tokenizer: "
         f"pass --tokenizer {folder / 'tokenizer.json'}",
     )
-    splits = {}
-    for split, count in counts.items():
-        tokens = map_tokens(folder / f"{split}.bin", token_type(tokenizer))
-        require(len(tokens) == count, f"{damaged}: {split}.bin is not {count} tokens long")
-        splits[split] = Tokens(tokens, n_bytes[split])
-    return Dataset(**splits, fingerprint=fingerprint)
+    found = {}
+    for split in SPLITS:
+        arrays = []
+        for shard in header["splits"][split]["shards"]:
+            array = map_tokens(folder / shard["file"], token_type(tokenizer))
+            is_whole = len(array) == shard["tokens"]
+            require(is_whole, f"{damaged}: {shard['file']} is not {shard['tokens']} tokens long")
+            if verify:
+                with (folder / shard["file"]).open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                require(digest == shard["sha256"], f"{damaged}: {shard['file']} has changed")
+            arrays.append(array)
+        if arrays:
+            found[split] = Tokens(join(arrays), header["splits"][split]["text_bytes"])
+    return found
 
 
-def map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:
-    """The ids in a file, mapped into memory; UserError if it cannot hold at least two."""
+def map_tokens(path: Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
+    """The ids in a file after `offset` bytes, mapped into memory; UserError if there are none."""
     try:
-        size = path.stat().st_size
-        whole = size % dtype.itemsize == 0 and size >= 2 * dtype.itemsize
-        require(whole, f"{path} is {size} bytes long: expected at least two {dtype.name} tokens")
-        return np.asarray(np.memmap(path, dtype, mode="r"))
+        size = path.stat().st_size - offset
+        whole = size % dtype.itemsize == 0 and size > 0
+        require(whole, f"{path} is {size + offset} bytes long: expected {dtype.name} tokens")
+        return np.asarray(np.memmap(path, dtype, mode="r", offset=offset))
     except OSError as error:
         raise UserError(f"cannot read the tokens in {path}: {error}") from None
 
 
-def open_headerless(folder: Path, tokenizer: Tokenizer) -> Dataset:
-    """A folder of nanoGPT's: uint16 ids, a sample of which is checked against the vocabulary."""
+# ------------------------------------------------------------ those of others
+
+
+def find_shards(paths: Sequence[Path]) -> list[Path]:
+    """The token shards of llm.c, modded-nanogpt or nanoGPT that paths name: .bin files, or those in
+    a folder where all of them are named after a split; none if there is anything else."""
+    found = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(path.glob("*.bin"))
+            if not inside or not all(SPLIT_NAME.search(file.stem) for file in inside):
+                return []
+            found += inside
+        elif path.suffix == ".bin" and path.is_file() and holds_ids(path):
+            found.append(path)
+        else:
+            return []
+    return found
+
+
+def holds_ids(path: Path) -> bool:
+    """Whether a .bin file is no text: it has a header of llm.c's, or zero bytes."""
+    with path.open("rb") as file:
+        head = file.read(2**12)
+    return int.from_bytes(head[:4], "little") in LLMC or b"\0" in head
+
+
+def open_others(
+    paths: Sequence[Path], tokenizer: Tokenizer, share: float | None, verify: bool = False
+) -> tuple[dict[str, Tokens], str]:
+    """The splits of others' token shards, and a fingerprint of a sample of them.
+
+    A file belongs to the split that its name says, else to training; without one for validation the
+    last `share` of all tokens is held out. verify: check all tokens instead of a sample. UserError
+    if they cannot be the tokenizer's.
+    """
     lengths = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)])
     lengths[tokenizer.eot_token] = 0
-    splits = {}
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        array = map_tokens(folder / f"{split}.bin", np.dtype("<u2"))
-        sample = array[:: 1 + len(array) // SAMPLE]
+    arrays: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    n_bytes = 0.0
+    fingerprint = hashlib.sha256()
+    for path in paths:
+        array = open_shard(path, tokenizer)
+        sample = take_sample(array)
+        largest = int((array if verify else sample).max())
         require(
-            int(sample.max()) < tokenizer.n_vocab,
-            f"{folder / split}.bin holds token {int(sample.max())}, but {tokenizer.name} has only "
-            f"{tokenizer.n_vocab}: pass the tokenizer that made it with --tokenizer",
+            largest < tokenizer.n_vocab,
+            f"{path} holds token {largest}, but {tokenizer.name} has only {tokenizer.n_vocab}: "
+            "pass the tokenizer that made it with --tokenizer",
         )
-        n_bytes = int(lengths[sample].sum() * len(array) / len(sample))
-        splits[split] = Tokens(array, n_bytes)
-        digest.update(f"{len(array)} ".encode())
-        digest.update(sample)
-    return Dataset(**splits, fingerprint=digest.hexdigest())
+        fingerprint.update(f"{len(array)} {sample.dtype.name} ".encode())
+        fingerprint.update(sample)
+        n_bytes += lengths[sample].mean() * len(array)
+        named = SPLIT_NAME.search(path.stem)
+        arrays["val" if named and named[1] != "train" else "train"].append(array)
+
+    # Where no file is for validation, it is the last tokens of those for training.
+    if not arrays["val"] and share != 0:
+        n_train = sum(len(array) for array in arrays["train"])
+        left = int(n_train * (1 - (HELD_OUT if share is None else share)))
+        for array in arrays.pop("train"):
+            arrays.setdefault("train", []).append(array[:left])
+            arrays["val"].append(array[left:])
+            left = max(left - len(array), 0)
+    splits = {split: [array for array in arrays[split] if len(array)] for split in SPLITS}
+    require(bool(splits["train"]) or share == 1, f"{paths[0].parent} holds no tokens to train on")
+    total = sum(len(array) for parts in splits.values() for array in parts)
+    found = {}
+    for split, parts in splits.items():
+        if parts:
+            joined = join(parts)
+            found[split] = Tokens(joined, round(n_bytes * len(joined) / total))
+    return found, fingerprint.hexdigest()
+
+
+def open_shard(path: Path, tokenizer: Tokenizer) -> np.ndarray:
+    """The ids of a shard: a header of llm.c's says their type, else what they look like."""
+    with path.open("rb") as file:
+        magic, version, count = np.frombuffer(file.read(12).ljust(12, b"\0"), "<i4").tolist()
+    if magic in LLMC:
+        expected, dtype = LLMC[magic]
+        require(
+            version == expected,
+            f"{path} is version {version} of llm.c's tokens: expected version {expected}",
+        )
+        array = map_tokens(path, np.dtype(dtype), LLMC_HEADER)
+        require(
+            len(array) == count,
+            f"{path} is damaged: it holds {len(array):,} tokens, and its header says {count:,}",
+        )
+        return array
+
+    # nanoGPT's has no header. Ids of the next larger type have zeros in their upper halves.
+    for name in ("<u2", "<u4", "<u8"):
+        dtype = np.dtype(name)
+        if dtype.itemsize < token_type(tokenizer).itemsize:
+            continue
+        array = map_tokens(path, dtype)
+        if len(array) < 4 or take_sample(array)[1::2].any():
+            break
+    return array
+
+
+def take_sample(array: np.ndarray) -> np.ndarray:
+    """Up to a million ids in stretches all over a file, so that little of it is read."""
+    if len(array) <= SAMPLE_CHUNKS * SAMPLE_CHUNK:
+        return np.array(array)
+    starts = np.linspace(0, len(array) - SAMPLE_CHUNK, SAMPLE_CHUNKS).astype(np.int64) // 2 * 2
+    return np.concatenate([array[start : start + SAMPLE_CHUNK] for start in starts])

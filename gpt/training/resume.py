@@ -233,6 +233,7 @@ def describe_run(
         "tokenizer": tokenizers.to_json(tokenizer),
         "data": {
             "fingerprint": dataset.fingerprint,
+            "files": dataset.files,
             "paths": [str(path) for path in args.data or ()],
         },
         "init_from": init_from,

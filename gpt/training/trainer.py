@@ -17,13 +17,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import Progress
 
 from gpt import checkpoint, distributed, hardware, sharding
 from gpt.compile_log import Stopwatch
 from gpt.config import TrainConfig
 from gpt.data import batches, tokenizers
 from gpt.data.dataset import load_dataset
+from gpt.data.progress import tokenizing_bar
 from gpt.data.token_files import Dataset
 from gpt.errors import UserError, is_out_of_memory, require
 from gpt.training import memory_plan, run_dir, train_step
@@ -52,30 +52,24 @@ class Run:
 
 
 def load_text(
-    args: Any, start: StartingPoint, cache_dir: Path | None, console: Console
+    args: Any, start: StartingPoint, store: Path, console: Console
 ) -> tuple[tokenizers.Tokenizer, Dataset]:
     """The tokenizer and the tokens of --data, see gpt.data.dataset. A run that continues keeps its
     tokenizer and must have the same text; one that starts from other weights keeps theirs."""
-    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task("tokenizing")
-
-    def report(done: int, total: int) -> None:
-        bar.start()  # not before there is something to report
-        bar.update(task, completed=done, total=total)
-
-    try:
+    with tokenizing_bar(console) as report:
         return load_dataset(
             args.data or (),
             os.path.expanduser(args.train.tokenizer),
             args.train.vocab_size,
+            args.text,
+            store=store,
+            keep=not args.is_trial,
+            estimate=args.dry_run,
             saved_tokenizer=start.metadata["tokenizer"] if start.metadata else None,
-            expected_fingerprint=start.metadata["data"]["fingerprint"] if start.resuming else None,
-            cache_dir=cache_dir,
+            expected=start.metadata["data"] if start.resuming else None,
             log=console.print,
             progress=report,
         )
-    finally:
-        bar.stop()
 
 
 def require_possible(run: Run) -> None:

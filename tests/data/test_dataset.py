@@ -1,25 +1,31 @@
 """What the user asked for becomes a tokenizer and a dataset, or one clear refusal."""
 
+import json
+import os
+import shutil
+
 import numpy as np
 import pytest
 
-from gpt.data import tokenizers
+from gpt.data import dataset as datasets
+from gpt.data import prepare, tokenizers
 from gpt.data.dataset import load_dataset
+from gpt.data.options import DataOptions
+from gpt.data.token_files import Mixture
 from gpt.errors import UserError
 
 TEXT = "hello world\n" * 50
 
 
-def load(paths, tokenizer="byte", saved=None, expected=None, cache_dir=None, log=None):
-    return load_dataset(
-        paths,
-        tokenizer,
-        300,
-        saved_tokenizer=saved,
-        expected_fingerprint=expected,
-        cache_dir=cache_dir,
-        log=log or (lambda line: None),
-    )
+@pytest.fixture
+def load(tmp_path):
+    """Load a dataset, with its tokens kept in tmp_path/store."""
+
+    def call(paths, tokenizer="byte", log=lambda line: None, options=None, **more):
+        given = {"store": tmp_path / "store", "log": log} | more
+        return load_dataset(paths, tokenizer, 300, options or DataOptions(), **given)
+
+    return call
 
 
 @pytest.fixture
@@ -29,43 +35,163 @@ def text(tmp_path):
     return tmp_path / "text"
 
 
-def test_text_is_described_and_what_is_not_text_is_listed(text):
-    (text / "photo.jpg").write_bytes(b"\xff\xd8")
+def ids(tokens):
+    return np.asarray(tokens.array).tolist()
+
+
+def expected_of(dataset):
+    """What a run's checkpoint keeps of its data, as JSON does."""
+    return json.loads(json.dumps({"fingerprint": dataset.fingerprint, "files": dataset.files}))
+
+
+def kept(tmp_path):
+    """The folders of tokens in the store."""
+    return [path for path in (tmp_path / "store").iterdir() if (path / "tokens.json").exists()]
+
+
+def test_text_is_described_and_what_is_not_text_is_listed(load, text, tmp_path):
+    (text / "photo.jpg").write_bytes(b"\xff\xd8\0")
     lines = []
     tokenizer, dataset = load([text], log=lines.append)
     assert tokenizer.decode([*dataset.train.array, *dataset.val.array]) == TEXT
-    assert "1 file, 0.0 MB" in lines[0] and "--data PATH" not in lines[0]
-    assert lines[1:] == ["skipped        1 file that is not text: text/photo.jpg"]
+    assert "1 file (1 text), 0.0 MB" in lines[0] and "--data PATH" not in lines[0]
+    assert lines[1] == "skipped        1 file that is not text: photo.jpg (it holds zero bytes)"
+    assert "540 to train on and 60 held out, of 1 document(s)" in lines[2]
+    assert str(kept(tmp_path)[0]) in lines[2] and "0.0 MB" in lines[2]
 
 
-def test_an_earlier_runs_tokenizer_is_kept_and_its_text_must_be_the_same(text):
-    tokenizer, dataset = load([text], "bpe")
-    saved = tokenizers.to_json(tokenizer)
-    again, same = load([text], "byte", saved, expected=dataset.fingerprint)
-    assert tokenizers.digest(again) == saved["digest"]
-    assert np.array_equal(same.train.array, dataset.train.array)
+def test_a_start_reads_no_file_that_looks_as_before(load, text, tmp_path, monkeypatch):
+    _, first = load([text], "bpe")
+    for module, name in ((datasets, "open_text"), (datasets, "hash_files"), (prepare, "fill")):
+        monkeypatch.setattr(module, name, None)
+    (tmp_path / "elsewhere").mkdir()
+    text = text.rename(tmp_path / "elsewhere" / "renamed")
+    tokenizer, again = load([text], "bpe", expected=expected_of(first))
+    assert again.fingerprint == first.fingerprint and ids(again.train) == ids(first.train)
+    assert load([text], "bpe", saved_tokenizer=tokenizers.to_json(tokenizer))
+    with pytest.raises(TypeError):  # another tokenizer, other text
+        load([text], "byte")
     (text / "a.txt").write_text(TEXT + "more")
-    with pytest.raises(UserError, match="trained on other text"):
-        load([text], "byte", saved, expected=dataset.fingerprint)
+    with pytest.raises(TypeError):
+        load([text], "bpe")
 
 
-def test_prepared_tokens_bring_their_tokenizer_and_stand_alone(text, tmp_path):
-    tokenizer, dataset = load([text], "bpe", cache_dir=tmp_path / "cache")
-    (folder,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+def test_files_with_another_time_are_hashed_and_not_tokenized_again(load, text, monkeypatch):
+    _, first = load([text])
+    monkeypatch.setattr(prepare, "fill", None)
+    os.utime(text / "a.txt", (1, 1))
+    assert load([text])[1].fingerprint == first.fingerprint
+    monkeypatch.setattr(datasets, "hash_files", None)
+    assert load([text])[1].fingerprint == first.fingerprint
+    with pytest.raises(TypeError):
+        load([text], options=DataOptions(verify_data=True))
+
+
+def test_changed_text_is_refused_by_the_name_of_the_file(load, text):
+    (text / "b.txt").write_text("second")
+    tokenizer, dataset = load([text], "bpe")
+    known = {"saved_tokenizer": tokenizers.to_json(tokenizer), "expected": expected_of(dataset)}
+    status = os.stat(text / "a.txt")
+    (text / "a.txt").write_text(TEXT.replace("w", "W"))
+    os.utime(text / "a.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
+    load([text], **known)  # it looks the same
+    with pytest.raises(UserError, match=r"trained on other text \(a.txt has changed\)"):
+        load([text], options=DataOptions(verify_data=True), **known)
+    (text / "b.txt").unlink()
+    (text / "c.txt").write_text("second")
+    with pytest.raises(UserError, match=r"a.txt has changed; c.txt is new; b.txt is missing"):
+        load([text], **known)
+    (text / "a.txt").write_text(TEXT)
+    (text / "c.txt").unlink()
+    (text / "b.txt").write_text("second")
+    assert load([text], **known)[1].fingerprint == dataset.fingerprint
+    with pytest.raises(UserError, match="the tokenizer or how the text is read differs"):
+        load([text], options=DataOptions(separator="none"), **known)
+
+
+def test_a_trial_leaves_nothing_and_uses_what_is_kept(load, text, tmp_path, monkeypatch):
+    _, trial = load([text], keep=False)
+    assert not (tmp_path / "store").exists() and len(trial.train) == 540
+    load([text])
+    monkeypatch.setattr(prepare, "fill", None)
+    assert load([text], keep=False)[1].fingerprint == trial.fingerprint
+
+
+def test_a_plan_of_much_text_counts_tokens_by_a_sample(load, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "SMALL", 100)
+    monkeypatch.setattr(datasets, "hash_files", None)
+    lines = []
+    tokenizer, plan = load([text], "bpe", keep=False, estimate=True, log=lines.append)
+    assert not (tmp_path / "store").exists() and "by a sample" in lines[1]
+    exact = len(tokenizer.encode_ordinary(TEXT))
+    assert exact <= len(plan.train) + len(plan.val) <= exact + 4
+
+
+def test_leftovers_of_a_killed_process_are_removed(load, text, tmp_path):
+    left = tmp_path / "store" / ".unfinished-0123"
+    left.mkdir(parents=True)
+    (left / "train-00000.bin").write_bytes(b"x" * 100)
+    load([text])
+    assert not left.exists() and len(kept(tmp_path)) == 1
+
+
+def test_prepared_tokens_bring_their_tokenizer(load, text, tmp_path):
+    tokenizer, dataset = load([text], "bpe")
+    folder = shutil.move(kept(tmp_path)[0], tmp_path / "moved")
     found, again = load([folder])
     assert tokenizers.digest(found) == tokenizers.digest(tokenizer)
-    assert again.fingerprint == dataset.fingerprint
-    with pytest.raises(UserError, match="name them alone"):
+    assert again.fingerprint == dataset.fingerprint and ids(again.val) == ids(dataset.val)
+    with pytest.raises(UserError, match="give each a weight"):
         load([folder, text])
     with pytest.raises(UserError, match="trained on other text"):
-        load([folder], expected="0" * 64)
-    (folder / "tokens.json").unlink()
-    (folder / "tokenizer.json").unlink()
+        load([folder], expected={"fingerprint": "0" * 64})
+
+
+def test_tokens_of_others_need_a_tokenizer_that_is_named(load, tmp_path):
+    np.array([1, 2, 3] * 50, "<u2").tofile(tmp_path / "train.bin")
+    (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
     for name in ("bpe", "char"):
-        with pytest.raises(UserError, match="cannot be trained on tokens"):
-            load([folder], name)
+        with pytest.raises(UserError, match=r"cannot be trained on tokens.*meta.pkl is not opened"):
+            load([tmp_path], name)
+    _, dataset = load([tmp_path], "byte")
+    assert len(dataset.train) == 142 and len(dataset.val) == 8
+    again = load([tmp_path / "train.bin"], "byte", expected=expected_of(dataset))[1]
+    assert again.fingerprint == dataset.fingerprint
 
 
-def test_a_cache_that_cannot_be_written_is_named(text):
+def test_held_out_text_of_its_own(load, text, tmp_path):
+    (tmp_path / "val.jsonl").write_text('{"text": "held out"}\n{"text": "too"}')
+    options = DataOptions(val_data=(tmp_path / "val.jsonl",))
+    tokenizer, dataset = load([text], options=options)
+    assert tokenizer.decode(ids(dataset.train)) == TEXT
+    assert tokenizer.decode(ids(dataset.val)) == "held out<|endoftext|>too<|endoftext|>"
+    # Prepared tokens and those of others serve as well.
+    _, other = load([text])
+    prepared = [f for f in kept(tmp_path) if f.name == other.fingerprint[:32]]
+    _, dataset = load([text], options=DataOptions(val_data=tuple(prepared)))
+    assert ids(dataset.val) == ids(other.val) and len(dataset.train) == 600
+    np.array([1, 2, 3] * 50, "<u2").tofile(tmp_path / "web_train_01.bin")
+    _, dataset = load([text], options=DataOptions(val_data=(tmp_path / "web_train_01.bin",)))
+    assert len(dataset.val) == 150
+
+
+def test_several_sources_have_weights(load, text, tmp_path):
+    (tmp_path / "b.txt").write_text("other words\n" * 30)
+    np.array([1, 2, 3] * 50, "<u2").tofile(tmp_path / "train.bin")
+    paths = [f"{text}=7", f"{tmp_path}/b.tx*=2", f"{tmp_path}/train.bin=1"]
+    _, dataset = load([type(text)(path) for path in paths])
+    assert isinstance(dataset.train, Mixture) and dataset.train.weights == [0.7, 0.2, 0.1]
+    assert [len(source) for source in dataset.train.sources] == [540, 324, 142]
+    assert len(dataset.val) == 60 + 36 + 8
+    with pytest.raises(UserError, match="give each one, as in"):
+        load([type(text)(path) for path in (*paths[:2], tmp_path / "train.bin")])
+    with pytest.raises(UserError, match="less than a thousandth"):
+        load([type(text)(path) for path in (paths[0], f"{tmp_path}/b.txt=0.001")])
+
+
+def test_a_folder_for_tokens_may_be_chosen(load, text, tmp_path):
+    load([text], options=DataOptions(tokens=tmp_path / "large disk"))
+    assert not (tmp_path / "store").exists()
+    assert len(list((tmp_path / "large disk").glob("*/tokens.json"))) == 1
     with pytest.raises(UserError, match=r"cannot write tokens to .*a\.txt"):
-        load([text], cache_dir=text / "a.txt")
+        load([text], options=DataOptions(tokens=text / "a.txt"))

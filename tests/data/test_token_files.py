@@ -1,233 +1,182 @@
-"""Text becomes tokens once, in two files that say what they are."""
+"""Token files say what they are, or are refused: our own, llm.c's, modded-nanogpt's, nanoGPT's."""
 
 import json
-import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from gpt.data import corpus as corpora
 from gpt.data import token_files, tokenizers
-from gpt.data.corpus import read_corpus
-from gpt.data.token_files import tokenize
+from gpt.data.options import Reading
+from gpt.data.prepare import Job, tokenize
+from gpt.data.sources import expand, find, open_text
+from gpt.data.token_files import Shards, find_shards, open_others, open_shards
 from gpt.errors import UserError
 
 BYTE = tokenizers.create("byte", lambda: [], 0)
-END = BYTE.eot_token
+LARGE = tokenizers.IdTokenizer(70_000, 69_999)
 
 
-def write(folder, *texts):
-    """A corpus of these texts, one file each."""
-    folder.mkdir(exist_ok=True)
-    for i, text in enumerate(texts):
-        (folder / f"{i:04}.txt").write_bytes(text.encode())
-    return read_corpus([folder])
-
-
-def text_of(tokens) -> str:
-    return BYTE.decode([i for i in tokens.array.tolist() if i != END])
-
-
-def test_one_file_is_split_as_nanogpt_does(tmp_path):
-    text = "".join(chr(0x4E00 + i) for i in range(1234))
-    data = tokenize(write(tmp_path / "text", text), BYTE, tmp_path / "cache")
-    assert text_of(data.train) == text[: int(1234 * 0.9)]
-    assert text_of(data.val) == text[int(1234 * 0.9) :]
-    assert END not in data.train.array and END not in data.val.array
-    assert (data.train.n_bytes, data.val.n_bytes) == (1110 * 3, 124 * 3)
-    assert len(data.train) == 1110 * 3
-
-
-def test_a_long_file_is_split_the_same_across_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "PIECE", 50)
-    text = "some words and then a line end\n" * 100
-    data = tokenize(write(tmp_path / "text", text), BYTE, tmp_path / "cache")
-    assert text_of(data.train) + text_of(data.val) == text
-    assert len(data.train) == int(len(text) * 0.9)
-
-
-def test_few_documents_hold_out_the_tail_of_all(tmp_path):
-    data = tokenize(write(tmp_path / "text", "a" * 60, "b" * 40), BYTE, tmp_path / "cache")
-    assert text_of(data.train) == "a" * 60 + "b" * 30 and text_of(data.val) == "b" * 10
-    assert data.train.array[60] == END and data.val.array[-1] == END
-    assert data.train.array.tolist().count(END) == 1
-    # Many that are all alike would be held out together or not at all.
-    data = tokenize(write(tmp_path / "alike", *["same"] * 30), BYTE, tmp_path / "cache")
-    assert len(data.train) > 5 * len(data.val) > 0
-
-
-def test_many_documents_hold_out_whole_ones_by_their_content(tmp_path):
-    texts = [f"document {i} " + "x" * 50 for i in range(400)]
-    data = tokenize(write(tmp_path / "text", *texts), BYTE, tmp_path / "cache")
-
-    def documents(tokens):
-        assert tokens.array[-1] == END
-        return BYTE.decode(tokens.array.tolist()).split("<|endoftext|>")[:-1]
-
-    train, held_out = documents(data.train), documents(data.val)
-    assert sorted(train + held_out) == sorted(texts)
-    assert 0.02 < len(held_out) / 400 < 0.09
-    more = [f"another {i} " + "x" * 50 for i in range(400)]
-    grown = tokenize(write(tmp_path / "text", *more, *texts), BYTE, tmp_path / "cache")
-    assert set(held_out) <= set(documents(grown.val))  # growth moves nothing into training
-
-
-def test_what_is_in_the_cache_is_not_encoded_again(tmp_path, monkeypatch):
-    corpus = write(tmp_path / "text", "hello world " * 20)
-    first = tokenize(corpus, BYTE, tmp_path / "cache")
-    monkeypatch.setattr(token_files, "write_tokens", None)
-    again = tokenize(corpus, BYTE, tmp_path / "cache")
-    assert again.fingerprint == first.fingerprint
-    assert np.array_equal(again.train.array, first.train.array)
-    with pytest.raises(TypeError):  # another text, another tokenizer: both are encoded
-        tokenize(write(tmp_path / "text", "hello"), BYTE, tmp_path / "cache")
-    with pytest.raises(TypeError):
-        char = tokenizers.create("char", corpus.documents, 0)
-        tokenize(corpus, char, tmp_path / "cache")
-
-
-def folders(cache):
-    """What is in a cache beside the locks."""
-    return [path for path in cache.iterdir() if path.suffix != ".lock"]
-
-
-def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
-    corpus = write(tmp_path / "text", "hello world " * 20)
-    monkeypatch.setattr(token_files.tokenizers, "save", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        tokenize(corpus, BYTE, tmp_path / "cache")
-    assert folders(tmp_path / "cache") == []
-
-
-def test_one_tokenizes_while_another_waits(tmp_path):
-    corpus = write(tmp_path / "text", "hello world " * 20)
-    calls = []
-    with ThreadPoolExecutor() as pool:
-        both = [
-            pool.submit(
-                tokenize, corpus, BYTE, tmp_path / "cache", lambda *step: calls.append(step)
-            )
-            for _ in range(2)
-        ]
-    assert [len(one.result().train) for one in both] == [216, 216]
-    assert len(calls) == len(folders(tmp_path / "cache")) == 1
-
-
-def test_a_change_during_reading_is_noticed(tmp_path):
-    corpus = write(tmp_path / "text", "hello world " * 20)
-    (tmp_path / "text" / "0000.txt").write_text("shorter")
-    with pytest.raises(UserError, match="changed while it was read"):
-        tokenize(corpus, BYTE, tmp_path / "cache")
-
-
-def test_types_follow_the_vocabulary(tmp_path):
-    characters = "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x13000)]))
-    corpus = write(tmp_path / "text", characters)
-    large = tokenizers.create("char", corpus.documents, 0)
-    assert large.n_vocab > 2**16
-    data = tokenize(corpus, large, tmp_path / "cache")
-    assert data.train.array.dtype == data.val.array.dtype == np.uint32
-    assert large.decode([*data.train.array.tolist(), *data.val.array.tolist()]) == characters
-    assert tokenize(corpus, BYTE, tmp_path / "cache").train.array.dtype == np.uint16
-    assert token_files.token_type(tokenizers.CharTokenizer(characters[: 2**16 - 1])) == np.uint16
-    assert token_files.token_type(tokenizers.CharTokenizer(characters[: 2**16])) == np.uint32
-
-
-def test_progress_is_reported_in_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "PIECE", 50)
-    monkeypatch.setattr(token_files, "PIECE", 50)
-    corpus = write(tmp_path / "text", "é" * 10_000)
-    seen = []
-    tokenize(corpus, BYTE, tmp_path / "cache", lambda *step: seen.append(step))
-    assert len(seen) > 3 and seen == sorted(seen) and seen[-1] == (20_000, 20_000)
-    assert {total for _, total in seen} == {20_000}
-
-
-@pytest.mark.parametrize("text", ["a", "abcdefghij"])
-def test_too_little_text_is_refused(text, tmp_path):
-    char = tokenizers.create("char", lambda: [text], 0)
-    with pytest.raises(UserError, match=r"too small: its .* characters"):
-        tokenize(write(tmp_path / "text", text), char, tmp_path / "cache")
-
-
+@pytest.fixture
 def prepared(tmp_path):
-    """The one folder of shards in a fresh cache."""
-    tokenize(write(tmp_path / "text", "hello world " * 20), BYTE, tmp_path / "cache")
-    (folder,) = folders(tmp_path / "cache")
-    return folder
+    """A folder of our tokens."""
+    (tmp_path / "text.txt").write_text("hello world " * 20)
+    text = open_text(find([tmp_path / "text.txt"]), Reading())
+    tokenize(Job(text, BYTE, Reading(), None), tmp_path / "tokens", "f", {})
+    return tmp_path / "tokens"
 
 
-def test_prepared_shards_are_recognised_and_opened(tmp_path):
-    folder = prepared(tmp_path)
-    assert token_files.is_prepared(folder)
-    for path in (tmp_path, tmp_path / "missing", tmp_path / "text" / "0000.txt"):
+def test_shards_are_sliced_as_one_array():
+    whole = np.arange(100, dtype=np.uint16)
+    shards = Shards([whole[:30], whole[30:31], whole[31:]])
+    for start, stop in ((0, 100), (29, 32), (30, 31), (0, 30), (31, 90), (5, 5), (90, 200)):
+        assert shards[start:stop].tolist() == whole[start:stop].tolist()
+    assert len(shards) == 100 and np.asarray(shards).tolist() == whole.tolist()
+
+
+def test_prepared_shards_are_recognised_and_opened(prepared, tmp_path):
+    assert token_files.is_prepared(prepared)
+    for path in (tmp_path, tmp_path / "missing", tmp_path / "text.txt"):
         assert not token_files.is_prepared(path)
-    own = tokenizers.load(folder / "tokenizer.json")
-    assert len(token_files.open_shards(folder, own).val) == 24
+    own = tokenizers.load(prepared / "tokenizer.json")
+    assert len(open_shards(prepared, own)["val"]) == 24
     char = tokenizers.create("char", lambda: ["helo wrd"], 0)
     with pytest.raises(UserError, match=r"another tokenizer: pass --tokenizer .*tokenizer.json"):
-        token_files.open_shards(folder, char)
+        open_shards(prepared, char)
 
 
 @pytest.mark.parametrize(
     "change",
-    [
-        "[]",
-        "{",
-        {"version": 2},
-        {"splits": {}},
-        {"splits": {s: {"tokens": "216", "text_bytes": 1} for s in ("train", "val")}},
-        {"splits": {s: {"tokens": 215, "text_bytes": 215} for s in ("train", "val")}},
-    ],
+    ["[]", "{", {"version": 1}, {"splits": {}}, {"files": 3}, {"fingerprint": ""}],
 )
-def test_a_wrong_header_is_refused(change, tmp_path):
-    path = prepared(tmp_path) / "tokens.json"
+def test_a_wrong_header_is_refused(change, prepared):
+    path = prepared / "tokens.json"
     if isinstance(change, dict):
         change = json.dumps(json.loads(path.read_text()) | change)
     path.write_text(change)
     with pytest.raises(UserError, match="damaged, delete the folder"):
-        token_files.open_shards(path.parent, BYTE)
+        open_shards(prepared, BYTE)
 
 
-def test_truncated_or_missing_token_files_are_refused(tmp_path):
-    folder = prepared(tmp_path)
-    whole = (folder / "val.bin").read_bytes()
-    for content in (whole[:-2], whole[:-1], b""):
-        (folder / "val.bin").write_bytes(content)
-        with pytest.raises(UserError, match=r"val\.bin"):
-            token_files.open_shards(folder, BYTE)
-    (folder / "val.bin").unlink()
-    with pytest.raises(UserError, match=r"val\.bin"):
-        token_files.open_shards(folder, BYTE)
+def test_truncated_changed_or_missing_token_files_are_refused(prepared):
+    (path,) = prepared.glob("val*.bin")
+    whole = path.read_bytes()
+    for content in (whole[:-2], whole[:-1], b"", whole + whole):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"val-00000\.bin"):
+            open_shards(prepared, BYTE)
+    path.write_bytes(whole[::-1])
+    open_shards(prepared, BYTE)
+    with pytest.raises(UserError, match=r"val-00000\.bin has changed"):
+        open_shards(prepared, BYTE, verify=True)
+    path.unlink()
+    with pytest.raises(UserError, match=r"val-00000\.bin"):
+        open_shards(prepared, BYTE)
+
+
+def write_ids(path, ids, dtype="<u2", magic=None, version=1, count=None):
+    """A shard: of llm.c's form with `magic`, else nanoGPT's."""
+    header = b""
+    if magic is not None:
+        numbers = [magic, version, len(ids) if count is None else count]
+        header = np.array(numbers + [0] * 253, "<i4").tobytes()
+    path.write_bytes(header + np.array(ids, dtype).tobytes())
+    return path
+
+
+def ids_of(tokens):
+    return np.asarray(tokens.array).tolist()
 
 
 def test_nanogpts_headerless_files_are_read(tmp_path):
     ids = {"train": [104, 105, 256, 104] * 100, "val": [104, 105] * 20}
     for split, tokens in ids.items():
-        np.array(tokens, "<u2").tofile(tmp_path / f"{split}.bin")
-    assert token_files.is_prepared(tmp_path)
-    data = token_files.open_headerless(tmp_path, BYTE)
-    assert data.train.array.tolist() == ids["train"] and data.val.array.tolist() == ids["val"]
-    assert (data.train.n_bytes, data.val.n_bytes) == (300, 40)  # end-of-text is no text
-    np.array([104, 257], "<u2").tofile(tmp_path / "val.bin")
+        write_ids(tmp_path / f"{split}.bin", tokens)
+    for other in ("meta.pkl", "input.txt", "prepare.py"):  # as they stand beside them
+        (tmp_path / other).write_bytes(b"\x80\x04\x95")
+    data, fingerprint = open_others(find_shards([tmp_path]), BYTE, None)
+    assert ids_of(data["train"]) == ids["train"] and ids_of(data["val"]) == ids["val"]
+    assert data["train"].n_bytes + data["val"].n_bytes == 340  # end-of-text is no text
+    write_ids(tmp_path / "val.bin", [*ids["val"][:-1], 106])
+    assert open_others(find_shards([tmp_path]), BYTE, None)[1] != fingerprint
+    write_ids(tmp_path / "val.bin", [104, 257])
     with pytest.raises(UserError, match=r"val\.bin holds token 257, but byte has only 257"):
-        token_files.open_headerless(tmp_path, BYTE)
-    changed = [*ids["val"][:-1], 106]
-    np.array(changed, "<u2").tofile(tmp_path / "val.bin")
-    assert token_files.open_headerless(tmp_path, BYTE).fingerprint != data.fingerprint
+        open_others(find_shards([tmp_path]), BYTE, None)
 
 
-@pytest.mark.slow
-def test_memory_stays_bounded(tmp_path, monkeypatch):
-    """50 MB of text, most of it on one line, need as little memory as 5 MB would."""
-    monkeypatch.setattr(token_files, "THREADS", 2)
-    path = tmp_path / "large.txt"
-    path.write_bytes(b"word " * 6_000_000 + b"word word word\n" * 1_400_000)
-    bpe = tokenizers.create("bpe", lambda: ["word word word\n"], 300)
-    tracemalloc.start()
-    data = tokenize(read_corpus([path]), bpe, tmp_path / "cache")
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert data.train.n_bytes + data.val.n_bytes == path.stat().st_size
-    assert peak < 45e6
+@pytest.mark.parametrize("dtype", ["<u2", "<u4", "<i4", "<u8"])
+def test_the_type_of_headerless_ids_is_found(dtype, tmp_path):
+    path = write_ids(tmp_path / "train.bin", [104, 0, 256, 7] * 100, dtype)
+    data, _ = open_others([path], BYTE, None)
+    assert ids_of(data["train"]) == [104, 0, 256, 7] * 95
+    assert ids_of(data["val"]) == [104, 0, 256, 7] * 5
+
+
+def test_a_large_vocabulary_decides_the_type(tmp_path):
+    ids = [69_000, 3, 65_536, 12] * 50
+    data, _ = open_others([write_ids(tmp_path / "train.bin", ids, "<u4")], LARGE, None)
+    assert ids_of(data["train"]) + ids_of(data["val"]) == ids
+    # Ids of 16 bits in pairs are far beyond any vocabulary.
+    path = write_ids(tmp_path / "train.bin", [700, 300, 65_000, 12] * 50)
+    with pytest.raises(UserError, match=r"holds token \d+, but ids has only 70000"):
+        open_others([path], LARGE, None)
+    path.write_bytes(b"abc")
+    with pytest.raises(UserError, match="is 3 bytes long: expected uint16 tokens"):
+        open_others([path], BYTE, None)
+
+
+def test_shards_of_llmc_and_modded_nanogpt(tmp_path):
+    for i in range(3):
+        write_ids(tmp_path / f"fineweb_train_{i:06}.bin", [i, 1, 2, 3] * 10, magic=20240520)
+    write_ids(tmp_path / "fineweb_val_000000.bin", [9] * 6, magic=20240520)
+    data, _ = open_others(find_shards([tmp_path]), BYTE, None)
+    assert ids_of(data["train"])[38:42] == [2, 3, 1, 1] and len(data["train"]) == 120
+    assert ids_of(data["val"]) == [9] * 6
+    wide = write_ids(tmp_path / "x_train.bin", [69_000, 1], "<u4", magic=20240801, version=7)
+    assert ids_of(open_others([wide], LARGE, 0)[0]["train"]) == [69_000, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 2 of llm.c's tokens: expected version 1"),
+        ({"count": 7}, "damaged: it holds 40 tokens, and its header says 7"),
+        ({"magic": 20240801}, "version 1 of llm.c's tokens: expected version 7"),
+        ({"ids": [300] * 40}, "holds token 300, but byte has only 257"),
+        ({"ids": []}, "1024 bytes long: expected uint16 tokens"),
+    ],
+)
+def test_damaged_shards_are_refused(change, message, tmp_path):
+    given = {"ids": [1, 2, 3, 4] * 10, "magic": 20240520} | change
+    path = write_ids(tmp_path / "train.bin", **given)
+    with pytest.raises(UserError, match=message):
+        open_others([path], BYTE, None)
+
+
+def test_which_paths_are_token_shards(tmp_path):
+    (tmp_path / "words.bin").write_text("only text")
+    assert find_shards([tmp_path / "words.bin"]) == find_shards([tmp_path]) == []
+    shard = write_ids(tmp_path / "any_name.bin", [1, 2])
+    assert find_shards([shard]) == [shard] and find_shards([tmp_path]) == []
+    assert find_shards(expand([tmp_path / "*_name.bin"])) == [shard]
+
+
+def test_of_a_large_file_little_is_read(tmp_path, monkeypatch):
+    """2^26 tokens: the file is sparse, and neither hashed nor copied as a whole."""
+    size = 2**26 + 3
+    path = tmp_path / "train.bin"
+    with path.open("wb") as file:
+        file.write(np.arange(200, dtype="<u2").tobytes() * 1000)
+        file.truncate(2 * size)
+    read = []
+    sample = token_files.take_sample
+    monkeypatch.setattr(
+        token_files, "take_sample", lambda a: read.append(len(sample(a))) or sample(a)
+    )
+    data, _ = open_others([path], BYTE, None)
+    assert len(data["train"]) + len(data["val"]) == size and sum(read) < 2**22
+    with path.open("r+b") as file:
+        file.seek(2 * (size // 126))
+        file.write(b"\xff\xff")
+    open_others([path], BYTE, None)
+    with pytest.raises(UserError, match="holds token 65535"):
+        open_others([path], BYTE, None, verify=True)

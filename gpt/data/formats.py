@@ -1,0 +1,427 @@
+"""Files as documents: what a file holds is told by its content, and its name is only a hint.
+
+Text, JSON lines, JSON arrays, parquet and arrow, each plain or compressed. Every reader yields
+chunks `(text, ends)`: text in order, and whether a document ends with it. `read_pieces` makes
+pieces of bounded size of them, the same for the same document in every format. Knows no tokens.
+"""
+
+import bz2
+import codecs
+import contextlib
+import gzip
+import importlib.util
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gpt.data.options import Reading
+from gpt.data.tokenizers import without_lone_surrogates
+from gpt.errors import UserError, require
+
+PIECE = 2**20  # characters, the most in a piece; and bytes, about as many are read at once
+HEAD = 2**16  # bytes that tell what a file holds
+LONGEST_RECORD = 2**28  # bytes of one JSON record
+ROWS = 256  # of a table that are read at once
+MIN_SHARE = 0.9  # of a file's first characters that are valid UTF-8, if it is text at all
+
+READ_ERRORS = (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError)
+NEEDS_PYARROW = "needs pyarrow, which is not installed: pip install 'gpt-jax[data]'"
+
+# Of formats that hold data but no documents that can be read here: how they begin, or are named.
+UNREADABLE = {
+    b"version https://git-lfs": "a Git LFS pointer, `git lfs pull` fetches the file itself",
+    b"\xff\xfe": "UTF-16, convert it: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16, convert it: iconv -f UTF-16 -t UTF-8",
+    b"PK\x03\x04": "a zip archive, unpack it",
+    b"7z\xbc\xaf": "a 7z archive, unpack it",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x89HDF": "HDF5",
+    b"Obj\x01": "Avro",
+    (20240520).to_bytes(4, "little"): "a token shard, name it without text beside it",
+    (20240801).to_bytes(4, "little"): "a token shard, name it without text beside it",
+}
+UNREADABLE_NAMES = {
+    ".pkl": "a pickle, which can run any program when it is opened",
+    ".pickle": "a pickle, which can run any program when it is opened",
+    ".pt": "a file of torch",
+    ".tfrecord": "TFRecord",
+    ".mds": "MosaicML's MDS",
+}
+TABLE_NAMES = {".parquet", ".arrow", ".feather"}
+
+
+class NotText(Exception):
+    """A file holds neither text nor data, such as a picture; the reason."""
+
+
+@dataclass
+class BadDocuments:
+    """Documents of a file that cannot be read: an error, or where `skip` says so, left out and
+    counted."""
+
+    path: Path
+    skip: bool
+    count: int = 0
+    first: str = ""
+
+    def add(self, where: str, reason: str) -> None:
+        """Note one; UserError unless such documents are left out."""
+        message = f"{self.path}, {where}: {reason}"
+        require(self.skip, f"{message}; mend it, or leave it out with --skip-bad-documents")
+        self.count += 1
+        self.first = self.first or message
+
+
+# ------------------------------------------------------------ what a file holds
+
+
+def recognize(path: Path, reading: Reading) -> str:
+    """The name of a file's format, with its compression; "" for an empty file.
+
+    Raises NotText for a picture and the like, and UserError for data that cannot be read here.
+    """
+    try:
+        with path.open("rb") as raw:
+            stream, compression = decompressed(raw)
+            head = stream.read(HEAD)
+            name = _recognize_content(path, head, stream, reading)
+    except READ_ERRORS as error:
+        raise UserError(f"{path} cannot be read: {brief(error)}") from None
+    return f"{name}, {compression}" if name and compression else name
+
+
+def _recognize_content(path: Path, head: bytes, stream: BinaryIO, reading: Reading) -> str:
+    suffixes = {suffix.lower() for suffix in path.suffixes}
+    if not head:
+        return ""
+    if head.startswith(b"PAR1"):
+        require_pyarrow(path)
+        return "parquet"
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")) and head[4:8] != b"\xff\xff\xff\xff":
+        require_pyarrow(path)
+        return "arrow"
+    for beginning, what in UNREADABLE.items():
+        require(not head.startswith(beginning), f"{path} cannot be read: it is {what}")
+    require(head[257:262] != b"ustar", f"{path} cannot be read: it is a tar archive, unpack it")
+    for suffix, what in UNREADABLE_NAMES.items():
+        require(path.suffix != suffix, f"{path} cannot be read: it is {what}")
+    named_table = TABLE_NAMES & suffixes
+    require(
+        not named_table,
+        f"{path} is damaged: it is named {min(named_table, default='')}, but does not begin as one",
+    )
+
+    if b"\0" in head:
+        raise NotText("it holds zero bytes")
+    text = head.decode("utf-8-sig", "replace")
+    if text.count("\ufffd") > max((1 - MIN_SHARE) * len(text), 1):
+        raise NotText("it is not valid UTF-8")
+    if text.lstrip()[:1] in ("{", "["):
+        return _recognize_json(path, head, stream, suffixes, reading.text_column)
+    return "text"
+
+
+def _recognize_json(
+    path: Path, head: bytes, stream: BinaryIO, suffixes: set[str], column: str
+) -> str:
+    """JSON lines, a JSON array, or plain text that only begins like JSON.
+
+    Records are told by a field `column`. Two objects with the same fields, and without that one,
+    are records whose text is in another field: UserError names their fields.
+    """
+    data = head.removeprefix(codecs.BOM_UTF8)
+    while b"\n" not in data.lstrip() and (more := stream.read(HEAD)):
+        data += more
+        require(len(data) < LONGEST_RECORD, f"{path}: its first line is longer than 256 MB")
+    lines = [line for line in data.splitlines()[:2] if line.strip()]
+    records = [parsed for line in lines if isinstance(parsed := parse_or_none(line), dict)]
+    name = "JSON lines"
+    if not records:
+        name = "JSON"
+        values = []
+        with contextlib.suppress(ValueError):  # cut by the end of what was read, or no JSON
+            for value in json_values(io.BytesIO(data)):
+                values.append(value)
+                if len(values) == 2:
+                    break
+        if data.lstrip().startswith(b"[") and values and isinstance(values[0], str):
+            return name if ".json" in suffixes else "text"
+        records = [value for value in values if isinstance(value, dict)]
+    if any(column in record for record in records):
+        return name
+    is_data = len(records) > 1 and records[0].keys() == records[1].keys()
+    if is_data or (records and suffixes & {".jsonl", ".ndjson"}):
+        raise UserError(
+            f"{path} holds records without a field {column}: name the one with the text with "
+            f"--text-column, of {', '.join(map(repr, records[0]))}"
+        )
+    if suffixes & {".jsonl", ".ndjson"}:
+        raise UserError(f"{path} is damaged: line 1 is not a JSON object")
+    return "text"
+
+
+def require_pyarrow(path: Path) -> None:
+    """Raise UserError unless pyarrow, an optional package, is installed."""
+    require(importlib.util.find_spec("pyarrow") is not None, f"{path} {NEEDS_PYARROW}")
+
+
+def decompressed(raw: io.BufferedReader) -> tuple[BinaryIO, str]:
+    """What a file holds, decompressed as it is read, and the name of its compression or ""."""
+    head = raw.peek(8)
+    if head.startswith(b"\x1f\x8b"):
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), PIECE), "gzip"
+    if head.startswith(b"BZh"):
+        return io.BufferedReader(bz2.BZ2File(raw), PIECE), "bzip2"
+    if head.startswith(b"\xfd7zXZ\0"):
+        return io.BufferedReader(lzma.LZMAFile(raw), PIECE), "xz"
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        require_pyarrow(Path(raw.name))
+        import pyarrow
+
+        unpacked = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
+        return io.BufferedReader(unpacked, PIECE), "zstd"
+    return raw, ""
+
+
+# ------------------------------------------------------------ its documents
+
+
+def read_pieces(
+    path: Path,
+    form: str,
+    reading: Reading,
+    bad: BadDocuments,
+    report: Callable[[int], None] | None = None,
+) -> Iterator[tuple[str, bool]]:
+    """The documents of a file in pieces: text, and whether a document ends with it.
+
+    form: as `recognize` named it. report: called with the bytes of the file that were read so far.
+    A document of up to PIECE characters is one piece, and the last piece of a longer one may be
+    empty. Raises UserError where the file is damaged.
+    """
+    last = True
+    with path.open("rb") as raw:
+        try:
+            stream, _ = decompressed(raw)
+            chunks = READERS[form.split(",")[0]](stream, reading.text_column, bad)
+            for text, last in cut_documents(chunks, reading.end_of_document):
+                yield text, last
+                if report:
+                    report(raw.tell())
+        except READ_ERRORS as error:
+            bad.add(f"near byte {raw.tell():,}", f"it is damaged or cut off ({brief(error)})")
+            if not last:
+                yield "", True
+
+
+def cut_documents(chunks: Iterable[tuple[str, bool]], separator: str) -> Iterator[tuple[str, bool]]:
+    """The chunks of a reader as pieces: documents end at each `separator` too, which is dropped,
+    with the line ends around it if it is a line of its own; long documents are cut at line ends.
+
+    Where a piece is cut depends on the document alone.
+    """
+    end = re.escape(separator)
+    pattern = re.compile(rf"(?:\A|\r?\n){end}\r?\n|{end}")
+    lookahead = len(separator) + 4
+    text = ""  # of the document at hand, what was not yielded yet
+    begun = False  # whether some of it was
+    for chunk, ends in chunks:
+        text += chunk
+        documents = [text]
+        if separator and separator in text:
+            documents = pattern.split(text)
+        if ends:
+            documents.append("")
+        for document in documents[:-1]:
+            while len(document) > PIECE:
+                cut = document.rfind("\n", 0, PIECE) + 1 or PIECE
+                yield document[:cut], False
+                document = document[cut:]
+                begun = True
+            if document or begun:
+                yield document, True
+            begun = False
+        text = documents[-1]
+        while len(text) > PIECE + lookahead:
+            cut = text.rfind("\n", 0, PIECE) + 1 or PIECE
+            yield text[:cut], False
+            text = text[cut:]
+            begun = True
+
+
+def read_text(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[tuple[str, bool]]:
+    """A text file, one document."""
+    position = 0  # bytes before the block at hand
+    rest = b""
+    while block := stream.read(PIECE):
+        block = rest + block
+        end = block.rfind(b"\n") + 1 or whole_characters(block)
+        block, rest = block[:end], block[end:]
+        yield decode(block, position, bad), False
+        position += end
+    yield decode(rest, position, bad), True
+
+
+def whole_characters(block: bytes) -> int:
+    """How many bytes of a block are surely whole characters of UTF-8."""
+    for back in (1, 2, 3):
+        if block[-back:][:1] >= b"\xc0":  # a character of several bytes begins here
+            return len(block) - back
+    return len(block)
+
+
+def decode(block: bytes, position: int, bad: BadDocuments) -> str:
+    """The text of a block, which begins `position` bytes into its file; bad lines are noted."""
+    if position == 0:
+        block = block.removeprefix(codecs.BOM_UTF8)
+    try:
+        if b"\0" not in block:
+            return block.decode()
+    except UnicodeDecodeError:
+        pass
+    kept = []
+    for line in block.splitlines(keepends=True):
+        try:
+            require_no_zeros(line)
+            kept.append(line.decode())
+        except UnicodeDecodeError as error:
+            byte = f"byte {position + error.start:,}"
+            bad.add(byte, f"{line[error.start]:#04x} is not valid UTF-8 ({error.reason})")
+        position += len(line)
+    return "".join(kept)
+
+
+def require_no_zeros(line: bytes) -> None:
+    """Raise UnicodeDecodeError at a zero byte, which no text holds."""
+    at = line.find(b"\0")
+    if at >= 0:
+        raise UnicodeDecodeError("utf-8", line, at, at + 1, "text holds no zero bytes")
+
+
+def read_json_lines(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[tuple[str, bool]]:
+    """A document from the field `column` of the object on each line."""
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST_RECORD), b""), 1):
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if not line.strip():
+            continue
+        try:
+            yield from record_text(json.loads(line), column)
+        except (ValueError, RecursionError) as error:
+            bad.add(f"line {number:,}", brief(error))
+
+
+def read_json(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[tuple[str, bool]]:
+    """A document from each object, or string, of a JSON array or of JSON values in a row."""
+    for number, value in enumerate(json_values(stream), 1):
+        try:
+            yield from record_text(value, column)
+        except ValueError as error:
+            bad.add(f"record {number:,}", brief(error))
+
+
+def record_text(record: Any, column: str) -> Iterator[tuple[str, bool]]:
+    """The document of a JSON record, none if its text is null; ValueError if it has no text."""
+    if isinstance(record, dict) and column in record:
+        record = record[column]
+        if record is None:
+            return
+    if not isinstance(record, str):
+        raise ValueError(f"it has no text field with a string ({column!r})")
+    yield without_lone_surrogates(record), True
+
+
+def json_values(stream: BinaryIO) -> Iterator[Any]:
+    """The values of one JSON array, or several JSON values in a row, as the stream is read."""
+    decode_some = codecs.getincrementaldecoder("utf-8-sig")().decode
+    parse = json.JSONDecoder().raw_decode
+    text = decode_some(stream.read(HEAD)).lstrip()
+    is_array = text.startswith("[")
+    text = text.removeprefix("[").lstrip()
+    wanted = HEAD
+    while True:
+        try:
+            value, end = parse(text)
+        except ValueError:
+            # The value may go on in what was not read yet. What ends the whole is no value.
+            block = stream.read(wanted)
+            if not block and text.strip() == ("]" if is_array else ""):
+                return
+            if not block:
+                raise
+            text = (text + decode_some(block)).lstrip()
+            wanted = min(2 * wanted, LONGEST_RECORD)
+            continue
+        yield value
+        text = text[end:].lstrip()
+        if is_array:
+            text = text.removeprefix(",").lstrip()
+        wanted = HEAD
+
+
+def read_parquet(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[tuple[str, bool]]:
+    """A document from each row of a parquet file."""
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(stream, buffer_size=PIECE, pre_buffer=False)
+    require_column(file.schema_arrow, column, bad.path)
+    batches = file.iter_batches(ROWS, columns=[column], use_threads=False)
+    return rows_of(batch.column(0) for batch in batches)
+
+
+def read_arrow(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[tuple[str, bool]]:
+    """A document from each row of an arrow file or stream."""
+    import pyarrow
+
+    if stream.peek(6).startswith(b"ARROW1"):
+        file = pyarrow.ipc.open_file(stream)
+        batches = (file.get_batch(i) for i in range(file.num_record_batches))
+    else:
+        file = pyarrow.ipc.open_stream(stream)
+        batches = file
+    require_column(file.schema, column, bad.path)
+    return rows_of(batch.column(column) for batch in batches)
+
+
+def require_column(schema: Any, column: str, path: Path) -> None:
+    """Raise UserError unless a table of pyarrow has a `column` of text."""
+    texts = [field.name for field in schema if "string" in str(field.type)]
+    require(
+        column in texts,
+        f"{path} has no column {column!r} of text: name one with --text-column, of "
+        f"{', '.join(map(repr, texts)) or 'which it has none'}",
+    )
+
+
+def rows_of(columns: Iterable[Any]) -> Iterator[tuple[str, bool]]:
+    for column in columns:
+        for start in range(0, len(column), ROWS):
+            for text in column.slice(start, ROWS).to_pylist():
+                if text is not None:
+                    yield text, True
+
+
+READERS = {
+    "text": read_text,
+    "JSON lines": read_json_lines,
+    "JSON": read_json,
+    "parquet": read_parquet,
+    "arrow": read_arrow,
+}
+
+
+def parse_or_none(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def brief(error: Exception) -> str:
+    """An error of a library in a few words, on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,63 @@
+"""How text is read, held out and kept: the flags of train.py and of `python -m gpt.data`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from gpt.config import optional
+from gpt.errors import fraction, require
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How text becomes documents, and which of them are held out."""
+
+    text_column: str = "text"
+    """The column of parquet and arrow files, or the field of JSON records, that holds the text."""
+    separator: str = "<|endoftext|>"
+    """A document ends where the text says this, which is dropped; \\n stands for a line end, and
+    none for no separator."""
+    val_fraction: Annotated[float | None, optional("FLOAT", "1 in 20 documents")] = None
+    """Share of the documents to hold out, or of the characters where documents are few."""
+    skip_bad_documents: bool = False
+    """Leave out documents and files that cannot be read, and say how many, instead of stopping."""
+
+    def __post_init__(self):
+        if self.val_fraction is not None:
+            fraction("--val-fraction", self.val_fraction)
+
+    @property
+    def end_of_document(self) -> str:
+        """The separator itself; empty for none."""
+        return "" if self.separator == "none" else self.separator.replace("\\n", "\n")
+
+    @property
+    def identity(self) -> list:
+        """What of this decides which documents a file holds."""
+        return [self.text_column, self.end_of_document, self.skip_bad_documents]
+
+
+@dataclass(frozen=True)
+class DataOptions(Reading):
+    """How train.py reads its data, and where it keeps the tokens."""
+
+    val_data: Annotated[tuple[Path, ...] | None, optional("PATH [PATH ...]", "part of --data")] = (
+        None
+    )
+    """Text or tokens to hold out, in any format. Nothing of --data is held out then."""
+    tokens: Annotated[Path | None, optional("DIR", "tokens in your cache folder")] = None
+    """Folder where tokens are kept for later runs."""
+    verify_data: bool = False
+    """Read and hash all data again, though no file's name, size or time has changed."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.val_data != (), "--val-data names nothing: give at least one path")
+        require(
+            self.val_data is None or self.val_fraction is None,
+            "--val-data and --val-fraction exclude each other",
+        )
+        require(
+            self.val_fraction != 0,
+            "--val-fraction 0 holds nothing out: give --val-data, or a fraction above 0",
+        )

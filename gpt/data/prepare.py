@@ -1,0 +1,444 @@
+"""Text to token shards, on all cores, in bounded memory, and resumable after a kill.
+
+The files of a text are grouped into tasks, which depend on the files alone. Each task writes its
+own shards, and a journal that says how far it is. So the bytes are the same for any number of
+workers, and a task that was killed reads its text again but encodes only what is missing.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from gpt.data import tokenizers
+from gpt.data.formats import BadDocuments, read_pieces
+from gpt.data.options import Reading
+from gpt.data.sources import THREADS, Text
+from gpt.data.token_files import HEADER, SPLITS, VERSION, token_type
+from gpt.data.tokenizers import Tokenizer
+from gpt.errors import UserError, require
+
+TASK_BYTES = 2**26  # of files that are tokenized by one task, unless one file is larger
+GROUP = 2**23  # characters that are encoded at once, and then noted in the journal
+WORTH_WORKERS = 2**25  # bytes of text below which starting processes takes longer than it saves
+MIN_DOCUMENTS = 20  # with at least this many, whole documents are held out
+HELD_OUT_DOCUMENTS = 0.05  # share of the documents, where there are many
+HELD_OUT_TAIL = 0.1  # share of the characters, where there are few
+UNFINISHED = ".unfinished-"
+
+Progress = Callable[[int, int], None]  # bytes of files done, and in all
+Part = tuple[str, str, bool]  # split, text, whether a document ends with it
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """What of a text is held out for validation.
+
+    share: of the documents, chosen by a hash of their content, so that a text that grows moves none
+        of them into training; 0 for none.
+    tail_from: characters before the held-out tail, where documents are too few; else None.
+    marks_ends: end-of-text follows each document, unless there is only one.
+    """
+
+    share: float
+    tail_from: int | None = None
+    marks_ends: bool = True
+
+
+@dataclass(frozen=True)
+class Task:
+    """Files that become the shards `number` of `folder`: paths and formats, and their bytes."""
+
+    number: int
+    folder: Path
+    files: list[tuple[Path, str]]
+    size: int
+    reading: Reading
+    hold_out: HoldOut
+
+
+@dataclass
+class Counts:
+    """What a task has found. It is its journal too: `groups` of text whose tokens are on disk."""
+
+    rule: str = ""  # of what is held out
+    groups: int = 0
+    is_done: bool = False
+    documents: int = 0
+    bad_documents: int = 0
+    first_bad: str = ""
+    characters: int = 0
+    held_out_characters: int = 0
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    text_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    sha256: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is to be tokenized, and by how many processes.
+
+    held_out: the share of the text to hold out; None for the usual one, 0 for nothing, 1 for all.
+    progress: called now and then with the bytes of files done, and those in all.
+    """
+
+    text: Text
+    tokenizer: Tokenizer
+    reading: Reading
+    held_out: float | None
+    workers: int = THREADS
+    progress: Progress | None = None
+
+
+def identity(tokenizer: Tokenizer, reading: Reading, held_out: float | None) -> list:
+    """What decides the tokens of a text beside its files, as a JSON value."""
+    return [VERSION, tokenizers.digest(tokenizer), reading.identity, held_out]
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 in hex of a JSON value."""
+    return hashlib.sha256(json.dumps(value).encode("utf-8", "replace")).hexdigest()
+
+
+def tokenize(job: Job, folder: Path, fingerprint: str, files: dict[str, str]) -> None:
+    """Make the folder `folder` of tokens, unless it is there; UserError if that fails.
+
+    Until it is whole it has another name. What was left unfinished for the same `fingerprint` is
+    gone on with. files: a digest of each file, for the header.
+    """
+    unfinished = folder.with_name(UNFINISHED + folder.name)
+    begun = unfinished / "fingerprint"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # One process tokenizes, and others that want the same tokens wait for it.
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if (folder / HEADER).is_file():
+                return
+            unfinished.mkdir(exist_ok=True)
+            if not begun.is_file() or begun.read_text() != fingerprint:
+                remove_shards(unfinished)
+                begun.write_text(fingerprint)
+            tokenizers.save(job.tokenizer, unfinished / "tokenizer.json")
+            header = {
+                "version": VERSION,
+                "fingerprint": fingerprint,
+                "text": job.text.description,
+                "tokenizer_digest": tokenizers.digest(job.tokenizer),
+                "dtype": token_type(job.tokenizer).name,
+                **fill(job, unfinished),
+                "files": files,
+            }
+            changed = [file.name for file in job.text.files if file.has_changed()]
+            require(not changed, f"{', '.join(changed[:3])} changed while it was read: start again")
+            for journal in [begun, *unfinished.glob("[0-9]*.json")]:
+                journal.unlink()
+            (unfinished / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
+            unfinished.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write tokens to {folder}: {error}") from None
+
+
+def fill(job: Job, folder: Path) -> dict[str, Any]:
+    """Write the shards of a text; what their header says of them."""
+    few = count_few(job)
+    if job.held_out in (0, 1):
+        hold_out = HoldOut(job.held_out, marks_ends=few is None or len(few) > 1)
+    elif few is not None:
+        hold_out = HoldOut(0, tail_start(job, sum(few)), marks_ends=len(few) > 1)
+    else:
+        hold_out = HoldOut(HELD_OUT_DOCUMENTS if job.held_out is None else job.held_out)
+
+    results = run_tasks(job, hold_out, folder)
+    characters = sum(result.characters for result in results)
+    if 0 < hold_out.share < 1:
+        share = sum(result.held_out_characters for result in results) / max(characters, 1)
+        if not hold_out.share / 5 <= share <= hold_out.share * 4:
+            # One of the documents is much of the text: whole ones are a poor sample.
+            remove_shards(folder)
+            hold_out = HoldOut(0, tail_start(job, characters))
+            results = run_tasks(job, hold_out, folder)
+
+    splits = {}
+    for split, purpose in SPLITS.items():
+        n_tokens = sum(result.tokens[split] for result in results)
+        is_empty = job.held_out == {"train": 1, "val": 0}[split]
+        require(
+            n_tokens >= 2 or is_empty,
+            f"the text is too small: its {characters:,} characters leave fewer than two tokens "
+            f"for {purpose}, give it more text",
+        )
+        splits[split] = {
+            "tokens": n_tokens,
+            "text_bytes": sum(result.text_bytes[split] for result in results),
+            "shards": [
+                {
+                    "file": shard_name(split, number),
+                    "tokens": result.tokens[split],
+                    "sha256": result.sha256[split],
+                }
+                for number, result in enumerate(results)
+                if result.tokens[split]
+            ],
+        }
+    return {
+        "documents": sum(result.documents for result in results),
+        "bad_documents": sum(result.bad_documents for result in results),
+        "first_bad": next((result.first_bad for result in results if result.first_bad), ""),
+        "splits": splits,
+    }
+
+
+def tail_start(job: Job, characters: int) -> int:
+    """How many of all characters stand before those that are held out."""
+    return int(characters * (1 - (HELD_OUT_TAIL if job.held_out is None else job.held_out)))
+
+
+def count_few(job: Job) -> list[int] | None:
+    """The characters of each document, if there are fewer than MIN_DOCUMENTS; else None."""
+    counts = [0]
+    for piece, last in job.text.pieces(job.reading):
+        counts[-1] += len(piece)
+        if last:
+            counts.append(0)
+        if len(counts) > MIN_DOCUMENTS:
+            return None
+    return counts[:-1]
+
+
+def remove_shards(folder: Path) -> None:
+    """Remove the shards and journals in an unfinished folder."""
+    for path in [*folder.glob("*.bin"), *folder.glob("[0-9]*.json")]:
+        path.unlink()
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:05}.bin"
+
+
+# ------------------------------------------------------------ tasks and workers
+
+
+def run_tasks(job: Job, hold_out: HoldOut, folder: Path) -> list[Counts]:
+    """Tokenize all files, here or in worker processes; what each task found."""
+    tasks = []
+    files: list[tuple[Path, str]] = []
+    size = 0
+    for file, form in zip(job.text.files, job.text.forms, strict=True):
+        files.append((file.path, form))
+        size += file.size
+        is_full = size >= TASK_BYTES and hold_out.tail_from is None  # a tail is of all the text
+        if is_full or file is job.text.files[-1]:
+            tasks.append(Task(len(tasks), folder, files, size, job.reading, hold_out))
+            files, size = [], 0
+    total = sum(task.size for task in tasks)
+    done = 0
+
+    def add(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        if job.progress:
+            job.progress(done, total)
+
+    workers = min(job.workers, len(tasks))
+    if workers == 1 or total < WORTH_WORKERS:
+        return [run_task(task, job.tokenizer, THREADS, add) for task in tasks]
+
+    # A worker ends when its end of the pipe does: so none outlives this process, or goes on when
+    # another one has failed.
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    pipe, ours = context.Pipe(duplex=False)
+    counter = context.Value("q", 0)
+    threads = max(1, THREADS // workers)
+    pool = ProcessPoolExecutor(workers, context, start_worker, (folder, threads, counter, pipe))
+    try:
+        futures = [pool.submit(run_in_worker, task) for task in tasks]
+        waiting = set(futures)
+        while waiting:
+            finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            if job.progress:
+                job.progress(counter.value, total)
+            for future in finished:
+                future.result()
+        pool.shutdown()
+        return [future.result() for future in futures]
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that tokenizes was killed, perhaps for want of memory: the same command "
+            "goes on where it stopped, with fewer processes it needs less: --workers"
+        ) from None
+    finally:
+        ours.close()
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker(folder: Path, threads: int, counter: Any, pipe: Connection) -> None:
+    """What a worker process keeps, and when it ends."""
+    global in_worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears of it too
+    in_worker = (tokenizers.load(folder / "tokenizer.json"), threads, counter)
+
+    def end_with_parent() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            pipe.recv()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def run_in_worker(task: Task) -> Counts:
+    tokenizer, threads, counter = in_worker
+
+    def add(n_bytes: int) -> None:
+        with counter.get_lock():
+            counter.value += n_bytes
+
+    return run_task(task, tokenizer, threads, add)
+
+
+def run_task(
+    task: Task, tokenizer: Tokenizer, threads: int, report: Callable[[int], None]
+) -> Counts:
+    """Write the shards of a task, from where its journal ends; what it found.
+
+    report: called with the bytes of files that were read since the last call.
+    """
+    journal = task.folder / f"{task.number:05}.json"
+    saved = read_journal(journal, repr(task.hold_out))
+    if saved.is_done:
+        report(task.size)
+        return saved
+
+    # What was written after the last entry of the journal is cut off.
+    counts = Counts(rule=saved.rule, tokens=saved.tokens)
+    dtype = token_type(tokenizer)
+    paths = {split: task.folder / shard_name(split, task.number) for split in SPLITS}
+    with contextlib.ExitStack() as stack:
+        files = {split: stack.enter_context(path.open("ab")) for split, path in paths.items()}
+        for split, file in files.items():
+            file.truncate(saved.tokens[split] * dtype.itemsize)
+        for group in groups(assign(task, counts, report)):
+            counts.groups += 1
+            if counts.groups <= saved.groups:
+                continue
+            for split, ids in encode(group, tokenizer, threads, task.hold_out.marks_ends):
+                files[split].write(np.array(ids, dtype))
+                counts.tokens[split] += len(ids)
+            for file in files.values():
+                file.flush()
+            write_journal(journal, counts)
+
+    for split, path in paths.items():
+        with path.open("rb") as file:
+            counts.sha256[split] = hashlib.file_digest(file, "sha256").hexdigest()
+        if not counts.tokens[split]:
+            path.unlink()
+    counts.is_done = True
+    write_journal(journal, counts)
+    return counts
+
+
+def read_journal(path: Path, rule: str) -> Counts:
+    """How far a task is; at its start where its journal is of another rule, or there is none."""
+    if path.is_file():
+        counts = Counts(**json.loads(path.read_text()))
+        if counts.rule == rule:
+            return counts
+    return Counts(rule=rule)
+
+
+def encode(
+    group: list[Part], tokenizer: Tokenizer, threads: int, marks_ends: bool
+) -> Iterator[tuple[str, list[int]]]:
+    """The ids of each piece of a group, and its split."""
+    texts = [text for _, text, _ in group]
+    encoded = tokenizer.encode_ordinary_batch(texts, num_threads=threads)
+    for ids, (split, _, last) in zip(encoded, group, strict=True):
+        if last and marks_ends:
+            ids.append(tokenizer.eot_token)
+        yield split, ids
+
+
+def write_journal(path: Path, counts: Counts) -> None:
+    """Replace a journal, whole or not at all."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(dataclasses.asdict(counts)))
+    new.replace(path)
+
+
+def assign(task: Task, counts: Counts, report: Callable[[int], None]) -> Iterator[Part]:
+    """Every piece of a task's text, in order: its split, the text, whether a document ends there.
+
+    What is found on the way is added to `counts`.
+    """
+    hold_out = task.hold_out
+    threshold = int(hold_out.share * 2**64)
+    for path, form in task.files:
+        bad = BadDocuments(path, task.reading.skip_bad_documents)
+        reported = 0
+        is_first = True  # piece of its document
+        split = "train"
+
+        def advance(position: int) -> None:
+            nonlocal reported
+            if position > reported:
+                report(position - reported)
+                reported = position
+
+        for text, last in read_pieces(path, form, task.reading, bad, advance):
+            content = text.encode()
+            if threshold and is_first:
+                digest = hashlib.sha256(content).digest()
+                is_held_out = int.from_bytes(digest[:8], "little") < threshold
+                split = "val" if is_held_out else "train"
+            is_first = last
+
+            # Of the tail that is held out, and of what stands before it, one piece has both.
+            head = len(text)
+            if hold_out.tail_from is not None:
+                head = min(max(hold_out.tail_from - counts.characters, 0), len(text))
+                split = "train" if counts.characters < hold_out.tail_from else "val"
+            if 0 < head < len(text):
+                yield "train", text[:head], False
+                yield "val", text[head:], last
+                n_held_out = len(text[head:].encode())
+                counts.text_bytes["train"] += len(content) - n_held_out
+                counts.text_bytes["val"] += n_held_out
+            else:
+                yield split, text, last
+                counts.text_bytes[split] += len(content)
+            counts.characters += len(text)
+            counts.documents += last
+            if split == "val":
+                counts.held_out_characters += len(text)
+        advance(path.stat().st_size)
+        counts.bad_documents += bad.count
+        counts.first_bad = counts.first_bad or bad.first
+
+
+def groups(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Consecutive pieces, together about GROUP characters."""
+    group = []
+    length = 0
+    for part in parts:
+        group.append(part)
+        length += len(part[1])
+        if length >= GROUP:
+            yield group
+            group = []
+            length = 0
+    if group:
+        yield group

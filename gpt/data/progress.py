@@ -1,0 +1,51 @@
+"""How far tokenizing is: a bar on a terminal, else a line now and then."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+@contextmanager
+def tokenizing_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A function to be called with the bytes of files that are tokenized, and those in all."""
+    bar = Progress(
+        TextColumn("tokenizing"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    task = bar.add_task("", total=None)
+    start = last_line = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last_line
+        if console.is_terminal:
+            bar.start()  # not before there is something to report
+            bar.update(task, completed=done, total=total)
+            return
+        now = time.monotonic()
+        if now - last_line >= SECONDS_BETWEEN_LINES and done:
+            last_line = now
+            left = timedelta(seconds=round((now - start) * (total - done) / done))
+            console.print(f"tokenizing     {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {left} left")
+
+    try:
+        yield report
+    finally:
+        bar.stop()

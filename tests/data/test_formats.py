@@ -1,0 +1,227 @@
+"""A file's format is told by its content; the same documents come out of every format."""
+
+import bz2
+import gzip
+import io
+import itertools
+import json
+import lzma
+
+import pytest
+
+from gpt.data import formats
+from gpt.data.formats import BadDocuments, NotText, read_pieces, recognize
+from gpt.data.options import Reading
+from gpt.errors import UserError
+
+DOCS = ["eins", "zwei\nzeilen é 今天 🙂", '{"text": "quoted"}', "  spaced\r\n", "x" * 300]
+PLAIN = Reading()
+
+
+def read(path, reading=PLAIN, bad=None):
+    """The documents of a file, their pieces put together again."""
+    texts, current = [], ""
+    bad = bad or BadDocuments(path, reading.skip_bad_documents)
+    for text, last in read_pieces(path, recognize(path, reading), reading, bad):
+        current += text
+        if last:
+            texts.append(current)
+            current = ""
+    assert current == ""
+    return texts
+
+
+def json_lines(docs, **more):
+    return "".join(json.dumps({"url": "x", "text": doc} | more) + "\n" for doc in docs).encode()
+
+
+def table(docs):
+    pyarrow = pytest.importorskip("pyarrow")
+    return pyarrow.table({"id": list(range(len(docs))), "text": docs})
+
+
+def parquet(docs):
+    import pyarrow.parquet
+
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(table(docs), out, row_group_size=2)
+    return out.getvalue()
+
+
+def arrow(docs, kind):
+    import pyarrow
+
+    out = io.BytesIO()
+    made = table(docs)
+    with getattr(pyarrow.ipc, kind)(out, made.schema) as writer:
+        writer.write_table(made, max_chunksize=2)
+    return out.getvalue()
+
+
+WRITERS = {
+    "text": lambda docs: "<|endoftext|>".join(docs).encode(),
+    "JSON lines": json_lines,
+    "JSON": lambda docs: json.dumps([{"text": doc} for doc in docs], indent=1).encode(),
+    "parquet": parquet,
+    "arrow": lambda docs: arrow(docs, "new_stream"),  # as datasets.save_to_disk writes
+    "arrow file": lambda docs: arrow(docs, "new_file"),
+}
+
+
+def zstd(data):
+    return pytest.importorskip("pyarrow").compress(data, codec="zstd", asbytes=True)
+
+
+COMPRESSORS = {"": bytes, "gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
+COMPRESSORS["zstd"] = zstd
+
+
+def write(path, form, compression="", docs=DOCS):
+    if form in ("parquet", "arrow", "arrow file") or compression == "zstd":
+        pytest.importorskip("pyarrow")
+    path.write_bytes(COMPRESSORS[compression](WRITERS[form](docs)))
+    return path
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_every_format_gives_the_same_documents_under_any_name(form, tmp_path):
+    assert read(write(tmp_path / "data", form)) == DOCS
+
+
+@pytest.mark.parametrize("compression", COMPRESSORS)
+@pytest.mark.parametrize("form", ["text", "JSON lines", "JSON"])
+def test_any_of_them_may_be_compressed(form, compression, tmp_path):
+    path = write(tmp_path / "data.txt", form, compression)
+    assert recognize(path, PLAIN) == (f"{form}, {compression}" if compression else form)
+    assert read(path) == DOCS
+
+
+@pytest.mark.parametrize("form", [*WRITERS, "gzip", "zstd", "bzip2", "xz"])
+def test_what_is_cut_off_or_changed_is_refused_in_one_line(form, tmp_path):
+    """Cut at five places: never are the documents before it taken for all of them."""
+    compression = form if form in COMPRESSORS else ""
+    docs = [f"{i} {doc}" for i in range(40) for doc in DOCS]
+    path = write(tmp_path / "data.jsonl", "JSON lines" if compression else form, compression, docs)
+    whole = path.read_bytes()
+    for kept in (0.21, 0.53, 0.8, 0.95, 0.999):
+        path.write_bytes(whole[: int(len(whole) * kept)])
+        if form == "text":
+            path.write_bytes(path.read_bytes() + b"\xff\n" + whole)
+        with pytest.raises(
+            UserError, match=r"data.jsonl.* (damaged|valid|Expecting|Unterm|cannot)"
+        ):
+            read(path)
+
+
+def test_names_and_contents_that_are_no_text(tmp_path):
+    contents = {
+        "photo.jpg": (NotText, b"\xff\xd8\xff\xe0\0\x10JFIF"),
+        "latin.txt": ("byte 3: 0xe9 is not valid UTF-8", b"caf\xe9"),
+        "archive.zip": ("zip archive", b"PK\x03\x04\x14\0"),
+        "a.parquet": ("is named .parquet", b"PAR2 is not it"),
+        "b.parquet": ("git lfs pull", b"version https://git-lfs.github.com/spec/v1\noid sha256:0"),
+        "meta.pkl": ("a pickle", b"\x80\x04\x95"),
+        "wide.txt": ("UTF-16", "text".encode("utf-16")),
+        "ids.npy": ("NumPy", b"\x93NUMPY\x01\0"),
+        "cut.gz": ("cannot be read", gzip.compress(b"text" * 100, mtime=0)[:-9]),
+    }
+    for name, (expected, content) in contents.items():
+        (tmp_path / name).write_bytes(content)
+        if expected is NotText:
+            with pytest.raises(NotText):
+                recognize(tmp_path / name, PLAIN)
+        else:
+            with pytest.raises(UserError, match=expected):
+                read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "form"),
+    [
+        (b'{\n "name": "package",\n "version": 1\n}\n', "text"),
+        (b'{"name": "package"}', "text"),
+        (b"{% block %}\nwords\n{% endblock %}\n", "text"),
+        (b"[link](to/a/page) and words\n", "text"),
+        (b'["a", "list"]\nof code\n', "text"),
+        (b'{"text": "one"}', "JSON lines"),
+        (b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}', "JSON lines"),
+        (b'{\n "text": "one"\n}\n{\n "text": "two"\n}', "JSON"),
+        (b'[\n{"text": "one"},\n{"text": "two"}]', "JSON"),
+    ],
+)
+def test_what_begins_like_json(content, form, tmp_path):
+    (tmp_path / "data").write_bytes(content)
+    assert recognize(tmp_path / "data", PLAIN) == form
+    read(tmp_path / "data")
+
+
+def test_records_without_the_column_are_refused_with_the_columns_that_there_are(tmp_path):
+    lines = b'{"content": "a", "id": 1}\n{"content": "b", "id": 2}\n'
+    for name, content in (("a", lines), ("b.json", b"[" + lines.replace(b"\n", b",")[:-1] + b"]")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=r"--text-column, of 'content', 'id'"):
+            recognize(tmp_path / name, PLAIN)
+        assert read(tmp_path / name, Reading(text_column="content")) == ["a", "b"]
+    path = write(tmp_path / "c", "parquet")
+    with pytest.raises(UserError, match=r"no column 'content' of text.* of 'text'"):
+        read(path, Reading(text_column="content"))
+
+
+def test_separators_end_documents(tmp_path):
+    path = tmp_path / "stories.txt"
+    path.write_text("one\n\ntwo lines\n<|endoftext|>\nthree<|endoftext|>four\n<|endoftext|>\n")
+    assert read(path) == ["one\n\ntwo lines", "three", "four"]
+    assert read(path, Reading(separator="none")) == [path.read_text()]
+    blank = read(path, Reading(separator="\\n\\n"))
+    assert blank[0] == "one" and len(blank) == 2
+
+
+@pytest.mark.parametrize("form", ["text", "JSON lines"])
+def test_long_documents_come_in_the_same_pieces_wherever_they_stand(form, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "PIECE", 100)
+    docs = ["line é\n" * 100, "x" * 1000, "\n" + "y" * 450, "z" * 100, "a\n" * 50, "b" * 101]
+    expected = [list(formats.cut_documents([(doc, True)], "")) for doc in docs]
+    path = write(tmp_path / "data", form, docs=["first", *docs])
+    bad = BadDocuments(path, False)
+    pieces = [p for p in read_pieces(path, recognize(path, PLAIN), PLAIN, bad) if p[0] or p[1]]
+    assert pieces == [("first", True), *itertools.chain(*expected)]
+    assert all(len(text) <= 100 for text, _ in pieces)
+    assert all(text.endswith("\n") for text, last in pieces if "line" in text and not last)
+
+
+def test_a_bad_byte_is_named_by_its_place_or_its_line_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "PIECE", 1000)
+    lines = [f"line {i} é\n".encode() for i in range(2000)]
+    lines[1500] = b"caf\xe9 here\n"
+    path = tmp_path / "large.txt"
+    path.write_bytes(b"".join(lines))
+    place = sum(map(len, lines[:1500])) + 3
+    with pytest.raises(UserError, match=rf"byte {place:,}: 0xe9 is not valid UTF-8"):
+        read(path)
+    bad = BadDocuments(path, True)
+    (text,) = read(path, bad=bad)
+    assert bad.count == 1 and "line 1499 é\nline 1501 é\n" in text
+    path.write_bytes(b"a\n" * 40_000 + b"b\0\n")
+    with pytest.raises(UserError, match=r"byte 80,001: 0x00 .* zero bytes"):
+        read(path)
+    path.write_bytes(b"ab\n" * 1000 + json_lines(DOCS) + b'{"text": 3}\n')
+    assert len(read(path)) == 1
+
+
+def test_bad_records_are_named_by_their_line_or_left_out(tmp_path):
+    path = tmp_path / "data"
+    good = json_lines(DOCS)
+    for bad_line in (
+        b"[1]\n",
+        b'{"text": 3}\n',
+        b'{"url": "y"}\n',
+        b'{"text": "\xe9"}\n',
+        b"[" * 9999,
+    ):
+        path.write_bytes(good + bad_line + b"\n" + good)
+        with pytest.raises(UserError, match=r"data, line 6: .*--skip-bad-documents"):
+            read(path)
+        bad = BadDocuments(path, True)
+        assert read(path, bad=bad) == DOCS * 2 and bad.count == 1 and "line 6" in bad.first
+    path.write_bytes(good + b'{"text": null}\n{"text": "\\ud800"}\n')
+    assert read(path) == [*DOCS, "\ufffd"]
