@@ -131,13 +131,16 @@ class CharTokenizer(Tokenizer):
         self.contents = {"characters": characters}
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of `text`, never the special one; UserError names a character without an id."""
+        """Ids of `text`, never the special one; UserError names the characters without an id."""
         try:
             return [self._ids[character] for character in text]
-        except KeyError as error:
+        except KeyError:
+            unknown = dict.fromkeys(one for one in text if one not in self._ids)
+            names = ", ".join(map(repr, list(unknown)[:20]))
             raise UserError(
-                f"the character {error.args[0]!r} is not among the {len(self.characters)} "
-                "the char tokenizer knows: leave it out, or train with --tokenizer byte or bpe"
+                f"{len(unknown)} of the characters are not among the {len(self.characters)} that "
+                f"this model was trained on ({names}): leave them out, or train a model that knows "
+                "every character, with --tokenizer byte or bpe"
             ) from None
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:

@@ -92,9 +92,9 @@ def test_lone_surrogates_are_replaced():
     assert tokenizers.without_lone_surrogates("今🙂") == "今🙂"
 
 
-def test_a_character_without_an_id_is_named():
-    with pytest.raises(UserError, match="'ß' is not among the"):
-        CHAR.encode_ordinary("aß")
+def test_characters_without_an_id_are_named_all_at_once():
+    with pytest.raises(UserError, match=r"2 of the characters .*\('ß', '🎉'\).*--tokenizer byte"):
+        CHAR.encode_ordinary("aßa🎉ß")
     with pytest.raises(UserError, match="needs text"):
         tokenizers.create("char", lambda: [], 0)
 
