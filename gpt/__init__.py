@@ -1,8 +1,13 @@
 """A decoder-only GPT in JAX: pretrain it, sample from it, measure prefill against decode.
 
-import gpt
-model = gpt.load("runs/tiny")
-print(model.generate("def "))
+    import gpt
+
+    model = gpt.load("runs/tiny")
+    print(model.generate("def ", max_new_tokens=100, top_p=0.9))
+    print(model.score("import os").perplexity)
+    print(model.logits("import os").shape)  # tokens, vocabulary
+
+help(gpt.LanguageModel) lists what a model can do, help(gpt.Settings) how to sample.
 """
 
 from importlib import import_module
@@ -30,3 +35,8 @@ def __getattr__(name: str):
     if name not in MODULES:
         raise AttributeError(f"module 'gpt' has no attribute {name!r}")
     return getattr(import_module(MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """What TAB, dir() and help() show."""
+    return sorted(__all__)

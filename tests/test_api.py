@@ -1,5 +1,6 @@
 """The public names: load a run, generate, stream, score."""
 
+import pydoc
 import subprocess
 import sys
 
@@ -21,6 +22,13 @@ def test_every_public_name_is_there():
         assert getattr(gpt, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = gpt.lode
+
+
+def test_the_package_shows_its_names():
+    """To dir(), and so to TAB, and to help()."""
+    assert dir(gpt) == sorted(gpt.__all__)
+    text = pydoc.plain(pydoc.render_doc(gpt))
+    assert "class LanguageModel" in text and "logits(self, text" in text and "load(run" in text
 
 
 def test_importing_the_package_starts_no_jax():

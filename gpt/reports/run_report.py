@@ -38,7 +38,8 @@ class Run:
     `records`: the lines of metrics.jsonl. `restarts`: the steps from which the run was continued.
     `seconds`: of training, in all its processes. `samples`: (step, text). `settings`: those of the
     newest good checkpoint by dotted name, with the text it was trained on; `note` says why some are
-    missing. `last_written`: when the run last logged something.
+    missing. `tokenizer`: its file, where there is one. `last_written`: when the run last logged
+    something.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Run:
     samples: list[tuple[int, str]]
     settings: dict[str, Any]
     note: str
+    tokenizer: bytes | None
     last_written: datetime | None
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
@@ -80,6 +82,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             for i in chosen
         ]
         settings, note = read_settings(folder)
+        tokenizer = folder / "tokenizer.json"
         runs.append(
             Run(
                 name=name if names.count(name) == 1 else str(folder),
@@ -89,6 +92,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
                 samples=samples,
                 settings=settings,
                 note=note,
+                tokenizer=tokenizer.read_bytes() if tokenizer.exists() else None,
                 last_written=datetime.fromtimestamp(path.stat().st_mtime) if records else None,
             )
         )
@@ -130,8 +134,16 @@ def build_report(runs: Sequence[Run]) -> str:
         if run.note:
             summary += f'<p class="soft">{escape(run.name)}: {escape(run.note)}.</p>'
 
+    # The loss is per token, and tokens of another tokenizer are others.
     charts = ""
-    for title in CHARTS:
+    titles = list(CHARTS)
+    if len({run.tokenizer for run in runs} - {None}) > 1:
+        titles.remove("Loss")
+        charts = (
+            '<p class="soft">The runs have different tokenizers, so their losses per token cannot '
+            "be compared: bits per byte can.</p>\n"
+        )
+    for title in titles:
         figure = draw_chart(title, runs)
         if figure:
             charts += f'<figure class="chart">{to_svg(figure, title)}</figure>\n'

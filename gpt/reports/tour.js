@@ -45,7 +45,7 @@ function choose(buttons, across, picked) {
   return select;
 }
 
-/** Numbers packed by html.py: their shape, and `at(i)`, `row(i, n)` in flat order. */
+/** Numbers packed by tour.py: their shape, and `at(i)`, `row(i, n)` in flat order. */
 function unpack(packed) {
   const bytes = Uint8Array.from(atob(packed.data), (letter) => letter.charCodeAt(0));
   const view = new DataView(bytes.buffer);
@@ -249,7 +249,7 @@ function showScores() {
   const keys = slots.map((s) => vectors(k, s)), values = slots.map((s) => vectors(v, s));
   const most = { k: largest(...keys), v: largest(...values) };
   $("question").textContent = `Layer ${layer + 1}, head ${head + 1}: where does ${quote(token)} look?`;
-  $("query").replaceChildren(make("p", {}, "its query q, ", String(H), " numbers: "), strip(query, largest(query)));
+  $("query").replaceChildren(make("p", {}, `the query q of ${quote(token)}, ${H} numbers: `), strip(query, largest(query)));
   const names = ["token", "key k", "q·k", "q·k / √H", "after mask", "softmax", "value v"];
   const head_ = make("tr", {}, ...names.map((name) => make("th", { scope: "col" }, name)));
   const rows = [];
@@ -263,7 +263,7 @@ function showScores() {
     rows.push(make("tr", { class: kind, "data-key": s }, ...cells.map((cell) => make("td", { class: "cell" }, cell))));
   }
   $("scores").replaceChildren(make("table", {}, make("thead", {}, head_), make("tbody", {}, ...rows)));
-  $("answer").replaceChildren(make("p", {}, "the output of this head: the sum of the values, weighted by softmax: "),
+  $("answer").replaceChildren(make("p", {}, `the output of this head for ${quote(token)}: the sum of the values, weighted by softmax: `),
     strip(mix.row(((layer * P + token) * N + head) * H, H), most.v));
   markKey();
 }
@@ -276,6 +276,7 @@ function markKey() {
 /* The logit lens */
 function showLens() {
   const [rows, , top] = lensProbs.shape, next = data.following[picked.token];
+  $("predicts").textContent = `What follows ${quote(picked.token)}? It was ${data.words[next][0]}.`;
   const names = ["after", ...Array.from({ length: top }, (_, i) => i ? `${i + 1}.` : "likeliest")];
   const body = [];
   for (let i = rows - 1; i >= 0; i--) {

@@ -71,8 +71,9 @@ def script_data(
 ) -> dict:
     """What tour.js reads."""
     ids = record.read_ids
-    lens_ids = np.unique(record.lens_ids).tolist()
-    words = {token: display_tokens([token], decode_bytes)[0] for token in lens_ids}
+    following = [*ids[1:], record.sampled[-1].token]
+    named = {*np.unique(record.lens_ids).tolist(), *following}
+    words = {token: display_tokens([token], decode_bytes)[0] for token in named}
     return {
         "q": pack(record.by_position("q")),
         "k": pack(record.cached("k")),
@@ -83,7 +84,7 @@ def script_data(
         "groups": record.config.n_heads // record.config.kv_heads,
         "prefilled": len(record.prompt_ids),
         "tokens": [[t.text, int(t.is_partial), t.characters] for t in tokens[: len(ids)]],
-        "following": [*ids[1:], record.sampled[-1].token],
+        "following": following,
         "words": {token: [word.text, int(word.is_partial)] for token, word in words.items()},
         "lens": {
             "layers": record.lens_layers,

@@ -62,13 +62,16 @@ def test_the_tour_follows_clicks_mouse_and_keys(tmp_path):
     press(".thumb[aria-checked=true]", "ArrowDown");
     const head = say("#cell");
     press("#steps button", "ArrowRight");
+    const lens = say("#predicts"), query = say("#query"), answer = say("#answer");
     const step = say(".step:not(.away) h3"), width = document.documentElement.scrollWidth;
-    return { clicked, hovered, token, scores, moved, head, step, width, innerWidth };"""
+    return { clicked, hovered, token, scores, moved, head, lens, query, answer, step,
+             width, innerWidth };"""
     for width in (1280, 500):
         seen = evaluate(page, script, tmp_path, width)
         assert seen["clicked"].startswith("Layer 2, head 3:") and seen["hovered"] != seen["clicked"]
         assert "(3) look" in seen["token"] and "−∞" in seen["scores"]  # later keys are masked
         assert "(2) gives" in seen["moved"] and seen["head"].startswith("Layer 3, head 3:")
+        assert all("(2)" in seen[name] for name in ("lens", "query", "answer"))
         assert seen["step"].startswith("Decode step 1") and seen["width"] <= seen["innerWidth"]
 
 

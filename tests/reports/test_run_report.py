@@ -50,6 +50,15 @@ def test_runs_are_compared(trained, trained_run, tmp_path):
     assert [run.name for run in read_runs([trained[1]] * 2)] == [str(trained[1])] * 2
 
 
+def test_runs_with_different_tokenizers_are_compared_in_bits_per_byte(trained_run):
+    other = dataclasses.replace(trained_run, tokenizer=b"another", name="other")
+    unknown = dataclasses.replace(trained_run, tokenizer=None)
+    page = run_report.build_report([trained_run, other])
+    assert "different tokenizers" in page and 'aria-label="Validation, bits per byte"' in page
+    assert 'aria-label="Loss"' not in page
+    assert 'aria-label="Loss"' in run_report.build_report([trained_run, unknown])
+
+
 def test_an_imported_model_has_no_training_settings(trained, monkeypatch):
     honest = run_report.checkpoint.read_metadata
     source = {"source": {"model_type": "llama"}}
