@@ -10,6 +10,7 @@ import ctypes
 import difflib
 import errno
 import functools
+import hashlib
 import importlib.util
 import io
 import os
@@ -262,6 +263,16 @@ def cache_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="gpt-jax-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def keep_stdin() -> Path:
+    """What is on standard input, as a file that a later run finds again: the same text has the same
+    name in the cache folder."""
+    content = sys.stdin.buffer.read()
+    path = cache_folder() / "stdin" / f"{hashlib.sha256(content).hexdigest()[:16]}.txt"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path
 
 
 def prepare_jax(cache: bool = True) -> None:

@@ -1,6 +1,6 @@
 """The flags of train.py and their checks, without JAX: `--help` and a refusal are quick."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -90,7 +90,8 @@ class Args:
     preset: tyro.conf.Positional[Literal[tuple(PRESETS)]] = "tiny"
     """A set of settings, named by the first word. Flags override it."""
     data: Annotated[tuple[Path, ...] | None, optional("PATH [PATH ...]", "Python's source")] = None
-    """Text in any format, or tokens: files, folders, patterns. Several sources: A=0.7 B=0.3."""
+    """Text in any format, or tokens: files, folders, patterns; - is standard input. Several
+    sources: A=0.7 B=0.3."""
     text: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     out: Annotated[Path | None, optional("DIR", "runs/PRESET")] = None
     """Folder of the run. If it holds a run, that run continues."""
@@ -197,4 +198,7 @@ def parse_args(argv: list[str], description: str) -> Args:
         args.resume is None or first not in PRESETS,
         f"--resume takes all settings from the run: drop the preset {first}",
     )
+    if args.data and Path("-") in args.data:
+        kept = cli.keep_stdin()
+        args = replace(args, data=tuple(kept if one == Path("-") else one for one in args.data))
     return args

@@ -1,6 +1,7 @@
 """The part every entry point shares: flags, errors, exit codes, caches, JAX's surroundings."""
 
 import errno
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,18 @@ def test_every_guess_names_a_flag(capsys):
         help_text = capsys.readouterr().out
         for meant in module.GUESSES.values():
             assert not meant.startswith("--") or f"  {meant.split()[0]} " in help_text, meant
+
+
+def test_text_on_standard_input_becomes_a_file(tmp_path, monkeypatch):
+    """The same text the same file, so that the same command continues its run."""
+    monkeypatch.setattr(cli, "cache_folder", lambda: tmp_path)
+    paths = []
+    for content in (b"some text", b"other text", b"some text"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+        stdin, named = read("--data", "-", "named.txt").data
+        assert stdin.read_bytes() == content and named == Path("named.txt")
+        paths.append(stdin)
+    assert paths[0] == paths[2] != paths[1]
 
 
 def test_a_file_as_the_first_word_is_text(tmp_path):

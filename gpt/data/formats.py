@@ -117,14 +117,29 @@ def _recognize_content(path: Path, head: bytes, stream: BinaryIO, reading: Readi
         f"{path} is damaged: it is named {min(named_table, default='')}, but does not begin as one",
     )
 
+    if head.startswith(b"%PDF"):
+        raise NotText("it is a PDF, get its text first with pdftotext")
     if b"\0" in head:
         raise NotText("it holds zero bytes")
     text = head.decode("utf-8-sig", "replace")
     if text.count("\ufffd") > max((1 - MIN_SHARE) * len(text), 1):
-        raise NotText("it is not valid UTF-8")
+        encoding = "GB18030" if is_gb18030(head) else "ITS-ENCODING"
+        raise NotText(f"it is not valid UTF-8, convert it: iconv -f {encoding} -t UTF-8 {path}")
     if text.lstrip()[:1] in ("{", "["):
         return _recognize_json(path, head, stream, suffixes, reading.text_column)
     return "text"
+
+
+def is_gb18030(head: bytes) -> bool:
+    """Whether bytes are mostly Chinese characters and ASCII in GB18030, or GBK and GB2312 in it."""
+    try:
+        text = codecs.getincrementaldecoder("gb18030")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    # Other encodings decode too, as characters that nobody uses: GB2312 has the usual ones.
+    beyond_ascii = [character for character in text if ord(character) > 127]
+    usual = [character for character in beyond_ascii if character.encode("gb2312", "ignore")]
+    return len(usual) > 0.9 * len(beyond_ascii)
 
 
 def _recognize_json(

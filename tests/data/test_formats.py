@@ -113,6 +113,18 @@ def test_what_is_cut_off_or_changed_is_refused_in_one_line(form, tmp_path):
             read(path)
 
 
+def test_what_is_not_utf_8_says_how_to_convert_it(tmp_path):
+    chinese = "今天天气很好，我们去河边钓鱼。Tom said: fish!\n" * 50
+    for name, content, advice in (
+        ("gbk.txt", chinese.encode("gb18030"), "iconv -f GB18030 -t UTF-8 "),
+        ("big5.txt", "今天天氣很好\n".encode("big5") * 50, "iconv -f ITS-ENCODING -t UTF-8 "),
+        ("paper.pdf", b"%PDF-1.4\n" + b"stream " * 50, "pdftotext"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(NotText, match=advice):
+            recognize(tmp_path / name, PLAIN)
+
+
 def test_names_and_contents_that_are_no_text(tmp_path):
     contents = {
         "photo.jpg": (NotText, b"\xff\xd8\xff\xe0\0\x10JFIF"),
