@@ -119,7 +119,7 @@ def search(model, args: Args, prompts: list) -> None:
             else:
                 terminal.write(f"{one}\n")
     every = [one for hypotheses in found for one in hypotheses]
-    terminal.note(terminal.describe_end(every, model.config.context_length, may_slide=False))
+    terminal.note(terminal.describe_end(every, model.config.context_length))
 
 
 def score(model, args: Args, text: str | list[int]) -> None:

@@ -187,11 +187,8 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def describe_end(completions: Sequence, context_length: int, may_slide: bool = True) -> str:
-    """How long prefill and decode took, why the completions ended, and how to get more.
-
-    `may_slide`: whether a full context can slide, which it cannot in beam search.
-    """
+def describe_end(completions: Sequence, context_length: int) -> str:
+    """How long prefill and decode took, why the completions ended, and how to get more."""
     slowest = max(completions, key=lambda completion: completion.decode_seconds)
     counts = Counter(completion.finish_reason or "Ctrl-C" for completion in completions)
     line = f"prefill {slowest.prefill_seconds * 1e3:.1f} ms, decode {slowest.decode_seconds:.2f} s"
@@ -199,14 +196,18 @@ def describe_end(completions: Sequence, context_length: int, may_slide: bool = T
         line += f", {slowest.tokens_per_second:.0f} tokens/s per row"
     reasons = [f"{reason} ({n} times)" if n > 1 else reason for reason, n in counts.items()]
     line += f" (compilation left out); stopped by {', '.join(reasons)}"
-    advice = []
     if "length" in counts:
-        advice.append("--max-new-tokens for more")
+        line += "; --max-new-tokens for more"
     if "context" in counts:
-        slide = ", --on-context-full slide goes on" if may_slide else ""
-        advice.append(f"the model's context of {context_length} tokens is full{slide}")
-    if advice:
-        line += f": {'; '.join(advice)}"
+        line += f"; the model's context of {context_length} tokens is full"
+    # The last token need not be read.
+    longest = max(len(one.prompt_ids) + len(one.token_ids) - 1 for one in completions)
+    if longest > context_length:
+        line += (
+            f"\nnote: the text is longer than the model's context of {context_length} tokens: each "
+            f"token follows the last {context_length - context_length // 2} to {context_length}; "
+            "--on-context-full stop ends there"
+        )
     return line
 
 

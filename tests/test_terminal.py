@@ -104,22 +104,32 @@ def test_a_table_holds_the_drawn_token_even_if_it_is_not_among_the_likeliest():
     ]  # fmt: skip
 
 
-def completion(reason, decode=0.5, rate=20.0):
+def completion(reason, decode=0.5, rate=20.0, n_tokens=9):
     return SimpleNamespace(
-        finish_reason=reason, prefill_seconds=0.01, decode_seconds=decode, tokens_per_second=rate
+        finish_reason=reason,
+        prefill_seconds=0.01,
+        decode_seconds=decode,
+        tokens_per_second=rate,
+        prompt_ids=[1] * 8,
+        token_ids=[1] * n_tokens,
     )
 
 
 def test_the_end_is_told_in_words():
-    one = terminal.describe_end([completion("context")], 64)
+    one = terminal.describe_end([completion("context")], 16)
     assert one.startswith("prefill 10.0 ms, decode 0.50 s, 20 tokens/s per row (compilation left")
-    assert "context of 64 tokens is full" in one and "--on-context-full slide" in one
+    assert one.endswith("stopped by context; the model's context of 16 tokens is full")
     several = [completion("eos"), completion("length", 0.7, None), completion("eos")]
     assert terminal.describe_end(several, 64).endswith(
-        "decode 0.70 s (compilation left out); stopped by eos (2 times), length: "
+        "decode 0.70 s (compilation left out); stopped by eos (2 times), length; "
         "--max-new-tokens for more"
     )
     assert terminal.describe_end([completion(None)], 64).endswith("stopped by Ctrl-C")
+
+
+def test_a_text_that_outgrows_the_context_is_noted():
+    said = terminal.describe_end([completion("length"), completion("length", n_tokens=10)], 16)
+    assert "context of 16 tokens: each token follows the last 8 to 16; --on-context-full" in said
 
 
 def test_programs_are_listed():

@@ -83,6 +83,7 @@ class BeamSettings:
     def as_settings(self) -> Settings:
         """What beam search and sampling have in common, checked there."""
         return Settings(
+            on_context_full="stop",
             temperature=0,
             max_new_tokens=self.max_new_tokens,
             logit_bias=self.logit_bias,

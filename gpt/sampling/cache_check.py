@@ -199,7 +199,8 @@ def check_programs(probe: Probe) -> Check:
     """
     n_programs, n_that_compile = 0, 1 if platform() == "cpu" else len(SWEEP)
     for turn, settings in enumerate(SWEEP * 2):
-        settings = replace(settings, max_new_tokens=5 + turn, ignore_eos=True)
+        changes = {"ignore_eos": True, "on_context_full": "stop"}
+        settings = replace(settings, max_new_tokens=5 + turn, **changes)
         lengths = np.maximum(probe.ragged_B - turn, 1)
         prompts = [probe.tokens_BT[row, :n].tolist() for row, n in zip(ROWS, lengths, strict=True)]
         before = compilations.programs

@@ -99,6 +99,7 @@ class Row:
         self.room = model.config.context_length + 1 - len(prompt.ids)
         if settings.on_context_full == "slide":
             self.window = prompt.ids[-model.config.context_length :]
+        if settings.on_context_full in ("auto", "slide") and model.config.context_length > 1:
             self.room = math.inf
 
     @property

@@ -120,7 +120,7 @@ def _stream(
         require(
             row.settings.on_context_full != "error" or row.completion.finish_reason != "context",
             f"the context of {model.config.context_length} tokens is full: expected the text to "
-            "end within it; ask for fewer tokens, or choose stop or slide",
+            "end within it; ask for fewer tokens, or choose auto or stop",
         )
 
 

@@ -180,7 +180,7 @@ def load(
     return replace(model, notes=(*model.notes, *notes))
 
 
-def write_sample(run, weights: dict, n_tokens: int = 120) -> str | None:
+def write_sample(run, weights: dict, n_tokens: int = 200) -> str | None:
     """What a model in training writes from nothing. `run` has `config`, `tokenizer` and `mesh`, on
     which the stacked `weights` lie.
 

@@ -7,7 +7,7 @@ from typing import Literal
 from gpt.errors import above_zero, check_names, not_negative, positive, require
 
 MAX_TEMPERATURE = 1e30  # within float32; all tokens are equally likely long before
-Full = Literal["stop", "error", "slide"]
+Full = Literal["auto", "stop", "error", "slide"]
 Prefix = Literal["bos", "eos", "none"]  # what stands before a text
 
 
@@ -33,8 +33,9 @@ class Settings:
     """Sample only tokens at least this many times as likely as the likeliest (0: all)."""
     stop: tuple[str, ...] = ()
     """End before this text; it is not printed."""
-    on_context_full: Full = "stop"
-    """When the context is full: stop, fail, or go on after re-reading the last half of it."""
+    on_context_full: Full = "auto"
+    """When the context is full: auto goes on after reading the last half of it again; slide does so
+    for a prompt that is too long, too; stop ends the text there; error fails."""
     num_samples: int = 1
     """Completions of each prompt, from one prefill."""
     seed: int = 0

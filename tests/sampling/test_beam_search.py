@@ -153,7 +153,8 @@ def test_endings_starve_no_live_text(width):
     [{}, {"repetition_penalty": 1.5}, {"ignore_eos": True}, {"logit_bias": {2: -math.inf, 0: 1.0}}],
 )
 def test_width_one_is_greedy(changes):
-    greedy = generate.complete(MODEL, PROMPTS, Settings(40, temperature=0, **changes))
+    ends = Settings(40, temperature=0, on_context_full="stop", **changes)
+    greedy = generate.complete(MODEL, PROMPTS, ends)
     for penalty in (-1.0, 0.0, 3.0):
         settings = BeamSettings(1, 1, penalty, True, max_new_tokens=40, **changes)
         for (one,), expected in zip(search(MODEL, PROMPTS, settings), greedy, strict=True):

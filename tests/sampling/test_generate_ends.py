@@ -27,9 +27,10 @@ def ids(completions):
 
 def test_finish_reasons(model):
     context = CONFIG.context_length
-    done = generate.complete(model, ["x" * 20], Settings(max_new_tokens=500, temperature=0))[0]
+    ends = Settings(max_new_tokens=500, temperature=0, on_context_full="stop")
+    done = generate.complete(model, ["x" * 20], ends)[0]
     assert done.finish_reason == "context" and len(done.token_ids) == context + 1 - 20
-    done = generate.complete(model, ["x" * context], Settings(max_new_tokens=5))[0]
+    done = generate.complete(model, ["x" * context], ends)[0]
     assert done.finish_reason == "context" and len(done.token_ids) == 1
     done = generate.complete(model, ["x"], Settings(max_new_tokens=1))[0]
     assert done.finish_reason == "length" and len(done.token_ids) == 1
@@ -108,8 +109,10 @@ def test_a_long_prompt_slides_and_is_refused_otherwise(model):
     long, last = list(b"abcdefgh" * 40), list(b"abcdefgh" * 40)[-CONFIG.context_length :]
     done = generate.complete(model, [long, last], settings)
     assert done[0].token_ids == done[1].token_ids
+    auto = dataclasses.replace(settings, on_context_full="auto")
+    assert generate.complete(model, [last], auto)[0].token_ids == done[1].token_ids
     with pytest.raises(UserError, match=r"prompt 2 has 320 tokens.*128"):
-        generate.complete(model, [last, long], Settings())
+        generate.complete(model, [last, long], auto)
 
 
 def test_each_prompt_may_have_its_own_settings(model):
