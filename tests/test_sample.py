@@ -148,11 +148,11 @@ def test_stop_strings_end_the_text_and_are_not_printed(folder):
 
 def test_a_full_context_as_the_user_wants_it(folder):
     argv = ["--prompt", "the ", "--max-new-tokens", "40", "--ignore-eos"]
-    stopped = call("sample", folder, *argv)
-    assert "context of 16 tokens is full, --on-context-full slide goes on" in stopped.err
-    slid = call("sample", folder, *argv, "--on-context-full", "slide")
+    stopped = call("sample", folder, *argv, "--on-context-full", "stop")
+    assert "context of 16 tokens is full" in stopped.err
+    slid = call("sample", folder, *argv)
     assert slid.code == 0 and slid.out.startswith(stopped.out.rstrip("\n"))
-    assert "stopped by length" in slid.err
+    assert "stopped by length" in slid.err and "--on-context-full stop ends there" in slid.err
     failed = call("sample", folder, *argv, "--on-context-full", "error")
     assert failed.code == 2 and failed.err.startswith("error: the context of 16 tokens is full")
 
@@ -229,7 +229,7 @@ def test_beams_are_not_told_to_slide(folder):
     """Which they cannot: neither when the context is full nor when the prompt is too long."""
     argv = ["--prompt", "the ", "--ignore-eos", "--beam-width", "2"]
     full = call("sample", folder, *argv)
-    assert full.err.endswith("stopped by context: the model's context of 16 tokens is full\n")
+    assert full.err.endswith("stopped by context; the model's context of 16 tokens is full\n")
     long = call("sample", folder, "--prompt", "x" * 17, "--beam-width", "2")
     assert long.code == 2 and long.err.endswith("the model's context of 16: shorten it\n")
 
