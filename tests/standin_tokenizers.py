@@ -55,19 +55,15 @@ def split(pattern):
     return cut.Sequence([cut.Split(Regex(pattern), "isolated"), level])
 
 
-def byte_level(cutting, special, normalizer=None, first=False, alphabet=True, **options):
-    """A byte-level BPE; its special tokens have the first ids, or the last."""
+def byte_level(cutting, special, normalizer=None, **options):
+    """A byte-level BPE; its special tokens have the last ids."""
     made = Tokenizer(models.BPE(**options))
     made.pre_tokenizer, made.decoder = cutting, decoders.ByteLevel()
     made.post_processor = processors.ByteLevel(trim_offsets=False)
     if normalizer:
         made.normalizer = normalizer
-    trainer = BpeTrainer(
-        vocab_size=500,
-        initial_alphabet=cut.ByteLevel.alphabet() if alphabet else [],
-        special_tokens=special if first else [],
-        show_progress=False,
-    )
+    alphabet = cut.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
     made.train_from_iterator(TEXT, trainer)
     made.add_special_tokens([AddedToken(text, normalized=False) for text in special])
     return made
@@ -89,38 +85,22 @@ def qwen():
     return made
 
 
-def byte_fallback(normalizer, pre_tokenizer, decoder, special):
-    """A BPE of characters with a token for each byte, as SentencePiece makes them."""
+def tinyllama():
+    """Llama 2's form: a BPE of characters with a token for each byte, as SentencePiece makes it; a
+    ▁ before the text, no cutting, one space stripped when decoding."""
     made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    made.normalizer, made.decoder = normalizer, decoder
-    if pre_tokenizer:
-        made.pre_tokenizer = pre_tokenizer
-    trainer = BpeTrainer(
-        vocab_size=600, special_tokens=[*special, *BYTE_TOKENS], show_progress=False
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    special = ["<unk>", "<s>", "</s>", *BYTE_TOKENS]
+    trainer = BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
     made.train_from_iterator(TEXT[:1] * 8, trainer)  # other scripts have only bytes
     # The trainer marks the byte tokens as special; in these models they are ordinary.
     whole = json.loads(made.to_str())
     added = [token for token in whole["added_tokens"] if token["content"] not in BYTE_TOKENS]
     return Tokenizer.from_str(json.dumps(whole | {"added_tokens": added}))
-
-
-SPACES_AND_BYTES = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-
-
-def tinyllama():
-    """Llama 2's form: a ▁ before the text, no cutting, one space stripped when decoding."""
-    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [*SPACES_AND_BYTES, decoders.Strip(" ", 1, 0)]
-    return byte_fallback(normalizer, None, decoders.Sequence(steps), ["<unk>", "<s>", "</s>"])
-
-
-def gemma():
-    """Spaces become ▁, none is put before, and words are cut at them."""
-    decoder = decoders.Sequence(SPACES_AND_BYTES)
-    cutting = cut.Split(" ", "merged_with_previous")
-    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    return byte_fallback(normalizers.Replace(" ", "▁"), cutting, decoder, special)
 
 
 def unigram():
@@ -138,14 +118,8 @@ def unigram():
 FORMS = {
     "GPT-2": lambda: byte_level(cut.ByteLevel(add_prefix_space=False), [END]),
     "Llama 3": llama3,
-    "SmolLM2": lambda: byte_level(
-        cut.Sequence([cut.Digits(True), cut.ByteLevel(add_prefix_space=False)]),
-        [END, "<|im_start|>", "<|im_end|>"],
-        first=True,
-    ),
     "Qwen": qwen,
     "TinyLlama": tinyllama,
-    "Gemma": gemma,
     "Unigram": unigram,
 }
 

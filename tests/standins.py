@@ -1,58 +1,67 @@
-"""Folders in the Hugging Face form with random weights, written with NumPy and the safetensors
-library, and the logits that they should give: GPT-2 and Llama from their papers, by the names that
-the files have, in float64. Independent of the converter."""
+"""Models in the Hugging Face form: config.json of the hub's, and folders with random weights.
+
+hub_configs.json holds what the models' own files say, field for field. The folders are written with
+NumPy and the safetensors library. The logits that they should give are computed from the papers of
+GPT-2 and Llama, by the names that the files have, in float64: independent of the converter.
+"""
 
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-from numpy_transformer import ACTIVATIONS, sigmoid, softmax
+from numpy_transformer import ACTIVATIONS, sigmoid, softmax, turn
 from safetensors.numpy import save_file
 
-GPT2 = {
-    "model_type": "gpt2",
-    "architectures": ["GPT2LMHeadModel"],
-    "vocab_size": 300,
-    "n_positions": 64,
-    "n_ctx": 64,
-    "n_embd": 24,
-    "n_layer": 2,
-    "n_head": 3,
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "initializer_range": 0.02,
-    "embd_pdrop": 0.1,
-    "attn_pdrop": 0.1,
-    "resid_pdrop": 0.1,
-    "summary_type": "cls_index",
-    "bos_token_id": 299,
-    "eos_token_id": 299,
-    "task_specific_params": {"text-generation": {"do_sample": True}},
-}
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 300,
-    "max_position_embeddings": 64,
+HUB = json.loads(Path(__file__).with_name("hub_configs.json").read_text())
+
+
+def saved_again(c):
+    """A config as transformers 5 writes it: `dtype`, and RoPE's fields in one object."""
+    old = ("torch_dtype", "rope_theta", "rope_scaling")
+    rope = {"rope_type": "default", "rope_theta": c["rope_theta"]} | (c.get("rope_scaling") or {})
+    fields = {"dtype": c["torch_dtype"], "pad_token_id": None, "rope_parameters": rope}
+    if c["model_type"].startswith("qwen"):
+        fields |= {"layer_types": ["full_attention"] * c["num_hidden_layers"]}
+        fields |= {"sliding_window": None}
+    kept = {name: value for name, value in c.items() if name not in old}
+    return kept | fields | {"transformers_version": "5.23.0"}
+
+
+HUB |= {f"{name}, saved again": saved_again(HUB[name]) for name in ("Llama-3.2-1B", "Qwen3-0.6B")}
+
+
+def small(c):
+    """`c` with all its fields and heads, but few layers, narrow ones, and few tokens."""
+    if c["model_type"] == "gpt2":
+        narrow = {"n_embd": 4 * c["n_head"], "n_layer": 2, "n_positions": 64, "n_ctx": 64}
+        return c | narrow | {"vocab_size": 300}
+    heads = c["num_attention_heads"]
+    sizes = {"hidden_size": 4 * heads, "num_hidden_layers": 2, "intermediate_size": 40}
+    sizes |= {"max_position_embeddings": 64, "vocab_size": 300}
+    if "head_dim" in c:  # as wide, against the others, as it was
+        sizes["head_dim"] = 4 * heads * c["head_dim"] // c["hidden_size"]
+    if c.get("sliding_window"):
+        sizes["sliding_window"] = 64
+    if "layer_types" in c:
+        sizes["layer_types"] = c["layer_types"][:2]
+    for name in ("rope_scaling", "rope_parameters"):
+        if "original_max_position_embeddings" in (c.get(name) or {}):
+            sizes[name] = c[name] | {"original_max_position_embeddings": 32}
+    return c | sizes
+
+
+GPT2 = small(HUB["gpt2"]) | {"n_embd": 24, "n_head": 3, "bos_token_id": 299, "eos_token_id": 299}
+LLAMA = small(HUB["TinyLlama-1.1B"]) | {
     "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
     "torch_dtype": "float32",
     "eos_token_id": 299,
 }
-STRETCHED = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+del LLAMA["bos_token_id"]
+STRETCHED = small(HUB["Llama-3.2-1B"])["rope_scaling"] | {"factor": 8.0}
 KINDS = {
     "gpt2": GPT2,
     "gpt2, untied, exact gelu": GPT2
@@ -184,30 +193,16 @@ def gpt2_logits(c, w, ids):
     return norm(x, "transformer.ln_f") @ w.get("lm_head.weight", w["transformer.wte.weight"]).T
 
 
-def speeds(c, half):
-    """Radians a token of each pair, as modeling_rope_utils of transformers has them."""
-    found = [c["rope_theta"] ** (-i / half) for i in range(half)]
-    s = c.get("rope_scaling")
-    if not s:
-        return found
-    old, low, high = (
-        s["original_max_position_embeddings"],
-        s["low_freq_factor"],
-        s["high_freq_factor"],
-    )
-    out = []
-    for f in found:
-        length = 2 * math.pi / f
-        smooth = (old / length - low) / (high - low)
-        between = (1 - smooth) * f / s["factor"] + smooth * f
-        out.append(f / s["factor"] if length > old / low else f if length < old / high else between)
-    return out
-
-
 def llama_logits(c, w, ids):
     N, K = c["num_attention_heads"], c["num_key_value_heads"]
-    H = c.get("head_dim") or c["hidden_size"] // N
-    angle = np.outer(np.arange(len(ids)), speeds(c, H // 2))
+    scaling = c.get("rope_scaling") or {}
+    rope = SimpleNamespace(
+        rope_theta=c["rope_theta"],
+        rope_factor=scaling.get("factor", 1),
+        rope_low=scaling.get("low_freq_factor", 1),
+        rope_high=scaling.get("high_freq_factor", 4),
+        rope_context=scaling.get("original_max_position_embeddings", 32),
+    )
 
     def norm(x, name):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + c["rms_norm_eps"]) * w[f"{name}.weight"]
@@ -219,11 +214,7 @@ def llama_logits(c, w, ids):
         found = np.split(linear(x, f"{name}_proj"), n, axis=1)
         if turned and f"{name}_norm.weight" in w:
             found = [norm(head, f"{name}_norm") for head in found]
-        return [turn(head) for head in found] if turned else found
-
-    def turn(x):
-        z = (x[:, : H // 2] + 1j * x[:, H // 2 :]) * np.exp(1j * angle)
-        return np.concatenate([z.real, z.imag], axis=1)
+        return [turn(head, rope) for head in found] if turned else found
 
     x = w["model.embed_tokens.weight"][ids]
     for i in range(c["num_hidden_layers"]):

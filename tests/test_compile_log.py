@@ -1,46 +1,31 @@
 """Compilations, as jax's monitoring events report them."""
 
-import contextlib
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
+from programs import keep_compiled
 
 from gpt.compile_log import Compilations, Stopwatch, compilations
 
 
-@contextlib.contextmanager
-def kept_in(folder):
-    """Every program is kept in `folder` for a while."""
-    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    options += ("jax_persistent_cache_min_entry_size_bytes",)
-    before = [getattr(jax.config, option) for option in options]
-    values = [str(folder), 0.0, -1]
-    try:
-        for option, value in zip(options, values, strict=True):
-            jax.config.update(option, value)
-        compilation_cache.reset_cache()
-        yield
-    finally:
-        for option, value in zip(options, before, strict=True):
-            jax.config.update(option, value)
-        compilation_cache.reset_cache()
-
-
-def test_each_program_has_its_name_its_seconds_and_its_origin(tmp_path):
+def test_each_program_has_its_name_its_seconds_and_its_origin():
     """Compiled, then found on disk. If jax renamed its events, this would notice nothing."""
+    keep_compiled()
+    salt = time.time_ns() % 1_000_003  # what no earlier run has compiled
 
-    def stranger(x):
-        return (x @ x).sum()
+    def make():
+        def stranger(x):
+            return (x @ x).sum() + salt
+
+        return jax.jit(stranger)
 
     n = len(compilations.each)
-    with kept_in(tmp_path):
-        for _ in range(2):
-            with Stopwatch() as watch:
-                jax.block_until_ready(jax.jit(stranger)(np.ones((4, 4), np.float32)))
-            assert watch.programs and watch.compile_seconds > 0
-            jax.clear_caches()
+    for _ in range(2):
+        with Stopwatch() as watch:
+            jax.block_until_ready(make()(np.ones((4, 4), np.float32)))
+        assert watch.programs and watch.compile_seconds > 0
     made = [one for one in compilations.each[n:] if one.name == "stranger"]
     assert [one.cached for one in made] == [False, True]
     assert all(one.seconds > 0 for one in made)

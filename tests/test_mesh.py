@@ -30,33 +30,37 @@ def on_eight(*tasks):
 
 @pytest.fixture(scope="module")
 def eight(text, tmp_path_factory):
-    """What eight devices gave by default: a run and its folder, and samples beside one device's."""
-    folder = tmp_path_factory.mktemp("mesh") / "run"
-    tasks = [("run", str(folder), str(text)), ("sample", "one"), ("sample", "rows and heads")]
-    run, one, mesh = on_eight(*tasks)
-    return SimpleNamespace(folder=folder, run=run, one=one, mesh=mesh)
+    """What eight devices gave by default: a run and its folder, a run of one device that they have
+    continued, and samples beside one device's."""
+    place = tmp_path_factory.mktemp("mesh")
+    argv = [*TINY, "--batch-size", "8", "--data", text, "--out", place / "one"]
+    assert call("train", *argv).code == 0
+    shutil.copytree(place / "one", place / "continued")
+    shutil.rmtree(place / "continued" / "checkpoints" / "12")
+    runs = [("run", str(place / name), str(text)) for name in ("run", "continued")]
+    run, continued, one, mesh = on_eight(*runs, ("sample", "one"), ("sample", "rows and heads"))
+    return SimpleNamespace(place=place, run=run, continued=continued, one=one, mesh=mesh)
 
 
 # Training.
 
 
-def test_a_run_on_a_mesh_is_a_run_anywhere(text, eight, tmp_path):
-    """Written on (2, 2, 2) and read on one device; trained or continued there, it comes out the
-    same."""
-    done, folder = eight.run, eight.folder
+def test_a_run_on_a_mesh_is_a_run_anywhere(text, eight):
+    """Written on (2, 2, 2) and read on one device, or the other way round: all the same."""
+    done, folder, one = eight.run, eight.place / "run", eight.place / "one"
     assert done["code"] == 0, done["err"]
     assert "on 8 device(s)" in done["err"] and done["err"].count("--- sample ---") == 2
     assert gpt.load(folder).generate("the ", max_new_tokens=4).token_ids
-    argv = [*TINY, "--batch-size", "8", "--data", text, "--out"]
-    assert call("train", *argv, tmp_path / "one").code == 0
-    assert arrays(folder, 12).keys() == arrays(tmp_path / "one", 12).keys()
-    assert same_losses(folder, tmp_path / "one")
+    assert arrays(folder, 12).keys() == arrays(one, 12).keys()
+    assert same_losses(folder, one)
 
     shutil.rmtree(folder / "checkpoints" / "12")
-    done = call("train", *argv, folder)
-    assert done.code == 0 and "on 1 device(s)" in done.err and "from step 8" in done.err
-    assert int(arrays(folder, 12)["optimizer/step"]) == 12
-    assert same_losses(folder, tmp_path / "one")
+    argv = [*TINY, "--batch-size", "8", "--data", text, "--out", folder]
+    here, there = vars(call("train", *argv)), eight.continued
+    for done, n_devices, run in ((here, 1, folder), (there, 8, eight.place / "continued")):
+        assert done["code"] == 0, done["err"]
+        assert f"on {n_devices} device(s)" in done["err"] and "from step 8" in done["err"]
+        assert same_losses(run, one) and int(arrays(run, 12)["optimizer/step"]) == 12
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from programs import ROOT
@@ -47,20 +46,6 @@ def test_ctrl_c_ends_with_130_and_a_closed_pipe_with_0(folder):
         closed.stdout.close()
         assert (stopped.wait(PATIENCE), closed.wait(PATIENCE)) == (130, 0)
         assert (stopped.stderr.read(), closed.stderr.read()) == (b"", b"")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-@pytest.mark.parametrize("way", [["--max-new-tokens", "3"], ["--score", "the cat"]])
-def test_an_output_that_is_full(way, folder):
-    with (
-        open("/dev/full", "w") as full,
-        start(folder, *way, stdout=full, stderr=subprocess.PIPE) as process,
-    ):
-        assert process.communicate(timeout=PATIENCE)[1].endswith(
-            b"error: No space left on device\n"
-        )
-    assert process.returncode == 2
 
 
 class Typist:

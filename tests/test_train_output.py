@@ -3,8 +3,9 @@
 import gzip
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from programs import TINY, arrays, call, read_lines, same_bits, snapshot
 
@@ -83,26 +84,19 @@ def test_a_profile_is_a_trace_of_the_steps_asked_for(text, finished):
     assert snapshot(run) == {"checkpoints": None, "profile": None, "profile/notes.txt": b"mine"}
 
 
-def test_tensorboard_reads_what_metrics_jsonl_holds(text, tmp_path):
-    pytest.importorskip("tensorboardX")
-    from tensorboardX.proto import event_pb2
-    from tensorboardX.record_writer import RecordWriter  # noqa: F401
-
+def test_tensorboard_is_told_what_metrics_jsonl_holds(text, tmp_path, monkeypatch):
+    found = {}
+    board = SimpleNamespace(
+        add_scalar=lambda name, value, step: found.update({(step, name): value}), close=lambda: None
+    )
+    writer = SimpleNamespace(SummaryWriter=lambda folder, purge_step: board, __spec__="planted")
+    monkeypatch.setitem(sys.modules, "tensorboardX", writer)
     run = tmp_path / "run"
     done = call("train", *TINY, "--data", text, "--out", run, "--tensorboard")
     assert done.code == 0, done.err
-    (path,) = run.glob("tensorboard/events.out.tfevents.*")
-    data, at, found = path.read_bytes(), 0, {}
-    while at < len(data):  # a length of eight bytes, its checksum, the event, its checksum
-        n = int.from_bytes(data[at : at + 8], "little")
-        event = event_pb2.Event.FromString(data[at + 12 : at + 12 + n])
-        at += n + 16
-        for value in event.summary.value:
-            found[event.step, value.tag] = value.simple_value
     lines = read_lines(run)
     expected = {(x["step"], k): v for x in lines for k, v in x.items() if k != "step"}
-    assert expected.keys() <= found.keys()
-    assert all(np.isclose(found[k], v, rtol=1e-6) for k, v in expected.items())
+    assert expected.items() <= found.items()
 
 
 def test_what_the_output_needs_is_refused_where_it_is_missing(text, tmp_path, monkeypatch):

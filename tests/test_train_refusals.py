@@ -1,16 +1,12 @@
 """train.py: what it refuses, in one line, and never harms."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import pytest
-from programs import ROOT, TINY, call, snapshot, write_text
+from programs import TINY, call, snapshot, write_text
 
-from gpt import cli, train_flags
-from gpt.training import train_step
+from gpt import train_flags
 
 # One of each kind: what is refused by a setting or by the text is tested where it is raised.
 BAD = {
@@ -72,54 +68,8 @@ def test_devices_that_are_not_there(error, text, tmp_path, monkeypatch):
     assert snapshot(tmp_path) == {}
 
 
-def test_numbers_of_64_bits_are_turned_off(tmp_path, monkeypatch):
-    """Muon's state would have some, and no checkpoint has a digest for them."""
-    monkeypatch.setattr(cli, "_keep_freed_memory", lambda: None)
-    environ = {"JAX_ENABLE_X64": "1", "XDG_CACHE_HOME": str(tmp_path)}
-    monkeypatch.setattr(cli.os, "environ", environ)
-    cli.prepare_jax()
-    assert environ["JAX_ENABLE_X64"] == "0"
-
-
 def test_a_warmup_that_takes_the_whole_run_is_noted(text, tmp_path):
     argv = [*TINY, "--data", text, "--out", tmp_path / "run", "--profile", "10"]  # is refused
     done = call("train", *argv, "--warmup-steps", "11")
     assert "note: a warm-up of 11 steps takes the whole run of 12: " in done.err
     assert "note: " not in call("train", *argv, "--warmup-steps", "10").err
-
-
-def test_a_batch_that_the_mesh_cannot_divide(text, tmp_path, monkeypatch):
-    """As with two devices, of which there is one here."""
-    honest = train_step.require_fit
-    wide = type("Mesh", (), {"shape": {"data": 3, "fsdp": 1, "tensor": 1}})
-    monkeypatch.setattr(train_step, "require_fit", lambda config, mesh: honest(config, wide))
-    done = call("train", *TINY, "--data", text, "--out", tmp_path / "run")
-    assert done.code == 2 and "does not divide among 3 devices" in done.err
-    assert snapshot(tmp_path) == {}
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_is_not_ours_to_write(text, tmp_path):
-    tmp_path.chmod(0o500)
-    done = call("train", *TINY, "--data", text, "--out", tmp_path / "run")
-    assert done.code == 2 and f"{tmp_path} is not a folder that you may write to" in done.err
-
-
-def test_an_encoding_that_is_not_here(text, tmp_path, monkeypatch):
-    def no_network(url):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("tiktoken.load.read_file", no_network)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    argv = [*TINY, "--tokenizer", "gpt2", "--data", text, "--out", tmp_path / "run"]
-    done = call("train", *argv)
-    assert done.code == 2 and "set TIKTOKEN_CACHE_DIR to it" in done.err
-    assert snapshot(tmp_path) == {}
-
-
-def test_a_real_process_refuses_in_one_line():
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--stepz", "3"], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

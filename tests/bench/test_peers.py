@@ -1,13 +1,11 @@
 """benchmarks/peers.py with planted contestants: turns, ratios, and what is left out."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from programs import ROOT, program
 
-ROOT = Path(__file__).parents[2]
 PLANTED = """
 import sys
 sys.path.insert(0, {workers!r})
@@ -20,12 +18,8 @@ serve(work)
 
 
 @pytest.fixture
-def peers(monkeypatch):
-    spec = importlib.util.spec_from_file_location("peers", ROOT / "benchmarks/peers.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "peers", module)  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+def peers():
+    return program("benchmarks/peers")
 
 
 def run(peers, monkeypatch, *argv):

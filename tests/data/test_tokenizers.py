@@ -82,16 +82,6 @@ def test_bpe_has_the_requested_number_of_ids_and_fewer_from_little_text():
         make("bpe", 256)
 
 
-def test_runs_of_spaces_in_code_become_one_token():
-    indent = BPE.encode_ordinary("\n        return a")
-    assert b"       " in [BPE.decode_bytes([i]) for i in indent]
-
-
-def test_lone_surrogates_are_replaced():
-    assert tokenizers.without_lone_surrogates("a\ud800b\ud83d\ude42") == "a\ufffdb🙂"
-    assert tokenizers.without_lone_surrogates("今🙂") == "今🙂"
-
-
 def test_characters_without_an_id_are_named_all_at_once():
     with pytest.raises(UserError, match=r"2 of the characters .*\('ß', '🎉'\).*--tokenizer byte"):
         CHAR.encode_ordinary("aßa🎉ß")

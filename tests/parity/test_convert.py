@@ -6,14 +6,18 @@ import re
 import jax
 import numpy as np
 import pytest
+import standin_tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt.convert.hf_tokenizer import export_tokenizer, import_tokenizer
+from gpt.data import tokenizers
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-import hub_configs  # noqa: E402
 import programs  # noqa: E402
-import standin_tokenizers  # noqa: E402
 import standins  # noqa: E402
 import their_models  # noqa: E402  (needs torch)
 from programs import call  # noqa: E402
@@ -86,10 +90,10 @@ def test_there_and_back(kind, tmp_path):
     assert np.array_equal(their_models.logits_of(load(tmp_path / "back"), ids), expected)
 
 
-@pytest.mark.parametrize("name", hub_configs.CONFIGS)
+@pytest.mark.parametrize("name", standins.HUB)
 def test_logits_of_a_model_of_the_hub(name, tmp_path):
     """The hub's own config.json, made small, read by both."""
-    c = hub_configs.small(hub_configs.CONFIGS[name])
+    c = standins.small(standins.HUB[name])
     config, params = their_models.read(standins.write(tmp_path, c))
     ids = token_ids(config, 2, 64)
     expected = their_models.logits_of(load(tmp_path, dtype=torch.float32), ids)
@@ -219,3 +223,67 @@ def test_what_the_document_does_with_nanogpts_checkpoint(has_biases, tmp_path, m
     config, params = their_models.read(tmp_path / "nanogpt")
     ids = token_ids(config, 2, 64)
     agree(forward(config, params, ids), their_models.logits_of(model, ids))
+
+
+# Tokenizers.
+
+
+pytest.importorskip("torch")
+
+
+PIECES = ["the", "'LL", " 1234", "今天", "🙂", "\u200d", "é", "\n\n", "   ", "\t", "\r", "<|", "▁"]
+WILD = st.lists(
+    st.one_of(st.sampled_from(PIECES), st.text(st.characters(exclude_categories=["Cs", "Cn"])))
+).map("".join)
+
+
+def write(files, folder):
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("form", ["GPT-2", "Llama 3", "Qwen", "TinyLlama"])
+def test_a_tokenizer_that_came_in_goes_out_the_same(form, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    files = {
+        "tokenizer.json": standin_tokenizers.make(form),
+        "tokenizer_config.json": json.dumps(about).encode(),
+    }
+    theirs = write(files, tmp_path / "in")
+    ours = import_tokenizer(
+        tmp_path / "in", {"model_type": "llama"}, standin_tokenizers.N_VOCAB, False, str
+    )
+    back = write(export_tokenizer(ours, 64), tmp_path / "out")
+
+    @given(WILD)
+    def check(text):
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text) == ids == back(text, add_special_tokens=False)["input_ids"]
+        assert ours.decode(ids) == theirs.decode(ids)
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe"])
+def test_our_own_tokenizers_there(name, tmp_path):
+    ours = tokenizers.create(name, lambda: standin_tokenizers.TEXT, 600)
+    there = write(export_tokenizer(ours, 64), tmp_path)
+
+    @given(WILD)
+    def check(text):
+        assert there(text)["input_ids"] == ours.encode_ordinary(text)
+        assert there.decode(ours.encode_ordinary(text)) == text
+
+    check()
+    assert there.eos_token_id == ours.eot_token and len(there) == ours.n_vocab
+
+
+def test_characters_there(tmp_path):
+    ours = tokenizers.create("char", lambda: ["the cat 今天\n"], 0)
+    there = write(export_tokenizer(ours, 64), tmp_path)
+    text = "今天 the cat\n\ntat"
+    assert there(text)["input_ids"] == ours.encode_ordinary(text)
+    assert there.decode(ours.encode_ordinary(text)) == text

@@ -16,16 +16,11 @@ from gpt.sampling import cache_check, engine, generate
 CONFIG = ModelConfig(257, context_length=64, n_layers=2, n_heads=4, d_model=32)
 SMALL = dataclasses.replace(CONFIG, context_length=24, n_layers=1)
 unused_widths = itertools.count(40)
-in_both_types = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
 def unused_model(config):
     """A model that no other test has: programs compiled with a planted bug must serve nobody."""
     return make_model(dataclasses.replace(config, d_ff=next(unused_widths)), loudness=3)
-
-
-def passes(check, dtype="float32"):
-    return check(cache_check.Probe(unused_model(SMALL.computing_in(dtype)))).passed
 
 
 @pytest.mark.exact
@@ -49,44 +44,69 @@ def test_contract_holds_in_tiny_contexts(context_length, dtype):
     assert all(result.passed for result in cache_check.run_checks(make_model(config, loudness=3)))
 
 
-@in_both_types
-def test_position_off_by_one(dtype, monkeypatch):
-    honest = transformer.GPT.embed
-    monkeypatch.setattr(
-        transformer.GPT,
-        "embed",
-        lambda self, t, pos: honest(self, t, None if pos is None else pos + 1),
-    )
-    assert not passes(cache_check.check_cached, dtype)
+def position_off_by_one(honest):
+    return lambda gpt, tokens, pos: honest(gpt, tokens, None if pos is None else pos + 1)
 
 
-@in_both_types
-def test_one_stale_slot(dtype, monkeypatch):
+def one_stale_slot(honest):
     """The token at slot 15 is never written."""
-    honest = kv_cache.append
-    monkeypatch.setattr(
-        kv_cache, "append", lambda cache, new, pos: honest(cache, new, pos + 999 * (pos == 15))
-    )
-    assert not passes(cache_check.check_cached, dtype)
+    return lambda cache, new, pos: honest(cache, new, pos + 999 * (pos == 15))
 
 
-@in_both_types
-def test_mask_one_too_wide(dtype, monkeypatch):
-    honest = attention.visible
-    monkeypatch.setattr(
-        attention, "visible", lambda pos, t, s: honest(None if pos is None else pos + 1, t, s)
-    )
-    assert not passes(cache_check.check_cached, dtype)
+def mask_one_too_wide(honest):
+    return lambda pos, t, s: honest(None if pos is None else pos + 1, t, s)
 
 
-@in_both_types
-def test_first_rows_length_for_all(dtype, monkeypatch):
-    monkeypatch.setattr(
-        kv_cache.KVCache,
-        "advanced",
-        lambda self, n: dataclasses.replace(self, length_B=self.length_B + n[0]),
-    )
-    assert not passes(cache_check.check_ragged, dtype)
+def mask_one_too_wide_everywhere(honest):
+    def visible(pos, t, s):
+        pos = np.arange(t)[None] if pos is None else pos
+        return np.arange(s) <= (pos + 1)[:, :, None]
+
+    return visible
+
+
+def first_rows_length_for_all(honest):
+    return lambda cache, n: dataclasses.replace(cache, length_B=cache.length_B + n[0])
+
+
+def neighbour_leaks(honest):
+    return lambda q, k, v, pos, drop: honest(q, k, v, pos, drop) + 1e-7 * v.mean()
+
+
+def recompiling_setting(honest):
+    def recompiling(*args):
+        jax.jit(lambda x: x + 1)(0)
+        return honest(*args)
+
+    return recompiling
+
+
+def growth_that_loses(honest):
+    def forgetful(kv, capacity):
+        return jax.tree.map(lambda a: a * (kv.capacity == capacity), honest(kv, capacity))
+
+    return forgetful
+
+
+BUGS = {
+    position_off_by_one: (transformer.GPT, "embed", cache_check.check_cached),
+    one_stale_slot: (kv_cache, "append", cache_check.check_cached),
+    mask_one_too_wide: (attention, "visible", cache_check.check_cached),
+    first_rows_length_for_all: (kv_cache.KVCache, "advanced", cache_check.check_ragged),
+    mask_one_too_wide_everywhere: (attention, "visible", cache_check.check_causality),
+    neighbour_leaks: (attention, "attend", cache_check.check_order),
+    recompiling_setting: (generate, "decode_chunk", cache_check.check_programs),
+    growth_that_loses: (engine, "grow", cache_check.check_growth),
+}
+CASES = [(bug, "float32") for bug in BUGS]
+CASES += [(bug, "bfloat16") for bug in (position_off_by_one, one_stale_slot, mask_one_too_wide)]
+
+
+@pytest.mark.parametrize(("bug", "dtype"), CASES, ids=lambda one: getattr(one, "__name__", one))
+def test_a_planted_bug_turns_its_check_red(bug, dtype, monkeypatch):
+    owner, name, check = BUGS[bug]
+    monkeypatch.setattr(owner, name, bug(getattr(owner, name)))
+    assert not check(cache_check.Probe(unused_model(SMALL.computing_in(dtype)))).passed
 
 
 def test_a_full_pass_that_rounds_is_not_what_cached_results_may_do(monkeypatch):
@@ -96,46 +116,6 @@ def test_a_full_pass_that_rounds_is_not_what_cached_results_may_do(monkeypatch):
     assert 0 < allowed < 0.2
     monkeypatch.setattr(flash_attention, "attend", lambda q, *_: q * 9)
     assert cache_check.Probe(model).allowed == allowed
-
-
-def test_mask_one_too_wide_everywhere(monkeypatch):
-    def visible(pos, t, s):
-        pos = np.arange(t)[None] if pos is None else pos
-        return np.arange(s) <= (pos + 1)[:, :, None]
-
-    monkeypatch.setattr(attention, "visible", visible)
-    assert not passes(cache_check.check_causality)
-
-
-def test_neighbour_leaks(monkeypatch):
-    honest = attention.attend
-
-    def leaky(q, k, v, pos, drop):
-        return honest(q, k, v, pos, drop) + 1e-7 * v.mean()
-
-    monkeypatch.setattr(attention, "attend", leaky)
-    assert not passes(cache_check.check_order)
-
-
-def test_recompiling_setting(monkeypatch):
-    honest = generate.decode_chunk
-
-    def recompiling(*args):
-        jax.jit(lambda x: x + 1)(0)
-        return honest(*args)
-
-    monkeypatch.setattr(generate, "decode_chunk", recompiling)
-    assert not passes(cache_check.check_programs)
-
-
-def test_growth_that_loses(monkeypatch):
-    honest = engine.grow
-
-    def forgetful(kv, capacity):
-        return jax.tree.map(lambda a: a * (kv.capacity == capacity), honest(kv, capacity))
-
-    monkeypatch.setattr(engine, "grow", forgetful)
-    assert not passes(cache_check.check_growth)
 
 
 def honest_kernel(q_BTNH, k_BKSH, v_BKSH):

@@ -1,7 +1,5 @@
 """From logits to a token, against plain NumPy."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +70,7 @@ lonely = st.integers(0, V - 1).map(lambda i: [0.0 if j == i else MASKED for j in
 shares = st.one_of(st.sampled_from([0.0, 1e-7, 0.5, 0.9, 1.0]), st.floats(0, 1, width=32))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200)
 @given(
     values | tied | lonely,
     st.integers(0, V + 3),
@@ -99,7 +97,7 @@ def test_filters_keep_what_sorting_keeps(logits, k, p, m, temperature):
     assert np.allclose(out[kept], scaled[kept], rtol=1e-6)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100)
 @given(values, st.lists(st.booleans(), min_size=V, max_size=V), st.floats(0.1, 5), values)
 def test_bias_comes_before_the_penalty(logits, seen, penalty, bias):
     x, seen = np.array(logits, np.float32), np.array(seen)
@@ -122,21 +120,11 @@ def test_a_forbidden_token_is_never_drawn():
         assert not np.any(np.asarray(tokens) == 3)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100)
 @given(values)
 def test_argmax_is_the_first_largest(logits):
     x = np.array([logits], np.float32)
     assert int(argmax(jnp.asarray(x))[0]) == x[0].argmax()
-
-
-@settings(max_examples=200, deadline=None)
-@given(values, st.floats(0, 1, width=32), st.integers(1, V))
-def test_inverse_cdf_never_draws_a_masked_token(logits, u, n_kept):
-    x = np.array([logits], np.float32)
-    x -= x[0, :n_kept].max()
-    x[0, n_kept:] = MASKED
-    token = int(inverse_cdf(jnp.asarray(x), jnp.array([u], jnp.float32))[0])
-    assert 0 <= token < n_kept
 
 
 def test_inverse_cdf_is_the_inverse_of_the_sum():
@@ -168,29 +156,18 @@ def test_sparse_rows_of_a_large_vocabulary_draw_what_was_kept():
         assert np.all(logits[np.arange(64), token] > MASKED)
 
 
-def frequencies(logits, **columns):
-    """How often each token is drawn in 100,000 samples, and 5 sigma of a given distribution."""
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 1.0), (1.0, 0.9)])
+def test_draws_follow_the_filtered_distribution(temperature, top_p):
+    """Frequencies of 100,000 draws against the softmax of what is kept, within 5 sigma."""
     n = 100_000
-    settings = rows(n, sample=np.arange(n), **columns)
-    tokens = sample(jnp.tile(logits, (n, 1)), settings, nothing_seen(n), jnp.zeros(n, jnp.int32))
-    return np.bincount(np.asarray(tokens), minlength=V) / n, lambda p: 5 * np.sqrt(p * (1 - p) / n)
-
-
-def test_draws_follow_the_distribution():
-    """Frequencies of 100,000 draws against softmax(logits / temperature), within 5 sigma."""
-    logits = np.random.default_rng(0).normal(0, 1.5, V).astype(np.float32)
-    frequency, sigma = frequencies(logits, temperature=0.7)
-    p = softmax(logits / 0.7)
-    assert np.all(np.abs(frequency - p) < sigma(p))
-
-
-def test_draws_follow_the_filtered_distribution():
-    """Top-p's nucleus keeps its proportions."""
     logits = np.random.default_rng(3).normal(0, 1.5, V).astype(np.float32)
-    frequency, sigma = frequencies(logits, top_p=0.9)
-    keep, _ = oracle(logits.astype(float), 0, 0.9, 0)
-    p = softmax(np.where(keep, logits, -np.inf))
-    assert 1 < keep.sum() < V and np.all(np.abs(frequency - p) <= sigma(p))
+    mixed = rows(n, sample=np.arange(n), temperature=temperature, top_p=top_p)
+    tokens = sample(jnp.tile(logits, (n, 1)), mixed, nothing_seen(n), jnp.zeros(n, jnp.int32))
+    frequency = np.bincount(np.asarray(tokens), minlength=V) / n
+    keep, _ = oracle(logits.astype(float), 0, top_p, 0)
+    assert keep.sum() > 1 and (keep.sum() < V) == (top_p < 1)
+    p = softmax(np.where(keep, logits / temperature, -np.inf))
+    assert np.all(np.abs(frequency - p) <= 5 * np.sqrt(p * (1 - p) / n))
 
 
 def test_noise_depends_on_seed_sample_and_position():
@@ -203,17 +180,6 @@ def test_noise_depends_on_seed_sample_and_position():
         sampler.uniform(rows(n, sample=range(n)), jnp.ones(n, jnp.int32)),
     ):
         assert not np.any(np.asarray(base) == np.asarray(other))
-
-
-def test_rows_draw_by_their_own_settings():
-    """Greedy, top-1 and free rows side by side in one program."""
-    logits = jnp.asarray(np.random.default_rng(1).normal(0, 1, (300, V)).astype(np.float32))
-    mixed = rows(300, temperature=[0, 1, 1] * 100, top_k=[0, 1, 0] * 100, sample=range(300))
-    tokens = np.asarray(sample(logits, mixed, nothing_seen(300), jnp.zeros(300, jnp.int32)))
-    likeliest = np.asarray(logits).argmax(-1)
-    assert np.array_equal(tokens[0::3], likeliest[0::3])
-    assert np.array_equal(tokens[1::3], likeliest[1::3])
-    assert 0 < np.mean(tokens[2::3] == likeliest[2::3]) < 0.9
 
 
 columns = st.fixed_dictionaries(
@@ -229,7 +195,7 @@ columns = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(columns, min_size=4, max_size=4), st.integers(0, 1000))
 def test_a_rows_draw_does_not_see_its_neighbours_settings(each, seed):
     """Beside neutral neighbours, in another place: the same token to the bit of its logits."""
@@ -271,14 +237,6 @@ def test_the_search_for_thresholds_is_skipped_where_nobody_asks(monkeypatch):
     assert fresh._cache_size() == 1
 
 
-def test_nothing_recompiles_whatever_the_settings():
-    before = sample._cache_size()
-    x = jnp.zeros((4, V))
-    for one in (rows(4), rows(4, temperature=0), rows(4, top_p=0.1), rows(4, min_p=0.2, top_k=3)):
-        sample(x, one, nothing_seen(4), jnp.zeros(4, jnp.int32))
-    assert sample._cache_size() <= before + 1
-
-
 def test_logprob_ignores_temperature_and_filters():
     logits = jnp.asarray(np.random.default_rng(2).normal(0, 2, (4, V)).astype(np.float32))
     tokens = jnp.array([0, 5, 9, 16])
@@ -286,12 +244,7 @@ def test_logprob_ignores_temperature_and_filters():
     assert np.allclose(sampler.token_logprob(logits, tokens), expected, atol=1e-6)
 
 
-def test_every_setting_of_a_row_is_an_array():
-    fields = {field.name for field in dataclasses.fields(sampler.SamplingParams)}
-    assert fields == {"bias_BV", *NAMES, "steps"}
-
-
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(values | tied | lonely, st.lists(st.integers(0, 9), min_size=V, max_size=V), st.data())
 def test_digits_find_the_threshold_that_halves_find(logits, weights, data):
     """With whole numbers for weights, whose sums are exact in any order."""
@@ -302,7 +255,7 @@ def test_digits_find_the_threshold_that_halves_find(logits, weights, data):
     assert found[0] == found[1]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(columns, min_size=4, max_size=4), st.integers(0, 1000))
 def test_an_accelerator_draws_what_a_cpu_draws(each, seed):
     """Thresholds found by digits, and only the steps that the host says are needed."""

@@ -1,14 +1,89 @@
-"""A full disk, and one that cannot be written: said in a sentence, and no checkpoint is harmed."""
+"""What may stand in the way of a run: damage, another trainer, a disk that is full or read-only. It
+is said in a sentence, and no checkpoint is harmed."""
 
 import contextlib
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from programs import TINY, arrays, call, read_lines, same_bits, snapshot
+from programs import ROOT, TINY, arrays, call, read_lines, same_bits, snapshot
 
 from gpt import checkpoint
+from gpt.errors import UserError
+from gpt.training import run_dir
+
+# A newest checkpoint that is damaged.
+
+
+@pytest.mark.parametrize(
+    "tree", ["params", None, pytest.param("optimizer", marks=pytest.mark.slow)]
+)
+def test_the_same_command_ends_where_it_would_have(tree, text, trained, finished):
+    """The damage is told once, wherever it is met: in the arrays, or in what is said of them."""
+    folder = checkpoint.step_dir(finished, 12)
+    files = [folder / "_CHECKPOINT_METADATA"]
+    if tree:
+        files = [p for p in (folder / tree).rglob("*") if p.is_file() and p.parent.name == "d"]
+    for path in files:
+        path.write_bytes(path.read_bytes()[::-1])
+    done = call("train", *TINY, "--data", text, "--out", finished)
+    assert done.code == 0, done.err
+    assert done.err.count("note: ") == 1 and "an earlier checkpoint is used" in done.err
+    assert same_bits(arrays(finished, 12), arrays(trained[1], 12))
+    assert read_lines(finished) == read_lines(trained[1])
+
+
+# Another trainer.
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from gpt.training import run_dir
+with run_dir.lock_run(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_trainer_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
+    run = tmp_path / "run"
+    words = [sys.executable, "-c", HOLD, str(run)]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout.readline() == b"held\n"
+            before = snapshot(tmp_path)
+            done = call("train", *TINY, "--out", run, "--overwrite")
+            assert done.code == 2
+            assert done.err == (
+                f"error: another train.py is at work in {run}: wait for it, stop it, or choose "
+                "another --out\n"
+            )
+            assert snapshot(tmp_path) == before
+        finally:
+            other.kill()
+    assert (run / run_dir.LOCK).exists()  # left behind
+    with run_dir.lock_run(run):
+        pass
+    assert not (run / run_dir.LOCK).exists()
+
+
+def test_a_folder_is_held_once_in_one_process_too(tmp_path):
+    run = tmp_path / "a" / "run"
+    with run_dir.lock_run(run):
+        with pytest.raises(UserError, match="at work"), run_dir.lock_run(run):
+            pass
+        run_dir.remove_run(run)  # as with --overwrite: the lock is not a file of the run
+        with pytest.raises(UserError, match="at work"), run_dir.lock_run(run):
+            pass
+    assert snapshot(tmp_path) == {}  # the folders that were made for it are gone
+    with run_dir.lock_run(run):
+        (run / "notes").write_text("mine")
+    assert snapshot(tmp_path) == {"a": None, "a/run": None, "a/run/notes": b"mine"}
+
+
+# A full disk, and one that cannot be written.
 
 
 def mount(*words) -> None:
