@@ -50,7 +50,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 # The benchmark's last line, its whole result as JSON, is for programs: it stays in the file.
 demo: setup  ## trains a small GPT, samples from it, measures it
-	@$(BIN)/python train.py
+	@$(BIN)/python train.py --minutes 3
 	@$(BIN)/python sample.py runs/tiny --prompt "def main(" --prompt "import "
 	@$(BIN)/python -m gpt.bench runs/tiny >runs/tiny/bench.txt
 	@sed '$$d' runs/tiny/bench.txt

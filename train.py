@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from gpt.training.train_state import TrainState
     from gpt.training.trainer import Run
 
-# JAX is imported in the functions below, after the flags are read: so `--help` is quick, and the
-# flags can decide how JAX is set up.
+# JAX is imported in the functions below, after the flags are read: so `--help` is quick.
 
 
 def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
@@ -43,28 +42,28 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
 
         # The devices, what `auto` chooses for them, and whether the run is possible.
         mesh = sharding.make_mesh(config.mesh)
-        config = resume.keep_choices(config, mesh, start)
+        config = resume.keep_choices(args, config, mesh, start)
         config = memory_plan.choose(config, mesh, args.memory_bytes)
         run = trainer.Run(args, out, start, config, mesh, tokenizer, dataset, console, stop)
         trainer.require_possible(run)
-        console.print(*run_plan.describe(config, mesh, len(dataset.train)), sep="\n")
+        console.print(*run_plan.describe(config, mesh, dataset, run.minutes), sep="\n")
 
     trainer.require_same_everywhere(run)
     if args.dry_run:
-        console.print(*run_plan.describe_memory(config, mesh, args.memory_bytes), sep="\n")
+        run_plan.print_memory(config, mesh, args.memory_bytes, console.print)
         return 0
     if args.verify_resume:
         return verify.verify_resume(run, fit, log)
 
-    # Weights and optimizer state, on the mesh.
-    state = resume.initial_state(config, mesh, start, log)
-    if state.step < config.steps:
-        code = fit(run, state, config.steps)
+    # How many steps, if the time is given; weights and optimizer state, on the mesh.
+    if run.minutes:
+        run = trainer.settle_steps(run)
+    state = resume.initial_state(run.config, mesh, start, log)
+    if state.step < run.config.steps:
+        code = fit(run, state, run.config.steps)
     else:
-        again = f"--resume {out} --extend STEPS"
-        console.print(
-            f"complete       {config.steps:,} steps; {again} trains on, --overwrite starts afresh"
-        )
+        steps = f"{run.config.steps:,} steps"
+        console.print(f"complete       {steps}; --resume {out} --extend STEPS trains on")
         code = trainer.finish(run)
     if code:
         console.print(f"stopped        to go on: {cli.command('train.py', '--resume', str(out))}")

@@ -53,8 +53,8 @@ class ModelConfig:
     """Width of the residual stream."""
     d_head: Annotated[int | None, optional("INT", "d_model / n_heads")] = None
     """Width of one head."""
-    d_ff: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Width of the MLP; None: 4 x d_model."""
+    d_ff: Annotated[int | None, optional("INT", "4 x d_model; swiglu 8/3 x d_model")] = None
+    """Width of the MLP."""
     positions: Positions = "learned"
     """How positions are encoded: `learned` adds a learned table, `sinusoidal` the waves of Vaswani
     et al. 2017, `rope` rotates queries and keys (Su et al. 2021), `none` leaves it to the causal
@@ -145,8 +145,13 @@ class ModelConfig:
 
     @property
     def ff_width(self) -> int:
-        """Width of the MLP, F."""
-        return self.d_ff or 4 * self.d_model
+        """Width of the MLP, F. With a gate, 8/3 of the model's, which gives it as many weights as
+        without one (Shazeer 2020), in a multiple of 8."""
+        if self.d_ff:
+            return self.d_ff
+        if self.gated_mlp:
+            return 8 * max(round(self.d_model / 3), 1)
+        return 4 * self.d_model
 
     @property
     def gated_mlp(self) -> bool:
@@ -180,6 +185,37 @@ class ModelConfig:
         a decode step's time is that of reading them."""
         narrow = "bfloat16" in (self.param_dtype, self.compute_dtype)
         return dataclasses.replace(self, param_dtype="bfloat16" if narrow else "float32")
+
+
+def flags_to_export(config: ModelConfig) -> tuple[list[str], list[str]]:
+    """The flags of training that would give a model GPT-2's form in transformers, and those for
+    Llama's, Qwen2's or Qwen3's; none where it has that form."""
+    no_norm_bias = "--model.no-bias" if config.norm_bias is None else "--model.norm-bias False"
+    no_mlp_bias = "--model.no-bias" if config.mlp_bias is None else "--model.mlp-bias False"
+    both = {
+        "--model.norm-place pre": config.norm_place != "pre",
+        "--model.logit-softcap 0": config.logit_softcap != 0,
+    }
+    gpt2 = {
+        "--model.positions learned": config.positions != "learned",
+        "--model.norm layer": config.norm != "layer",
+        "--model.mlp gelu_tanh": config.gated_mlp,
+        f"--model.n-kv-heads {config.n_heads}": config.kv_heads != config.n_heads,
+        "--model.d-head None": config.head_width * config.n_heads != config.d_model,
+        "--model.no-qk-norm": config.qk_norm,
+    }
+    llama = {
+        "--model.positions rope": config.positions != "rope",
+        "--model.norm rms": config.norm != "rms",
+        "--model.mlp swiglu": not config.gated_mlp,
+        no_norm_bias: config.biased("norm"),
+    }
+    # Qwen3, which has QK-norm, has no biases of the MLP.
+    if config.qk_norm and config.biased("mlp"):
+        llama[no_mlp_bias] = True
+    return tuple(
+        [flag for flag, is_needed in (form | both).items() if is_needed] for form in (gpt2, llama)
+    )
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,15 @@ def train_flops_per_token(c: ModelConfig) -> float:
     return 3 * forward_flops(c, T, n_logit_positions=T) / T
 
 
+def palm_factor(c: ModelConfig) -> float:
+    """What the MFU of training is to be multiplied by for a comparison with PaLM's and nanoGPT's:
+    these count attention to all T positions, 12 L N H T FLOPs per token, and train_flops_per_token
+    the half of them that the causal mask leaves visible."""
+    masked_keys = (c.context_length - 1) / 2  # of a token, on average
+    masked = 12 * c.n_layers * c.n_heads * c.head_width * masked_keys
+    return 1 + masked / train_flops_per_token(c)
+
+
 def weight_bytes(c: ModelConfig, dtype: str | None = None, int8: bool = False) -> int:
     """Bytes of all weights as stored, vocabulary padding included.
 

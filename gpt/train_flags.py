@@ -104,6 +104,9 @@ class Args:
     stays where its schedule ended."""
     init_from: Annotated[Path | None, optional("DIR")] = None
     """Start from the weights, the tokenizer and the model settings of another run."""
+    minutes: Annotated[float | None, optional("M")] = None
+    """Train for about so many minutes: a few steps are measured first, and settle the number of
+    steps and so the schedule."""
     dry_run: bool = False
     """Print what this would train, and stop."""
     verify_resume: bool = False
@@ -131,6 +134,10 @@ class Args:
         not_negative("profile", self.profile)
         not_negative("extend", self.extend)
         require(
+            self.resume is None or self.minutes is None,
+            "--minutes settles the steps of a new run: drop --minutes or --resume",
+        )
+        require(
             self.resume is None or not (self.out or self.overwrite or self.init_from),
             "--resume takes the folder and the weights from the run: drop --out, --overwrite and "
             "--init-from",
@@ -139,7 +146,7 @@ class Args:
             self.extend == 0 or self.resume is not None,
             "--extend adds steps to a run that is there: add --resume DIR",
         )
-        each(above_zero, self, "memory_gb")
+        each(above_zero, self, "memory_gb minutes")
         each(positive, self, "devices")
         if not self.plans_absent:
             require(self.json is None, "--json writes a plan: add --devices or --topology")
@@ -194,6 +201,10 @@ def parse_args(argv: list[str], description: str) -> Args:
     options = {"program": "train.py", "description": description, "guesses": GUESSES}
     args = cli.parse(Args, argv, default=default, **options)
     require(args.preset == preset, f"{args.preset} must come first: train.py {args.preset} ...")
+    require(
+        args.minutes is None or "steps" not in cli.flags_given(argv),
+        "--minutes and --steps exclude each other: choose how long to train",
+    )
     require(
         args.resume is None or first not in PRESETS,
         f"--resume takes all settings from the run: drop the preset {first}",

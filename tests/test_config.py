@@ -138,7 +138,7 @@ def test_presets_of_2017_and_of_today():
     """Vaswani et al. 2017, Table 3, base; and about 125M weights with grouped heads."""
     old, new = PRESETS["transformer-2017"], PRESETS["modern"]
     c = old.model
-    assert (c.n_layers, c.d_model, c.n_heads, c.d_ff, c.dropout) == (6, 512, 8, 2048, 0.1)
+    assert (c.n_layers, c.d_model, c.n_heads, c.ff_width, c.dropout) == (6, 512, 8, 2048, 0.1)
     assert (c.positions, c.norm_place, c.mlp, old.label_smoothing) == (
         *("sinusoidal", "post", "relu"),
         0.1,

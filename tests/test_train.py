@@ -1,6 +1,7 @@
 """train.py: what a run leaves, where it starts, that it continues to the bit, what it refuses."""
 
 import dataclasses
+import itertools
 import os
 import shutil
 import signal
@@ -35,7 +36,7 @@ from gpt.data import tokenizers
 from gpt.errors import UserError
 from gpt.presets import PRESETS
 from gpt.sampling.language_model import load
-from gpt.training import resume, run_plan, train_step
+from gpt.training import resume, run_plan, train_step, trainer
 from gpt.training.metrics import read_metrics
 
 
@@ -93,7 +94,8 @@ def test_metrics_have_the_fields_that_others_read(trained):
         assert fields <= line.keys() and 0 < line["mfu"] < 1
         assert 0 < line["step_seconds_p50"] <= line["step_seconds_p90"] <= line["step_seconds_p99"]
     (told,) = [x for x in trained[0].err.splitlines() if x.startswith("step time")]
-    assert "p50" in told and "p99" in told and "of the measured peak" in told
+    for words in ("p50", "p99", "of the measured peak", "as PaLM and nanoGPT count attention"):
+        assert words in told
     assert all({"step", "val_loss", "val_bits_per_byte"} <= line.keys() for line in evaluation)
     assert [line["step"] for line in training] == list(range(1, 13))
     assert [line["step"] for line in evaluation] == [4, 5, 8, 10, 12]  # and at saves
@@ -202,7 +204,34 @@ def test_the_same_command_on_a_finished_run(text, finished):
     (finished / "loss.png").unlink()
     done = call("train", *TINY, "--data", text, "--out", finished)
     assert done.code == 0 and "complete" in done.err and sample_command(finished) in done.err
-    assert snapshot(finished) == before
+    assert snapshot(finished) == before and "best validation" not in done.err
+
+    # Had it been better before, it would say so.
+    with (finished / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 8, "val_loss": 1.5}\n')
+    done = call("train", *TINY, "--data", text, "--out", finished)
+    assert "validation loss, 1.5000, is that of step 8: add --step 8 to sample.py" in done.err
+
+
+def test_minutes_settle_the_steps_and_the_schedule(text, tmp_path, monkeypatch):
+    """With a second for each step, and one for the compilation."""
+    clock = itertools.count()
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    argv = [*SHAPE, *EVERY, "--minutes", "0.2", "--eval-tokens", "192", "--data", text]
+    argv += ["--out", tmp_path / "run"]
+    done = call("train", *argv)
+    assert done.code == 0, done.err
+    assert "run            as many steps as about 0.2 minutes allow" in done.err
+    assert "settled        9 steps, 0 of them to warm up: a step takes 1,000 ms" in done.err
+    lines = [line for line in read_lines(tmp_path / "run") if "loss" in line]
+    assert len(lines) == 9 and lines[-1]["learning_rate"] == pytest.approx(3e-4)
+    whole = arrays(tmp_path / "run", 9)
+    shutil.rmtree(checkpoint.step_dir(tmp_path / "run", 9))
+    done = call("train", *argv)
+    assert done.code == 0 and "continues      from step 8" in done.err
+    assert "settled" not in done.err and same_bits(arrays(tmp_path / "run", 9), whole)
+    for flags in (["--steps", "3", "--minutes", "1"], ["--resume", "run", "--minutes", "1"]):
+        assert call("train", *flags).code == 2
 
 
 def test_changed_settings_are_refused_with_the_differences(text, finished):

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpt.config import ModelConfig
+from gpt.config import ModelConfig, flags_to_export
 from gpt.convert.hf_weights import GPT2, LLAMA, Family
 from gpt.errors import UserError, is_of, require
 
@@ -235,7 +235,7 @@ def to_hf_config(config: ModelConfig) -> tuple[dict[str, Any], Family]:
     A bias that the form declares and `config` lacks has to be written as zeros. Raises UserError,
     which lists the flags that would help, if no form of transformers expresses the model.
     """
-    gpt2, llama = needed_flags(config)
+    gpt2, llama = flags_to_export(config)
     if not gpt2:
         activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.mlp)
         values = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "use_cache": True}
@@ -249,37 +249,6 @@ def to_hf_config(config: ModelConfig) -> tuple[dict[str, Any], Family]:
     raise UserError(
         f"transformers has no form for this model: GPT-2's needs {' '.join(gpt2)}, and Llama's "
         f"needs {' '.join(llama)}; a model trained with either can be exported"
-    )
-
-
-def needed_flags(config: ModelConfig) -> tuple[list[str], list[str]]:
-    """The flags of training that would give a model GPT-2's form, and those for Llama's, Qwen2's or
-    Qwen3's; none where it has that form."""
-    no_norm_bias = "--model.no-bias" if config.norm_bias is None else "--model.norm-bias False"
-    no_mlp_bias = "--model.no-bias" if config.mlp_bias is None else "--model.mlp-bias False"
-    both = {
-        "--model.norm-place pre": config.norm_place != "pre",
-        "--model.logit-softcap 0": config.logit_softcap != 0,
-    }
-    gpt2 = {
-        "--model.positions learned": config.positions != "learned",
-        "--model.norm layer": config.norm != "layer",
-        "--model.mlp gelu_tanh": config.gated_mlp,
-        f"--model.n-kv-heads {config.n_heads}": config.kv_heads != config.n_heads,
-        "--model.d-head None": config.head_width * config.n_heads != config.d_model,
-        "--model.no-qk-norm": config.qk_norm,
-    }
-    llama = {
-        "--model.positions rope": config.positions != "rope",
-        "--model.norm rms": config.norm != "rms",
-        "--model.mlp swiglu": not config.gated_mlp,
-        no_norm_bias: config.biased("norm"),
-    }
-    # Qwen3, which has QK-norm, has no biases of the MLP.
-    if config.qk_norm and config.biased("mlp"):
-        llama[no_mlp_bias] = True
-    return tuple(
-        [flag for flag, is_needed in (form | both).items() if is_needed] for form in (gpt2, llama)
     )
 
 

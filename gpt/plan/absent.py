@@ -51,7 +51,7 @@ def print_plan(args) -> int:
     state = state_bytes(config, mesh)
     on_device = ", ".join(f"{name} {n_bytes / MB:,.1f} MB" for name, n_bytes in state.items())
     log(f"devices        {mesh.size} ({args.topology or 'virtual, of this CPU'}): {sizes}")
-    for line in [*run_plan.describe(config, mesh, n_tokens=None), *notes]:
+    for line in [*run_plan.describe(config, mesh), *notes]:
         log(line)
     log(f"on a device    {on_device}")
     if chip:

@@ -126,12 +126,15 @@ def require_same_settings(start: StartingPoint, config: TrainConfig) -> None:
     )
 
 
-def keep_choices(config: TrainConfig, mesh: Mesh, start: StartingPoint) -> TrainConfig:
-    """`config`, with what it leaves to `auto` taken from the run that it continues: its steps then
-    stay the same to the bit. If those micro-batches do not divide on this mesh, `auto` stays."""
+def keep_choices(args: Any, config: TrainConfig, mesh: Mesh, start: StartingPoint) -> TrainConfig:
+    """`config`, with what it leaves to `auto`, and what --minutes settled, taken from the run that
+    it continues: its steps then stay the same to the bit. If those micro-batches do not divide on
+    this mesh, `auto` stays."""
     if not start.resuming:
         return config
     saved = from_json(TrainConfig, start.metadata["train"])
+    if args.minutes:
+        config = dataclasses.replace(config, steps=saved.steps, warmup_steps=saved.warmup_steps)
     if config.remat == AUTO:
         config = dataclasses.replace(config, remat=saved.remat, unroll=saved.unroll)
     n_shards = mesh.shape["data"] * mesh.shape["fsdp"]

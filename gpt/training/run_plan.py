@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 from jax.sharding import Mesh
 
 from gpt import flops, hardware
-from gpt.config import TrainConfig
+from gpt.config import TrainConfig, flags_to_export
+from gpt.data.token_files import Dataset
 from gpt.errors import is_out_of_memory, require
 from gpt.training.memory_plan import (
     ADVICE,
@@ -21,24 +23,32 @@ from gpt.training.memory_plan import (
 )
 from gpt.training.train_step import compile_train_step
 
+# Repeated text is worth less and less after four passes, and almost nothing after some forty
+# (Muennighoff et al. 2023).
+MANY_PASSES = 40
 ABSURD = 2**46  # bytes; far beyond this XLA's own numbers overflow
 
 
-def describe(config: TrainConfig, mesh: Mesh, n_tokens: int | None) -> list[str]:
+def describe(
+    config: TrainConfig,
+    mesh: Mesh,
+    dataset: Dataset | None = None,
+    minutes: float | None = None,
+) -> list[str]:
     """The plan as lines: the model, the bytes it needs over all devices, what the run computes.
 
-    `n_tokens`: tokens of the training text, None if there is no text yet.
+    `dataset`: None if there is no text yet. `minutes`: of training, for which the number of steps
+    is still to be settled.
     """
     model = config.model
     weights = flops.weight_bytes(model)
     flops_per_token = flops.train_flops_per_token(model)
     tokens_per_step = config.batch_size * config.sequence_length
     tokens = tokens_per_step * config.steps
-    epochs = "" if n_tokens is None else f" ({tokens / max(n_tokens, 1):,.2f} epochs)"
     lines = [
-        f"model          {model.n_layers} blocks, width {model.d_model}, {model.n_heads} heads "
-        f"({model.kv_heads} key/value heads), context {model.context_length}, vocabulary "
-        f"{model.vocab_size:,}",
+        f"model          {model.n_layers} blocks, width {model.d_model}, MLP {model.ff_width}, "
+        f"{model.n_heads} heads ({model.kv_heads} key/value heads), context "
+        f"{model.context_length}, vocabulary {model.vocab_size:,}",
         f"choices        positions {model.positions}, norm {model.norm} {model.norm_place}, mlp "
         f"{model.mlp}, schedule {config.schedule}",
         f"parameters     {flops.parameters(model):,}",
@@ -56,20 +66,44 @@ def describe(config: TrainConfig, mesh: Mesh, n_tokens: int | None) -> list[str]
         f"{mesh.devices.flat[0].device_kind}",
         f"recomputes     {RECOMPUTED[config.remat]}; a step is expected to take about "
         f"{format_bytes(expected_need(config, mesh).total)} of each device",
-        f"run            {config.steps:,} steps, {tokens:,} tokens{epochs}, "
-        f"{tokens * flops_per_token:.3g} FLOPs",
     ]
+    if dataset is not None:
+        lines.append(
+            f"tokens         {len(dataset.train):,} to train on, {len(dataset.val):,} held out"
+        )
+    if minutes is None:
+        passes = tokens / len(dataset.train) if dataset else 0
+        epochs = f" ({passes:,.2f} epochs)" if dataset else ""
+        lines.append(
+            f"run            {config.steps:,} steps, {tokens:,} tokens{epochs}, "
+            f"{tokens * flops_per_token:.3g} FLOPs"
+        )
+        if passes > MANY_PASSES:
+            lines.append(
+                f"note: {passes:,.0f} passes over this text: expect it to be learned by heart; "
+                "take fewer --steps, or --model.dropout 0.2"
+            )
+    else:
+        lines.append(f"run            as many steps as about {minutes:g} minutes allow")
     if config.extra_steps:
         lines.append(
             f"extended       the last {config.extra_steps:,} steps are trained at the learning "
             f"rate {config.min_learning_rate:g}, with which the schedule ended"
         )
+    gpt2, llama = flags_to_export(model)
+    if gpt2 and llama:
+        lines.append(
+            "note: python -m gpt.convert will not be able to export this model to transformers; "
+            f"with {' '.join(min(gpt2, llama, key=len))} it would"
+        )
     return lines
 
 
-def describe_memory(config: TrainConfig, mesh: Mesh, memory_bytes: float | None) -> list[str]:
-    """The memory of one device as lines: what the compiled step takes, and how large a micro-batch
-    would fit. Compiles the step twice.
+def print_memory(
+    config: TrainConfig, mesh: Mesh, memory_bytes: float | None, log: Callable[[str], None]
+) -> None:
+    """Print the memory of one device: what the compiled step takes, and how large a micro-batch
+    would fit.
 
     `memory_bytes`: what a device has (None: what is found here).
     """
@@ -96,6 +130,7 @@ def describe_memory(config: TrainConfig, mesh: Mesh, memory_bytes: float | None)
     # would fit.
     rows = config.batch_size // config.grad_accum
     n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    log("compiling      a step of this size and of twice the size, to see what they take")
     need = need_with(rows)
     most = 0
     if need.total < math.inf:
@@ -106,10 +141,12 @@ def describe_memory(config: TrainConfig, mesh: Mesh, memory_bytes: float | None)
     activations = max(need.temporary - gradients, 0)
     fits = f"about {most:,} fit" if most else "none fits"
     advice = f": {ADVICE}" if rows > most else ""
-    return [
+    log(
         f"activations    {format_bytes(activations)} beside the gradients, as XLA plans the "
-        "compiled step",
+        "compiled step"
+    )
+    log(
         f"in all         {format_bytes(need.total)} on each device, which has "
-        f"{format_bytes(limit)} ({source})",
-        f"micro-batch    {rows} sequences; {fits}{advice}",
-    ]
+        f"{format_bytes(limit)} ({source})"
+    )
+    log(f"micro-batch    {rows} sequences; {fits}{advice}")

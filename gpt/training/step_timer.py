@@ -27,6 +27,7 @@ class StepTimer:
     def __init__(self, config: TrainConfig, first_step: int, peak_flops: float | None):
         self.tokens_per_step = config.batch_size * config.sequence_length
         self.flops_per_token = flops.train_flops_per_token(config.model)
+        self.palm_factor = flops.palm_factor(config.model)
         self.peak_flops = peak_flops
         self.first_step = first_step
         self.last_step = first_step
@@ -85,5 +86,9 @@ class StepTimer:
         line = f"step time      {', '.join(times)} ms"
         if self.peak_flops:
             flops_per_second = self.tokens_per_step * self.flops_per_token / np.mean(all_seconds)
-            line += f"; {flops_per_second / self.peak_flops:.1%} of the measured peak"
+            mfu = flops_per_second / self.peak_flops
+            line += (
+                f"; MFU {mfu:.1%} of the measured peak, {mfu * self.palm_factor:.1%} as PaLM and "
+                "nanoGPT count attention"
+            )
         return line

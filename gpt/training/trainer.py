@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -28,11 +30,17 @@ from gpt.data.token_files import Dataset
 from gpt.errors import UserError, is_out_of_memory, require
 from gpt.training import memory_plan, run_dir, train_step
 from gpt.training.loss_curve import save_loss_curve
-from gpt.training.metrics import RunLog
-from gpt.training.resume import StartingPoint, describe_run, require_same_settings
+from gpt.training.metrics import RunLog, read_metrics
+from gpt.training.resume import (
+    StartingPoint,
+    describe_run,
+    initial_state,
+    require_same_settings,
+)
 from gpt.training.stop_signal import StopSignal
 from gpt.training.train_state import TrainState, checkpoint_trees
 
+MEASURED_SECONDS = 3.0  # of steps, for --minutes
 PROFILE_AFTER = 3  # steps: the first ones still wait for data and memory
 
 
@@ -49,6 +57,11 @@ class Run:
     dataset: Dataset
     console: Console
     stop: StopSignal
+
+    @property
+    def minutes(self) -> float | None:
+        """Minutes to train for which the number of steps is to be settled; None if it is known."""
+        return None if self.start.resuming else self.args.minutes
 
 
 def load_text(
@@ -158,6 +171,42 @@ def compile_run(run: Run) -> tuple[Run, Callable, Callable]:
     return run, *steps
 
 
+def settle_steps(run: Run) -> Run:
+    """`run` with the number of steps, and so the schedule, that takes about --minutes.
+
+    It trains a few steps on a state that is thrown away. The schedule is part of the compiled step,
+    which is compiled again.
+    """
+    begun = time.perf_counter()
+    run, make_step, _ = compile_run(run)
+    compile_seconds = time.perf_counter() - begun
+
+    config = run.config
+    state = initial_state(config, run.mesh, run.start, log=lambda note: None)
+    seconds = []
+    while len(seconds) < 4 or (sum(seconds) < MEASURED_SECONDS and len(seconds) < 50):
+        tokens = read_batch(run, len(seconds))
+        begun = time.perf_counter()
+        state, metrics = make_step(state, tokens)
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - begun)
+    step_seconds = float(np.median(seconds[1:]))  # the first still waits for memory
+
+    # Evaluating a token takes a third of training on it.
+    n_val = min(config.eval_tokens or len(run.dataset.val), len(run.dataset.val))
+    tokens_per_step = config.batch_size * config.sequence_length
+    evaluation = n_val / (3 * tokens_per_step) / config.eval_every  # in steps, for each step
+    left = 60 * run.args.minutes - compile_seconds
+    n_steps = max(int(left / (step_seconds * (1 + evaluation))), 1)
+    n_steps = int(broadcast_one_to_all(np.int32(n_steps)))  # each process has measured its own
+    warmup = min(config.warmup_steps, n_steps // 10)
+    run.console.print(
+        f"settled        {n_steps:,} steps, {warmup:,} of them to warm up: a step takes "
+        f"{step_seconds * 1e3:,.0f} ms, and the run about {run.args.minutes:g} minutes"
+    )
+    return replace(run, config=replace(config, steps=n_steps, warmup_steps=warmup))
+
+
 def take_over_folder(run: Run, first_step: int) -> None:
     """Make the run's folder its own: remove the run that it overwrites, and write the tokenizer."""
     with distributed.exit_together():
@@ -203,35 +252,10 @@ class Recorder(contextlib.ExitStack):
         self.callback(self.log.close)
         self.trace = self.enter_context(contextlib.ExitStack())
 
-    def batch(self, index: int) -> jax.Array:
-        """Batch `index`, counted from 0, on its devices: int32 [grad_accum, rows, T+1].
-
-        Step n of a run, counted from 1, trains on batch n - 1. Each process reads only the rows
-        that its own devices hold.
-        """
-        config, tokens = self.run.config, self.run.dataset.train
-        A = config.grad_accum
-        B = config.batch_size // A
-        U = config.sequence_length + 1
-
-        @functools.cache  # some devices hold the same rows
-        def read(first: int, end: int) -> np.ndarray:
-            rows = np.arange(A)[:, None] * B + np.arange(first, end)  # in the whole batch
-            found = batches.batch(
-                tokens, config.seed, index, config.batch_size, U - 1, rows.ravel()
-            )
-            return found.reshape(A, end - first, U)
-
-        def part_of_device(where: tuple[slice, ...]) -> np.ndarray:
-            first, end, _ = where[1].indices(B)
-            return read(first, end)
-
-        sharded = sharding.rows(self.run.mesh, axis=1)
-        return jax.make_array_from_callback((A, B, U), sharded, part_of_device)
-
     def batches(self) -> Iterator[tuple[int, jax.Array]]:
         """Each step that is to be made, counted from 1, and its tokens [A, B, T+1]."""
-        ready = batches.prefetch(self.batch, self.first_step, self.until)
+        read = functools.partial(read_batch, self.run)
+        ready = batches.prefetch(read, self.first_step, self.until)
         with contextlib.closing(ready):
             for step, tokens in enumerate(ready, self.first_step + 1):
                 yield step, tokens
@@ -271,7 +295,7 @@ class Recorder(contextlib.ExitStack):
 
             self.checkpoints.wait()
             first_bad = step - self.n_bad + 1
-            tokens = self.batch(first_bad - 1)
+            tokens = read_batch(self.run, first_bad - 1)
             raise nonfinite.explain_divergence(
                 config, first_bad, self.n_bad, self.run.out, state.params, tokens
             )
@@ -349,6 +373,33 @@ class Recorder(contextlib.ExitStack):
             self.log.sample(step, text)
 
 
+def read_batch(run: Run, index: int) -> jax.Array:
+    """Batch `index`, counted from 0, on its devices: int32 [grad_accum, rows, T+1].
+
+    Step n of a run, counted from 1, trains on batch n - 1. Each process reads only the rows that
+    its own devices hold.
+    """
+    config = run.config
+    A = config.grad_accum
+    B = config.batch_size // A
+    U = config.sequence_length + 1
+
+    @functools.cache  # some devices hold the same rows
+    def read(first: int, end: int) -> np.ndarray:
+        rows = np.arange(A)[:, None] * B + np.arange(first, end)  # in the whole batch
+        found = batches.batch(
+            run.dataset.train, config.seed, index, config.batch_size, U - 1, rows.ravel()
+        )
+        return found.reshape(A, end - first, U)
+
+    def part_of_device(where: tuple[slice, ...]) -> np.ndarray:
+        first, end, _ = where[1].indices(B)
+        return read(first, end)
+
+    sharded = sharding.rows(run.mesh, axis=1)
+    return jax.make_array_from_callback((A, B, U), sharded, part_of_device)
+
+
 def is_due(config: TrainConfig, step: int, every: int) -> bool:
     """Whether something that is done `every` so many steps, and after the last one, is due after
     `step`; `every` 0 means never."""
@@ -360,4 +411,18 @@ def finish(run: Run) -> int:
     if distributed.is_first():
         save_loss_curve(run.out / "metrics.jsonl", run.out / "loss.png")
     run.console.print(f"loss curve     {run.out / 'loss.png'}")
+
+    # Of the checkpoints that are kept the one with the lowest validation loss, if it is not the one
+    # that is sampled from.
+    losses = {}
+    for record in read_metrics(run.out / "metrics.jsonl"):
+        if record.get("val_loss") is not None:
+            losses[record["step"]] = record["val_loss"]
+    saved = checkpoint.steps(run.out)
+    best = min((step for step in saved if step in losses), key=losses.get, default=saved[-1])
+    if best != saved[-1]:
+        run.console.print(
+            f"note: the best validation loss, {losses[best]:.4f}, is that of step {best:,}: add "
+            f"--step {best} to sample.py"
+        )
     return distributed.agree_on_code(run.stop.code)

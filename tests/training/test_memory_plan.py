@@ -40,12 +40,12 @@ def test_the_dry_run_tells_what_fits(mesh, monkeypatch):
 
     monkeypatch.setattr(run_plan, "compile_train_step", lambda config, mesh: config)
     monkeypatch.setattr(run_plan, "need_of", need_of)
-    few, more = (run_plan.describe_memory(CONFIG, mesh, limit) for limit in (3e6, 3e7))
+    few, more, none, here = lines = [], [], [], []
+    for limit, log in zip((3e6, 3e7, 1e5, None), lines, strict=True):
+        run_plan.print_memory(CONFIG, mesh, limit, log.append)
     assert "about 24 fit" in few[-1] and "about 294 fit" in more[-1]
-    assert "(--memory-gb)" in few[1] and few[0].startswith("activations ")
-    (none,) = run_plan.describe_memory(CONFIG, mesh, 1e5)[-1:]
-    assert "none fits: raise --grad-accum" in none
-    assert "this machine's memory" in run_plan.describe_memory(CONFIG, mesh, None)[1]
+    assert "(--memory-gb)" in few[-2] and few[-3].startswith("activations ")
+    assert "none fits: raise --grad-accum" in none[-1] and "this machine's memory" in here[-2]
 
 
 def many(platform, n_devices):
@@ -109,7 +109,7 @@ def test_an_absurd_plan_is_refused_before_it_is_compiled(mesh):
     wide = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, d_ff=10**20))
     for absurd in (wide, dataclasses.replace(CONFIG, batch_size=10**20)):
         with pytest.raises(UserError, match=r"no device holds .* GiB"):
-            run_plan.describe_memory(absurd, mesh, None)
+            run_plan.print_memory(absurd, mesh, None, print)
 
 
 def test_memory_is_found():

@@ -1,0 +1,64 @@
+"""The plan: what a person wants to know before a run is started."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from gpt import flops, sharding
+from gpt.config import MeshConfig, ModelConfig
+from gpt.presets import PRESETS
+from gpt.training import run_plan
+
+
+@pytest.fixture
+def said():
+    """The plan of `tiny` with other settings, for a text of 10,000 tokens, as one string."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    dataset = SimpleNamespace(train=range(10_000), val=range(500))
+
+    def plan(steps=1, **of_model):
+        config = PRESETS["tiny"].completed(4096, "float32")
+        model = dataclasses.replace(config.model, **of_model)
+        config = dataclasses.replace(config, model=model, steps=steps, grad_accum=1, remat="none")
+        return "\n".join(run_plan.describe(config, mesh, dataset))
+
+    return plan
+
+
+def test_it_names_sizes_tokens_and_the_device(said):
+    plan = said()
+    assert "width 128, MLP 344, " in plan and "1 device(s): cpu" in plan
+    assert "tokens         10,000 to train on, 500 held out" in plan
+    assert "note: " not in plan
+
+
+def test_it_warns_where_a_text_is_read_very_often(said):
+    """A step of tiny takes 2,048 tokens."""
+    assert "learned by heart" not in said(steps=195)
+    assert "note: 41 passes over this text: expect it to be learned by heart" in said(steps=200)
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        ({"bias": True}, "--model.no-bias"),
+        ({"positions": "none"}, "--model.positions rope"),
+        ({"positions": "learned", "norm": "layer"}, "--model.mlp gelu_tanh --model.no-qk-norm"),
+    ],
+)
+def test_it_says_beforehand_what_keeps_a_model_from_being_exported(said, settings, flags):
+    (note,) = [line for line in said(**settings).splitlines() if line.startswith("note: ")]
+    assert "gpt.convert will not" in note and f"with {flags} it would" in note
+
+
+def test_a_wider_model_has_a_wider_mlp():
+    """8/3 with a gate, so that it has as many weights as with 4 and none; a multiple of 8."""
+    widths = [ModelConfig(d_model=d, mlp="swiglu").ff_width for d in (8, 128, 192, 768)]
+    assert widths == [24, 344, 512, 2048] and ModelConfig(d_model=192).ff_width == 768
+    assert all(config.model.d_ff is None for name, config in PRESETS.items() if name != "modern")
+
+
+def test_other_programs_count_all_of_attention():
+    assert flops.palm_factor(PRESETS["gpt2"].model) == pytest.approx(1.071, abs=1e-3)
