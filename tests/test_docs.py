@@ -22,6 +22,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = {
     "gpt.bench": "gpt/bench/__main__",
     "gpt.convert": "gpt/convert/__main__",
+    "gpt.data": "gpt/data/__main__",
     "gpt.report": "gpt/report",
     "gpt.tour": "gpt/tour",
 }
@@ -126,6 +127,7 @@ def test_every_flag_in_the_text_exists():
     known = set.union(OTHERS, *map(flags, programs + scripts))
     for way in ("import", "export"):
         known |= flags(MODULES["gpt.convert"], way)
+    known |= flags(MODULES["gpt.data"])
     for path in DOCUMENTS:
         prose = re.sub("https?://\\S+", "", path.read_text(encoding="utf-8"))
         mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9]", prose))

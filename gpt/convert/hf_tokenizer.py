@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from gpt.convert.hf_weights import read_json
 from gpt.data import tokenizers
-from gpt.data.hf_tokenizer import CHARACTER_OF_BYTE, FILE, HFTokenizer, load_library
+from gpt.data.hf_tokenizer import CHARACTER_OF_BYTE, END_NAMES, FILE, HFTokenizer, load_library
 from gpt.errors import UserError, is_of, require
 
 # What is kept with the run beside tokenizer.json, and goes out again as it came.
@@ -30,7 +30,6 @@ COMPANIONS = (
 )
 # Tokenizers in forms that the `tokenizers` library does not read alone.
 OTHER_FORMS = ("vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>", "<eos>")
 SAMPLE = (
     "The cat sat on the mat; DON'T we'll 1234567 times.  \t\r\n\n   def f(x):\n        return x\n"
     "naïve café, e\u0301, 今天的天气很好，我们去公园。🙂👩‍👩‍👧 ½ ٣ ﬃ \u00a0\u3000x \x00"

@@ -15,16 +15,16 @@ from gpt.data import prepare, token_files, tokenizers
 from gpt.data.batches import BLOCK
 from gpt.data.formats import PIECE, BadDocuments, read_pieces
 from gpt.data.options import DataOptions, Reading
-from gpt.data.sources import Source, Text, expand, find, hash_files, open_text, standard_library
+from gpt.data.sources import Source, Text, expand, find, open_text, standard_library
 from gpt.data.token_files import VERSION, Dataset, Mixture, Tokens, join
 from gpt.data.token_store import TokenStore
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError, require
 
 LEARNED = ("bpe", "char")  # tokenizers that are made from the text
-LEARNED_FROM = 2**31  # characters of the text that they are made from, at most
 SMALL = 2**26  # bytes of files that are tokenized for a plan
 SAMPLED_FILES = 8  # of a larger text, to say about how many tokens it has
+SAMPLED_TEXT = 2**25  # characters of each of them
 
 Log = Callable[[str], None]
 
@@ -120,19 +120,36 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
                 kept.remember(start, one.folder)
             if one.folder:
                 one.splits = token_files.open_shards(one.folder, chosen, options.verify_data)
-                log(describe_tokens(one, options))
+                log(token_files.describe(one.folder))
 
+    train, val = combine(origins, found, options, log)
+    return chosen, Dataset(train, val, fingerprint, files)
+
+
+def combine(
+    origins: list[Origin], found: list[Found], options: DataOptions, log: Log
+) -> tuple[Tokens | Mixture, Tokens]:
+    """What to train on, and what is held out of it or beside it."""
+    splits = [one.splits for one in found]
     if options.val_data:
-        *trained, last = [one.splits for one in found]
+        *splits, last = splits
         val = [last.get("val") or last["train"]]
     else:
-        trained = [one.splits for one in found]
-        val = [splits["val"] for splits in trained if "val" in splits]
+        val = [one["val"] for one in splits if "val" in one]
     require(bool(val), "the data have no tokens for validation: give --val-data")
-    train = [splits["train"] for splits in trained]
+    arrays = [array for tokens in val for array in tokens.arrays]
+    held_out = Tokens(join(arrays), sum(tokens.n_bytes for tokens in val))
+
+    train = [one["train"] for one in splits]
     weights = [origin.weight for origin in origins if origin.weight]
-    whole = Mixture(train, weights) if weights else train[0]
-    return chosen, Dataset(whole, concatenate(val), fingerprint, files)
+    if not weights:
+        return train[0], held_out
+    shares = [
+        f"{weight:.1%} from {len(tokens):,} tokens"
+        for weight, tokens in zip(weights, train, strict=True)
+    ]
+    log(f"mixture        of the sequences {', '.join(shares)}")
+    return Mixture(train, weights), held_out
 
 
 def find_origins(paths: Sequence[Path], options: DataOptions) -> list[Origin]:
@@ -214,15 +231,9 @@ def choose_tokenizer(
         return known
 
     def documents() -> Iterator[str]:
-        length = 0
         for text in texts:
             opened = open_text(text, options)
-            found = sample(opened, options)[0] if is_sample else opened.texts(options)
-            for piece in found:
-                yield piece
-                length += len(piece)
-                if length > LEARNED_FROM and name == "bpe":
-                    return
+            yield from sample(opened, options)[0] if is_sample else opened.texts(options)
 
     chosen = tokenizers.create(name, documents, vocab_size)
     if not is_sample:
@@ -261,10 +272,8 @@ def identify(
     log(f"text           {origin.text.title}: {text.description}{hint}")
     for note in text.notes:
         log(note)
-    hashes = hash_files(text.files)
-    files = {file.name: digest for file, digest in zip(text.files, hashes, strict=True)}
-    identity = prepare.identity(tokenizer, options, origin.held_out)
-    return Found(prepare.digest_of([*identity, hashes, text.forms]), files, text=text)
+    fingerprint, files = prepare.identify(text, tokenizer, options, origin.held_out)
+    return Found(fingerprint, files, text=text)
 
 
 def require_same(expected: dict[str, Any], fingerprint: str, files: dict[str, str]) -> None:
@@ -284,72 +293,43 @@ def require_same(expected: dict[str, Any], fingerprint: str, files: dict[str, st
     )
 
 
-def describe_tokens(found: Found, options: Reading) -> str:
-    """A line of the plan: how many tokens of an origin there are, and where."""
-    header = token_files.read_header(found.folder)
-    counts = [f"{header['splits'][split]['tokens']:,}" for split in token_files.SPLITS]
-    size = sum(path.stat().st_size for path in found.folder.glob("*.bin"))
-    line = (
-        f"tokens         {counts[0]} to train on and {counts[1]} held out, of "
-        f"{header['documents']:,} document(s), fingerprint {found.fingerprint[:12]}, in "
-        f"{found.folder}, {size / 1e6:,.1f} MB"
-    )
-    if header["bad_documents"]:
-        line += (
-            f"\nskipped        {header['bad_documents']:,} document(s) that cannot be read, the "
-            f"first: {header['first_bad']}"
-        )
-    return line
-
-
-def concatenate(parts: list[Tokens]) -> Tokens:
-    if len(parts) == 1:
-        return parts[0]
-    arrays = [array for tokens in parts for array in tokens.arrays]
-    return Tokens(join(arrays), sum(tokens.n_bytes for tokens in parts))
-
-
 def estimate_tokens(
     texts: list[Source], tokenizer: Tokenizer, options: DataOptions, log: Log
 ) -> Dataset:
-    """About how many tokens texts have, from the first megabyte of a few files."""
-    n_tokens = n_bytes = 0
+    """About how many tokens texts have: those of a megabyte of a few files, and the characters that
+    a longer stretch of each file holds."""
+    n_tokens = 0
     for text in texts:
         opened = open_text(text, options)
         log(f"text           {text.title}: {opened.description}")
-        pieces, n_read = sample(opened, options)
+        pieces, characters = sample(opened, options)
         found = sum(len(ids) for ids in tokenizer.encode_ordinary_batch(pieces))
-        n_tokens += int(found * text.size / max(n_read, 1))
-        n_bytes += text.size
-    held_out = int(n_tokens * (options.val_fraction or prepare.HELD_OUT_DOCUMENTS))
+        n_tokens += round(found / max(sum(map(len, pieces)), 1) * characters)
     log(f"tokens         about {n_tokens:,}, by a sample; they are made when training starts")
-    return Dataset(
-        Tokens(range(max(n_tokens - held_out, 2)), n_bytes),
-        Tokens(range(2 + held_out), n_bytes),
-        "",
-    )
+    held_out = int(n_tokens * (options.val_fraction or prepare.HELD_OUT_DOCUMENTS))
+    train, val = range(max(n_tokens - held_out, 2)), range(max(held_out, 2))
+    return Dataset(Tokens(train, n_tokens), Tokens(val, held_out), fingerprint="")
 
 
 def sample(text: Text, options: Reading) -> tuple[list[str], int]:
-    """The first megabyte of text of a few files, and the bytes of the files that hold it."""
-    every = -(-len(text.files) // SAMPLED_FILES)
+    """The first megabyte of text of a few files, and about how many characters all files have."""
     pieces = []
-    n_read = 0
+    n_read = 0  # bytes of the files
+    n_characters = 0
+    every = -(-len(text.files) // SAMPLED_FILES)
     for file, form in list(zip(text.files, text.forms, strict=True))[::every]:
+        positions = [0]
         length = 0
-        position = 0
-
-        def note(now: int) -> None:
-            nonlocal position
-            position = now
-
         bad = BadDocuments(file.path, options.skip_bad_documents)
-        for piece, _ in read_pieces(file.path, form, options, bad, note):
-            pieces.append(piece)
+        for piece, _ in read_pieces(file.path, form, options, bad, positions.append):
+            if length < PIECE:
+                pieces.append(piece)
             length += len(piece)
-            if length > PIECE:
+            if length > SAMPLED_TEXT:  # what was read ahead hardly counts
                 break
         else:
-            position = file.size
-        n_read += position
-    return pieces, n_read
+            positions.append(file.size)
+        n_read += positions[-1]
+        n_characters += length
+    size = sum(file.size for file in text.files)
+    return pieces, round(n_characters * size / max(n_read, 1))

@@ -13,7 +13,6 @@ import importlib.util
 import io
 import json
 import lzma
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -241,8 +240,6 @@ def cut_documents(chunks: Iterable[tuple[str, bool]], separator: str) -> Iterato
 
     Where a piece is cut depends on the document alone.
     """
-    end = re.escape(separator)
-    pattern = re.compile(rf"(?:\A|\r?\n){end}\r?\n|{end}")
     lookahead = len(separator) + 4
     text = ""  # of the document at hand, what was not yielded yet
     begun = False  # whether some of it was
@@ -250,7 +247,7 @@ def cut_documents(chunks: Iterable[tuple[str, bool]], separator: str) -> Iterato
         text += chunk
         documents = [text]
         if separator and separator in text:
-            documents = pattern.split(text)
+            documents = split_documents(text, separator)
         if ends:
             documents.append("")
         for document in documents[:-1]:
@@ -268,6 +265,18 @@ def cut_documents(chunks: Iterable[tuple[str, bool]], separator: str) -> Iterato
             yield text[:cut], False
             text = text[cut:]
             begun = True
+
+
+def split_documents(text: str, separator: str) -> list[str]:
+    """What stands between the separators, without the line ends around one that has a line of its
+    own."""
+    parts = text.split(separator)
+    for i in range(len(parts) - 1):
+        before, after = parts[i], parts[i + 1]
+        if (before == "" or before.endswith("\n")) and after.startswith(("\n", "\r\n")):
+            parts[i] = before.removesuffix("\n").removesuffix("\r")
+            parts[i + 1] = after.removeprefix("\r").removeprefix("\n")
+    return parts
 
 
 def read_text(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[tuple[str, bool]]:

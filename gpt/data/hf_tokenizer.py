@@ -12,14 +12,20 @@ import json
 import re
 import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tokenizers as library
+import tokenizers.decoders
+import tokenizers.models
+import tokenizers.pre_tokenizers
 
 from gpt.errors import UserError, require
 
 KIND = "huggingface"
 FILE = "tokenizer.json"
+PAIR = ("vocab.json", "merges.txt")
+END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>", "<eos>")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 # In a byte-level vocabulary (GPT-2's) a printable character stands for each byte: itself where the
@@ -41,6 +47,53 @@ def load_library(content: bytes) -> library.Tokenizer:
     loaded.no_truncation()
     loaded.no_padding()
     return loaded
+
+
+def open_file(path: Path) -> "HFTokenizer":
+    """The tokenizer of a tokenizer.json, to train a model with; UserError if it cannot be used.
+
+    The token that ends a text is tokenizer_config.json's `eos_token`, if that file is beside it,
+    or else one with a usual name.
+    """
+    files = {FILE: path.read_bytes()}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if path.with_name(name).is_file():
+            files[name] = path.with_name(name).read_bytes()
+    return from_files(files)
+
+
+def open_pair(folder: Path) -> "HFTokenizer":
+    """The byte-level BPE of a folder's vocab.json and merges.txt, as GPT-2's came."""
+    paths = [folder / name for name in PAIR]
+    missing = [path.name for path in paths if not path.is_file()]
+    require(not missing, f"{folder} holds no {FILE}, and no {' and no '.join(missing)}")
+    try:
+        made = library.Tokenizer(library.models.BPE.from_file(*map(str, paths)))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{paths[0]} and {paths[1].name} cannot be read: {error}") from None
+    made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = library.decoders.ByteLevel()
+    end = next((name for name in END_NAMES if made.token_to_id(name) is not None), END_NAMES[0])
+    made.add_special_tokens([library.AddedToken(end, normalized=False)])
+    return from_files({FILE: made.to_str().encode()})
+
+
+def from_files(files: dict[str, bytes]) -> "HFTokenizer":
+    """A tokenizer of its files alone, without a model's."""
+    vocabulary = load_library(files[FILE]).get_vocab(with_added_tokens=True)
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    end = config.get("eos_token")
+    if isinstance(end, dict):
+        end = end.get("content")
+    ends = [name for name in (end, *END_NAMES) if name in vocabulary]
+    require(
+        bool(ends),
+        f"no token of {FILE} is known to end a text: name one as eos_token in a "
+        "tokenizer_config.json beside it",
+    )
+    eot = vocabulary[ends[0]]
+    n_vocab = max(vocabulary.values()) + 1
+    return HFTokenizer(files, n_vocab, {"bos_token_id": eot, "eos_token_id": eot}, eot)
 
 
 class HFTokenizer:

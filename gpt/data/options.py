@@ -1,8 +1,9 @@
 """How text is read, held out and kept: the flags of train.py and of `python -m gpt.data`."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from gpt.config import optional
 from gpt.errors import fraction, require
@@ -61,3 +62,17 @@ class DataOptions(Reading):
             self.val_fraction != 0,
             "--val-fraction 0 holds nothing out: give --val-data, or a fraction above 0",
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields as JSON values."""
+        values = dataclasses.asdict(self)
+        values["val_data"] = self.val_data and [str(path) for path in self.val_data]
+        values["tokens"] = self.tokens and str(self.tokens)
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "DataOptions":
+        """The options that `to_json` gave."""
+        paths = values["val_data"] and tuple(Path(path) for path in values["val_data"])
+        folder = values["tokens"] and Path(values["tokens"])
+        return cls(**values | {"val_data": paths, "tokens": folder})

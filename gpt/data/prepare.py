@@ -27,7 +27,7 @@ from filelock import FileLock
 from gpt.data import tokenizers
 from gpt.data.formats import BadDocuments, read_pieces
 from gpt.data.options import Reading
-from gpt.data.sources import THREADS, Text
+from gpt.data.sources import THREADS, Text, hash_files
 from gpt.data.token_files import HEADER, SPLITS, VERSION, token_type
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError, require
@@ -114,6 +114,17 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode("utf-8", "replace")).hexdigest()
 
 
+def identify(
+    text: Text, tokenizer: Tokenizer, reading: Reading, held_out: float | None
+) -> tuple[str, dict[str, str]]:
+    """The fingerprint of a text's tokens, and the hash of each of its files by name: all of them
+    are read."""
+    hashes = hash_files(text.files)
+    names = [file.name for file in text.files]
+    about = identity(tokenizer, reading, held_out)
+    return digest_of([*about, hashes, text.forms]), dict(zip(names, hashes, strict=True))
+
+
 def tokenize(job: Job, folder: Path, fingerprint: str, files: dict[str, str]) -> None:
     """Make the folder `folder` of tokens, unless it is there; UserError if that fails.
 
@@ -137,6 +148,7 @@ def tokenize(job: Job, folder: Path, fingerprint: str, files: dict[str, str]) ->
                 "version": VERSION,
                 "fingerprint": fingerprint,
                 "text": job.text.description,
+                "separator": job.reading.end_of_document,
                 "tokenizer_digest": tokenizers.digest(job.tokenizer),
                 "dtype": token_type(job.tokenizer).name,
                 **fill(job, unfinished),

@@ -29,6 +29,7 @@ def tokenizing_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     task = bar.add_task("", total=None)
     start = last_line = time.monotonic()

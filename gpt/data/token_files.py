@@ -134,6 +134,26 @@ def read_header(folder: Path) -> dict[str, Any]:
     return header
 
 
+def describe(folder: Path) -> str:
+    """A line of a plan: how many tokens a folder of ours holds, of what, where and how large."""
+    header = read_header(folder)
+    n_train, n_val = (header["splits"][split]["tokens"] for split in SPLITS)
+    size = (n_train + n_val) * np.dtype(header["dtype"]).itemsize
+    separator = header["separator"]
+    ends = f", which end at {separator!r} too" if separator else ""
+    line = (
+        f"tokens         {n_train:,} to train on and {n_val:,} held out, of "
+        f"{header['documents']:,} document(s){ends}, fingerprint {header['fingerprint'][:12]}, in "
+        f"{folder}, {size / 1e6:,.1f} MB"
+    )
+    if header["bad_documents"]:
+        line += (
+            f"\nskipped        {header['bad_documents']:,} document(s) that cannot be read, the "
+            f"first: {header['first_bad']}"
+        )
+    return line
+
+
 def open_shards(folder: Path, tokenizer: Tokenizer, verify: bool = False) -> dict[str, Tokens]:
     """Both splits of a folder of ours; an empty one is left out.
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import rustbpe
 import tiktoken
 from tiktoken_ext import openai_public
 
-from gpt.data.hf_tokenizer import KIND, HFTokenizer
+from gpt.data.hf_tokenizer import FILE, KIND, PAIR, HFTokenizer, open_file, open_pair
 from gpt.errors import UserError, require
 
 FORMAT = "gpt tokenizer"
@@ -55,7 +55,8 @@ class Tokenizer(Protocol):
 
 
 def create(name: str, documents: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
-    """The tokenizer called `name` (byte, char, bpe, an OpenAI encoding), or saved in that file.
+    """The tokenizer called `name` (byte, char, bpe, an OpenAI encoding), or saved in that file or
+    folder.
 
     `documents` yields the training text, read only by char and bpe; `vocab_size` is bpe's number
     of ids, end-of-text included: there are fewer if the text is too small for that many merges.
@@ -74,17 +75,21 @@ def create(name: str, documents: Callable[[], Iterable[str]], vocab_size: int) -
         )
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(
-            documents(), vocab_size - 1, buffer_size=TRAINING_BUFFER, pattern=GPT4_PATTERN
+            beginning(documents()),
+            vocab_size - 1,
+            buffer_size=TRAINING_BUFFER,
+            pattern=GPT4_PATTERN,
         )
         by_rank = sorted(trainer.get_mergeable_ranks(), key=lambda entry: entry[1])
         return byte_level("bpe", GPT4_PATTERN, [bytes(token) for token, _ in by_rank])
     if name in OPENAI_ENCODINGS:
         return openai_encoding(name)
     names = ", ".join(["byte", "char", "bpe", *OPENAI_ENCODINGS])
+    inside = [Path(name, file).is_file() for file in (FILE, *PAIR)]
     require(
-        os.path.isfile(name),
-        f"{name!r} is neither a tokenizer nor a file: "
-        f"expected one of {names}, or the path of a saved tokenizer",
+        os.path.isfile(name) or any(inside),
+        f"{name!r} is neither a tokenizer nor a file: expected one of {names}, or the path of a "
+        "tokenizer.json, or of a folder with one or with vocab.json and merges.txt",
     )
     return load(Path(name))
 
@@ -115,6 +120,12 @@ class ByteLevelTokenizer(tiktoken.Encoding):
             "ranks": [base64.b64encode(token).decode() for token in by_rank],
             "special_tokens": dict(sorted(special_tokens.items())),
         }
+
+    def encode_ordinary_batch(self, texts: list[str], *, num_threads: int = 8) -> list[list[int]]:
+        """Ids of each text; one thread is not worth the pool that tiktoken starts."""
+        if num_threads == 1:
+            return [self.encode_ordinary(text) for text in texts]
+        return super().encode_ordinary_batch(texts, num_threads=num_threads)
 
 
 class CharTokenizer(Tokenizer):
@@ -179,6 +190,17 @@ GPT4_PATTERN = (  # cl100k_base's: a run of spaces stays one piece, which suits 
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
 TRAINING_BUFFER = 64  # texts handed to the BPE trainer at once: each may be a megabyte
+TRAINED_ON = 2**31  # characters of a text from which a BPE is trained, at most
+
+
+def beginning(texts: Iterable[str]) -> Iterator[str]:
+    """The first texts, together about TRAINED_ON characters."""
+    length = 0
+    for text in texts:
+        yield text
+        length += len(text)
+        if length >= TRAINED_ON:
+            return
 
 
 def byte_level(name: str, pattern: str, tokens: Iterable[bytes]) -> ByteLevelTokenizer:
@@ -222,14 +244,22 @@ def without_lone_surrogates(text: str) -> str:
 
 
 def load(path: Path) -> Tokenizer:
-    """The tokenizer in `path`: a JSON file written by `save`, or a `.tiktoken` file of ranks.
+    """The tokenizer in `path`: a JSON file written by `save`, a `.tiktoken` file of ranks, or a
+    Hugging Face tokenizer (see `hf_tokenizer.open_files`), or a folder of one of these.
 
     A rank file holds no pattern: text is split by cl100k_base's. UserError for a damaged file.
     """
     try:
+        if path.is_dir() or path.name in PAIR:
+            folder = path if path.is_dir() else path.parent
+            path = folder / FILE
+            if not path.is_file():
+                return open_pair(folder)
         text = path.read_text(encoding="utf-8")
         if path.suffix != ".tiktoken":
-            return from_json(json.loads(text))
+            values = json.loads(text)
+            is_theirs = isinstance(values, dict) and "model" in values
+            return open_file(path) if is_theirs else from_json(values)
 
         # On each line a token in base64 and its rank.
         lines = [line.split() for line in text.splitlines() if line]

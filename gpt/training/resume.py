@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from gpt import checkpoint
 from gpt.config import AUTO, ModelConfig, TrainConfig, from_json, to_json
 from gpt.data import tokenizers
+from gpt.data.options import DataOptions
 from gpt.data.token_files import Dataset
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import require
@@ -106,7 +107,8 @@ def with_settings_of_run(args: Any, flags_given: set[str]):
             extra_steps=saved.extra_steps + args.extend,
         )
     paths = tuple(Path(path) for path in about["data"]["paths"])
-    return dataclasses.replace(args, train=train, data=args.data or paths or None)
+    text = with_flags(DataOptions.from_json(about["data"]["options"]), args.text, flags_given)
+    return dataclasses.replace(args, train=train, text=text, data=args.data or paths or None)
 
 
 def require_same_settings(start: StartingPoint, config: TrainConfig) -> None:
@@ -238,6 +240,7 @@ def describe_run(
             "fingerprint": dataset.fingerprint,
             "files": dataset.files,
             "paths": [str(path) for path in args.data or ()],
+            "options": args.text.to_json(),
         },
         "init_from": init_from,
     }

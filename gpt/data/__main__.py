@@ -1,0 +1,89 @@
+"""Text to token shards, once, on all cores: python -m gpt.data prepare SOURCE... --out FOLDER
+
+    python -m gpt.data prepare 'fineweb-edu/*.parquet' --tokenizer gpt2 --out tokens/fineweb-edu
+    python train.py gpt2 --data tokens/fineweb-edu
+
+The same command goes on after a stop or a kill. The shards are the same, byte for byte, for any
+number of workers, and serve on any machine. docs/data.md.
+"""
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from gpt import cli
+from gpt.config import optional
+from gpt.data.options import Reading
+from gpt.errors import positive, require
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Tokenize text of any format into a folder that train.py --data takes."""
+
+    sources: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="SOURCE ...")]
+    """Files, folders and patterns of text."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    """The folder to make."""
+    tokenizer: str
+    """byte, char, bpe, gpt2, cl100k_base, o200k_base, or the path of a tokenizer."""
+    vocab_size: int = 32_768
+    """Ids of a bpe, which is trained on the text."""
+    workers: Annotated[int | None, optional("INT", "one per core")] = None
+    """Processes that tokenize."""
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
+
+    def __post_init__(self):
+        require(bool(self.sources), "prepare needs a SOURCE: a file, a folder or a pattern")
+        if self.workers is not None:
+            positive("workers", self.workers)
+
+
+def main(argv: list[str]) -> None:
+    word, *argv = argv or ["--help"]
+    if word in ("-h", "--help"):
+        argv = [word]
+    else:
+        require(word == "prepare", f"{word!r} is not a command: expected prepare")
+    command = cli.parse(Prepare, argv, program="python -m gpt.data prepare", description=__doc__)
+    from gpt.data import prepare, token_files, tokenizers
+    from gpt.data.progress import tokenizing_bar
+    from gpt.data.sources import THREADS, find, open_text
+
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    source = find(command.sources)
+    text = open_text(source, command.reading)
+    console.print(f"text           {source.title}: {text.description}", *text.notes, sep="\n")
+    name = os.path.expanduser(command.tokenizer)
+    tokenizer = tokenizers.create(name, lambda: text.texts(command.reading), command.vocab_size)
+
+    held_out = command.reading.val_fraction
+    fingerprint, files = prepare.identify(text, tokenizer, command.reading, held_out)
+    if token_files.is_prepared(command.out):
+        is_same = token_files.read_header(command.out)["fingerprint"] == fingerprint
+        require(is_same, f"{command.out} holds tokens of other text: name a new folder")
+        console.print(token_files.describe(command.out))
+        return
+    is_taken = command.out.exists() and not (
+        command.out.is_dir() and not any(command.out.iterdir())
+    )
+    require(not is_taken, f"{command.out} is there already and holds no tokens: name a new folder")
+    start = time.monotonic()
+    with tokenizing_bar(console) as report:
+        job = prepare.Job(
+            text, tokenizer, command.reading, held_out, command.workers or THREADS, report
+        )
+        prepare.tokenize(job, command.out, fingerprint, files)
+    seconds = time.monotonic() - start
+    console.print(token_files.describe(command.out))
+    speed = source.size / 1e6 / max(seconds, 1e-3)
+    console.print(f"prepared       in {seconds:,.1f} s, {speed:,.1f} MB/s of files")
+
+
+if __name__ == "__main__":
+    cli.run(main)
