@@ -171,7 +171,7 @@ FAULTS = [
          'step, "params", like.ema_params)'),
     ),
     # Checkpoints.
-    *faults_in("checkpoint", "checkpoint/test_checkpoint checkpoint/test_damage",
+    *faults_in("checkpoint", "checkpoint/test_checkpoint",
         ("digests", 'if found[leaf] != described[leaf]["digest"]]', "if False]"),
         ("the best", "(self.losses[step], -step)", "(-self.losses[step], -step)"),
         ("falling back", "for step in reversed(found):", "for step in found:"),
@@ -184,7 +184,7 @@ FAULTS = [
         ("axis of the mlp", '"mlp": "tensor"', '"mlp": None'),
         ("layout of moments", "in range(len(path)):", "in range(1):"),
     ),
-    *faults_in("convert/hf_weights", "convert/test_import",
+    *faults_in("convert/hf_weights", "convert/test_weights",
         ("transposition", "(tensor.T if self.is_transposed else tensor)", "tensor"),
     ),
     *faults_in("convert/hf_config", "convert/test_config",

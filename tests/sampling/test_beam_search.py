@@ -195,12 +195,9 @@ def test_no_setting_but_the_width_compiles():
     ("field", "value"),
     [
         ("width", 0),
-        ("n_best", 0),
         ("n_best", 5),
         ("early_stopping", "always"),
         ("length_penalty", math.nan),
-        ("length_penalty", math.inf),
-        ("max_new_tokens", 0),
         ("repetition_penalty", 0.0),
     ],
 )

@@ -108,9 +108,3 @@ def test_texts_follow_what_the_tokenizer_puts_before_them():
                        atol=1e-4)  # fmt: skip
     after_end = dataclasses.replace(model, prefix="eos").score("the cat")
     assert after_end.prefix == [end] and after_end.logprobs != scored.logprobs
-
-
-def test_a_prefix_that_a_model_lacks_is_refused():
-    model = dataclasses.replace(make_model(), prefix="bos")
-    with pytest.raises(UserError, match="no beginning-of-text token"):
-        generate.complete(model, ["a"], Settings())

@@ -2,7 +2,6 @@
 is said in a sentence, and no checkpoint is harmed."""
 
 import contextlib
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -190,16 +189,3 @@ def test_a_background_save_that_failed_is_noted_and_the_next_one_waited_for(
     done = call("train", *TINY, "--data", text, "--out", tmp_path / "run")
     assert done.code == 0, done.err
     assert waited == {0: True, 4: False, 8: True, 12: True}
-
-
-def test_a_folder_that_cannot_be_written_is_refused_in_a_sentence(text, trained, mounted):
-    disk = mounted(64 * 1024)
-    shutil.copytree(trained[1], disk / "run")
-    before = snapshot(disk)
-    mount("-o", "remount,ro", disk)
-    for out, more in ((disk / "run", ("--overwrite",)), (disk / "new", ())):
-        done = call("train", *TINY, "--data", text, "--out", out, *more)
-        assert done.code == 2 and done.err.count("\n") == 1
-        assert f"error: --out {out} cannot be used" in done.err
-        assert "not a folder that you may write to" in done.err
-    assert snapshot(disk) == before
