@@ -7,6 +7,7 @@ tokenizer. Text streams to standard output as it is generated; everything else g
 error.
 """
 
+import json
 import sys
 from dataclasses import replace
 from functools import partial
@@ -112,7 +113,7 @@ def search(model, args: Args, prompts: list) -> None:
         for one in hypotheses:
             if args.json:
                 values = terminal.completion_json(one) | {"score": one.score}
-                terminal.write(terminal.to_json(values) + "\n")
+                terminal.write(json.dumps(values) + "\n")
             elif several:
                 terminal.write(terminal.header(i, one.sample, f", score {one.score:.4f}"))
                 terminal.write(f"{one}\n\n")
@@ -139,7 +140,7 @@ def score(model, args: Args, text: str | list[int]) -> None:
         values = result.to_json()
         if added is not None:
             values["quantization_nll"] = added
-        print(terminal.to_json(values))
+        print(json.dumps(values))
         return
     for token, logprob in zip(result.token_ids, result.logprobs, strict=True):
         print(f"{logprob:9.4f}  {terminal.spell(model.tokenizer.decode_bytes([token]))}")

@@ -168,23 +168,7 @@ def json_piece(piece, with_top: bool) -> str:
     values = completion_json(piece.completion)
     if with_top:
         values["top"] = piece.completion.top
-    return to_json(values) + "\n"
-
-
-def to_json(value: Any) -> str:
-    """`value` as one line of strict JSON in ASCII, which every terminal and every locale can take;
-    NaN and infinities, which JSON does not have, become null."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return json.dumps(values) + "\n"
 
 
 def describe_end(completions: Sequence, context_length: int) -> str:

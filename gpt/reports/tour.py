@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from string import Template
 
 import numpy as np
+from rich.filesize import decimal
 
 from gpt import flops
 from gpt.reports.html import build_page, escape, read_asset, table
-from gpt.reports.tour_recorder import ModelCall, SampledToken, TourRecord
+from gpt.reports.tour_recorder import SampledToken, TourRecord
 from gpt.sampling.completion import split_end
 from gpt.terminal import visible
 
@@ -50,7 +51,9 @@ def build_tour(record: TourRecord, model, run_name: str) -> str:
         n_positions=len(record.read_ids),
         vocab_size=f"{record.config.vocab_size:,}",
         prompt_chips="".join(map(chip, tokens[:T], record.prompt_ids)),
-        new_chips="".join(map(sampled_chip, tokens[T:], new_ids)),
+        new_chips="".join(
+            chip(*pair, is_new=True) for pair in zip(tokens[T:], new_ids, strict=True)
+        ),
         axes=axes,
         shapes=shapes,
         steps="".join(describe_call(record, i, tokens, decode_bytes) for i in range(len(new_ids))),
@@ -144,17 +147,14 @@ def show_blanks(text: str) -> str:
     return visible(text.translate(str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})))
 
 
-def chip(token: DisplayToken, token_id: int | None = None, css_class: str = "chip") -> str:
-    """A token in a frame."""
+def chip(token: DisplayToken, token_id: int | None = None, is_new: bool = False) -> str:
+    """A token in a frame, which is dashed if it `is_new`."""
+    css_class = "chip sampled" if is_new else "chip"
     if token.is_partial:
         css_class += " bytes"
     title = f' title="part of {escape(token.characters)}"' if token.characters else ""
     number = "" if token_id is None else f"<sup>{token_id}</sup>"
     return f'<span class="{css_class}"{title}>{escape(token.text)}{number}</span>'
-
-
-def sampled_chip(token: DisplayToken, token_id: int | None = None) -> str:
-    return chip(token, token_id, "chip sampled")
 
 
 # Shapes
@@ -232,7 +232,7 @@ def describe_call(
         title = f"Decode step {i}: reads {tokens[T + i - 1].text}"
 
     # How the token was chosen among those that were left.
-    chosen = sampled_chip(tokens[T + i])
+    chosen = chip(tokens[T + i], is_new=True)
     if sampled.uniform is None:
         choice = f"Temperature 0: the likeliest token is taken, {chosen}."
     else:
@@ -243,16 +243,7 @@ def describe_call(
             "The probabilities laid end to end, in the order of the vocabulary, cover 0 to 1. The "
             f"random number {sampled.uniform:.4f} falls between {low:.4f} and {high:.4f}: {chosen}."
         )
-    return (
-        f'<article class="step" data-name="{name}"><h3>{escape(title)}</h3>'
-        f"{describe_cache(record, call)}"
-        f"{distribution_table(sampled, decode_bytes)}"
-        f"<p>{choice}</p></article>"
-    )
-
-
-def describe_cache(record: TourRecord, call: ModelCall) -> str:
-    """What one call read from the cache and wrote to it, and what that costs."""
+    # What it read from the cache and wrote to it, and what that costs.
     c = record.config
     n_new, n_before = len(call.tokens), call.first_position
     kinds = ["read" if slot < n_before else "" for slot in range(call.capacity)]
@@ -260,27 +251,26 @@ def describe_cache(record: TourRecord, call: ModelCall) -> str:
         kinds[slot] = "written"
     slots = "".join(f'<span class="slot {kind}"></span>' for kind in kinds[:MAX_SLOTS])
 
-    written_size = format_bytes(flops.cache_bytes(c, 1, n_new))
+    written_size = decimal(flops.cache_bytes(c, 1, n_new))
     if n_before == 0:
         wrote = f"slots 0 to {n_new - 1}"
         read = "nothing: the cache was empty"
         n_bytes = flops.prefill_bytes(c, 1, n_new)
     else:
         wrote = f"slot {call.written_slots[0]}"
-        read = f"{n_before:,} positions, {format_bytes(flops.cache_bytes(c, 1, n_before))}"
+        read = f"{n_before:,} positions, {decimal(flops.cache_bytes(c, 1, n_before))}"
         n_bytes = flops.decode_bytes(c, 1, n_before)
     n_flops = flops.forward_flops(c, n_new, n_before, 1)
     label = f"cache: {n_before} slots read, {n_new} written"
-    return f"""<div class="slots" role="img" aria-label="{label}">{slots}</div>
+    return f"""<article class="step" data-name="{name}"><h3>{escape(title)}</h3>
+<div class="slots" role="img" aria-label="{label}">{slots}</div>
 <p>Wrote {wrote}: a key and a value in each of {c.n_layers} layers and {c.kv_heads} heads,
 {written_size}. Read {read}.</p>
 <p class="soft">{n_flops / n_new / 1e6:,.2f} million operations per token;
-{format_bytes(n_bytes)} moved, weights included:
-<b>{n_flops / n_bytes:,.1f} operations per byte</b>.</p>"""
-
-
-def format_bytes(n: int) -> str:
-    return f"{n / 1e3:,.1f} kB" if n < 1e6 else f"{n / 1e6:,.1f} MB"
+{decimal(n_bytes)} moved, weights included:
+<b>{n_flops / n_bytes:,.1f} operations per byte</b>.</p>
+{distribution_table(sampled, decode_bytes)}
+<p>{choice}</p></article>"""
 
 
 def distribution_table(sampled: SampledToken, decode_bytes: DecodeBytes) -> str:
@@ -293,7 +283,7 @@ def distribution_table(sampled: SampledToken, decode_bytes: DecodeBytes) -> str:
     rows = []
     for token in top:
         (shown,) = display_tokens([token], decode_bytes)
-        row = [sampled_chip(shown) if token == sampled.token else chip(shown)]
+        row = [chip(shown, is_new=token == sampled.token)]
         for probs in stages.values():
             p = probs[token]
             text = f"{p:.1%}" if p >= 0.001 else f"{p:.0e}".replace("e-0", "e-")

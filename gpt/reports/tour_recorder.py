@@ -121,7 +121,18 @@ def record_tour(model, prompt: generate.Prompt, settings: Settings) -> TourRecor
     # Sample a token and read it, until the last one.
     bias_BV = [generate.logit_bias(model, settings)]
     sampling = generate.sampling_params([settings], bias_BV, [read])
-    names = active_settings(settings)
+    # The settings that change the distribution, in the order in which they are applied.
+    filters = settings.temperature != 0
+    active = {
+        "penalty": settings.repetition_penalty != 1
+        or bool(settings.logit_bias)
+        or settings.ignore_eos,
+        "temperature": settings.temperature not in (0, 1),
+        "top-k": filters and settings.top_k > 0,
+        "top-p": filters and settings.top_p < 1,
+        "min-p": filters and settings.min_p > 0,
+    }
+    names = tuple(name for name, is_active in active.items() if is_active)
     seen_V = np.zeros(config.vocab_size, bool)
     seen_V[read.ids] = True
     while True:
@@ -256,20 +267,6 @@ def sample_recording(logits_BV, rows: SamplingParams, seen_BV, position_B, names
             stages.append(sampler.filter_logits(adjusted_BV, filters))
     probs = [jax.nn.softmax(stage_BV[0]) for stage_BV in stages]
     return token_B[0], sampler.uniform(rows, position_B)[0], probs
-
-
-def active_settings(settings: Settings) -> tuple[str, ...]:
-    """The settings that change the distribution, in the order in which they are applied."""
-    s = settings
-    filters = s.temperature != 0
-    active = {
-        "penalty": s.repetition_penalty != 1 or bool(s.logit_bias) or s.ignore_eos,
-        "temperature": s.temperature not in (0, 1),
-        "top-k": filters and s.top_k > 0,
-        "top-p": filters and s.top_p < 1,
-        "min-p": filters and s.min_p > 0,
-    }
-    return tuple(name for name, is_active in active.items() if is_active)
 
 
 # The logit lens (nostalgebraist 2020)
