@@ -213,6 +213,15 @@ def test_the_readme_can_be_followed(workspace, monkeypatch):
     assert (workspace / "report.html").exists() and (workspace / "tour.html").exists()
 
 
+def test_the_python_of_the_readme_runs(workspace, monkeypatch, capsys):
+    monkeypatch.chdir(workspace)
+    readme = (ROOT / "README.md").read_text("utf-8")
+    (program,) = re.findall("```python\n(.*?)```", readme, re.DOTALL)
+    exec(program.replace("max_new_tokens=100", "max_new_tokens=4"), names := {})
+    assert names["logits"].shape == (len("import "), names["model"].config.vocab_size)
+    assert capsys.readouterr().out.startswith("def ")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GUIDES)
 def test_a_guide_can_be_followed(name, workspace, monkeypatch):

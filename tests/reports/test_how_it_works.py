@@ -1,5 +1,6 @@
 """docs/how-it-works.md: its pictures are drawn, its ablations take away what they say."""
 
+import math
 import re
 import sys
 
@@ -14,6 +15,40 @@ from gpt.model import attention, transformer
 
 GUIDE = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
 CONFIG = ModelConfig(64, 16, n_layers=2, n_heads=2, d_model=16, positions="none", init_std=0.3)
+
+
+def numbers(text):
+    return [float(word) for word in re.findall(r"-?[0-9.]*[0-9]", text)]
+
+
+def test_the_pencil_page_is_what_attention_computes(capsys):
+    """Its program runs; its table and its two vectors are those of the model's own attention."""
+    (code,) = re.findall("```python\n(.*?)```", GUIDE, re.DOTALL)
+    names = {}
+    exec(code, names)
+    q_H, k_SH, v_SH = names["q"][5], names["k"], names["v"]
+    mix_H = names["mixed"][0, 5, 0]
+    printed = numbers(capsys.readouterr().out)
+    assert np.allclose(printed, np.concatenate([q_H, mix_H]), atol=1e-6)
+
+    # Values that are rows of the identity matrix give the weights.
+    parts = [jnp.eye(8)[None, None, :7, half : half + 4] for half in (0, 4)]
+    query = names["q"][None, :, None]
+    outputs = [attention.attend(query, k_SH[None, None], part, None, None) for part in parts]
+    weights_S = np.concatenate([output[0, 5, 0] for output in outputs])[:7]
+
+    table = re.findall(r"^\| ([写代码的中年人]) \|(.*)\|$", GUIDE, re.MULTILINE)
+    assert "".join(token for token, _ in table) == "写代码的中年人"
+    for s, (_, row) in enumerate(table):
+        key, score, scaled, masked, power, weight, value = map(numbers, row.split("|"))
+        assert key == k_SH[s].tolist() and value == v_SH[s].tolist()
+        assert score == [float(q_H @ k_SH[s])] and scaled == [score[0] / 2]
+        assert masked == (scaled if s <= 5 else [])
+        assert power[0] == pytest.approx(math.exp(scaled[0]) if s <= 5 else 0, abs=5e-4)
+        assert weight[0] == pytest.approx(weights_S[s], abs=5e-4)
+    query, output = re.findall(r"\*\*\[(.*?)\]\*\*", GUIDE)
+    assert numbers(query) == q_H.tolist()
+    assert numbers(output) == pytest.approx(mix_H.tolist(), abs=5.1e-4)
 
 
 @pytest.mark.slow
