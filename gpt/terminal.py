@@ -157,7 +157,7 @@ def probability_tables(completion, first: int, tokenizer) -> str:
 def completion_json(completion) -> dict[str, Any]:
     """A completion as JSON values."""
     names = "prompt text token_ids logprobs finish_reason prefill_seconds decode_seconds"
-    names += " tokens_per_second seed sample"
+    names += " tokens_per_second seed sample proposed accepted"
     return {name: getattr(completion, name) for name in names.split()} | {"timing": TIMING}
 
 
@@ -178,6 +178,10 @@ def describe_end(completions: Sequence, context_length: int) -> str:
     line = f"prefill {slowest.prefill_seconds * 1e3:.1f} ms, decode {slowest.decode_seconds:.2f} s"
     if slowest.tokens_per_second:
         line += f", {slowest.tokens_per_second:.0f} tokens/s per row"
+    n_proposed = sum(completion.proposed for completion in completions)
+    if n_proposed:
+        n_accepted = sum(completion.accepted for completion in completions)
+        line += f", {n_accepted} of {n_proposed} proposed tokens accepted"
     reasons = [f"{reason} ({n} times)" if n > 1 else reason for reason, n in counts.items()]
     line += f" (compilation left out); stopped by {', '.join(reasons)}"
     if "length" in counts:

@@ -152,6 +152,9 @@ def sample(name: str, checked: bool = False) -> dict:
     model, notes = place(name)
     greedy = [c.token_ids for c in generate.complete(model, PROMPTS, GREEDY)]
     drawn = [c.token_ids for c in generate.complete(model, PROMPTS, MIXED)]
+    hints = [[*prompt.encode(), *tokens] for prompt, tokens in zip(PROMPTS, drawn, strict=True)]
+    foreseen = [replace(one, speculate=3) for one in MIXED]
+    speculated = generate.complete(model, PROMPTS, foreseen, hints=hints)
     before, kept, honest = compilations.programs, [], generate.decode_chunk
 
     def watching(*args):
@@ -164,6 +167,8 @@ def sample(name: str, checked: bool = False) -> dict:
     generate.decode_chunk = honest
     found = {"greedy": greedy, "drawn": drawn, "notes": notes, "again": again == greedy}
     found |= {"compiled": compilations.programs - before, "cache": kept[-1]}
+    found["speculated"] = [c.token_ids for c in speculated]
+    found["accepted"] = sum(c.accepted for c in speculated)
     found["alone"] = generate.complete(model, ["some text"], GREEDY)[0].token_ids
     settings = beam_search.BeamSettings(width=3, max_new_tokens=8)
     found["beam"] = [h[0].token_ids for h in beam_search.search(model, PROMPTS[:2], settings)]

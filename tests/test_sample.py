@@ -58,6 +58,7 @@ def test_json_has_the_fields_that_others_read(folder):
     assert done["prefill_seconds"] > 0 and done["decode_seconds"] > 0
     rate = (len(done["token_ids"]) - 1) / done["decode_seconds"]
     assert done["tokens_per_second"] == pytest.approx(rate)
+    assert (done["proposed"], done["accepted"]) == (0, 0)
     printed = call("sample", folder, "--prompt", "the ", *BRIEF, "--seed", "3")
     assert printed.out == "the " + done["text"] + "\n"
     assert "prefill" in printed.err and "compilation left out" in printed.err

@@ -87,7 +87,7 @@ def test_a_table_holds_the_drawn_token_even_if_it_is_not_among_the_likeliest():
     ]  # fmt: skip
 
 
-def completion(reason, decode=0.5, rate=20.0, n_tokens=9):
+def completion(reason, decode=0.5, rate=20.0, n_tokens=9, proposed=0):
     return SimpleNamespace(
         finish_reason=reason,
         prefill_seconds=0.01,
@@ -95,6 +95,8 @@ def completion(reason, decode=0.5, rate=20.0, n_tokens=9):
         tokens_per_second=rate,
         prompt_ids=[1] * 8,
         token_ids=[1] * n_tokens,
+        proposed=proposed,
+        accepted=proposed // 2,
     )
 
 
@@ -107,6 +109,8 @@ def test_the_end_is_told_in_words():
         "decode 0.70 s (compilation left out); stopped by eos (2 times), length; "
         "--max-new-tokens for more"
     )
+    speculative = terminal.describe_end([completion("eos", proposed=6)] * 2, 64)
+    assert "20 tokens/s per row, 6 of 12 proposed tokens accepted (comp" in speculative
     assert terminal.describe_end([completion(None)], 64).endswith("stopped by Ctrl-C")
 
 

@@ -4,7 +4,8 @@
    full forward pass with plain attention, which defines the model.
 2. Rows are independent: to the bit within one compiled shape, within rounding across shapes.
 3. Nothing recompiles in steady state.
-4. Where the platform has a fused attention kernel, it equals plain attention.
+4. Speculation draws the tokens that plain decoding draws.
+5. Where the platform has a fused attention kernel, it equals plain attention.
 
 Logits are compared by the root mean square of their difference over the vocabulary, at the worst
 position of any row: a maximum over the vocabulary would grow with its size. What rounding may do is
@@ -41,6 +42,7 @@ SWEEP = (
     Settings(top_p=0.9, min_p=0.05),
     Settings(temperature=0, repetition_penalty=1.3, logit_bias={0: 2.0}),
 )
+SPECULATED = SWEEP[1], SWEEP[3], SWEEP[4]  # drawn, filtered, greedy with a penalty: a row each
 forward = jax.jit(transformer.forward, static_argnums=0, static_argnames="attend")
 
 
@@ -210,6 +212,26 @@ def check_programs(probe: Probe) -> Check:
     return Check("new lengths and settings compile nothing", float(n_programs), 0.0)
 
 
+def check_speculation(probe: Probe) -> Check:
+    """Invariant 4, in float32: proposals that are plain decoding's own tokens, but for every sixth,
+    change no token. A draw so close to the border of two tokens that rounding decides may: counted
+    are rows whose texts part."""
+    exact = replace(probe.config, compute_dtype="float32", cache_dtype="float32")
+    model = replace(probe.model, config=exact)
+    prompts = [probe.tokens_BT[row, :n].tolist() for row, n in enumerate(probe.ragged_B)]
+    settings = [replace(one, max_new_tokens=20, ignore_eos=True) for one in SPECULATED]
+    plain = generate.complete(model, prompts, settings)
+    hints = []
+    for prompt, completion in zip(prompts, plain, strict=True):
+        hint = prompt + completion.token_ids
+        hint[::6] = [(token + 1) % exact.vocab_size for token in hint[::6]]
+        hints.append(hint)
+    settings = [replace(one, speculate=3) for one in settings]
+    found = generate.complete(model, prompts, settings, hints=hints)
+    n_parted = sum(a.token_ids != b.token_ids for a, b in zip(found, plain, strict=True))
+    return Check("rows in which speculation draws another token", float(n_parted), 1.0)
+
+
 def check_fused(model) -> Check | None:
     """What training and prefill really run: the platform's fused attention, in the precision of the
     model, equals plain attention. None if the platform has no kernel for this model."""
@@ -232,6 +254,7 @@ CHECKS = (
     check_order,
     check_growth,
     check_programs,
+    check_speculation,
 )
 
 

@@ -11,6 +11,8 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from gpt.errors import require
 from gpt.sampling.settings import Settings
 
@@ -27,7 +29,8 @@ class Completion:
     sampled. `sample`: the number among the completions of one prompt. `finish_reason`: "stop" (a
     stop string, whose last token is still in `token_ids`), "eos", "length" or "context"; None while
     it grows. `end_id`: the end-of-text that was sampled. `prefill_seconds` and `decode_seconds` are
-    those of the whole batch until this row ended, without compilation.
+    those of the whole batch until this row ended, without compilation. `proposed` and `accepted`:
+    tokens that speculation guessed, and how many of them were right.
     """
 
     prompt: str
@@ -42,6 +45,8 @@ class Completion:
     end_id: int | None = field(default=None, repr=False)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    proposed: int = 0
+    accepted: int = 0
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -84,7 +89,8 @@ class Row:
     """A completion in progress: `completion` is what users see of it, `prompt` what it continues.
 
     `text`: decodes its tokens. `window`: what is read of the prompt. `max_tokens`: how many tokens
-    it may have. `room`: how many until the context is full.
+    it may have. `room`: how many until the context is full. `hint`: tokens that speculation looks
+    through beside the row's own.
     """
 
     def __init__(self, model, prompt: PromptTokens, sample: int, settings: Settings):
@@ -95,6 +101,7 @@ class Row:
         self.end_ids = model.special_ids.ends
         self.max_tokens = settings.max_new_tokens
         self.window = prompt.ids
+        self.hint: list[int] = []
         # A token may stand at the end of the context, but none after it: it would have no position.
         self.room = model.config.context_length + 1 - len(prompt.ids)
         if settings.on_context_full == "slide":
@@ -114,20 +121,21 @@ class Row:
         """
         done = self.completion
         gained = ""
-        for i, (token, logprob) in enumerate(zip(tokens_C, logprobs_C, strict=True)):
-            if token == NO_TOKEN or self.has_ended:
+        for i in np.flatnonzero(tokens_C != NO_TOKEN):
+            if self.has_ended:
                 break
+            token, logprob = int(tokens_C[i]), float(logprobs_C[i])
             require_number(logprob, len(done.token_ids) + 1)
             if top_ids_CK is not None and top_ids_CK.shape[-1] > 0:
                 pairs = zip(top_ids_CK[i].tolist(), top_probs_CK[i].tolist(), strict=True)
                 done.top.append(list(pairs))
             if token in self.end_ids:
                 done.finish_reason = "eos"
-                done.end_id = int(token)
+                done.end_id = token
                 break
-            done.token_ids.append(int(token))
-            done.logprobs.append(float(logprob))
-            gained += self.text.push([int(token)])
+            done.token_ids.append(token)
+            done.logprobs.append(logprob)
+            gained += self.text.push([token])
             if self.text.stopped:
                 done.finish_reason = "stop"
             elif len(done.token_ids) == self.max_tokens:

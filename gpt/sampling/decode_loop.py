@@ -6,8 +6,10 @@ accelerator there is one for each set of sampling steps too, see sampler.py.)
 Shape letters: see gpt/model/transformer.py; C steps of a chunk.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,31 +102,46 @@ def decode_chunk(
     when every row is done or one has filled the cache. An accelerator always takes `size` steps: to
     decide by what it has computed would be a round trip to the host.
     """
-    B = len(state.token_B)
     state = replace(state, remaining_B=jnp.where(active_B, state.remaining_B, 0))
+
+    def step(state: DecodeState, _) -> tuple[DecodeState, None, SampledTokens]:
+        state, sampled = decode_and_sample(config, params, state, sampling, top)
+        return state, None, sampled
+
+    state, _, sampled = run_steps(step, state, None, size, width=1, top=top)
+    return constrain_state(state), sampled
+
+
+def run_steps(
+    step: Callable, state: DecodeState, other, size: int, width: int, top: int
+) -> tuple[DecodeState, Any, SampledTokens]:
+    """The loop of a chunk: up to `size` steps, each of which gives a row up to `width` tokens.
+
+    `step(state, other)` returns both and a SampledTokens of `width` columns; `other` is whatever
+    else it carries from one step to the next.
+    """
+    B, C = len(state.token_B), size * width
     sampled = SampledTokens(
-        tokens_BC=jnp.full((B, size), NO_TOKEN, jnp.int32),
-        logprobs_BC=jnp.zeros((B, size)),
-        top_ids_BCK=jnp.full((B, size, top), NO_TOKEN, jnp.int32),
-        top_probs_BCK=jnp.zeros((B, size, top)),
+        tokens_BC=jnp.full((B, C), NO_TOKEN, jnp.int32),
+        logprobs_BC=jnp.zeros((B, C)),
+        top_ids_BCK=jnp.full((B, C, top), NO_TOKEN, jnp.int32),
+        top_probs_BCK=jnp.zeros((B, C, top)),
     )
 
     def goes_on(carry):
-        i, state, _ = carry
+        i, state, _, _ = carry
         return (i < size) & jnp.any(state.remaining_B > 0) & ~jnp.any(find_full_rows(state))
 
     def advance(carry):
-        i, state, sampled = carry
-        state, new = decode_and_sample(config, params, state, sampling, top)
-        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i, axis=1)
-        return i + 1, state, jax.tree.map(write, sampled, new)
+        i, state, other, sampled = carry
+        state, other, new = step(state, other)
+        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * width, axis=1)
+        return i + 1, state, other, jax.tree.map(write, sampled, new)
 
-    start = 0, state, sampled
+    start = 0, state, other, sampled
     if platform() == "cpu":
-        _, state, sampled = jax.lax.while_loop(goes_on, advance, start)
-    else:
-        _, state, sampled = jax.lax.fori_loop(0, size, lambda _, carry: advance(carry), start)
-    return constrain_state(state), sampled
+        return jax.lax.while_loop(goes_on, advance, start)[1:]
+    return jax.lax.fori_loop(0, size, lambda _, carry: advance(carry), start)[1:]
 
 
 def decode_and_sample(

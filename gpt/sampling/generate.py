@@ -20,6 +20,7 @@ from gpt.data.tokenizers import without_lone_surrogates
 from gpt.errors import require
 from gpt.model.attention import MASKED
 from gpt.sampling import engine, sampler
+from gpt.sampling import speculation as speculating
 from gpt.sampling.completion import Completion, Piece, PromptTokens, Row, split_end
 from gpt.sampling.decode_loop import (
     DecodeState,
@@ -44,11 +45,14 @@ def stream(
     settings: Settings | Sequence[Settings],
     chunk: int = CHUNK,
     top: int = 0,
+    hints: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[Piece]:
     """Complete `prompts`, texts or token ids, together; hand out each row's text as it appears.
 
     `model` is a LanguageModel. `settings`: for all prompts, or one for each. `chunk`: decode steps
     per call of the device; it changes no token. `top`: likeliest tokens to report at each step.
+    `hints`: for each row, token ids that its text may resemble: where there is speculation, they
+    are looked through too.
     Raises UserError here, not at the first piece, if a prompt exceeds the context or the settings
     cannot be used with this model; and later, if the text exceeds the context where the settings
     say that this is an error.
@@ -62,6 +66,8 @@ def stream(
         [row.prompt for row in rows],
         [row.completion.sample for row in rows],
     )
+    for row, hint in zip(rows, hints or [], strict=hints is not None):
+        row.hint = list(hint)
     return _stream(model, rows, sampling, batch, chunk, top)
 
 
@@ -73,6 +79,8 @@ def _stream(
         state, sampled = start(model, rows, sampling, batch, top)
         sampled, full_B = jax.device_get((sampled, find_full_rows(state)))
 
+    speculates = any(row.settings.speculate for row in rows)
+    speculation = record = None
     shapes_seen = set()
     while True:
         # What each row has gained.
@@ -87,6 +95,9 @@ def _stream(
                 )
                 row.completion.prefill_seconds = prefill_timer.seconds
                 row.completion.decode_seconds = decode_timer.seconds
+                if record is not None:
+                    row.completion.proposed = int(record.proposed_B[index])
+                    row.completion.accepted = int(record.accepted_B[index])
                 pieces.append(Piece(index, text, row.completion))
         if all(row.has_ended for row in rows):
             yield from pieces
@@ -96,15 +107,22 @@ def _stream(
         # while the text of the last ones is handed out, so that counts as time of decoding.
         with decode_timer:
             active_B = np.array([not row.has_ended for row in rows])
-            shape = state.cache.capacity, bool(full_B.any())
+            capacity, any_full = state.cache.capacity, bool(full_B.any())
             n_programs = compilations.programs
             with on_mesh(model.mesh), compilations.of(batch=len(rows)):
                 state = make_room(model, state, rows, full_B)
-                with compilations.of(capacity=state.cache.capacity, top=top):
-                    state, sampled = decode_chunk(
-                        model.config, model.params, state, sampling, active_B, chunk, top
+                if speculates:
+                    state, speculation, sampled = speculating.run_chunk(
+                        model, rows, state, speculation, sampling, chunk, top
                     )
-                found = sampled, find_full_rows(state)
+                else:
+                    with compilations.of(capacity=state.cache.capacity, top=top):
+                        state, sampled = decode_chunk(
+                            model.config, model.params, state, sampling, active_B, chunk, top
+                        )
+                record = speculation.record if speculates else None
+                found = sampled, find_full_rows(state), record
+            shape = capacity, any_full, sampled.tokens_BC.shape
             if shape in shapes_seen and compilations.programs > n_programs:
                 warnings.warn(
                     f"a program was compiled in the middle of decoding at an unchanged shape "
@@ -114,7 +132,7 @@ def _stream(
                 )
             shapes_seen.add(shape)
             yield from pieces
-            sampled, full_B = jax.device_get(found)
+            sampled, full_B, record = jax.device_get(found)
 
     for row in rows:
         require(
@@ -125,11 +143,11 @@ def _stream(
 
 
 def complete(
-    model, prompts: Sequence[Prompt], settings: Settings | Sequence[Settings], top: int = 0
+    model, prompts: Sequence[Prompt], settings: Settings | Sequence[Settings], **options
 ) -> list[Completion]:
-    """`stream` drained: the finished completions, row by row."""
+    """`stream` drained: the finished completions, row by row. `options`: those of `stream`."""
     completions = {}
-    for piece in stream(model, prompts, settings, top=top):
+    for piece in stream(model, prompts, settings, **options):
         completions[piece.row] = piece.completion
     return [completions[row] for row in sorted(completions)]
 
@@ -163,7 +181,8 @@ def make_rows(
     pairs = list(zip(read, settings, strict=True))
     longest = max(len(prompt.ids) + one.max_new_tokens - 1 for prompt, one in pairs)
     n_rows = sum(one.num_samples for one in settings) * beam_width
-    require_room(model, n_rows, longest)
+    n_read = 1 + max(one.speculate for one in settings)
+    require_room(model, n_rows, longest, n_read)
     return [
         Row(model, prompt, sample, one)
         for prompt, one in pairs
@@ -280,13 +299,13 @@ def logit_bias(model, settings: Settings) -> np.ndarray:
     return bias_V
 
 
-def require_room(model, n_rows: int, longest: int) -> None:
+def require_room(model, n_rows: int, longest: int, n_read: int = 1) -> None:
     """Raise UserError if weights, KV cache and per-token buffers of `n_rows` of up to `longest`
-    tokens exceed the memory of a device."""
+    tokens exceed the memory of a device. `n_read`: tokens of a row that a step reads."""
     config = model.config
     slots = engine.bucket(min(longest, config.context_length), config.context_length)
-    # Per row and token of the vocabulary: bias, logit, and whether it was seen.
-    shared = flops.cache_bytes(config, n_rows, slots) + 9 * n_rows * config.vocab_size
+    # Per token read and token of the vocabulary: bias, logit, and whether it was seen.
+    shared = flops.cache_bytes(config, n_rows, slots) + 9 * n_rows * n_read * config.vocab_size
     require_memory(
         model,
         shared,

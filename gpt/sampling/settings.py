@@ -40,6 +40,9 @@ class Settings:
     """Completions of each prompt, from one prefill."""
     seed: int = 0
     """Seed of the sampling: the same seed gives the same text."""
+    speculate: int = 0
+    """Tokens to propose and read at once in a step, by looking up the end of the text in what
+    precedes it; the text is the same, and sooner there where it repeats itself (0: none)."""
 
     def __post_init__(self):
         check_names(self)
@@ -56,6 +59,7 @@ class Settings:
             f"temperature is {self.temperature}: expected at most {MAX_TEMPERATURE:g}",
         )
         not_negative("top_k", self.top_k)
+        not_negative("speculate", self.speculate)
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name} is {value}: expected a number from 0 to 1")

@@ -11,7 +11,7 @@ from byte_models import make_model
 
 from gpt.config import ModelConfig
 from gpt.model import attention, flash_attention, kv_cache, transformer
-from gpt.sampling import cache_check, engine, generate
+from gpt.sampling import cache_check, engine, generate, speculation
 
 CONFIG = ModelConfig(257, context_length=64, n_layers=2, n_heads=4, d_model=32)
 SMALL = dataclasses.replace(CONFIG, context_length=24, n_layers=1)
@@ -35,7 +35,7 @@ def unused_model(config):
 def test_contract_holds(n_kv_heads, dtype):
     config = dataclasses.replace(CONFIG, n_kv_heads=n_kv_heads).computing_in(dtype)
     results = list(cache_check.run_checks(make_model(config, loudness=3)))
-    assert len(results) == 7 and all(result.passed for result in results)
+    assert len(results) == 8 and all(result.passed for result in results)
 
 
 @pytest.mark.parametrize(("context_length", "dtype"), [(1, "float32"), (7, "bfloat16")])
@@ -88,6 +88,15 @@ def growth_that_loses(honest):
     return forgetful
 
 
+def speculation_with_noise_of_the_next_position(honest):
+    def shifted(config, params, state, *rest):
+        later = dataclasses.replace(state, dropped_B=state.dropped_B + 1)
+        later, sampled = honest(config, params, later, *rest)
+        return dataclasses.replace(later, dropped_B=state.dropped_B), sampled
+
+    return shifted
+
+
 BUGS = {
     position_off_by_one: (transformer.GPT, "embed", cache_check.check_cached),
     one_stale_slot: (kv_cache, "append", cache_check.check_cached),
@@ -97,6 +106,11 @@ BUGS = {
     neighbour_leaks: (attention, "attend", cache_check.check_order),
     recompiling_setting: (generate, "decode_chunk", cache_check.check_programs),
     growth_that_loses: (engine, "grow", cache_check.check_growth),
+    speculation_with_noise_of_the_next_position: (
+        speculation,
+        "read_and_accept",
+        cache_check.check_speculation,
+    ),
 }
 CASES = [(bug, "float32") for bug in BUGS]
 CASES += [(bug, "bfloat16") for bug in (position_off_by_one, one_stale_slot, mask_one_too_wide)]

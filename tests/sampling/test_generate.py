@@ -417,6 +417,7 @@ def test_one_row_may_fail_after_its_neighbours_have_ended(model):
         ("stop", ("",)),
         ("stop", "text"),
         ("seed", -1),
+        ("speculate", -1),
         ("on_context_full", "drop"),
     ],
 )

@@ -1,11 +1,14 @@
-"""Rows are independent, over many random batches of a few compiled shapes."""
+"""Rows are independent, and speculation changes nothing: over many random batches of a few compiled
+shapes."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 from byte_models import make_model
 
 from gpt.config import ModelConfig
-from gpt.sampling import generate
+from gpt.sampling import generate, speculation
 from gpt.sampling.settings import Settings
 
 pytestmark = pytest.mark.exact
@@ -76,3 +79,41 @@ def test_rows_do_not_see_each_other_in_random_batches(n_batches):
         for row, drawn in zip(rows, together, strict=True):
             exempt += not same_alone(run(model, [row])[0], drawn, allowed)
     assert exempt <= max(1, n_batches * B // 1000)
+
+
+@pytest.mark.parametrize("n_batches", [10, pytest.param(300, marks=pytest.mark.slow)])
+def test_speculation_changes_nothing_in_random_batches(n_batches, monkeypatch):
+    """Proposals are what plain decoding gave, with errors in them: all, some or none of those of a
+    step are right. Chunks with and without proposals take turns."""
+    model = make_model(CONFIG)
+    allowed = 4e-5 * max(1, float(model.logits("a text").std()))
+    n_proposed = n_accepted = n_exempt = 0
+    for number in range(n_batches):
+        rng = np.random.default_rng(number)
+        rows = [random_row(rng) for _ in range(B)]
+        plain = run(model, rows)
+
+        hints = []
+        for (prompt, _), (tokens, *_) in zip(rows, plain, strict=True):
+            hint = np.array(prompt + tokens)
+            is_wrong = rng.random(len(hint)) < 0.1
+            hints.append(np.where(is_wrong, rng.integers(257, size=len(hint)), hint).tolist())
+
+        hints[0] += [256] * (45 - len(hints[0]))  # one length: one program
+        monkeypatch.setattr(
+            speculation, "choose_n_proposals", lambda *_, rng=rng: 3 * int(rng.random() < 0.8)
+        )
+        limits = [3, *rng.integers(4, size=B - 1).tolist()]
+        settings = [
+            dataclasses.replace(one, speculate=limit)
+            for (_, one), limit in zip(rows, limits, strict=True)
+        ]
+        prompts = [prompt for prompt, _ in rows]
+        found = generate.complete(model, prompts, settings, chunk=3, hints=hints)
+        for c, expected in zip(found, plain, strict=True):
+            drawn = (c.token_ids, c.logprobs, c.finish_reason, c.text)
+            n_exempt += not same_alone(drawn, expected, allowed)
+            n_proposed += c.proposed
+            n_accepted += c.accepted
+    assert 0.3 * n_proposed < n_accepted < 0.8 * n_proposed
+    assert n_exempt <= max(1, n_batches * B // 1000)

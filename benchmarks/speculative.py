@@ -1,0 +1,123 @@
+"""Speculative decoding against plain decoding: tokens per second, and seconds to compile.
+
+    python benchmarks/speculative.py [RUN]
+
+Texts of 200 tokens in float32, with 1 row and with 8. RUN, a model trained on Python source (as
+`train.py tiny` makes one), goes on with source that fills half of its context, at temperature 0 and
+0.8, until it is full.
+A Llama form of 135 M parameters with random weights draws random text, of which nothing can be
+foreseen, and text that repeats itself, because a bias leaves it one token.
+
+With and without --speculate take turns. Seconds are those of decoding, without compilation:
+medians, and the middle half of the repeats.
+"""
+
+import dataclasses
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent / "workers"))
+
+from gpt import cli
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ["cli", "errors", "digest", "config", "flops", "hardware", "checkpoint", "sharding"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to measure."""
+
+    checkpoint: tyro.conf.Positional[Path | None] = None
+    """A run's folder, of a model trained on Python source; None: the Llama form alone."""
+    speculate: int = 4
+    """Proposals of a step."""
+    repeats: int = 7
+    """Times that each is measured."""
+    new_tokens: int = 200
+    """Tokens of each text."""
+
+
+def llama():
+    """The Llama form, with random weights and without a tokenizer."""
+    import models
+
+    from gpt.data.tokenizers import IdTokenizer
+    from gpt.model import transformer
+    from gpt.sampling.language_model import LanguageModel
+
+    config = dataclasses.replace(models.model_config("llama"), context_length=1024)
+    params = transformer.unstack(models.random_weights(config))
+    tokenizer = IdTokenizer(config.vocab_size, -1)
+    return LanguageModel(config.for_sampling(), params, tokenizer, step=0)
+
+
+def compare(name: str, model, prompts: list, settings, command: Command) -> None:
+    """One line: tokens per second of all rows together with and without, and their ratio."""
+    from gpt.compile_log import compilations
+
+    plain = dataclasses.replace(settings, max_new_tokens=command.new_tokens, ignore_eos=True)
+    ways = {"plain": plain, "speculative": dataclasses.replace(plain, speculate=command.speculate)}
+    compile_seconds, texts = {}, {}
+    rates = {way: [] for way in ways}
+    for turn in range(command.repeats + 1):
+        for way, chosen in ways.items():
+            before = len(compilations.each)
+            done = model.generate(prompts, chosen)
+            texts[way] = [one.token_ids for one in done]
+            if turn == 0:
+                compile_seconds[way] = sum(p.seconds for p in compilations.each[before:])
+            else:
+                n_tokens = sum(len(one.token_ids) - 1 for one in done)
+                rates[way].append(n_tokens / max(one.decode_seconds for one in done))
+
+    ratios = [b / a for a, b in zip(rates["plain"], rates["speculative"], strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    n_accepted = sum(one.accepted for one in done)
+    n_readings = sum(len(one.token_ids) - 1 for one in done) - n_accepted
+    same = sum(a == b for a, b in zip(texts["plain"], texts["speculative"], strict=True))
+    print(
+        f"{name}, {len(prompts)} rows: {statistics.median(rates['plain']):,.0f} and "
+        f"{statistics.median(rates['speculative']):,.0f} tokens/s, ratio {ratio:.2f} ({low:.2f} to "
+        f"{high:.2f}); {1 + n_accepted / n_readings:.2f} tokens per reading; {n_accepted} of "
+        f"{sum(one.proposed for one in done)} proposals accepted; {same} of {len(done)} texts the "
+        f"same; compiled in {compile_seconds['plain']:.1f} and "
+        f"{compile_seconds['speculative']:.1f} s",
+        flush=True,
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Measure all of it; the exit code."""
+    command = cli.parse(Command, argv, program="speculative.py", description=__doc__)
+    cli.prepare_jax(cache=False)
+    import gpt
+    from gpt.sampling.settings import Settings
+
+    random_text, one_token = Settings(temperature=1.0), Settings(logit_bias={7: 1e9})
+    if command.checkpoint is not None:
+        model = gpt.load(command.checkpoint)
+        sources = [(ROOT / "gpt" / f"{name}.py").read_text() for name in SOURCES]
+        half = model.config.context_length // 2
+        sources = [model.tokenizer.encode_ordinary(source)[:half] for source in sources]
+        for n_rows in (1, 8):
+            for temperature in (0.0, 0.8):
+                settings = Settings(temperature=temperature)
+                name = f"source at temperature {temperature}"
+                compare(name, model, sources[:n_rows], settings, command)
+    model = llama()
+    ids = np.random.default_rng(0).integers(model.config.vocab_size, size=(8, 64)).tolist()
+    for n_rows in (1, 8):
+        compare("random text of a Llama form", model, ids[:n_rows], random_text, command)
+        compare("repeating text of a Llama form", model, ids[:n_rows], one_token, command)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

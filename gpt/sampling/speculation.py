@@ -1,0 +1,301 @@
+"""Speculative decoding: several tokens for one reading of the weights, and exactly the same text.
+
+A decode step reads all weights to draw one token for each row; to draw five from the same reading
+takes little longer. So tokens are proposed, read together with the last one, and what the model
+draws after each of them says which to keep: those before the first that differs, and the token
+that was drawn in its place. With three proposals, two of which are right:
+
+    text so far         a b c d e f . . . a b c            "a b c" was there before
+    proposed                                      d e f
+    read in one step                            c d e f
+    drawn after each                              d e x y
+    kept                                          d e x    three tokens for one reading
+
+The token drawn at a position depends on the text before it, the seed, the sample and the position,
+and on nothing else: a proposal is accepted exactly when plain decoding would have drawn it. (Up to
+rounding: a step that reads several tokens adds the same numbers in another order.)
+
+A proposal that is refused has cost the reading of a token. So every row keeps count of how often
+its proposals are right, whether they are read or not, and where they would not pay, none is read.
+Shape letters: see gpt/model/transformer.py; C as in decode_loop.py; N proposals, T = N + 1 tokens
+read, R tokens of the text that are looked through.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt.compile_log import compilations
+from gpt.config import ModelConfig
+from gpt.model import transformer
+from gpt.sampling import decode_loop, sampler
+from gpt.sampling.completion import NO_TOKEN, Row
+from gpt.sampling.decode_loop import DecodeState, SampledTokens
+from gpt.sampling.sampler import SamplingParams
+from gpt.sharding import constrain, platform
+
+LONGEST_MATCH = 4  # last tokens of the text that are looked up; more would not be worth more
+WEIGHT = 1 / 16  # of the newest token in `agreement_B`
+N_JUDGED = 16  # last tokens of the prompt on which the first judgement rests
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Record:
+    """How well it goes. `agreement_B`: the share of recent tokens that were proposed, or would have
+    been. `proposed_B`, `accepted_B`: proposals that were read, and those that were right."""
+
+    agreement_B: jax.Array
+    proposed_B: jax.Array
+    accepted_B: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Speculation:
+    """What the device carries for proposals from one chunk to the next.
+
+    `text_BR`: the last R tokens of each row, prompt included, the newest on the right; NO_TOKEN
+    before the first. `limit_B`: proposals that a row may have in a step.
+    """
+
+    text_BR: jax.Array
+    limit_B: jax.Array
+    record: Record
+
+
+class ChunkShape(NamedTuple):
+    """What a chunk is compiled for: its steps, the proposals of each, the likeliest tokens told."""
+
+    size: int
+    n_proposals: int
+    top: int
+
+
+# The host's part: how much to propose.
+
+
+def run_chunk(
+    model,
+    rows: Sequence[Row],
+    state: DecodeState,
+    speculation: Speculation | None,
+    sampling: SamplingParams,
+    chunk: int,
+    top: int,
+):
+    """Up to `chunk` steps for the rows that have not ended, with as many proposals as will pay; the
+    first time, `speculation` is None."""
+    limits = np.array([row.settings.speculate for row in rows], np.int32)
+    active_B = np.array([not row.has_ended for row in rows])
+    if speculation is None:
+        texts = [row.hint + row.prompt.ids + row.completion.token_ids for row in rows]
+        n_hinted = max(len(row.hint) for row in rows)
+        R = model.config.context_length + n_hinted
+        text_BR = np.full((len(rows), R), NO_TOKEN, np.int32)
+        for b, text in enumerate(texts):
+            text_BR[b, R - min(len(text), R) :] = text[-R:]
+        speculation = start(text_BR, limits)
+    agreement_B = np.asarray(speculation.record.agreement_B)
+    n_proposals = choose_n_proposals(limits * active_B, agreement_B)
+    shape = ChunkShape(chunk, n_proposals, top)
+    with compilations.of(capacity=state.cache.capacity, top=top, proposals=n_proposals):
+        return speculate_chunk(
+            model.config, model.params, state, speculation, sampling, active_B, shape
+        )
+
+
+def choose_n_proposals(limit_B: np.ndarray, agreement_B: np.ndarray) -> int:
+    """Proposals to read in each step: the largest limit of a row (0: it has ended), or none if the
+    rows would gain too little by them."""
+    N = int(limit_B.max())
+    n_rows = int(np.sum(limit_B > 0))
+    if n_rows == 0:
+        return 0
+    # If the share p of the tokens is proposed, a step gains 1 + p + ... + p^N tokens.
+    is_allowed_BN = np.arange(N) < limit_B[:, None]
+    gain_B = np.sum(is_allowed_BN * agreement_B[:, None] ** np.arange(1, N + 1), axis=1)
+    # What a step costs, in plain ones. An accelerator waits for the weights; a CPU computes, and
+    # this is on the safe side of what docs/sampling.md measures.
+    cost = 1.5 + n_rows * N / 32 if platform() == "cpu" else 1.1
+    return N if 1 + gain_B.sum() / n_rows > cost else 0
+
+
+# The device's part: proposals, and which of them to keep.
+
+
+@jax.jit
+def start(text_BR: jax.Array, limit_B: jax.Array) -> Speculation:
+    """Before the first chunk: `agreement_B` says how well the last tokens of the text, as it is by
+    now, could have been proposed."""
+    R = text_BR.shape[1]
+
+    def agrees(age: jax.Array) -> jax.Array:
+        """Whether the token so many places from the right would have been proposed."""
+        is_earlier_R = jnp.arange(R) >= age
+        earlier_BR = jnp.where(is_earlier_R, jnp.roll(text_BR, age, axis=1), NO_TOKEN)
+        token_B = jnp.take(text_BR, R - age, axis=1)
+        return (look_up(earlier_BR, 1)[:, 0] == token_B) & (token_B != NO_TOKEN)
+
+    ages = jnp.arange(1, min(N_JUDGED, R) + 1)
+    agreement_B = jnp.mean(jax.lax.map(agrees, ages), axis=0, dtype=jnp.float32)
+    none_B = jnp.zeros_like(limit_B)
+    record = Record(agreement_B, none_B, none_B)
+    return constrain_rows(Speculation(text_BR, limit_B, record))
+
+
+def look_up(text_BR: jax.Array, n: int) -> jax.Array:
+    """proposals_BN: the `n` tokens that followed the last tokens of the text where they stood
+    before. NO_TOKEN in a row whose last token is new.
+
+    Of several places the one with the longest match counts, and of those the latest. Where the text
+    ends before `n` tokens have followed, it is taken to go on in the same period.
+    """
+    R = text_BR.shape[1]
+    # How many tokens that end at each place equal the last ones of the text.
+    n_equal_BR = jnp.zeros_like(text_BR)
+    is_equal_BR = text_BR != NO_TOKEN
+    for age in range(min(LONGEST_MATCH, R)):
+        shifted_BR = jnp.pad(text_BR[:, : R - age], [(0, 0), (age, 0)], constant_values=NO_TOKEN)
+        is_equal_BR &= shifted_BR == text_BR[:, R - 1 - age][:, None]
+        n_equal_BR += is_equal_BR
+    places_R = jnp.arange(R)
+    n_equal_BR = jnp.where(places_R < R - 1, n_equal_BR, 0)  # the end itself does not count
+
+    best_B = jnp.argmax(n_equal_BR * R + places_R, axis=-1)
+    found_B = jnp.take_along_axis(n_equal_BR, best_B[:, None], axis=-1) > 0
+    period_B1 = jnp.maximum(R - 1 - best_B, 1)[:, None]
+    place_BN = best_B[:, None] + 1 + jnp.arange(n) % period_B1
+    return jnp.where(found_B, jnp.take_along_axis(text_BR, place_BN, axis=-1), NO_TOKEN)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("config", "shape"),
+    donate_argnames=("state", "speculation"),
+)
+def speculate_chunk(
+    config: ModelConfig,
+    params: dict,
+    state: DecodeState,
+    speculation: Speculation,
+    sampling: SamplingParams,
+    active_B: jax.Array,
+    shape: ChunkShape,
+) -> tuple[DecodeState, Speculation, SampledTokens]:
+    """As `decode_chunk`, with `n_proposals` read in each step: a row may gain one token more than
+    that. 0 decodes plainly, and counts what would have been right."""
+    size, n_proposals, top = shape
+    state = replace(state, remaining_B=jnp.where(active_B, state.remaining_B, 0))
+
+    def step(state: DecodeState, speculation: Speculation):
+        proposals_BN = look_up(speculation.text_BR, max(n_proposals, 1))
+        is_allowed_BN = jnp.arange(proposals_BN.shape[1]) < speculation.limit_B[:, None]
+        proposals_BN = jnp.where(is_allowed_BN, proposals_BN, NO_TOKEN)
+        if n_proposals == 0:
+            state, new = decode_loop.decode_and_sample(config, params, state, sampling, top)
+        else:
+            state, new = read_and_accept(config, params, state, sampling, proposals_BN, top)
+        return state, take_account(speculation, proposals_BN, new.tokens_BC), new
+
+    state, speculation, sampled = decode_loop.run_steps(
+        step, state, speculation, size, width=n_proposals + 1, top=top
+    )
+    return decode_loop.constrain_state(state), constrain_rows(speculation), sampled
+
+
+def read_and_accept(
+    config: ModelConfig,
+    params: dict,
+    state: DecodeState,
+    sampling: SamplingParams,
+    proposals_BN: jax.Array,
+    top: int,
+) -> tuple[DecodeState, SampledTokens]:
+    """One step that reads the last token of each row and its proposals: the tokens that each row
+    gains, T columns. NO_TOKEN is never right."""
+    running_B = (state.remaining_B > 0) & ~decode_loop.find_full_rows(state)
+    read_BT = jnp.concatenate([state.token_B[:, None], jnp.maximum(proposals_BN, 0)], axis=1)
+    B, T = read_BT.shape
+    model = transformer.bind(config, params)
+    x_BTD, cache = model.hidden(read_BT, state.cache)
+    logits_MV = model.unembed(x_BTD).reshape(B * T, -1)
+
+    # Draw after each of them, as if all before it were right: at its position, after its text.
+    seen_BV = state.seen_BV
+    seen_TBV = [seen_BV]
+    for proposal_B in read_BT[:, 1:].T:
+        seen_BV = decode_loop.mark_seen(seen_BV, proposal_B)
+        seen_TBV.append(seen_BV)
+    position_BT = cache.length_B[:, None] + state.dropped_B[:, None] + 1 + jnp.arange(T)
+    drawn_M = sampler.sample(
+        logits_MV,
+        jax.tree.map(lambda setting_B: jnp.repeat(setting_B, T, axis=0), sampling),
+        jnp.stack(seen_TBV, axis=1).reshape(logits_MV.shape),
+        position_BT.reshape(B * T),
+    )
+    drawn_BT = drawn_M.reshape(B, T)
+
+    # Keep what was drawn up to the first draw that is not what was proposed, an end of text, the
+    # last token that the row may have, or the last slot of the cache.
+    is_end_BT = jnp.any(drawn_BT[..., None] == state.eot, axis=-1)
+    goes_on_BN = (drawn_BT[:, :-1] == proposals_BN) & ~is_end_BT[:, :-1]
+    goes_on_BT = jnp.pad(goes_on_BN, [(0, 0), (1, 0)], constant_values=True)  # up to each draw
+    room_B = jnp.minimum(state.remaining_B, cache.capacity - cache.length_B)
+    is_kept_BT = jnp.cumprod(goes_on_BT, axis=1, dtype=jnp.bool_) & running_B[:, None]
+    is_kept_BT &= jnp.arange(T) < room_B[:, None]
+    n_kept_B = jnp.sum(is_kept_BT, axis=1)
+
+    # The last token kept is not yet in the cache; what was read after the others is overwritten.
+    last_B = jnp.take_along_axis(drawn_BT, jnp.maximum(n_kept_B - 1, 0)[:, None], axis=1)[:, 0]
+    has_ended_B = jnp.any(is_end_BT & is_kept_BT, axis=1)
+    state = replace(
+        state,
+        cache=cache.advanced(n_kept_B),
+        token_B=jnp.where(running_B, last_B, state.token_B),
+        remaining_B=jnp.where(has_ended_B, 0, state.remaining_B - n_kept_B),
+        seen_BV=state.seen_BV.at[jnp.arange(B)[:, None], drawn_BT].max(is_kept_BT),
+    )
+    sampled = decode_loop.report(logits_MV, drawn_M, top)
+    sampled = jax.tree.map(lambda a: a.reshape(B, T, *a.shape[2:]), sampled)
+    return state, replace(sampled, tokens_BC=jnp.where(is_kept_BT, drawn_BT, NO_TOKEN))
+
+
+def take_account(
+    speculation: Speculation, proposals_BN: jax.Array, tokens_BT: jax.Array
+) -> Speculation:
+    """`speculation` after a step in which the rows gained `tokens_BT`, NO_TOKEN after the last."""
+    record = speculation.record
+    N, T = proposals_BN.shape[1], tokens_BT.shape[1]
+    is_kept_BT = tokens_BT != NO_TOKEN
+    n_kept_B1 = jnp.sum(is_kept_BT, axis=1, keepdims=True)
+    is_right_BN = is_kept_BT[:, :N] & (tokens_BT[:, :N] == proposals_BN)
+
+    agreement_B = record.agreement_B
+    for is_kept_B, is_right_B in zip(is_kept_BT.T[:N], is_right_BN.T, strict=True):
+        newer_B = (1 - WEIGHT) * agreement_B + WEIGHT * is_right_B
+        agreement_B = jnp.where(is_kept_B, newer_B, agreement_B)
+    record = replace(record, agreement_B=agreement_B)
+    if T > 1:  # else it was a plain step, which read no proposal
+        was_read_BN = (proposals_BN != NO_TOKEN) & (n_kept_B1 > 0)
+        record = replace(
+            record,
+            proposed_B=record.proposed_B + jnp.sum(was_read_BN, axis=1),
+            accepted_B=record.accepted_B + jnp.sum(is_right_BN, axis=1),
+        )
+
+    # The text moves to the left by what it has gained.
+    longer = jnp.concatenate([speculation.text_BR, tokens_BT], axis=1)
+    place_BR = n_kept_B1 + jnp.arange(speculation.text_BR.shape[1])
+    text_BR = jnp.take_along_axis(longer, place_BR, axis=1)
+    return replace(speculation, text_BR=text_BR, record=record)
+
+
+def constrain_rows(speculation: Speculation) -> Speculation:
+    """Laid out as the state is, see `decode_loop.constrain_state`."""
+    return jax.tree.map(lambda a: constrain(a, "batch", *[None] * (a.ndim - 1)), speculation)
