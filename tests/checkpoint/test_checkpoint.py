@@ -3,12 +3,13 @@
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trees import (
+from checkpoint.trees import (
     METADATA,
     abstract,
     files_of,
@@ -25,6 +26,19 @@ from gpt import checkpoint
 from gpt.checkpoint import FORMAT, CheckpointManager, Damaged, SaveFailed
 from gpt.digest import digest, digest_array
 from gpt.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with steps 1 and 2, to read from or to copy."""
+    folder = tmp_path_factory.mktemp("run")
+    save(folder, 1, 2)
+    return folder
+
+
+@pytest.fixture
+def mine(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
 def test_trees_and_metadata_come_back_to_the_bit(tmp_path, monkeypatch):

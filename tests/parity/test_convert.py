@@ -24,7 +24,6 @@ from programs import call  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
 import gpt  # noqa: E402
-from gpt.convert.hf_config import read_config, to_hf_config  # noqa: E402
 from gpt.data.tokenizers import IdTokenizer  # noqa: E402
 from gpt.model import transformer  # noqa: E402
 from gpt.sampling import generate  # noqa: E402
@@ -98,26 +97,6 @@ def test_logits_of_a_model_of_the_hub(name, tmp_path):
     ids = token_ids(config, 2, 64)
     expected = their_models.logits_of(load(tmp_path, dtype=torch.float32), ids)
     agree(forward(config, params, ids), expected)
-
-
-@pytest.mark.parametrize(("kind", "dtype"), [("gpt2", "float16"), ("qwen3, biases", "bfloat16")])
-def test_half_precision_comes_back_to_the_bit(kind, dtype, tmp_path):
-    model = their_models.make(KINDS[kind].config()).to(getattr(torch, dtype))
-    model.save_pretrained(tmp_path / "theirs")
-    convert("import", tmp_path / "theirs", tmp_path / "run")
-    convert("export", tmp_path / "run", tmp_path / "back")
-    assert bits(tmp_path / "back") == bits(tmp_path / "theirs")
-    assert load(tmp_path / "back").dtype == getattr(torch, dtype)
-
-
-@pytest.mark.parametrize("family", ["GPT2", "Llama", "Qwen2", "Qwen3"])
-def test_a_config_with_all_its_defaults_is_read(family):
-    """Every field of transformers' own class, as its to_dict has them."""
-    values = getattr(transformers, f"{family}Config")().to_dict()
-    config, _, unused = read_config(values)
-    assert config.n_layers >= 12 and "vocab_size" not in unused
-    exported = to_hf_config(config)[0]
-    assert all(hasattr(transformers, name) for name in exported["architectures"])
 
 
 WIDE = {"vocab_size": 50257, "n_embd": 768, "n_layer": 2, "n_head": 12}
@@ -279,11 +258,3 @@ def test_our_own_tokenizers_there(name, tmp_path):
 
     check()
     assert there.eos_token_id == ours.eot_token and len(there) == ours.n_vocab
-
-
-def test_characters_there(tmp_path):
-    ours = tokenizers.create("char", lambda: ["the cat 今天\n"], 0)
-    there = write(export_tokenizer(ours, 64), tmp_path)
-    text = "今天 the cat\n\ntat"
-    assert there(text)["input_ids"] == ours.encode_ordinary(text)
-    assert there.decode(ours.encode_ordinary(text)) == text

@@ -19,7 +19,6 @@ import gguf_writer  # noqa: E402  (needs gguf)
 from workers import models  # noqa: E402
 
 from gpt.config import ModelConfig  # noqa: E402
-from gpt.errors import UserError  # noqa: E402
 from gpt.model import transformer  # noqa: E402
 
 SMALL = ModelConfig(
@@ -118,11 +117,3 @@ def test_eight_bits_are_near(tmp_path):
     theirs = logits_of(read_back(tmp_path / "model.gguf"), ids)
     ours = our_logits(SMALL, params, ids)
     assert 1e-3 < (ours - theirs).std() / ours.std() < 0.2
-
-
-@pytest.mark.parametrize(
-    "other", [{"norm": "layer"}, {"bias": True}, {"rope_factor": 8.0}, {"qk_norm": True}]
-)
-def test_other_forms_are_refused(tmp_path, other):
-    with pytest.raises(UserError):
-        gguf_writer.write(replace(SMALL, **other), {}, "f32", tmp_path / "model.gguf")

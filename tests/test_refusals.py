@@ -1,0 +1,258 @@
+"""What train.py and sample.py refuse: in one line, before anything is written or harmed."""
+
+import random
+from dataclasses import fields
+from pathlib import Path
+
+import jax
+import pytest
+from flax.traverse_util import flatten_dict
+from programs import TINY, call, snapshot, write_text
+
+from gpt import sample_flags, train_flags
+from gpt.compile_log import compilations
+from gpt.config import to_json
+from gpt.errors import UserError
+from gpt.presets import PRESETS
+from gpt.sampling import language_model
+from gpt.sampling.settings import Settings
+from gpt.terminal import flag
+from gpt.training import resume
+
+# One of each kind: what is refused by a setting or by the text is tested where it is raised.
+TRAIN = {
+    "text that cannot be read": (["--data", "gone.txt"], "gone.txt does not exist"),
+    "a setting": (["--steps", "-3"], "steps is -3: expected at least 1"),
+    "no path at all": (["--data"], "--data names nothing"),
+    "an empty path": (["--data", ""], "a flag has an empty value"),
+    "an empty folder": (["--out="], "--out= has an empty value"),
+    "remote storage": (["--out", "gs://bucket/run"], "gs://bucket/run is an address"),
+    "a web page": (
+        ["--data", "https://a.org/b.txt"],
+        "fetch it first (curl -LO https://a.org/b.txt)",
+    ),
+    "remote weights": (["--init-from=s3://bucket/run"], "s3://bucket/run is an address"),
+    "too short": (["--data", "short.txt"], "too few for --seq-len 16"),
+    "a missing checkpoint": (["--init-from", "gone"], "no checkpoint in gone"),
+    "an unknown flag": (["--stepz", "3"], "did you mean --steps"),
+    "an unknown preset": (["gpt-2"], "gpt-2"),
+    "a mesh that is not there": (["--mesh.data", "3"], "does not fill"),
+    "a file as --out": (["--out", "text.txt"], "--out text.txt cannot be used"),
+    "a file above --out": (["--out", "text.txt/run"], "--out text.txt/run cannot be used"),
+}
+SAMPLE = {
+    "no checkpoint named": ([], "CHECKPOINT"),
+    "a missing folder": (["gone"], "no folder gone"),
+    "a half-written checkpoint": (["half"], "no checkpoint in half"),
+    "a damaged checkpoint": (["cut"], "is whole: "),
+    "a step that is not there": (["RUN", "--step", "5"], "it has [8, 12]"),
+    "a long prompt": (["RUN", "--prompt", "x" * 17], "17 tokens, which exceeds"),
+    "a beam beyond memory": (["RUN", "--beam-width", "9" * 30], "ask for fewer samples, beams"),
+    "a prefix it lacks": (["RUN", "--prefix", "bos"], "the model has no beginning-of-text token"),
+    "nothing to score": (["RUN", "--score", ""], "nothing to score"),
+}
+BASE = {"train": [*TINY, "--data", "text.txt", "--out", "fresh"], "sample": []}
+
+
+@pytest.fixture
+def world(tmp_path, trained, monkeypatch):
+    """The working directory: text, a run, and what may be taken for them."""
+    write_text(tmp_path / "text.txt")
+    (tmp_path / "short.txt").write_text("a few words")
+    (tmp_path / "binary").write_bytes(random.Random(0).randbytes(5000))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "half" / "checkpoints" / "12.orbax-checkpoint-tmp").mkdir(parents=True)
+    # A run whose only checkpoint has lost half of its metadata.
+    (tmp_path / "cut" / "checkpoints" / "1").mkdir(parents=True)
+    damaged = tmp_path / "cut" / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
+    damaged.write_text('{"metadata": {"mod')
+    (tmp_path / "RUN").symlink_to(trained[1])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", [*TRAIN, *SAMPLE])
+def test_bad_input_is_one_error_and_changes_nothing(case, world):
+    name = "train" if case in TRAIN else "sample"
+    argv, words = (TRAIN | SAMPLE)[case]
+    before = snapshot(world)
+    done = call(name, *BASE[name], *argv)
+    assert (done.code, done.out) == (2, "")
+    error = done.err[done.err.index("error: ") :]
+    assert words in error and error.count("\n") == 1 and done.err.count("error: ") == 1
+    assert name == "train" or error == done.err
+    assert snapshot(world) == before
+
+
+def test_typed_paths_are_expanded(tmp_path, monkeypatch):
+    """A shell leaves `--out=~/run` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    argv = ["--out=~/run", "--init-from", "~/other", "--data", "a.txt", "~/b.txt", "~nobody-here/c"]
+    args = train_flags.parse_args(argv, "")
+    assert (args.out, args.init_from) == (tmp_path / "run", tmp_path / "other")
+    assert args.data == (Path("a.txt"), tmp_path / "b.txt", Path("~nobody-here/c"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError])
+def test_devices_that_are_not_there(error, text, tmp_path, monkeypatch):
+    """JAX_PLATFORMS=cuda without CUDA, as JAX 0.12 and 0.10 report it."""
+
+    def default_backend():
+        raise error("Unable to initialize backend 'cuda'")
+
+    monkeypatch.setattr(jax, "default_backend", default_backend)
+    done = call("train", *TINY, "--data", text, "--out", tmp_path / "run")
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "JAX finds no such device" in done.err and "gpt-jax[cuda]" in done.err
+    assert snapshot(tmp_path) == {}
+
+
+def test_a_warmup_that_takes_the_whole_run_is_noted(text, tmp_path):
+    argv = [*TINY, "--data", text, "--out", tmp_path / "run", "--profile", "10"]  # is refused
+    done = call("train", *argv, "--warmup-steps", "11")
+    assert "note: a warm-up of 11 steps takes the whole run of 12: " in done.err
+    assert "note: " not in call("train", *argv, "--warmup-steps", "10").err
+
+
+# sample.py's flags that exclude each other, or need each other.
+
+# What is typed after the run's folder, and what the error says.
+BAD_FLAGS = {
+    "--score x --check": "--check and --score exclude each other: choose one",
+    "--prompt a --prompt-ids 1": "--prompt and --prompt-ids exclude each other",
+    "--prompt= --interactive": "--interactive and --prompt exclude each other",
+    "--max-new-tokens -1": "max_new_tokens is -1: expected at least 1",
+    "--temperature inf": "temperature is inf: expected zero or more, and finite",
+    "--show-probs 0": "show_probs is 0: expected at least 1",
+    "--stop=": "stop is an empty text",
+    "--logit-bias 5": "--logit-bias",
+    "--logit-bias 5 1 --logit_bias=5 2": "--logit-bias names a token twice",
+    "--prompt-ids one": "--prompt-ids 'one': expected integers",
+    "--score-ids \N{ARABIC-INDIC DIGIT THREE}": "expected integers",
+    "--prompt-file gone.txt": "--prompt-file gone.txt: No such",
+    "--interactive --json": "--json has no effect with --interactive: leave it out",
+    "--interactive --beam-width 2": "--beam-width has no effect with --interactive",
+    "--beam-width 2 --top-p 0.5": "--top-p has no effect with --beam-width",
+    "--beam-width 2 --temperature 1": "--temperature has no effect with --beam-width",
+    "--beam-width 2 --stop a": "--stop has no effect with --beam-width",
+    "--beam-width 2 --on-context-full slide": "--on-context-full has no effect with --beam-width",
+    "--beam-width 2 --show-probs 2": "--show-probs has no effect with --beam-width",
+    "--beam-width 2 --num-samples 3": "--num-samples is 3: it must not exceed --beam-width, 2",
+    "--length-penalty 2": "--length-penalty needs --beam-width",
+    "--score a --top-k 2": "--top-k has no effect with --score",
+    "--check --show-probs 2": "--show-probs has no effect with --check",
+    "--check --json": "--json has no effect with --check",
+    "--stride 2": "--stride needs --score",
+    "--window 2": "--window needs --score",
+    "--early-stopping never": "--early-stopping needs --beam-width",
+    "--check --prefix eos": "--prefix has no effect with --check",
+    "--on-context-full wrap": "wrap",
+    "--promt x": "did you mean --prompt",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_flags_that_make_no_sense_are_refused_before_anything_is_loaded(flags):
+    with pytest.raises(UserError) as refused:
+        args, _ = sample_flags.parse_args(["no such run", *flags.split()], "")
+        sample_flags.read_inputs(args)
+    assert BAD_FLAGS[flags] in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_flags_that_make_sense_choose_the_mode():
+    for flags, mode in {
+        "": "generate",
+        "--beam-width 1 --json --show-probs 2": "generate",
+        "--beam-width 2 --temperature 0 --length-penalty 2 --num-samples 2": "beam",
+        "--interactive --show-probs 2 --top-k 3": "interactive",
+        "--score a --stride 2 --json --quantize int8": "score",
+        "--check --dtype bfloat16 --mesh.tensor 2": "check",
+        "--no-check --no-json --prompt a": "generate",
+    }.items():
+        assert sample_flags.parse_args(["run", *flags.split()], "")[1] == mode, flags
+
+
+# Any flag with any word: valid, or refused.
+
+VALUES = ["0", "1", "-1", "16", "0.5", "1e3", "-0.0", "nan", "-inf", "1e-400", "9" * 20, "0x10"]
+VALUES += [
+    "1_000",
+    "٣",
+    "",
+    " ",
+    "-",
+    "--",
+    "=",
+    "~",
+    ".",
+    "None",
+    "True",
+    "a\nb",
+    "x" * 300,
+    "今天",
+]
+VALUES += ["\x1b[31m", "gpt2", "byte", "muon", "bfloat16", "float64"]
+VALUES += ["text.txt", "binary", "folder", "half", "RUN"]
+
+
+def names(kind, *left_out):
+    return [field.name for field in fields(kind) if field.name not in left_out]
+
+
+# Every flag but those that plan, try or reach for other machines.
+AWAY = ("preset", "train", "processes", "devices", "topology", "dry_run", "verify_resume")
+FLAGS = {
+    "train": [*names(train_flags.Args, *AWAY), *flatten_dict(to_json(PRESETS["tiny"]), sep=".")],
+    "sample": [*names(sample_flags.Args, "settings", "mesh"), *names(Settings)],
+}
+
+
+class Reached(BaseException):
+    """All was valid: here the work would begin."""
+
+
+@pytest.fixture
+def only_validation(world, monkeypatch):
+    """What is valid raises Reached."""
+    honest = language_model.load
+
+    def load(checkpoint, *more, **options):
+        if str(checkpoint) == "RUN":
+            raise Reached
+        return honest(checkpoint, *more, **options)
+
+    def begin(*_):
+        raise Reached
+
+    monkeypatch.setattr(language_model, "load", load)
+    monkeypatch.setattr(resume, "initial_state", begin)
+
+
+def is_valid(name, argv) -> bool:
+    """Whether a command line is; if not, it must be refused in one line."""
+    try:
+        done = call(name, *argv)
+    except Reached:
+        return True
+    assert done.code == 2 and "Traceback" not in done.err, (done.err, argv)
+    refusal = done.err[done.err.rindex("error: ") :]
+    lines = 1 + sum(word.count("\n") for word in argv)
+    assert refusal.count("\n") <= lines or "\n  " in refusal, refusal  # a list has lines
+    return False
+
+
+@pytest.mark.parametrize("n", [20, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["train", "sample"])
+def test_wild_flags_are_refused_or_valid(name, n, world, only_validation):
+    before, compiled, rng = snapshot(world), compilations.programs, random.Random(0)
+    base = BASE[name] or ["RUN"]
+    n_valid = is_valid(name, base)
+    assert n_valid == 1
+    for _ in range(n):
+        wild = []
+        for field in rng.choices(FLAGS[name], k=rng.choice([1, 1, 2])):
+            wild += [flag(field), rng.choice(VALUES)]
+        n_valid += is_valid(name, [*base, *wild])
+    assert 1 + n // 50 <= n_valid < n
+    assert compilations.programs == compiled, "something was compiled"
+    assert snapshot(world) == before, "something was written"
