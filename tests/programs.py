@@ -96,6 +96,7 @@ def call(name: str, *argv) -> Done:
         mock.patch.object(distributed, "connect", lambda *_: None),
         # Measuring it takes seconds, and only a fraction of it is shown.
         mock.patch.object(hardware, "matmul_rate", lambda dtype: 1e13),
+        mock.patch.object(hardware, "read_rate", lambda n_bytes: 1e11),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
