@@ -30,6 +30,7 @@ GUESSES = {
     **dict.fromkeys(("input", "dataset", "file", "text", "corpus", "train-data"), "--data"),
     **dict.fromkeys(("output", "output-dir", "out-dir", "run-name", "name"), "--out"),
     **dict.fromkeys(("warmup-iters", "warmup-ratio"), "--warmup-steps"),
+    **dict.fromkeys(("tensorboard", "wandb", "wandb-log", "report-to"), "--log-to"),
     **dict.fromkeys(("precision", "fp16", "bf16", "amp"), "--dtype"),
     **dict.fromkeys(("lr-schedule", "lr-scheduler", "scheduler"), "--schedule"),
     **dict.fromkeys(("pretrained", "from-pretrained", "checkpoint", "finetune"), "--init-from"),
@@ -120,8 +121,9 @@ class Args:
     h100:8."""
     json: Annotated[Path | None, optional("FILE")] = None
     """With --dry-run: write the plan for devices that are not here to this file too."""
-    tensorboard: bool = False
-    """Write the metrics for TensorBoard too, in DIR/tensorboard (needs tensorboardX)."""
+    log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Send metrics, samples and settings there too: to DIR/tensorboard, Weights & Biases, Trackio.
+    """
     profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
     """Steps to trace for XProf after a short warm-up, in DIR/profile; 0: none."""
     compile_cache: bool = True

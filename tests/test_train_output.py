@@ -84,25 +84,65 @@ def test_a_profile_is_a_trace_of_the_steps_asked_for(text, finished):
     assert snapshot(run) == {"checkpoints": None, "profile": None, "profile/notes.txt": b"mine"}
 
 
-def test_tensorboard_is_told_what_metrics_jsonl_holds(text, tmp_path, monkeypatch):
-    found = {}
+def planted(name, found, broken=False):
+    """A module in place of a tracker's package, which puts all that it gets into `found`."""
+
+    def log(values, step):
+        if broken:
+            raise ConnectionError("the server is gone")
+        found.update({(step, name): value for name, value in values.items()})
+
+    def init(project=None, *, config, **about):
+        found.update(config)
+        found["id"] = about.get("id") or about["name"].removeprefix("run-")
+
     board = SimpleNamespace(
-        add_scalar=lambda name, value, step: found.update({(step, name): value}), close=lambda: None
+        add_scalar=lambda name, value, step: log({name: value}, step),
+        add_text=lambda name, text, step: log({name: text}, step),
+        close=lambda: None,
     )
-    writer = SimpleNamespace(SummaryWriter=lambda folder, purge_step: board, __spec__="planted")
-    monkeypatch.setitem(sys.modules, "tensorboardX", writer)
+    return SimpleNamespace(
+        SummaryWriter=lambda folder, purge_step: board,
+        init=init,
+        log=log,
+        finish=lambda: found.update(closed=True),
+        Html=lambda text: text,
+        Settings=dict,
+        setup=lambda: SimpleNamespace(settings=SimpleNamespace(project=None)),
+        __spec__="planted",
+    )
+
+
+def test_trackers_are_told_what_metrics_jsonl_holds_and_stop_no_run(text, tmp_path, monkeypatch):
+    found = {name: {} for name in ("tensorboardX", "wandb", "trackio")}
+    for name, values in found.items():
+        monkeypatch.setitem(sys.modules, name, planted(name, values))
     run = tmp_path / "run"
-    done = call("train", *TINY, "--data", text, "--out", run, "--tensorboard")
+    argv = [*TINY, "--data", text, "--log-to", "tensorboard", "wandb", "trackio"]
+    done = call("train", *argv, "--out", run)
     assert done.code == 0, done.err
-    lines = read_lines(run)
-    expected = {(x["step"], k): v for x in lines for k, v in x.items() if k != "step"}
-    assert expected.items() <= found.items()
+    expected = {(x["step"], k): v for x in read_lines(run) for k, v in x.items() if k != "step"}
+    for values in found.values():
+        assert expected.items() <= values.items()
+        assert values[7, "sample"].startswith("<pre>")
+    assert found["wandb"]["learning_rate"] == 1e-3 and found["trackio"]["model.d_model"] == 16
+    assert found["wandb"]["id"] == found["trackio"]["id"] == (run / "tracking-id").read_text()
+    assert found["wandb"]["closed"]
+
+    broken = dict.fromkeys(found, None)
+    for name in broken:
+        monkeypatch.setitem(sys.modules, name, planted(name, {}, broken=True))
+    done = call("train", *argv, "--out", tmp_path / "other")
+    assert done.code == 0
+    assert done.err.count("(the server is gone); metrics.jsonl has it all") == 3
+    assert read_lines(tmp_path / "other") == read_lines(run)
 
 
 def test_what_the_output_needs_is_refused_where_it_is_missing(text, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for flags, words in (
-        (["--tensorboard"], "pip install 'gpt-jax[tensorboard]'"),
+        (["--log-to", "tensorboard"], "pip install 'gpt-jax[tensorboard]'"),
+        (["--log-to", "wandb", "trackio"], "--log-to wandb needs wandb, which is not installed"),
         (["--profile", "10"], "the run has 12 steps"),
     ):
         done = call("train", *TINY, "--data", text, "--out", tmp_path / "run", *flags)

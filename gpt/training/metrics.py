@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, samples.jsonl, TensorBoard, and progress on the terminal."""
+"""What a run reports: metrics.jsonl, samples.jsonl, trackers, and progress on the terminal."""
 
 import contextlib
 import errno
@@ -7,17 +7,19 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from gpt.config import TrainConfig
+from gpt.config import TrainConfig, to_json
 from gpt.training.step_timer import StepTimer
+from gpt.training.trackers import Trackers
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, without a terminal
 
@@ -26,7 +28,7 @@ class RunLog:
     """Takes the numbers of a run as it goes: into files below `out`, and onto `console`.
 
     `out` None keeps no files. `first_step`: the step after which the run continues.
-    `peak_flops`: as in StepTimer. `tensorboard`: write event files too. Close it after use.
+    `peak_flops`: as in StepTimer. `log_to`: names of trackers. Close it after use.
     """
 
     def __init__(
@@ -36,19 +38,17 @@ class RunLog:
         config: TrainConfig,
         console: Console,
         peak_flops: float | None = None,
-        tensorboard: bool = False,
+        log_to: Sequence[str] = (),
     ):
         self.out = out
         self.config = config
         self.console = console
         self.timer = StepTimer(config, first_step, peak_flops)
         self.file = None if out is None else open_metrics(out / "metrics.jsonl", first_step)
-        self.board = None
-        if tensorboard and out is not None:
-            from tensorboardX import SummaryWriter  # an optional package
-
-            # An earlier process may have written events of steps that are now made again.
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
+        self.trackers = None
+        if log_to and out is not None:
+            settings = flatten_dict(to_json(config), sep=".")
+            self.trackers = Trackers(log_to, out, first_step, settings, console.print)
         self.last_line_at = -math.inf
         self.bar = None
         if console.is_terminal:
@@ -113,9 +113,11 @@ class RunLog:
             path = self.out / "samples.jsonl"
             with self._tolerating_full_disk(), open_metrics(path, step - 1) as file:
                 file.write(to_line({"step": step, "text": text}))
+        if self.trackers:
+            self.trackers.sample(step, text)
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl, whole or not at all, and its numbers to TensorBoard."""
+        """Append a line to metrics.jsonl, whole or not at all, and send its numbers to trackers."""
         if self.file is not None:
             with self._tolerating_full_disk():
                 line = to_line(record)
@@ -123,10 +125,8 @@ class RunLog:
                 if self.file.write(line) < len(line):
                     self.file.truncate(end)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if self.board:
-            for name, value in record.items():
-                if name != "step" and math.isfinite(value):
-                    self.board.add_scalar(name, value, record["step"])
+        if self.trackers:
+            self.trackers.numbers(record)
 
     @contextlib.contextmanager
     def _tolerating_full_disk(self):
@@ -141,8 +141,8 @@ class RunLog:
         """Remove the bar, print how long steps took, close the files."""
         if self.bar:
             self.bar.stop()
-        if self.board:
-            self.board.close()
+        if self.trackers:
+            self.trackers.close()
         summary = self.timer.summary()
         if summary:
             self.console.print(summary)

@@ -19,6 +19,7 @@ WRITTEN = (
     "samples.jsonl",
     "samples.jsonl.new",
     "tokenizer.json",
+    "tracking-id",
     "loss.png",
     "loss.new",
     "tensorboard/events.out.tfevents.*",

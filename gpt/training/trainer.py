@@ -6,7 +6,6 @@ that are not finite, several processes, traces.
 
 import contextlib
 import functools
-import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from gpt.data.dataset import load_dataset
 from gpt.data.progress import tokenizing_bar
 from gpt.data.token_files import Dataset
 from gpt.errors import UserError, is_out_of_memory, require
-from gpt.training import memory_plan, run_dir, train_step
+from gpt.training import memory_plan, run_dir, trackers, train_step
 from gpt.training.loss_curve import save_loss_curve
 from gpt.training.metrics import RunLog, read_metrics
 from gpt.training.resume import (
@@ -112,11 +111,7 @@ def require_possible(run: Run) -> None:
             f"--profile {args.profile} traces steps after {PROFILE_AFTER} of warm-up, but the run "
             f"has {config.steps} steps: ask for fewer, or for more --steps",
         )
-    require(
-        not args.tensorboard or importlib.util.find_spec("tensorboardX") is not None,
-        "--tensorboard needs tensorboardX, which is not installed: "
-        "pip install 'gpt-jax[tensorboard]', or train without it (metrics.jsonl has the same)",
-    )
+    trackers.require_installed(args.log_to)
     require(
         not (args.verify_resume and distributed.is_multi_process()),
         "--verify-resume proves a run of one process: add --num-processes 1",
@@ -247,7 +242,7 @@ class Recorder(contextlib.ExitStack):
             config,
             run.console,
             peak_flops=hardware.matmul_rate(config.model.compute_dtype) * run.mesh.size,
-            tensorboard=run.args.tensorboard,
+            log_to=run.args.log_to,
         )
         self.callback(self.log.close)
         self.trace = self.enter_context(contextlib.ExitStack())

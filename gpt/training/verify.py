@@ -37,7 +37,7 @@ def verify_resume(
     config = dataclasses.replace(
         config, log_every=1, eval_every=n, save_every=n, sample_every=0, keep_going=False
     )
-    args = dataclasses.replace(run.args, profile=0, tensorboard=False)
+    args = dataclasses.replace(run.args, profile=0, log_to=())
     run = dataclasses.replace(run, config=config, args=args, console=Console(quiet=True))
 
     with tempfile.TemporaryDirectory(prefix="gpt-jax-verify-") as temporary:

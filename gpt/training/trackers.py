@@ -1,0 +1,143 @@
+"""Programs that show the curves of runs: TensorBoard, Weights & Biases, Trackio.
+
+Each gets the settings once, and the numbers and samples as they come. None can stop training.
+"""
+
+import html
+import importlib
+import importlib.util
+import math
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from gpt.errors import require
+
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+ID_FILE = "tracking-id"  # in a run's folder: a run that continues is the same run to a tracker
+PROJECT = "gpt-jax"
+
+
+class Tracker(Protocol):
+    """One of these programs."""
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def sample(self, step: int, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in DIR/tensorboard."""
+
+    def __init__(self, out: Path, first_step: int, settings: Mapping[str, Any]):
+        from tensorboardX import SummaryWriter
+
+        # An earlier process may have written events of steps that are now made again.
+        self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
+        if first_step == 0:
+            lines = [f"    {name}: {value}" for name, value in settings.items()]
+            self.writer.add_text("settings", "\n".join(lines), 0)
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def sample(self, step: int, text: str) -> None:
+        self.writer.add_text("sample", f"<pre>{html.escape(text)}</pre>", step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Board:
+    """A program with the functions of wandb, which trackio has too.
+
+    Where it sends what it gets, and as whom, is set by its own environment variables.
+    """
+
+    def __init__(self, name: str, out: Path, identity: str, settings: Mapping[str, Any]):
+        self.package = importlib.import_module(name)
+        about = {"config": dict(settings), "resume": "allow"}
+        if name == "wandb":
+            quiet = self.package.Settings(console="off")
+            project = self.package.setup().settings.project or PROJECT
+            about |= {"project": project, "name": out.name, "id": identity}
+            self.package.init(**about, dir=str(out), settings=quiet)
+        else:
+            self.package.init(PROJECT, name=f"{out.name}-{identity}", **about, embed=False)
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        self.package.log(dict(values), step=step)
+
+    def sample(self, step: int, text: str) -> None:
+        shown = self.package.Html(f"<pre>{html.escape(text)}</pre>")
+        self.package.log({"sample": shown}, step=step)
+
+    def close(self) -> None:
+        self.package.finish()
+
+
+class Trackers:
+    """Those that a run was asked to log to; one that fails is noted through `log` and left out."""
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        out: Path,
+        first_step: int,
+        settings: Mapping[str, Any],
+        log: Callable[[str], None],
+    ):
+        self.log = log
+        self.open: dict[str, Tracker] = {}
+        id_file = out / ID_FILE
+        if first_step == 0 or not id_file.is_file():
+            id_file.write_text(secrets.token_hex(4))
+        for name in names:
+            try:
+                if name == "tensorboard":
+                    self.open[name] = TensorBoard(out, first_step, settings)
+                else:
+                    self.open[name] = Board(name, out, id_file.read_text(), settings)
+            except Exception as error:  # whatever a program of others may raise
+                self._leave_out(name, error)
+
+    def numbers(self, record: Mapping[str, Any]) -> None:
+        """The line `record` of metrics.jsonl; what is not finite is left out."""
+        values = {
+            name: value for name, value in record.items() if name != "step" and math.isfinite(value)
+        }
+        self._each(lambda tracker: tracker.numbers(record["step"], values))
+
+    def sample(self, step: int, text: str) -> None:
+        """What the model wrote at `step`."""
+        self._each(lambda tracker: tracker.sample(step, text))
+
+    def close(self) -> None:
+        """Let each send what it still has."""
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self.open.items()):
+            try:
+                call(tracker)
+            except Exception as error:
+                self._leave_out(name, error)
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        self.open.pop(name, None)
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        self.log(f"note: nothing more goes to {name} ({reason}); metrics.jsonl has it all")
+
+
+def require_installed(names: Iterable[str]) -> None:
+    """Raise UserError unless the packages of these trackers are installed."""
+    for name in names:
+        require(
+            importlib.util.find_spec(PACKAGES[name]) is not None,
+            f"--log-to {name} needs {PACKAGES[name]}, which is not installed: pip install "
+            f"'gpt-jax[{name}]', or train without it (metrics.jsonl has the same)",
+        )
