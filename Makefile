@@ -60,10 +60,10 @@ demo: setup  ## trains a small GPT, samples from it, measures it
 	@echo '  make test                                           the tests'
 
 test: setup  ## the tests, four minutes
-	@$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
+	@$(BIN)/python -m pytest -q --durations=10
 
 test-all: setup  ## the long proofs too
-	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not parity"
+	@$(BIN)/python -m pytest -q -m "not parity"
 
 # Faults planted one at a time in a copy of the project: which test notices each? Half an hour.
 faults: setup  ## plants faults in a copy and says which test notices each, half an hour

@@ -32,6 +32,11 @@ settings.load_profile("suite")
 sys.path.append(str(Path(__file__).parent))  # for programs.py, numpy_transformer.py
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Two processes run the whole suite; what is named on the command line runs in this one."""
+    return 2 if config.args_source == pytest.Config.ArgsSource.TESTPATHS else 0
+
+
 def pytest_configure(config):
     """Without optimization XLA compiles in half the time. Tests marked `exact` compare bits or
     rounding, so where they are asked for all is compiled as users compile it: by default that is
