@@ -22,6 +22,7 @@ EXPECTED = (
     "shards; or a folder or a pattern of such files"
 )
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+NOT_LIBRARY |= {"encodings", "pydoc_data"}  # tables and manuals: a sixth of it, and not code
 SPLIT_NAME = re.compile(
     r"(?:.*[-_.])?(train|test|validation|valid|val)(?:[-_.]\d+.*)?\.(?:parquet|jsonl?|arrow)(?:\.\w+)?"
 )
@@ -164,7 +165,7 @@ def describe_file(path: Path, name: str) -> SourceFile:
 
 
 def standard_library() -> Source:
-    """The source of the running Python's own standard library, without its tests."""
+    """The code of the running Python's own standard library, without its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = []
     for folder, inside, files in os.walk(root):

@@ -67,10 +67,6 @@ def describe(
         f"recomputes     {RECOMPUTED[config.remat]}; a step is expected to take about "
         f"{format_bytes(expected_need(config, mesh).total)} of each device",
     ]
-    if dataset is not None:
-        lines.append(
-            f"tokens         {len(dataset.train):,} to train on, {len(dataset.val):,} held out"
-        )
     if minutes is None:
         passes = tokens / len(dataset.train) if dataset else 0
         epochs = f" ({passes:,.2f} epochs)" if dataset else ""

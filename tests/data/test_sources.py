@@ -143,4 +143,5 @@ def test_the_standard_library_is_there_without_its_tests():
     folders = {part for name in found for part in name.split("/")[:-1]}
     assert "json" in folders and "unittest" in folders
     assert not folders & {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    assert not folders & {"encodings", "pydoc_data"}
     assert source.size > 5e6 and "standard library" in source.title
