@@ -1,7 +1,9 @@
-"""Which package imports which, and who may print or read flags, from the syntax trees."""
+"""Which package imports which, who may print or read flags, which faults can be planted."""
 
 import ast
 from pathlib import Path
+
+from programs import program
 
 ROOT = Path(__file__).parent.parent
 
@@ -114,3 +116,9 @@ def test_the_rules_notice_what_they_forbid():
     assert wrong_imports("gpt/cli.py", tree) == {"sampling", "training", "__init__"}
     tree = ast.parse("print(os.environ, sys.argv)\nfrom os import environ")
     assert len(outside_uses(tree)) == 4
+
+
+def test_every_fault_of_the_list_can_be_planted():
+    """Where a line was rewritten, the list of `make faults` has to follow."""
+    planted = program("benchmarks/planted_faults")
+    assert planted.find_problems(planted.FAULTS) == []
