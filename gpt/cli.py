@@ -112,11 +112,10 @@ def parse(
 def suggest(flag: str, known: list[str], guesses: dict[str, str]) -> str:
     """What the user may have meant by an unknown flag, as the rest of a sentence.
 
-    `guesses`: for names that other programs use, without hyphens in front, the flag that means the
-    same here, or a sentence.
+    `guesses`: for a flag, or for a sentence, the names that other programs have for it.
     """
     name = flag.removeprefix("--").rpartition(".")[2].replace("_", "-").lower()
-    meant = guesses.get(name)
+    meant = next((ours for ours, theirs in guesses.items() if name in theirs.split()), None)
     if meant and not meant.startswith("--"):
         return f": {meant}"
     if meant is None:

@@ -12,20 +12,17 @@ from gpt.errors import UserError, each, positive, require
 from gpt.sampling.settings import Prefix, Settings
 
 DEFAULT = Settings()
-# What other programs call it.
+# The flag, or what to do, for names that other programs have.
 GUESSES = {
-    **dict.fromkeys(("max-tokens", "max-length", "length", "num-tokens"), "--max-new-tokens"),
-    **dict.fromkeys(("n", "num-return-sequences", "samples"), "--num-samples"),
-    **dict.fromkeys(("beam", "beams", "num-beams"), "--beam-width"),
-    **dict.fromkeys(("start", "text", "input"), "--prompt"),
-    **dict.fromkeys(("file", "input-file"), "--prompt-file"),
-    **dict.fromkeys(("greedy", "no-sample"), "--temperature 0"),
-    "logprobs": "--show-probs",
-    **dict.fromkeys(
-        ("model", "checkpoint", "ckpt", "run", "out-dir", "out"),
-        "the run's folder is the first word: sample.py runs/tiny",
-    ),
-    **dict.fromkeys(("device", "gpu", "cuda", "cpu", "tpu"), cli.HOW_DEVICES_ARE_CHOSEN),
+    "--max-new-tokens": "max-tokens max-length length num-tokens",
+    "--num-samples": "n num-return-sequences samples",
+    "--beam-width": "beam beams num-beams",
+    "--prompt": "start text input",
+    "--prompt-file": "file input-file",
+    "--temperature 0": "greedy no-sample",
+    "--show-probs": "logprobs",
+    "the run's folder is the first word: sample.py runs/tiny": "model checkpoint ckpt run out",
+    cli.HOW_DEVICES_ARE_CHOSEN: "device gpu cuda cpu tpu",
 }
 EARLY_STOPPING = tyro.conf.arg(metavar="{True,False,never}")
 

@@ -12,34 +12,32 @@ from gpt.data.options import DataOptions
 from gpt.errors import above_zero, each, not_negative, positive, require, require_file_path
 from gpt.presets import PRESETS
 
-# What other programs call it.
+# The flag, or what to do, for names that other programs have.
 GUESSES = {
-    **dict.fromkeys(("lr", "max-lr"), "--learning-rate"),
-    **dict.fromkeys(("min-lr", "lr-min"), "--min-learning-rate"),
-    **dict.fromkeys(("epochs", "num-epochs", "num-train-epochs"), "--steps"),
-    **dict.fromkeys(("max-iters", "max-steps", "num-steps", "iterations", "iters"), "--steps"),
-    **dict.fromkeys(("block-size", "context-size", "max-seq-len", "seq-length"), "--seq-len"),
-    **dict.fromkeys(("n-layer", "num-layers", "layers", "depth"), "--model.n-layers"),
-    **dict.fromkeys(("n-head", "num-heads", "heads"), "--model.n-heads"),
-    **dict.fromkeys(("n-embd", "hidden-size", "width", "dim"), "--model.d-model"),
-    **dict.fromkeys(("gradient-accumulation-steps", "accumulate"), "--grad-accum"),
-    **dict.fromkeys(("eval-interval", "eval-steps", "val-every"), "--eval-every"),
-    **dict.fromkeys(("log-interval", "logging-steps"), "--log-every"),
-    **dict.fromkeys(("save-interval", "save-steps", "checkpoint-every"), "--save-every"),
-    **dict.fromkeys(("grad-clip", "max-grad-norm", "clip"), "--clip-norm"),
-    **dict.fromkeys(("input", "dataset", "file", "text", "corpus", "train-data"), "--data"),
-    **dict.fromkeys(("output", "output-dir", "out-dir", "run-name", "name"), "--out"),
-    **dict.fromkeys(("warmup-iters", "warmup-ratio"), "--warmup-steps"),
-    **dict.fromkeys(("tensorboard", "wandb", "wandb-log", "report-to"), "--log-to"),
-    **dict.fromkeys(("precision", "fp16", "bf16", "amp"), "--dtype"),
-    **dict.fromkeys(("lr-schedule", "lr-scheduler", "scheduler"), "--schedule"),
-    **dict.fromkeys(("pretrained", "from-pretrained", "checkpoint", "finetune"), "--init-from"),
-    **dict.fromkeys(("model", "preset"), "the first word names the model: train.py gpt2"),
-    **dict.fromkeys(
-        ("config", "config-file"),
-        "settings are flags, and the first word names a preset of them: train.py gpt2 --steps 500",
+    "--learning-rate": "lr max-lr",
+    "--min-learning-rate": "min-lr lr-min",
+    "--steps": "epochs num-epochs num-train-epochs max-iters max-steps num-steps iterations iters",
+    "--seq-len": "block-size context-size max-seq-len seq-length",
+    "--model.n-layers": "n-layer num-layers layers depth",
+    "--model.n-heads": "n-head num-heads heads",
+    "--model.d-model": "n-embd hidden-size width dim",
+    "--grad-accum": "gradient-accumulation-steps accumulate",
+    "--eval-every": "eval-interval eval-steps val-every",
+    "--log-every": "log-interval logging-steps",
+    "--save-every": "save-interval save-steps checkpoint-every",
+    "--clip-norm": "grad-clip max-grad-norm clip",
+    "--data": "input dataset file text corpus train-data",
+    "--out": "output output-dir out-dir run-name name",
+    "--warmup-steps": "warmup-iters warmup-ratio",
+    "--dtype": "precision fp16 bf16 amp",
+    "--log-to": "tensorboard wandb wandb-log report-to",
+    "--schedule": "lr-schedule lr-scheduler scheduler",
+    "--init-from": "pretrained from-pretrained checkpoint finetune",
+    "the first word names the model: train.py gpt2": "model preset",
+    "settings are flags, and the first word names a preset of them: train.py gpt2 --steps 500": (
+        "config config-file"
     ),
-    **dict.fromkeys(("device", "gpu", "cuda", "cpu", "tpu"), cli.HOW_DEVICES_ARE_CHOSEN),
+    cli.HOW_DEVICES_ARE_CHOSEN: "device gpu cuda cpu tpu",
 }
 
 
