@@ -80,6 +80,12 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
     if first_step:
         run.console.print(f"continues      from step {first_step:,}")
 
+    has_tasks = run.args.eval_tasks is not None and not run.args.is_trial
+    if has_tasks:
+        from gpt.evaluate import in_training
+
+        tasks = in_training.load_tasks(run)
+
     # One program for a step and one for an evaluation. After that a signal no longer ends the run
     # at once but after the next step.
     run, train_step, eval_step = trainer.compile_run(run)
@@ -98,7 +104,8 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
             evaluates = trainer.is_due(config, step, config.eval_every)
             saves = trainer.is_due(config, step, config.save_every)
             samples = trainer.is_due(config, step, config.sample_every)
-            if not (ending or evaluates or saves or samples):
+            evaluates_tasks = has_tasks and trainer.is_due(config, step, run.args.eval_tasks_every)
+            if not (ending or evaluates or saves or samples or evaluates_tasks):
                 continue
             # A step whose update was skipped is not saved, so another one must follow.
             ending = recorder.catch_up(state) and ending
@@ -110,6 +117,8 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
                 recorder.log.evaluation(step, val_loss, bits_per_byte)
             if ending or saves:
                 recorder.save(step, state, val_loss, wait=ending)
+            if evaluates_tasks:
+                recorder.tasks(step, partial(in_training.evaluate, run, tasks, weights))
             if samples:
                 from gpt.sampling.language_model import write_sample
 

@@ -122,6 +122,14 @@ class Args:
     log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Send metrics, samples and settings there too: to DIR/tensorboard, Weights & Biases, Trackio.
     """
+    eval_tasks: Annotated[str | None, optional("NAME,NAME,...")] = None
+    """Tasks of lm-eval to evaluate the model on while it trains (docs/evaluate.md)."""
+    eval_tasks_every: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 1000
+    """Steps from one evaluation on these tasks to the next; there is one at the end too."""
+    eval_tasks_limit: int = 200
+    """Questions of each task, the first ones."""
+    eval_tasks_path: Annotated[Path | None, optional("DIR")] = None
+    """A folder with tasks of your own."""
     profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
     """Steps to trace for XProf after a short warm-up, in DIR/profile; 0: none."""
     compile_cache: bool = True
@@ -132,6 +140,10 @@ class Args:
     def __post_init__(self):
         require(self.data != (), "--data names nothing: give at least one path")
         not_negative("profile", self.profile)
+        positive("eval_tasks_every", self.eval_tasks_every)
+        positive("eval_tasks_limit", self.eval_tasks_limit)
+        folder = self.eval_tasks_path
+        require(folder is None or folder.is_dir(), f"--eval-tasks-path {folder}: no such folder")
         not_negative("extend", self.extend)
         require(
             self.resume is None or self.minutes is None,

@@ -25,6 +25,7 @@ from programs import TINY, call, keep_compiled  # noqa: E402
 from gpt import sharding  # noqa: E402
 from gpt.compile_log import compilations  # noqa: E402
 from gpt.config import MeshConfig, ModelConfig, TrainConfig  # noqa: E402
+from gpt.evaluate.likelihood import loglikelihoods  # noqa: E402
 from gpt.model import transformer  # noqa: E402
 from gpt.sampling import beam_search, cache_check, generate  # noqa: E402
 from gpt.sampling.language_model import LanguageModel  # noqa: E402
@@ -173,6 +174,11 @@ def sample(name: str, checked: bool = False) -> dict:
     settings = beam_search.BeamSettings(width=3, max_new_tokens=8)
     found["beam"] = [h[0].token_ids for h in beam_search.search(model, PROMPTS[:2], settings)]
     found["score"] = model.score("some text, longer than the context" * 4).logprobs
+    shared = list(b"some text")
+    answers = [(shared, [1]), (shared, [2, 3]), ([4], [5])]
+    found["answers"] = {}
+    for batch in loglikelihoods(model, answers, batch_size=4):
+        found["answers"] |= {number: one.logprob for number, one in batch.items()}
     found["weights"] = layout(model.params)
     if checked:
         with jax.default_matmul_precision("highest"), sharding.on_mesh(model.mesh):

@@ -23,12 +23,13 @@ MODULES = {
     "gpt.bench": "gpt/bench/__main__",
     "gpt.convert": "gpt/convert/__main__",
     "gpt.data": "gpt/data/__main__",
+    "gpt.evaluate": "gpt/evaluate/__main__",
     "gpt.report": "gpt/report",
     "gpt.tour": "gpt/tour",
 }
 # They have positional arguments only; the test just checks that the file exists.
 WITHOUT_FLAGS = {"benchmarks/pods", "benchmarks/importing"}
-OTHERS = {"--logdir"}  # a flag of tensorboard
+OTHERS = {"--logdir", "--model"}  # flags of tensorboard and of lm_eval
 # Placeholders for what a reader fills in.
 PLACEHOLDERS = {"N": "1", "ID": "1", "VALUE": "1"}
 

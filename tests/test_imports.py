@@ -15,7 +15,7 @@ LAYERS = [
     {"model"},
     {"training", "sampling"},
     {"__init__", "terminal"},  # __init__: the public names
-    {"bench", "convert", "plan", "reports", "train_flags", "sample_flags"},
+    {"bench", "convert", "evaluate", "plan", "reports", "train_flags", "sample_flags"},
     {"report", "tour"},
 ]
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}

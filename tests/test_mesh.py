@@ -110,6 +110,7 @@ def check_sampled(one, mesh, rows, heads, parts_of_cache, parts_of_weights):
     assert mesh["speculated"] == one["drawn"] and mesh["accepted"] > 100
     assert len({tuple(row) for row in one["greedy"]}) > 4
     assert mesh["score"] == pytest.approx(one["score"], abs=2e-5)
+    assert mesh["answers"] == pytest.approx(one["answers"], abs=1e-4) and len(one["answers"]) == 3
     for found in (one, mesh):
         assert found["again"] and found["compiled"] == 0
 

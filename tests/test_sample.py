@@ -310,7 +310,7 @@ def test_a_file_of_any_length_is_scored_with_a_stated_stride(folder, tmp_path, m
     assert (small["context"], small["stride"]) == (8, 4)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     printed = sample(folder, "--score-file", "-", "--stride", "8").splitlines()
-    assert len(printed) == 501 and printed[-1].endswith("(context 16, stride 8)")
+    assert len(printed) == 501 and printed[-1].endswith("context 16, stride 8)")
     assert printed[-1].startswith(f"500 tokens: {whole['mean_nll']:.4f} nats per token")
 
 

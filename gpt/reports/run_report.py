@@ -35,11 +35,11 @@ MAX_SAMPLE_CHARACTERS = 2000
 class Run:
     """What a run's folder holds.
 
-    `records`: the lines of metrics.jsonl. `restarts`: the steps from which the run was continued.
-    `seconds`: of training, in all its processes. `samples`: (step, text). `settings`: those of the
-    newest good checkpoint by dotted name, with the text it was trained on; `note` says why some are
-    missing. `tokenizer`: its file, where there is one. `last_written`: when the run last logged
-    something.
+    `records`: the lines of metrics.jsonl and evaluations.jsonl, by step. `restarts`: the steps from
+    which the run was continued. `seconds`: of training, in all its processes. `samples`: (step,
+    text). `settings`: those of the newest good checkpoint by dotted name, with the text it was
+    trained on; `note` says why some are missing. `tokenizer`: its file, where there is one.
+    `last_written`: when the run last logged something.
     """
 
     name: str
@@ -57,6 +57,17 @@ class Run:
         points = [(r["step"], r[metric]) for r in self.records if r.get(metric) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
+    @property
+    def task_figures(self) -> dict[str, dict[int, dict[str, Any]]]:
+        """For each figure of an evaluation on tasks, such as hellaswag/acc, the last line that has
+        it at each step."""
+        found = {}
+        for record in self.records:
+            for name in record:
+                if "/" in name and "_stderr" not in name:
+                    found.setdefault(name, {})[record["step"]] = record
+        return found
+
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs, named by their folders, or by their paths where two folders have one name;
@@ -66,7 +77,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     for folder, name in zip(folders, names, strict=True):
         require(folder.is_dir(), f"no folder {folder}: expected a run's folder made by train.py")
         path = folder / "metrics.jsonl"
-        records = read_metrics(path)
+        records = [*read_metrics(path), *read_metrics(folder / "evaluations.jsonl")]
+        records.sort(key=lambda record: record["step"])
         require(
             bool(records or checkpoint.steps(folder)),
             f"{folder} holds neither metrics.jsonl nor a checkpoint: expected a run's folder",
@@ -82,6 +94,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             for i in chosen
         ]
         settings, note = read_settings(folder)
+        last_written = None
+        if path.exists():
+            last_written = datetime.fromtimestamp(path.stat().st_mtime)
         tokenizer = folder / "tokenizer.json"
         runs.append(
             Run(
@@ -93,7 +108,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
                 settings=settings,
                 note=note,
                 tokenizer=tokenizer.read_bytes() if tokenizer.exists() else None,
-                last_written=datetime.fromtimestamp(path.stat().st_mtime) if records else None,
+                last_written=last_written,
             )
         )
     return runs
@@ -136,7 +151,10 @@ def build_report(runs: Sequence[Run]) -> str:
 
     # The loss is per token, and tokens of another tokenizer are others.
     charts = ""
-    titles = list(CHARTS)
+    followed = {  # figures of tasks that a run has at several steps
+        name: None for run in runs for name, by_step in run.task_figures.items() if len(by_step) > 1
+    }
+    titles = [*CHARTS, *followed]
     if len({run.tokenizer for run in runs} - {None}) > 1:
         titles.remove("Loss")
         charts = (
@@ -170,6 +188,7 @@ because its loss or gradient was not finite.</p>
 <section class="charts" aria-label="Curves">
 {charts or "<p>No step has been logged yet.</p>"}
 </section>
+{tasks_section(runs)}
 {samples}
 {settings_section(runs)}
 </main>"""
@@ -215,6 +234,40 @@ def summarize(run: Run) -> dict[str, str]:
         "skipped updates": show("skipped", "{:,.0f}"),
         "restarts": str(len(run.restarts)),
     }
+
+
+def tasks_section(runs: Sequence[Run]) -> str:
+    """The figures of tasks of the harness: the last ones of each run."""
+    names = dict.fromkeys(name for run in runs for name in run.task_figures)
+    if not names:
+        return ""
+    rows = []
+    for name in names:
+        cells = []
+        for run in runs:
+            by_step = run.task_figures.get(name)
+            cells.append(show_figure(name, by_step[max(by_step)]) if by_step else "–")
+        rows.append([escape(name), *cells])
+    return (
+        "<h2>Tasks</h2><p class='soft'>Of lm-eval, at the last step that was evaluated; ± one "
+        "standard error.</p>" + table(["", *run_names(runs)], rows, "numbers")
+    )
+
+
+def show_figure(name: str, record: dict[str, Any]) -> str:
+    """A figure of a task as HTML, with its standard error and how it was got."""
+    if record[name] is None:
+        return "–"
+    task, _, metric = name.partition("/")
+    metric, comma, filtered = metric.partition(",")
+    stderr = record.get(f"{task}/{metric}_stderr{comma}{filtered}")
+    text = f"{record[name]:.4f}"
+    if stderr is not None:
+        text += f" ± {stderr:.4f}"
+    how = f"step {record['step']:,}"
+    if record.get("limit"):
+        how += f", the first {record['limit']:,} questions"
+    return f"{text}<br><small>{how}</small>"
 
 
 def settings_section(runs: Sequence[Run]) -> str:
@@ -276,8 +329,9 @@ LOG_SCALE_FROM = 40.0  # largest value over median, from which the y axis is log
 
 
 def draw_chart(title: str, runs: Sequence[Run]) -> Figure | None:
-    """All runs in one picture; None if no run has logged these metrics."""
-    y_label, metrics = CHARTS[title]
+    """All runs in one picture, of a title among CHARTS or a figure of a task; None if no run has
+    logged these metrics."""
+    y_label, metrics = CHARTS.get(title, (title.partition("/")[2], (title,)))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=11, pad=10, color=INK)

@@ -180,12 +180,12 @@ def load(
     return replace(model, notes=(*model.notes, *notes))
 
 
-def write_sample(run, weights: dict, n_tokens: int = 200) -> str | None:
-    """What a model in training writes from nothing. `run` has `config`, `tokenizer` and `mesh`, on
-    which the stacked `weights` lie.
+def in_training(run, weights: dict) -> LanguageModel | None:
+    """The model of a run in training. `run` has `config`, `tokenizer` and `mesh`, on which the
+    stacked `weights` lie.
 
-    If several processes train, the first one samples on one of its devices, and None is returned
-    in the others. Raises UserError if the model or its cache does not fit.
+    If several processes train, the first one has it on one of its devices, and None is returned in
+    the others.
     """
     weights = distributed.copy_to_first_process(weights)
     if weights is None:
@@ -196,8 +196,14 @@ def write_sample(run, weights: dict, n_tokens: int = 200) -> str | None:
     config = run.config.model
     params = for_decoding(config, mesh, None, weights)
     mesh = mesh if mesh.size > 1 else None
-    model = LanguageModel(config.for_sampling(), params, run.tokenizer, step=0, mesh=mesh)
-    return str(model.generate(max_new_tokens=n_tokens))
+    return LanguageModel(config.for_sampling(), params, run.tokenizer, step=0, mesh=mesh)
+
+
+def write_sample(run, weights: dict, n_tokens: int = 200) -> str | None:
+    """What a model in training writes from nothing; None and its arguments: see `in_training`.
+    Raises UserError if the model or its cache does not fit."""
+    model = in_training(run, weights)
+    return None if model is None else str(model.generate(max_new_tokens=n_tokens))
 
 
 def choose_tree(run: str | Path, metadata: dict[str, Any], weights: Weights | None) -> str:

@@ -33,9 +33,10 @@ ROWS = 8  # windows read together; the remaining ones, and those in several piec
 @dataclass(frozen=True)
 class Score:
     """`logprobs[i]` is log p(token_ids[i] | what precedes it) in nats; the first one follows
-    `prefix`. `n_bytes`: length of the text in UTF-8, without special tokens; None for a model
-    without a tokenizer. `context`, `stride`: tokens a window reads, and tokens from one window to
-    the next."""
+    `prefix`, which `before` spells. `before` None: nothing stands before the text, so that `prefix`
+    is its own first token, which is not scored. `n_bytes`: length of the text in UTF-8, without
+    special tokens; None for a model without a tokenizer. `context`, `stride`: tokens a window
+    reads, and tokens from one window to the next."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -43,6 +44,7 @@ class Score:
     context: int
     stride: int
     prefix: list[int]
+    before: str | None
 
     @property
     def mean_nll(self) -> float:
@@ -65,9 +67,11 @@ class Score:
         bits = ""
         if self.bits_per_byte is not None:
             bits = f"{self.bits_per_byte:.4f} bits per byte, "
+        first = "its first token not scored" if self.before is None else f"after {self.before!r}"
         return (
             f"{len(self.token_ids)} tokens: {self.mean_nll:.4f} nats per token, {bits}"
-            f"perplexity {self.perplexity:.2f} (context {self.context}, stride {self.stride})"
+            f"perplexity {self.perplexity:.2f} ({first}, context {self.context}, "
+            f"stride {self.stride})"
         )
 
     def to_json(self) -> dict:
@@ -82,6 +86,7 @@ class Score:
             "context": self.context,
             "stride": self.stride,
             "prefix": self.prefix,
+            "before": self.before,
         }
 
 
@@ -107,6 +112,7 @@ def score(
         )
 
     prefix = special.prefix(model.prefix, is_needed=True)
+    before = model.tokenizer.decode_bytes(prefix).decode("utf-8", "replace") if prefix else None
     if not prefix:
         prefix, ids = ids[:1], ids[1:]
     require(len(ids) > 0, "there is nothing to score: expected a text of at least one token")
@@ -127,7 +133,7 @@ def score(
     if len(special.not_text) < model.tokenizer.n_vocab:
         own = [token for token in ids if token not in special.not_text]
         n_bytes = len(model.tokenizer.decode_bytes(own))
-    return Score(ids, logprobs.tolist(), n_bytes, window, stride, prefix)
+    return Score(ids, logprobs.tolist(), n_bytes, window, stride, prefix, before)
 
 
 def score_ids(model, ids: Sequence[int], window: int, stride: int) -> np.ndarray:

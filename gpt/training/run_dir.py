@@ -18,6 +18,7 @@ WRITTEN = (
     "metrics.jsonl.new",
     "samples.jsonl",
     "samples.jsonl.new",
+    "evaluations.jsonl",
     "tokenizer.json",
     "tracking-id",
     "loss.png",

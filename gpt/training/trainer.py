@@ -353,19 +353,27 @@ class Recorder(contextlib.ExitStack):
             self.run.console.print(f"note: {error}; training goes on")
 
     def sample(self, step: int, write: Callable[[], str | None]) -> None:
-        """Show what the model writes; a lack of memory for it is noted, and training goes on.
+        """Show what the model writes; all processes of the run call this."""
+        text = self._attempt(step, "sample", write)
+        if text is not None:
+            self.log.sample(step, text)
 
-        All processes of the run call this; `write()` returns None in all but one.
-        """
+    def tasks(self, step: int, evaluate: Callable[[], dict[str, float] | None]) -> None:
+        """Log the figures of an evaluation on tasks; all processes of the run call this."""
+        figures = self._attempt(step, "evaluation on tasks", evaluate)
+        if figures is not None:
+            self.log.tasks(step, figures)
+
+    def _attempt(self, step: int, what: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, which is None in all processes but one. A lack of memory for it is
+        noted, and training goes on."""
         try:
-            text = write()
+            return make()
         except Exception as error:
             if not isinstance(error, UserError) and not is_out_of_memory(error):
                 raise
-            self.run.console.print(f"note: no sample at step {step:,}: {error}")
-            return
-        if text is not None:
-            self.log.sample(step, text)
+            self.run.console.print(f"note: no {what} at step {step:,}: {error}")
+            return None
 
 
 def read_batch(run: Run, index: int) -> jax.Array:

@@ -1,6 +1,7 @@
 """The report: what it shows of runs, whole, torn and long."""
 
 import dataclasses
+import json
 import re
 import shutil
 
@@ -143,3 +144,27 @@ def test_mistakes_are_one_line(argv, message, tmp_path, monkeypatch):
     done = call("gpt/report", *(word.format(empty=tmp_path / "empty") for word in argv))
     assert done.code == 2 and done.err.startswith("error: ") and message in done.err
     assert done.err.count("\n") == 1 and not list(tmp_path.glob("*.html"))
+
+
+def test_figures_of_tasks_stand_beside_the_curves(tmp_path):
+    """Those that training wrote as a chart too; of those at one step the last one written."""
+    for name in ("trained", "later", "never"):
+        write_run(tmp_path / name)
+    lines = [{"step": step, "quiz/acc": step / 400} for step in (50, 100, 200)]
+    with (tmp_path / "trained/metrics.jsonl").open("a") as file:
+        file.writelines("\n" + json.dumps(line) for line in lines)
+    quick = {"step": 200, "quiz/acc": 0.75, "quiz/acc_stderr": 0.25, "limit": 4}
+    whole = {"step": 200, "quiz/acc": 0.625, "quiz/acc_stderr": 0.01, "quiz/ppl,strict": None}
+    path = tmp_path / "later/evaluations.jsonl"
+    path.write_text(f"{json.dumps(quick)}\n{json.dumps(whole)}\n")
+    runs = read_runs([tmp_path / name for name in ("trained", "later", "never")])
+    page = run_report.build_report(runs)
+    cells = re.search("<td>quiz/acc</td><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>", page).groups()
+    small = "<br><small>step 200"
+    assert cells == (f"0.5000{small}</small>", f"0.6250 ± 0.0100{small}</small>", "–")
+    assert "<td>quiz/ppl,strict</td><td>–</td><td>–</td>" in page
+    assert 'aria-label="quiz/acc"' in page and "quiz/ppl" not in re.findall("aria-label=.*", page)
+    path.write_text(f"{json.dumps(whole)}\n{json.dumps(quick)}\n")
+    page = run_report.build_report(read_runs([tmp_path / "later"]))
+    assert f"0.7500 ± 0.2500{small}, the first 4 questions</small>" in page
+    assert 'aria-label="quiz/acc"' not in page

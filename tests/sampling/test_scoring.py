@@ -91,7 +91,7 @@ def test_any_length_takes_few_programs(model):
 
 
 def test_totals():
-    made = scoring.Score([1, 2], [-1.0, -3.0], 4, context=16, stride=8, prefix=[0])
+    made = scoring.Score([1, 2], [-1.0, -3.0], 4, context=16, stride=8, prefix=[0], before="")
     assert made.mean_nll == 2.0
     assert made.perplexity == pytest.approx(np.e**2)
     assert made.bits_per_byte == pytest.approx(4 / np.log(2) / 4)
@@ -114,6 +114,8 @@ def test_without_a_prefix_the_first_token_is_not_scored(model):
     alone = dataclasses.replace(model, prefix="none")
     assert alone.score([EOT, *b"abc"]).logprobs == model.score("abc").logprobs
     assert alone.score("abc").token_ids == [*b"bc"]
+    assert "(its first token not scored, context 16, stride 8)" in str(alone.score("abc"))
+    assert "(after '<|endoftext|>', context 16, stride 8)" in str(model.score("abc"))
     with pytest.raises(UserError, match="nothing to score"):
         alone.score("a")
     endless = dataclasses.replace(model, tokenizer=IdTokenizer(257, -1))

@@ -1,0 +1,42 @@
+"""Tasks of the harness on a model in training: what --eval-tasks asks for."""
+
+import contextlib
+import importlib.util
+import io
+
+from gpt import distributed
+from gpt.errors import require
+from gpt.sampling import language_model
+
+
+def load_tasks(run) -> list:
+    """The tasks of a run with their data; none in processes that do not evaluate. UserError in all
+    processes if they cannot be had."""
+    args = run.args
+    with distributed.exit_together():
+        require(
+            importlib.util.find_spec("lm_eval") is not None,
+            "--eval-tasks are those of lm-eval, which is not installed: "
+            "pip install 'gpt-jax[eval]', or train without it",
+        )
+        if not distributed.is_first():
+            return []
+        from gpt.evaluate import harness
+
+        harness.require_text(run.tokenizer)
+        return harness.load_tasks(args.eval_tasks.split(","), args.eval_tasks_path)
+
+
+def evaluate(run, tasks: list, weights: dict) -> dict[str, float] | None:
+    """The figures of the stacked `weights` of a run on its tasks; None in processes that do not
+    evaluate."""
+    model = language_model.in_training(run, weights)
+    if model is None:
+        return None
+    from gpt.evaluate import harness
+
+    limit = run.args.eval_tasks_limit
+    with contextlib.redirect_stderr(io.StringIO()):  # bars that would run through the trainer's own
+        results = harness.evaluate(harness.GPTJax(model=model), tasks, limit)
+    figures = harness.figures(results)
+    return figures if limit is None else figures | {"limit": limit}
