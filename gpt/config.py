@@ -19,6 +19,7 @@ Mlp = Literal["relu", "gelu", "gelu_tanh", "relu2", "swiglu"]
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "linear", "wsd"]
 Remat = Literal["auto", "none", "products", "blocks"]
+Attention = Literal["auto", "plain", "fused"]
 AUTO = "auto"  # chosen by the memory of a device: memory_plan.choose
 Quantize = Literal["int8"]
 Weights = Literal["ema", "raw"]  # the average over the run, or the weights as they are
@@ -301,6 +302,9 @@ class TrainConfig:
     unroll: bool = False
     """Compile the blocks one after another instead of one program for all: compiling takes longer,
     and a CPU that does not recompute trains faster."""
+    attention: Attention = "auto"
+    """How training computes attention: plain, by matrix products; fused, by a kernel of the
+    accelerator, and refused where there is none that fits; auto, fused where one fits."""
     dtype: Annotated[Dtype | None, optional(DTYPES, BY_PLATFORM)] = None
     """Data type to compute in."""
     seed: int = 0

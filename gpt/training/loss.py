@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from gpt import sharding
 from gpt.config import ModelConfig, TrainConfig
-from gpt.model import transformer
+from gpt.model import attention, flash_attention, transformer
 from gpt.model.attention import MASKED
-from gpt.model.transformer import GPT
+from gpt.model.transformer import GPT, Attend
 from gpt.training import fused_loss
 
 CHUNK_ROWS = 16_384  # vocabulary rows at once, at most
@@ -86,6 +86,7 @@ def hidden_states(
     tokens_BU: jax.Array,
     key_B: jax.Array | None = None,
     *,
+    attend: Attend = flash_attention.attend,
     remat: str = "blocks",
     unroll: bool = False,
 ) -> tuple[GPT, jax.Array, jax.Array]:
@@ -93,8 +94,13 @@ def hidden_states(
     that are to be predicted from them."""
     inputs_BT, targets_BT = tokens_BU[:, :-1], tokens_BU[:, 1:]
     model = transformer.bind(config, params)
-    x_BTD, _ = model.hidden(inputs_BT, key_B=key_B, remat=remat, unroll=unroll)
+    x_BTD, _ = model.hidden(inputs_BT, key_B=key_B, attend=attend, remat=remat, unroll=unroll)
     return model, x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.ravel()
+
+
+def attend_of(config: TrainConfig) -> Attend:
+    """The attention that a run asks for."""
+    return attention.attend if config.attention == "plain" else flash_attention.attend
 
 
 def sequence_losses(
@@ -111,7 +117,7 @@ def objective(config: TrainConfig, params: dict, tokens_BU: jax.Array, key_B=Non
     (1-e) of the loss on the target plus e of the mean over the vocabulary (label smoothing,
     Szegedy et al. 2016), plus z log²(sum of exp) (z-loss, Chowdhery et al. 2022, section 5).
     """
-    options = {"remat": config.remat, "unroll": config.unroll}
+    options = {"attend": attend_of(config), "remat": config.remat, "unroll": config.unroll}
     if sharding.platform() != "cpu":
         model, x_MD, target_M = hidden_states(config.model, params, tokens_BU, key_B, **options)
         return fused_loss.mean_losses(config, x_MD, model.head_table, target_M)

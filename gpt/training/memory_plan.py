@@ -136,7 +136,8 @@ def expected_need(config: TrainConfig, mesh: Mesh) -> Need:
     products = 2 * model.d_model + flops.qkv_width(model) + mixed + flops.mlp_inputs_width(model)
     everything = 2 * model.d_model + products + 2 * model.ff_width
     everything_bytes = everything * item_bytes
-    if is_cpu(mesh) or model.compute_dtype != "bfloat16" or model.dropout:
+    may_be_fused = model.compute_dtype == "bfloat16" and not model.dropout
+    if is_cpu(mesh) or config.attention == "plain" or not may_be_fused:
         # Without fused attention: scores, weights, and the weights that are mixed with.
         everything_bytes += model.n_heads * config.sequence_length * (8 + item_bytes)
     of_block = {"none": everything_bytes, "products": products * item_bytes, "blocks": 0}

@@ -23,6 +23,7 @@ from gpt.training.train_state import TrainState, abstract_state, make_state, sta
 MAY_CHANGE = {
     "mesh",
     "grad_accum",
+    "attention",
     "remat",
     "unroll",
     "log_every",

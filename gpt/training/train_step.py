@@ -24,9 +24,9 @@ from gpt.config import TrainConfig
 from gpt.data import batches
 from gpt.data.token_files import Tokens
 from gpt.errors import require
-from gpt.model import transformer
+from gpt.model import flash_attention, transformer
 from gpt.training import memory_plan
-from gpt.training.loss import objective, sequence_losses
+from gpt.training.loss import attend_of, objective, sequence_losses
 from gpt.training.optimizer import make_optimizer, make_schedule
 from gpt.training.train_state import TrainState, abstract_state, shardings_of
 
@@ -155,7 +155,7 @@ def count_updates(opt_state: optax.OptState) -> jax.Array:
 
 def eval_step(config: TrainConfig, params: dict, tokens_BU: jax.Array, weight_BT: jax.Array):
     """Summed loss in nats, and summed weight, of the targets of `tokens_BU`."""
-    losses_BT, *_ = sequence_losses(config.model, params, tokens_BU)
+    losses_BT, *_ = sequence_losses(config.model, params, tokens_BU, attend=attend_of(config))
     return jnp.sum(losses_BT * weight_BT), jnp.sum(weight_BT)
 
 
@@ -184,7 +184,18 @@ def evaluate(
 def require_fit(config: TrainConfig, mesh: Mesh) -> list[str]:
     """Raise UserError unless weights and micro-batches divide evenly over the mesh; return a note
     for what is kept whole on each device."""
-    notes = transformer.require_fit(config.model, mesh)
+    model = config.model
+    notes = transformer.require_fit(model, mesh)
+    if config.attention == "fused":
+        shape = (1, config.sequence_length, model.n_heads, model.head_width)
+        with sharding.on_mesh(mesh):
+            kernel = flash_attention.kernel_for(jax.ShapeDtypeStruct(shape, model.compute_dtype))
+        require(
+            kernel is not None and model.dropout == 0,
+            "--attention fused: no kernel fits; there is one on NVIDIA GPUs from Ampere on and on "
+            "TPUs, for --dtype bfloat16, --model.dropout 0 and heads whose width is a multiple of "
+            "8, up to 128 (256 on Hopper)",
+        )
     n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = config.batch_size // config.grad_accum
     require(

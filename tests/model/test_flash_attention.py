@@ -11,10 +11,13 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from programs import program
 
-from gpt.config import ModelConfig
+from gpt import sharding
+from gpt.config import MeshConfig, ModelConfig, TrainConfig
+from gpt.errors import UserError
 from gpt.model import attention, flash_attention, transformer
 from gpt.sampling import engine
 from gpt.sharding import AXES
+from gpt.training import loss, train_step
 
 CONFIG = ModelConfig(64, context_length=32, n_layers=2, n_heads=4, n_kv_heads=2, d_model=32)
 CONFIG = CONFIG.computing_in("bfloat16")
@@ -58,6 +61,22 @@ def test_training_and_prefill_choose_the_kernel(seen):
     assert len(seen) == 3  # one for each of two layers more
     jax.eval_shape(functools.partial(engine.extend, CONFIG), unstacked, cache, TOKENS, lengths)
     assert len(seen) == 3
+
+
+def test_a_run_chooses_the_plain_form_or_insists_on_the_kernel(seen):
+    config = TrainConfig(model=CONFIG, attention="plain", grad_accum=1)
+    params = transformer.abstract(CONFIG)
+    jax.eval_shape(functools.partial(loss.objective, config), params, TOKENS)
+    assert not seen
+    config = dataclasses.replace(config, attention="fused")
+    jax.eval_shape(functools.partial(loss.objective, config), params, TOKENS)
+    assert seen
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    assert train_step.require_fit(config, mesh) == []
+    for refused in ({"dropout": 0.1}, {"compute_dtype": "float32"}):
+        model = dataclasses.replace(CONFIG, **refused)
+        with pytest.raises(UserError, match="--attention fused: no kernel fits"):
+            train_step.require_fit(dataclasses.replace(config, model=model), mesh)
 
 
 @pytest.mark.parametrize("why", ["dropout", "positions", "float32", "width", "platform"])
