@@ -9,6 +9,7 @@ that a tokenizer meets what it meets in real text. Prints one line of JSON. Need
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import sysconfig
@@ -115,6 +116,7 @@ def main() -> None:
     out = args.folder / f"tokens-{args.workers}"
     options = ("--tokenizer", tokenizer, "--out", out, "--workers", args.workers)
     seconds, peaks = run("-m", "gpt.data", "prepare", corpus, *options)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     header = json.loads((out / "tokens.json").read_text())
     text_bytes = sum(split["text_bytes"] for split in header["splits"].values())
     first, *workers = peaks
@@ -129,6 +131,7 @@ def main() -> None:
         "text_mb": text_bytes / 1e6,
         "seconds": seconds,
         "mb_per_second": text_bytes / 1e6 / seconds,
+        "mb_per_cpu_second": text_bytes / 1e6 / (used.ru_utime + used.ru_stime),
         "workers": args.workers,
         "first_process_mb": first,
         "worker_mb": max(workers, default=0),

@@ -51,18 +51,23 @@ def main(argv: list[str]) -> None:
     else:
         require(word == "prepare", f"{word!r} is not a command: expected prepare")
     command = cli.parse(Prepare, argv, program="python -m gpt.data prepare", description=__doc__)
-    from gpt.data import prepare, token_files, tokenizers
+    from gpt.data import prepare, token_files
+    from gpt.data.dataset import Origin, choose_tokenizer
     from gpt.data.progress import tokenizing_bar
     from gpt.data.sources import THREADS, find, open_text
+    from gpt.data.token_store import TokenStore
 
     console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
     source = find(command.sources)
     text = open_text(source, command.reading)
     console.print(f"text           {source.title}: {text.description}", *text.notes, sep="\n")
     name = os.path.expanduser(command.tokenizer)
-    tokenizer = tokenizers.create(name, lambda: text.texts(command.reading), command.vocab_size)
-
     held_out = command.reading.val_fraction
+    with TokenStore(cli.cache_folder() / "tokens", keep=True) as kept:
+        origin = Origin(None, held_out, text=source)
+        tokenizer = choose_tokenizer(
+            [origin], name, command.vocab_size, command.reading, kept, is_sample=False
+        )
     fingerprint, files = prepare.identify(text, tokenizer, command.reading, held_out)
     if token_files.is_prepared(command.out):
         is_same = token_files.read_header(command.out)["fingerprint"] == fingerprint

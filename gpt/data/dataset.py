@@ -21,6 +21,7 @@ from gpt.data.token_store import TokenStore
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError, require
 
+MOST_NAMES = 10_000  # of files that a checkpoint keeps, to say which one has changed
 LEARNED = ("bpe", "char")  # tokenizers that are made from the text
 SMALL = 2**26  # bytes of files that are tokenized for a plan
 SAMPLED_FILES = 8  # of a larger text, to say about how many tokens it has
@@ -107,6 +108,8 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
             weights = [origin.weight for origin in origins]
             fingerprint = prepare.digest_of([weights, [one.fingerprint for one in found]])
         files = {name: digest[:16] for one in found for name, digest in one.files.items()}
+        if len(files) > MOST_NAMES:
+            files = {}
         if expected:
             require_same(expected, fingerprint, files)
 
@@ -287,6 +290,8 @@ def require_same(expected: dict[str, Any], fingerprint: str, files: dict[str, st
     differing += [f"{name} is new" for name in files if name not in before]
     differing += [f"{name} is missing" for name in before if name not in files]
     listed = "; ".join(differing[:3]) or "the tokenizer or how the text is read differs"
+    if not files or not before:
+        listed = "which of its files differs is not known"
     raise UserError(
         f"data: the run was trained on other text ({listed}); give the same --data to continue it, "
         "another --out, or --overwrite to start afresh"

@@ -73,6 +73,9 @@ class DataOptions(Reading):
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "DataOptions":
         """The options that `to_json` gave."""
-        paths = values["val_data"] and tuple(Path(path) for path in values["val_data"])
-        folder = values["tokens"] and Path(values["tokens"])
-        return cls(**values | {"val_data": paths, "tokens": folder})
+        values = dict(values)
+        if values.get("val_data"):
+            values["val_data"] = tuple(Path(path) for path in values["val_data"])
+        if values.get("tokens"):
+            values["tokens"] = Path(values["tokens"])
+        return cls(**values)

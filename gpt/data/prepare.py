@@ -136,7 +136,8 @@ def tokenize(job: Job, folder: Path, fingerprint: str, files: dict[str, str]) ->
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # One process tokenizes, and others that want the same tokens wait for it.
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
+        lock = folder.with_name(f".{folder.name}.lock")
+        with FileLock(lock):
             if (folder / HEADER).is_file():
                 return
             unfinished.mkdir(exist_ok=True)
@@ -160,6 +161,7 @@ def tokenize(job: Job, folder: Path, fingerprint: str, files: dict[str, str]) ->
                 journal.unlink()
             (unfinished / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
             unfinished.rename(folder)
+            lock.unlink(missing_ok=True)  # whoever waits for it finds the folder
     except OSError as error:
         raise UserError(f"cannot write tokens to {folder}: {error}") from None
 

@@ -108,7 +108,9 @@ def with_settings_of_run(args: Any, flags_given: set[str]):
             extra_steps=saved.extra_steps + args.extend,
         )
     paths = tuple(Path(path) for path in about["data"]["paths"])
-    text = with_flags(DataOptions.from_json(about["data"]["options"]), args.text, flags_given)
+    text = with_flags(
+        DataOptions.from_json(about["data"].get("options", {})), args.text, flags_given
+    )
     return dataclasses.replace(args, train=train, text=text, data=args.data or paths or None)
 
 
