@@ -148,10 +148,12 @@ class CharTokenizer(Tokenizer):
         except KeyError:
             unknown = dict.fromkeys(one for one in text if one not in self._ids)
             names = ", ".join(map(repr, list(unknown)[:20]))
+            if len(unknown) > 20:
+                names += f" and {len(unknown) - 20} more"
             raise UserError(
-                f"{len(unknown)} of the characters are not among the {len(self.characters)} that "
-                f"this model was trained on ({names}): leave them out, or train a model that knows "
-                "every character, with --tokenizer byte or bpe"
+                f"this model was not trained on these characters: {names}. It knows "
+                f"{len(self.characters)}: leave the others out, or train a model that knows every "
+                "character, with --tokenizer byte or bpe"
             ) from None
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
