@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 from tyro.conf import Suppress
 
 from gpt import errors
-from gpt.errors import above_zero, each, fraction, not_negative, positive, require
+from gpt.errors import UserError, above_zero, each, fraction, not_negative, positive, require
 
 Dtype = Literal["float32", "bfloat16"]
 Positions = Literal["learned", "sinusoidal", "rope", "none"]
@@ -392,4 +392,11 @@ def from_json(kind: type, values: dict[str, Any]):
         require(name in fields, f"{kind.__name__} has no field {name!r}: made by another version?")
     nested = {"model": ModelConfig, "mesh": MeshConfig}
     made = {k: from_json(nested[k], v) if k in nested else v for k, v in values.items()}
-    return errors.construct(kind, made)
+    hints = get_type_hints(kind)
+    for name, value in made.items():
+        is_right = errors.is_of(value, hints[name])
+        require(is_right, f"{kind.__name__}.{name} is {value!r}: expected {hints[name]}")
+    try:
+        return kind(**made)
+    except TypeError as error:  # a field is missing
+        raise UserError(f"{kind.__name__} cannot be read: {error}") from None

@@ -47,18 +47,6 @@ def check_names(config: object, prefix: str = "") -> None:
         require(good, f"{prefix}{name} is {value!r}: expected one of {', '.join(names)}")
 
 
-def construct(kind: type, values: dict[str, Any]) -> Any:
-    """The dataclass `kind` with these fields; UserError unless each has its declared type."""
-    hints = get_type_hints(kind)
-    for name, value in values.items():
-        good = is_of(value, hints[name])
-        require(good, f"{kind.__name__}.{name} is {value!r}: expected {hints[name]}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise UserError(f"{kind.__name__} cannot be read: {error}") from None
-
-
 def is_of(value: Any, kind: Any) -> bool:
     """Whether `value` is of type `kind`: a class, a Literal, or a union of these."""
     if get_origin(kind) is Literal:
