@@ -24,7 +24,9 @@ def load_tasks(run) -> list:
         from gpt.evaluate import harness
 
         harness.require_text(run.tokenizer)
-        return harness.load_tasks(args.eval_tasks.split(","), args.eval_tasks_path)
+        names = [name for name in args.eval_tasks.split(",") if name]
+        require(bool(names), "--eval-tasks names nothing: expected names separated by commas")
+        return harness.load_tasks(names, args.eval_tasks_path)
 
 
 def evaluate(run, tasks: list, weights: dict) -> dict[str, float] | None:
