@@ -44,7 +44,6 @@ def describe(
     weights = flops.weight_bytes(model)
     flops_per_token = flops.train_flops_per_token(model)
     tokens_per_step = config.batch_size * config.sequence_length
-    tokens = tokens_per_step * config.steps
     lines = [
         f"model          {model.n_layers} blocks, width {model.d_model}, MLP {model.ff_width}, "
         f"{model.n_heads} heads ({model.kv_heads} key/value heads), context "
@@ -68,29 +67,39 @@ def describe(
         f"{format_bytes(expected_need(config, mesh).total)} of each device",
     ]
     if minutes is None:
-        passes = tokens / len(dataset.train) if dataset else 0
-        epochs = f" ({passes:,.2f} epochs)" if dataset else ""
-        lines.append(
-            f"run            {config.steps:,} steps, {tokens:,} tokens{epochs}, "
-            f"{tokens * flops_per_token:.3g} FLOPs"
-        )
-        if passes > MANY_PASSES:
-            lines.append(
-                f"note: {passes:,.0f} passes over this text: expect it to be learned by heart; "
-                "take fewer --steps, or --model.dropout 0.2"
-            )
+        lines += describe_length(config, dataset)
     else:
         lines.append(f"run            as many steps as about {minutes:g} minutes allow")
-    if config.extra_steps:
-        lines.append(
-            f"extended       the last {config.extra_steps:,} steps are trained at the learning "
-            f"rate {config.min_learning_rate:g}, with which the schedule ended"
-        )
     gpt2, llama = flags_to_export(model)
     if gpt2 and llama:
         lines.append(
             "note: python -m gpt.convert will not be able to export this model to transformers; "
             f"with {' '.join(min(gpt2, llama, key=len))} it would"
+        )
+    return lines
+
+
+def describe_length(config: TrainConfig, dataset: Dataset | None) -> list[str]:
+    """How long a run is, as lines; `dataset`: None if there is no text yet."""
+    tokens = config.steps * config.batch_size * config.sequence_length
+    passes = 0.0
+    epochs = ""
+    if dataset is not None:
+        passes = tokens / len(dataset.train)
+        epochs = f" ({passes:,.2f} epochs)"
+    lines = [
+        f"run            {config.steps:,} steps, {tokens:,} tokens{epochs}, "
+        f"{tokens * flops.train_flops_per_token(config.model):.3g} FLOPs"
+    ]
+    if passes > MANY_PASSES:
+        lines.append(
+            f"note: {passes:,.0f} passes over this text: expect it to be learned by heart; take "
+            "fewer --steps, or --model.dropout 0.2"
+        )
+    if config.extra_steps:
+        lines.append(
+            f"extended       the last {config.extra_steps:,} steps are trained at the learning "
+            f"rate {config.min_learning_rate:g}, with which the schedule ended"
         )
     return lines
 

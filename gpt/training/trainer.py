@@ -36,6 +36,7 @@ from gpt.training.resume import (
     initial_state,
     require_same_settings,
 )
+from gpt.training.run_plan import describe_length
 from gpt.training.stop_signal import StopSignal
 from gpt.training.train_state import TrainState, checkpoint_trees
 
@@ -170,36 +171,36 @@ def settle_steps(run: Run) -> Run:
     """`run` with the number of steps, and so the schedule, that takes about --minutes.
 
     It trains a few steps on a state that is thrown away. The schedule is part of the compiled step,
-    which is compiled again.
+    which is compiled again: neither compilation counts.
     """
-    begun = time.perf_counter()
     run, make_step, _ = compile_run(run)
-    compile_seconds = time.perf_counter() - begun
-
     config = run.config
     state = initial_state(config, run.mesh, run.start, log=lambda note: None)
     seconds = []
-    while len(seconds) < 4 or (sum(seconds) < MEASURED_SECONDS and len(seconds) < 50):
+    measured = 0.0  # their sum, which all processes take from the first
+    while len(seconds) < 4 or (measured < MEASURED_SECONDS and len(seconds) < 50):
         tokens = read_batch(run, len(seconds))
         begun = time.perf_counter()
         state, metrics = make_step(state, tokens)
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - begun)
+        measured = float(broadcast_one_to_all(np.float32(sum(seconds))))
     step_seconds = float(np.median(seconds[1:]))  # the first still waits for memory
 
     # Evaluating a token takes a third of training on it.
     n_val = min(config.eval_tokens or len(run.dataset.val), len(run.dataset.val))
     tokens_per_step = config.batch_size * config.sequence_length
     evaluation = n_val / (3 * tokens_per_step) / config.eval_every  # in steps, for each step
-    left = 60 * run.args.minutes - compile_seconds
-    n_steps = max(int(left / (step_seconds * (1 + evaluation))), 1)
-    n_steps = int(broadcast_one_to_all(np.int32(n_steps)))  # each process has measured its own
+    n_steps = max(int(60 * run.args.minutes / (step_seconds * (1 + evaluation))), 1)
+    n_steps = int(broadcast_one_to_all(np.int32(n_steps)))
     warmup = min(config.warmup_steps, n_steps // 10)
     run.console.print(
         f"settled        {n_steps:,} steps, {warmup:,} of them to warm up: a step takes "
-        f"{step_seconds * 1e3:,.0f} ms, and the run about {run.args.minutes:g} minutes"
+        f"{step_seconds * 1e3:,.0f} ms, and all of them about {run.args.minutes:g} minutes"
     )
-    return replace(run, config=replace(config, steps=n_steps, warmup_steps=warmup))
+    config = replace(config, steps=n_steps, warmup_steps=warmup)
+    run.console.print(*describe_length(config, run.dataset), sep="\n")
+    return replace(run, config=config)
 
 
 def take_over_folder(run: Run, first_step: int) -> None:
