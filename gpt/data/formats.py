@@ -16,6 +16,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -89,13 +90,13 @@ def recognize(path: Path, reading: Reading) -> str:
         with path.open("rb") as raw:
             stream, compression = decompressed(raw)
             head = stream.read(HEAD)
-            name = _recognize_content(path, head, stream, reading)
+            name = recognize_content(path, head, stream, reading)
     except READ_ERRORS as error:
         raise UserError(f"{path} cannot be read: {brief(error)}") from None
     return f"{name}, {compression}" if name and compression else name
 
 
-def _recognize_content(path: Path, head: bytes, stream: BinaryIO, reading: Reading) -> str:
+def recognize_content(path: Path, head: bytes, stream: BinaryIO, reading: Reading) -> str:
     suffixes = {suffix.lower() for suffix in path.suffixes}
     if not head:
         return ""
@@ -125,7 +126,7 @@ def _recognize_content(path: Path, head: bytes, stream: BinaryIO, reading: Readi
         encoding = "GB18030" if is_gb18030(head) else "ITS-ENCODING"
         raise NotText(f"it is not valid UTF-8, convert it: iconv -f {encoding} -t UTF-8 {path}")
     if text.lstrip()[:1] in ("{", "["):
-        return _recognize_json(path, head, stream, suffixes, reading.text_column)
+        return recognize_json(path, head, stream, suffixes, reading.text_column)
     return "text"
 
 
@@ -141,7 +142,7 @@ def is_gb18030(head: bytes) -> bool:
     return len(usual) > 0.9 * len(beyond_ascii)
 
 
-def _recognize_json(
+def recognize_json(
     path: Path, head: bytes, stream: BinaryIO, suffixes: set[str], column: str
 ) -> str:
     """JSON lines, a JSON array, or plain text that only begins like JSON.
@@ -149,34 +150,40 @@ def _recognize_json(
     Records are told by a field `column`. Two objects with the same fields, and without that one,
     are records whose text is in another field: UserError names their fields.
     """
-    data = head.removeprefix(codecs.BOM_UTF8)
-    while b"\n" not in data.lstrip() and (more := stream.read(HEAD)):
-        data += more
-        require(len(data) < LONGEST_RECORD, f"{path}: its first line is longer than 256 MB")
-    lines = [line for line in data.splitlines()[:2] if line.strip()]
-    records = [parsed for line in lines if isinstance(parsed := parse_or_none(line), dict)]
+    while b"\n" not in head.lstrip():
+        more = stream.read(HEAD)
+        if not more:
+            break
+        head += more
+        require(len(head) < LONGEST_RECORD, f"{path}: its first line is longer than 256 MB")
+
+    # The first two values: each on a line of its own, or as they come.
+    head = head.removeprefix(codecs.BOM_UTF8)
     name = "JSON lines"
-    if not records:
+    values = []
+    with contextlib.suppress(ValueError, RecursionError):
+        for line in head.splitlines()[:2]:
+            values.append(json.loads(line))
+    if not values or not isinstance(values[0], dict):
         name = "JSON"
         values = []
-        with contextlib.suppress(ValueError):  # cut by the end of what was read, or no JSON
-            for value in json_values(io.BytesIO(data)):
+        with contextlib.suppress(ValueError, RecursionError):  # cut by the end of the head
+            for value in islice(json_values(io.BytesIO(head)), 2):
                 values.append(value)
-                if len(values) == 2:
-                    break
-        if data.lstrip().startswith(b"[") and values and isinstance(values[0], str):
+        if head.lstrip().startswith(b"[") and values and isinstance(values[0], str):
             return name if ".json" in suffixes else "text"
-        records = [value for value in values if isinstance(value, dict)]
+
+    records = [value for value in values if isinstance(value, dict)]
+    is_named_so = bool(suffixes & {".jsonl", ".ndjson"})
+    require(bool(records) or not is_named_so, f"{path} is damaged: line 1 is not a JSON object")
     if any(column in record for record in records):
         return name
-    is_data = len(records) > 1 and records[0].keys() == records[1].keys()
-    if is_data or (records and suffixes & {".jsonl", ".ndjson"}):
-        raise UserError(
-            f"{path} holds records without a field {column}: name the one with the text with "
-            f"--text-column, of {', '.join(map(repr, records[0]))}"
-        )
-    if suffixes & {".jsonl", ".ndjson"}:
-        raise UserError(f"{path} is damaged: line 1 is not a JSON object")
+    alike = len(records) == 2 and records[0].keys() == records[1].keys()
+    require(
+        not (alike or is_named_so),
+        f"{path} holds records without a field {column}: name the one with the text with "
+        f"--text-column, of {', '.join(map(repr, (records or [{}])[0]))}",
+    )
     return "text"
 
 
@@ -439,13 +446,6 @@ READERS = {
     "parquet": read_parquet,
     "arrow": read_arrow,
 }
-
-
-def parse_or_none(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
 
 
 def brief(error: Exception) -> str:
