@@ -174,6 +174,22 @@ def test_a_run_is_resumed_by_its_folder_alone(text, trained, finished):
     assert checkpoint.read_metadata(finished, 12)["model"]["compute_dtype"] is None  # still open
 
 
+def test_what_a_run_does_beside_training_is_resumed_too(finished, monkeypatch):
+    honest = checkpoint.read_metadata
+    flags = {"log_to": ["trackio"], "eval_tasks": "mine", "eval_tasks_path": str(finished)}
+
+    def read_metadata(folder, step):
+        about = honest(folder, step)
+        return about | {"flags": about["flags"] | flags}
+
+    monkeypatch.setattr(checkpoint, "read_metadata", read_metadata)
+    argv = ["--resume", str(finished), "--eval-tasks", "other"]
+    args = train_flags.parse_args(argv, "")
+    args = resume.with_settings_of_run(args, cli.flags_given(argv))
+    assert list(args.log_to) == ["trackio"] and args.eval_tasks_path == finished
+    assert args.eval_tasks == "other" and args.eval_tasks_every == 1000
+
+
 def test_a_finished_run_is_extended_where_its_schedule_ended(text, finished):
     before = read_lines(finished)
     done = call("train", "--resume", finished, "--extend", "3")

@@ -37,6 +37,9 @@ MAY_CHANGE = {
     "max_bad_steps",
 }
 
+# Flags beside the settings that a run keeps, so that --resume needs nothing but its folder.
+KEPT_FLAGS = ("log_to", "eval_tasks", "eval_tasks_every", "eval_tasks_limit", "eval_tasks_path")
+
 
 @dataclass(frozen=True)
 class StartingPoint:
@@ -111,7 +114,11 @@ def with_settings_of_run(args: Any, flags_given: set[str]):
     text = with_flags(
         DataOptions.from_json(about["data"].get("options", {})), args.text, flags_given
     )
-    return dataclasses.replace(args, train=train, text=text, data=args.data or paths or None)
+    kept = {name: about["flags"][name] for name in KEPT_FLAGS if name not in flags_given}
+    if kept.get("eval_tasks_path"):
+        kept["eval_tasks_path"] = Path(kept["eval_tasks_path"])
+    data = args.data or paths or None
+    return dataclasses.replace(args, train=train, text=text, data=data, **kept)
 
 
 def require_same_settings(start: StartingPoint, config: TrainConfig) -> None:
@@ -235,6 +242,9 @@ def describe_run(
     init_from = None if args.init_from is None else str(args.init_from)
     if start.resuming:
         init_from = start.metadata["init_from"]  # as when it began
+    flags = {name: getattr(args, name) for name in KEPT_FLAGS}
+    if args.eval_tasks_path:
+        flags["eval_tasks_path"] = str(args.eval_tasks_path)
     return {
         "model": to_json(model),
         "train": to_json(config),
@@ -246,4 +256,5 @@ def describe_run(
             "options": args.text.to_json(),
         },
         "init_from": init_from,
+        "flags": flags,
     }
