@@ -27,6 +27,9 @@ def main(argv: list[str]) -> int:
     model = gpt.load(
         args.checkpoint, args.step, args.dtype, args.weights, args.mesh, args.quantize, args.prefix
     )
+    if args.draft is not None:
+        draft = gpt.load(args.draft, dtype=args.dtype, mesh=args.mesh, quantize=args.quantize)
+        model = model.with_draft(draft)
     for text in model.notes:
         terminal.note(f"note: {text}")
 

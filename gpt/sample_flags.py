@@ -46,6 +46,9 @@ class Args:
     interactive: bool = False
     """Complete each line that you type. Ctrl-C ends the completion, Ctrl-D the program."""
     settings: Annotated[tyro.conf.UseAppendAction[Settings], tyro.conf.arg(name="")] = DEFAULT
+    draft: Annotated[Path | None, optional("RUN")] = None
+    """With --speculate: the folder of a smaller model with the same tokenizer, which proposes the
+    tokens."""
     beam_width: int = 1
     """Above 1: search for the likeliest texts, following this many at once, instead of sampling;
     --num-samples are then the best ones found."""
@@ -93,10 +96,11 @@ SETTINGS = {field.name for field in fields(Settings)}
 BEAM = {"beam_width", "length_penalty", "early_stopping", "max_new_tokens", "num_samples"}
 BEAM |= {"logit_bias", "repetition_penalty", "ignore_eos", "temperature"}
 MODEL = {"step", "dtype", "weights", "quantize", "compile_cache", "verbose"}
+DRAWING = {"beam_width", "show_probs", "draft"}
 # The flags that have an effect in each mode, beside those of the mesh.
 USED_BY = {
-    "generate": MODEL | PROMPTS | SETTINGS | {"prefix", "beam_width", "show_probs", "json"},
-    "interactive": MODEL | SETTINGS | {"prefix", "interactive", "beam_width", "show_probs"},
+    "generate": MODEL | PROMPTS | SETTINGS | DRAWING | {"prefix", "json"},
+    "interactive": MODEL | SETTINGS | DRAWING | {"prefix", "interactive"},
     "beam": MODEL | PROMPTS | BEAM | {"prefix", "json"},
     "score": MODEL | SCORES | {"prefix", "window", "stride", "json"},
     "check": MODEL | {"check"},
@@ -143,6 +147,10 @@ def parse_args(argv: list[str], description: str) -> tuple[Args, str]:
             raise UserError(f"{flag} needs {needed}: add that, or leave {flag} out")
         reason = "--beam-width" if mode == "beam" else terminal.flag(sources[0])
         raise UserError(f"{flag} has no effect with {reason}: leave it out")
+    require(
+        args.draft is None or args.settings.speculate > 0,
+        "--draft needs --speculate, the tokens to propose in a step: add --speculate 4",
+    )
     require(
         mode != "beam" or args.settings.num_samples <= args.beam_width,
         f"--num-samples is {args.settings.num_samples}: it must not exceed --beam-width, "

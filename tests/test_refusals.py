@@ -139,6 +139,7 @@ BAD_FLAGS = {
     "--beam-width 2 --show-probs 2": "--show-probs has no effect with --beam-width",
     "--beam-width 2 --num-samples 3": "--num-samples is 3: it must not exceed --beam-width, 2",
     "--length-penalty 2": "--length-penalty needs --beam-width",
+    "--draft runs/b": "--draft needs --speculate, the tokens to propose in a step",
     "--score a --top-k 2": "--top-k has no effect with --score",
     "--check --show-probs 2": "--show-probs has no effect with --check",
     "--check --json": "--json has no effect with --check",

@@ -47,6 +47,15 @@ def test_two_prompts_and_two_samples_are_four_completions(folder):
     assert all(d["prompt"] + d["text"] in printed for d in done)
 
 
+def test_speculation_gives_the_same_text(folder):
+    """Looked up, and by a draft, which is the model itself."""
+    argv = ["--prompt", "the cat the cat", "--temperature", "0", "--max-new-tokens", "60"]
+    (plain,) = objects(folder, *argv)
+    for more in ((), ("--draft", folder)):
+        (done,) = objects(folder, *argv, "--speculate", "2", *more)
+        assert done["token_ids"] == plain["token_ids"]
+
+
 def test_json_has_the_fields_that_others_read(folder):
     (done,) = objects(folder, "--prompt", "the ", *BRIEF, "--seed", "3")
     assert list(done)[: len(FIELDS)] == FIELDS

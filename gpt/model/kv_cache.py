@@ -76,7 +76,7 @@ def grow(cache: KVCache, capacity: int) -> KVCache:
     """The cache with `capacity` slots per row, at least as many as it has."""
     more = [(0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0)]
     k, v = jax.tree.map(lambda a: constrain(jnp.pad(a, more), *AXES), (cache.k, cache.v))
-    return replace(cache, k=k, v=v)
+    return replace(cache, k=k, v=v, length_B=constrain(cache.length_B, "batch"))
 
 
 def select(cache: KVCache, row_R: jax.Array) -> KVCache:

@@ -108,6 +108,7 @@ def _stream(
         with decode_timer:
             active_B = np.array([not row.has_ended for row in rows])
             capacity, any_full = state.cache.capacity, bool(full_B.any())
+            draft_has_read = speculation is not None and speculation.draft_cache is not None
             n_programs = compilations.programs
             with on_mesh(model.mesh), compilations.of(batch=len(rows)):
                 state = make_room(model, state, rows, full_B)
@@ -122,7 +123,7 @@ def _stream(
                         )
                 record = speculation.record if speculates else None
                 found = sampled, find_full_rows(state), record
-            shape = capacity, any_full, sampled.tokens_BC.shape
+            shape = capacity, any_full, draft_has_read, sampled.tokens_BC.shape
             if shape in shapes_seen and compilations.programs > n_programs:
                 warnings.warn(
                     f"a program was compiled in the middle of decoding at an unchanged shape "
@@ -306,6 +307,8 @@ def require_room(model, n_rows: int, longest: int, n_read: int = 1) -> None:
     slots = engine.bucket(min(longest, config.context_length), config.context_length)
     # Per token read and token of the vocabulary: bias, logit, and whether it was seen.
     shared = flops.cache_bytes(config, n_rows, slots) + 9 * n_rows * n_read * config.vocab_size
+    if model.draft is not None:
+        shared += flops.cache_bytes(model.draft.config, n_rows, slots)
     require_memory(
         model,
         shared,
@@ -318,7 +321,8 @@ def require_memory(model, shared: int, what: str, advice: str) -> None:
     """Raise UserError if the weights, and `shared` bytes that all devices hold together, exceed the
     memory of a device."""
     weights = 0  # on the first device: its part of those that are split, the whole of the others
-    for leaf in jax.tree.leaves(model.params):
+    drafts = [] if model.draft is None else [model.draft.params]
+    for leaf in jax.tree.leaves([model.params, *drafts]):
         shape = leaf.sharding.shard_shape(leaf.shape) if hasattr(leaf, "sharding") else leaf.shape
         weights += int(np.prod(shape)) * leaf.dtype.itemsize
     n_devices = model.mesh.size if model.mesh else 1

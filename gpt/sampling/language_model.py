@@ -25,6 +25,7 @@ from gpt.data import tokenizers
 from gpt.errors import require
 from gpt.model import int8, transformer
 from gpt.sampling import beam_search, generate, scoring
+from gpt.sampling import draft as drafting
 from gpt.sampling.completion import Completion, Piece
 from gpt.sampling.settings import Prefix, Settings
 from gpt.sampling.special_ids import SpecialIds, find_special_ids
@@ -42,7 +43,7 @@ class LanguageModel:
     their average over the run, or "raw". `notes`: what loading has to say. `mesh`: the devices it
     is split over, None for one. `prefix`: what stands before every prompt and scored text; by
     default what the model's tokenizer puts there, or else end-of-text before a scored text and
-    before an empty prompt.
+    before an empty prompt. `draft`: see `with_draft`.
     """
 
     config: ModelConfig
@@ -53,6 +54,13 @@ class LanguageModel:
     notes: tuple[str, ...] = field(default=(), repr=False)
     mesh: Mesh | None = field(default=None, repr=False)
     prefix: Prefix | None = None
+    draft: "LanguageModel | None" = field(default=None, repr=False)
+
+    def with_draft(self, draft: "LanguageModel") -> "LanguageModel":
+        """This model with a smaller one that proposes tokens where `Settings.speculate` asks for
+        them. UserError if that one has another tokenizer or a shorter context."""
+        drafting.require_usable(self, draft)
+        return replace(self, draft=draft)
 
     @functools.cached_property
     def special_ids(self) -> SpecialIds:

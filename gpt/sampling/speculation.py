@@ -3,7 +3,8 @@
 A decode step reads all weights to draw one token for each row; to draw five from the same reading
 takes little longer. So tokens are proposed, read together with the last one, and what the model
 draws after each of them says which to keep: those before the first that differs, and the token
-that was drawn in its place. With three proposals, two of which are right:
+that was drawn in its place. They are looked up in the text so far, or drawn by a smaller model
+(draft.py). With three proposals, two of which are right:
 
     text so far         a b c d e f . . . a b c            "a b c" was there before
     proposed                                      d e f
@@ -30,10 +31,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt import flops
 from gpt.compile_log import compilations
 from gpt.config import ModelConfig
+from gpt.model import kv_cache as kv
 from gpt.model import transformer
 from gpt.sampling import decode_loop, sampler
+from gpt.sampling import draft as drafting
 from gpt.sampling.completion import NO_TOKEN, Row
 from gpt.sampling.decode_loop import DecodeState, SampledTokens
 from gpt.sampling.sampler import SamplingParams
@@ -41,6 +45,7 @@ from gpt.sharding import constrain, platform
 
 LONGEST_MATCH = 4  # last tokens of the text that are looked up; more would not be worth more
 WEIGHT = 1 / 16  # of the newest token in `agreement_B`
+RETRIAL = 1 / 1024  # by so much the agreement of an idle draft rises with each token
 N_JUDGED = 16  # last tokens of the prompt on which the first judgement rests
 
 
@@ -61,20 +66,24 @@ class Speculation:
     """What the device carries for proposals from one chunk to the next.
 
     `text_BR`: the last R tokens of each row, prompt included, the newest on the right; NO_TOKEN
-    before the first. `limit_B`: proposals that a row may have in a step.
+    before the first. `limit_B`: proposals that a row may have in a step. `draft_cache`: of the
+    model that proposes, None where there is none or where it has not read what the model has.
     """
 
     text_BR: jax.Array
     limit_B: jax.Array
     record: Record
+    draft_cache: kv.KVCache | None = None
 
 
 class ChunkShape(NamedTuple):
-    """What a chunk is compiled for: its steps, the proposals of each, the likeliest tokens told."""
+    """What a chunk is compiled for: its steps, the proposals of each, the likeliest tokens that it
+    reports, and the draft that proposes, None where they are looked up."""
 
     size: int
     n_proposals: int
     top: int
+    draft: ModelConfig | None
 
 
 # The host's part: how much to propose.
@@ -100,19 +109,34 @@ def run_chunk(
         text_BR = np.full((len(rows), R), NO_TOKEN, np.int32)
         for b, text in enumerate(texts):
             text_BR[b, R - min(len(text), R) :] = text[-R:]
-        speculation = start(text_BR, limits)
+        speculation = start(state.remaining_B, text_BR, limits, model.draft is not None)
+    draft, draft_config, draft_params, draft_cost = model.draft, None, None, 0.0
+    if draft is not None:
+        draft_config, draft_params = draft.config, draft.params
+        draft_cost = flops.weight_bytes(draft.config) / flops.weight_bytes(model.config)
     agreement_B = np.asarray(speculation.record.agreement_B)
-    n_proposals = choose_n_proposals(limits * active_B, agreement_B)
-    shape = ChunkShape(chunk, n_proposals, top)
+    n_proposals = choose_n_proposals(limits * active_B, agreement_B, draft_cost)
+
     with compilations.of(capacity=state.cache.capacity, top=top, proposals=n_proposals):
+        draft_cache = None
+        if draft is not None and n_proposals > 0:
+            draft_cache = drafting.keep_up(draft, speculation.draft_cache, rows, state)
         return speculate_chunk(
-            model.config, model.params, state, speculation, sampling, active_B, shape
+            model.config,
+            (model.params, draft_params),
+            state,
+            replace(speculation, draft_cache=draft_cache),
+            sampling,
+            active_B,
+            ChunkShape(chunk, n_proposals, top, draft_config),
         )
 
 
-def choose_n_proposals(limit_B: np.ndarray, agreement_B: np.ndarray) -> int:
+def choose_n_proposals(
+    limit_B: np.ndarray, agreement_B: np.ndarray, draft_cost: float = 0.0
+) -> int:
     """Proposals to read in each step: the largest limit of a row (0: it has ended), or none if the
-    rows would gain too little by them."""
+    rows would gain too little by them. `draft_cost`: of a step of the draft, in plain steps."""
     N = int(limit_B.max())
     n_rows = int(np.sum(limit_B > 0))
     if n_rows == 0:
@@ -121,18 +145,24 @@ def choose_n_proposals(limit_B: np.ndarray, agreement_B: np.ndarray) -> int:
     is_allowed_BN = np.arange(N) < limit_B[:, None]
     gain_B = np.sum(is_allowed_BN * agreement_B[:, None] ** np.arange(1, N + 1), axis=1)
     # What a step costs, in plain ones. An accelerator waits for the weights; a CPU computes, and
-    # this is on the safe side of what docs/sampling.md measures.
-    cost = 1.5 + n_rows * N / 32 if platform() == "cpu" else 1.1
+    # this is what small models cost there, more than large ones do.
+    cost = 1.5 + n_rows * N / 16 if platform() == "cpu" else 1.1
+    cost += (N + 1) * draft_cost
     return N if 1 + gain_B.sum() / n_rows > cost else 0
 
 
 # The device's part: proposals, and which of them to keep.
 
 
-@jax.jit
-def start(text_BR: jax.Array, limit_B: jax.Array) -> Speculation:
+@partial(jax.jit, static_argnames="has_draft")
+def start(
+    remaining_B: jax.Array, text_BR: jax.Array, limit_B: jax.Array, has_draft: bool
+) -> Speculation:
     """Before the first chunk: `agreement_B` says how well the last tokens of the text, as it is by
-    now, could have been proposed."""
+    now, could have been proposed. A draft is trusted until it has been tried."""
+    # From the state, so that the result lies where the state does: else the second chunk, which is
+    # given the result of the first, would compile anew.
+    limit_B = jnp.where(remaining_B > 0, limit_B, 0)
     R = text_BR.shape[1]
 
     def agrees(age: jax.Array) -> jax.Array:
@@ -144,6 +174,8 @@ def start(text_BR: jax.Array, limit_B: jax.Array) -> Speculation:
 
     ages = jnp.arange(1, min(N_JUDGED, R) + 1)
     agreement_B = jnp.mean(jax.lax.map(agrees, ages), axis=0, dtype=jnp.float32)
+    if has_draft:
+        agreement_B = jnp.ones_like(agreement_B)
     none_B = jnp.zeros_like(limit_B)
     record = Record(agreement_B, none_B, none_B)
     return constrain_rows(Speculation(text_BR, limit_B, record))
@@ -181,7 +213,7 @@ def look_up(text_BR: jax.Array, n: int) -> jax.Array:
 )
 def speculate_chunk(
     config: ModelConfig,
-    params: dict,
+    weights: tuple[dict, dict | None],
     state: DecodeState,
     speculation: Speculation,
     sampling: SamplingParams,
@@ -189,19 +221,37 @@ def speculate_chunk(
     shape: ChunkShape,
 ) -> tuple[DecodeState, Speculation, SampledTokens]:
     """As `decode_chunk`, with `n_proposals` read in each step: a row may gain one token more than
-    that. 0 decodes plainly, and counts what would have been right."""
-    size, n_proposals, top = shape
+    that. 0 decodes plainly, and counts what would have been right. `weights`: the model's, and the
+    draft's."""
+    params, draft_params = weights
+    size, n_proposals, top, draft_config = shape
     state = replace(state, remaining_B=jnp.where(active_B, state.remaining_B, 0))
 
     def step(state: DecodeState, speculation: Speculation):
-        proposals_BN = look_up(speculation.text_BR, max(n_proposals, 1))
+        draft_cache = speculation.draft_cache
+        if draft_config is None:
+            proposals_BN = look_up(speculation.text_BR, max(n_proposals, 1))
+        elif n_proposals == 0:
+            proposals_BN = jnp.full((len(active_B), 1), NO_TOKEN)
+        else:
+            proposals_BN, draft_cache = drafting.propose(
+                draft_config, draft_params, draft_cache, state, sampling, n_proposals
+            )
         is_allowed_BN = jnp.arange(proposals_BN.shape[1]) < speculation.limit_B[:, None]
         proposals_BN = jnp.where(is_allowed_BN, proposals_BN, NO_TOKEN)
         if n_proposals == 0:
             state, new = decode_loop.decode_and_sample(config, params, state, sampling, top)
         else:
             state, new = read_and_accept(config, params, state, sampling, proposals_BN, top)
-        return state, take_account(speculation, proposals_BN, new.tokens_BC), new
+        if draft_cache is not None:
+            draft_cache = replace(draft_cache, length_B=state.cache.length_B)
+        accounted = take_account(speculation, proposals_BN, new.tokens_BC)
+        if draft_config is not None and n_proposals == 0:
+            # Nothing is known of a draft that does not run: it is tried again after some time.
+            agreement_B = speculation.record.agreement_B + RETRIAL
+            record = replace(speculation.record, agreement_B=agreement_B)
+            accounted = replace(accounted, record=record)
+        return state, replace(accounted, draft_cache=draft_cache), new
 
     state, speculation, sampled = decode_loop.run_steps(
         step, state, speculation, size, width=n_proposals + 1, top=top
@@ -241,11 +291,10 @@ def read_and_accept(
     )
     drawn_BT = drawn_M.reshape(B, T)
 
-    # Keep what was drawn up to the first draw that is not what was proposed, an end of text, the
-    # last token that the row may have, or the last slot of the cache.
-    is_end_BT = jnp.any(drawn_BT[..., None] == state.eot, axis=-1)
-    goes_on_BN = (drawn_BT[:, :-1] == proposals_BN) & ~is_end_BT[:, :-1]
-    goes_on_BT = jnp.pad(goes_on_BN, [(0, 0), (1, 0)], constant_values=True)  # up to each draw
+    # Keep what was drawn up to the first draw that is not what was proposed, the last token that
+    # the row may have, or the last slot of the cache.
+    is_right_BN = drawn_BT[:, :-1] == proposals_BN
+    goes_on_BT = jnp.pad(is_right_BN, [(0, 0), (1, 0)], constant_values=True)  # up to each draw
     room_B = jnp.minimum(state.remaining_B, cache.capacity - cache.length_B)
     is_kept_BT = jnp.cumprod(goes_on_BT, axis=1, dtype=jnp.bool_) & running_B[:, None]
     is_kept_BT &= jnp.arange(T) < room_B[:, None]
@@ -253,6 +302,8 @@ def read_and_accept(
 
     # The last token kept is not yet in the cache; what was read after the others is overwritten.
     last_B = jnp.take_along_axis(drawn_BT, jnp.maximum(n_kept_B - 1, 0)[:, None], axis=1)[:, 0]
+    # An end of text may be among those kept; the host drops what follows it.
+    is_end_BT = jnp.any(drawn_BT[..., None] == state.eot, axis=-1)
     has_ended_B = jnp.any(is_end_BT & is_kept_BT, axis=1)
     state = replace(
         state,
@@ -298,4 +349,8 @@ def take_account(
 
 def constrain_rows(speculation: Speculation) -> Speculation:
     """Laid out as the state is, see `decode_loop.constrain_state`."""
-    return jax.tree.map(lambda a: constrain(a, "batch", *[None] * (a.ndim - 1)), speculation)
+
+    def lay_out(a: jax.Array) -> jax.Array:
+        return constrain(a, *(kv.AXES if a.ndim == 4 else ("batch", None)[: a.ndim]))
+
+    return jax.tree.map(lay_out, speculation)

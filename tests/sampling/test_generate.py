@@ -381,7 +381,7 @@ def test_room_is_counted_for_each_device(monkeypatch):
         "split": jax.ShapeDtypeStruct((8, 16), np.float32, sharding=split),
         "whole": jax.ShapeDtypeStruct((10,), np.float32, sharding=whole),
     }
-    sharded = types.SimpleNamespace(config=CONFIG, params=params, mesh=mesh)
+    sharded = types.SimpleNamespace(config=CONFIG, params=params, mesh=mesh, draft=None)
     shared = flops.cache_bytes(CONFIG, 8, 32) + 9 * 8 * CONFIG.vocab_size
     need = (8 * 16 // 4 + 10) * 4 + shared // 4
     monkeypatch.setattr(hardware, "memory", lambda: (need, "a small device"))

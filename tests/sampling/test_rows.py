@@ -3,6 +3,7 @@ shapes."""
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from byte_models import make_model
@@ -81,11 +82,29 @@ def test_rows_do_not_see_each_other_in_random_batches(n_batches):
     assert exempt <= max(1, n_batches * B // 1000)
 
 
-@pytest.mark.parametrize("n_batches", [10, pytest.param(300, marks=pytest.mark.slow)])
-def test_speculation_changes_nothing_in_random_batches(n_batches, monkeypatch):
-    """Proposals are what plain decoding gave, with errors in them: all, some or none of those of a
-    step are right. Chunks with and without proposals take turns."""
+@pytest.mark.parametrize(
+    ("n_batches", "has_draft"),
+    [
+        (10, False),
+        pytest.param(300, False, marks=pytest.mark.slow),
+        pytest.param(300, True, marks=pytest.mark.slow),
+    ],
+)
+def test_speculation_changes_nothing_in_random_batches(n_batches, has_draft, monkeypatch):
+    """Proposals are what plain decoding gave, with errors in them, or those of a draft, which is
+    the model with noise on its weights: all, some or none of those of a step are right. Chunks with
+    and without proposals take turns."""
     model = make_model(CONFIG)
+    noise = np.random.default_rng(0)
+    drafted = model.with_draft(
+        dataclasses.replace(
+            model,
+            params=jax.tree.map(
+                lambda a: a + 0.03 * a.std() * noise.standard_normal(a.shape, np.float32),
+                model.params,
+            ),
+        )
+    )
     allowed = 4e-5 * max(1, float(model.logits("a text").std()))
     n_proposed = n_accepted = n_exempt = 0
     for number in range(n_batches):
@@ -109,7 +128,8 @@ def test_speculation_changes_nothing_in_random_batches(n_batches, monkeypatch):
             for (_, one), limit in zip(rows, limits, strict=True)
         ]
         prompts = [prompt for prompt, _ in rows]
-        found = generate.complete(model, prompts, settings, chunk=3, hints=hints)
+        proposer = drafted if has_draft else model
+        found = generate.complete(proposer, prompts, settings, chunk=3, hints=hints)
         for c, expected in zip(found, plain, strict=True):
             drawn = (c.token_ids, c.logprobs, c.finish_reason, c.text)
             n_exempt += not same_alone(drawn, expected, allowed)
