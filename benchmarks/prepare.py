@@ -7,19 +7,18 @@ of 250 MB of text. Words are drawn by Zipf's law from the source of Python's sta
 that a tokenizer meets what it meets in real text. Prints one line of JSON. Needs pyarrow.
 """
 
-import argparse
 import json
 import resource
 import subprocess
 import sys
 import sysconfig
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
-import pyarrow
-import pyarrow.parquet
+import tyro
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -49,6 +48,8 @@ def draw_documents(words: list[str], seed: int) -> list[str]:
 
 def write_corpus(folder: Path, gb: float) -> None:
     """Files of all formats in turn, until there are `gb` of text; those that are there stay."""
+    import pyarrow.parquet  # an optional package
+
     folder.mkdir(parents=True, exist_ok=True)
     root = Path(sysconfig.get_paths()["stdlib"])
     source = "".join(path.read_text(errors="ignore") for path in sorted(root.glob("*.py")))
@@ -98,14 +99,22 @@ def seconds_to_load(data: Path, tokenizer: Path, store: Path, **options: bool) -
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gb", type=float, default=1)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--kept", action="store_true", help="tokenize as train.py does, too")
-    parser.add_argument("--workers", type=int, default=psutil.cpu_count())
-    args = parser.parse_args()
+@dataclass(frozen=True)
+class Args:
+    """What to make, and where."""
 
+    folder: Path
+    """Folder for the corpus and its tokens, on a disk with three times as much room."""
+    gb: float = 1.0
+    """Text of the corpus in 10^9 bytes."""
+    workers: int = psutil.cpu_count() or 1
+    """Processes that tokenize."""
+    kept: bool = False
+    """Tokenize as train.py does, too."""
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
     corpus = args.folder / "corpus"
     write_corpus(corpus, args.gb)
     tokenizer = args.folder / "tokenizer.json"
