@@ -80,15 +80,16 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
     if first_step:
         run.console.print(f"continues      from step {first_step:,}")
 
-    has_tasks = run.args.eval_tasks is not None and not run.args.is_trial
-    if has_tasks:
-        from gpt.evaluate import in_training
+    tasks = None
+    if run.args.eval_tasks is not None and not run.args.is_trial:
+        from gpt.evaluate.in_training import load_tasks
 
-        tasks = in_training.load_tasks(run)
+        tasks = load_tasks(run)
 
-    # One program for a step and one for an evaluation. After that a signal no longer ends the run
-    # at once but after the next step.
+    # One program for a step and one for an evaluation. If memory is short, compiling them settles
+    # `auto` anew, so the run comes back with its settings.
     run, train_step, eval_step = trainer.compile_run(run)
+    # From here on a signal no longer ends the run at once but after the next step.
     run.stop.defer(first_step)
     config = run.config
     trainer.take_over_folder(run, first_step)  # not before: a refused run leaves it alone
@@ -98,17 +99,20 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
         for step, batch in recorder.batches():
             state, metrics = train_step(state, batch)
             # Reads the previous step's numbers while the device computes this one.
-            recorder.step(step, state, metrics)
+            recorder.note_step(step, state, metrics)
 
-            ending = step == until or run.stop.requested_by(step)
+            ending = step == until or run.stop.must_end_after(step)
             evaluates = trainer.is_due(config, step, config.eval_every)
             saves = trainer.is_due(config, step, config.save_every)
             samples = trainer.is_due(config, step, config.sample_every)
-            evaluates_tasks = has_tasks and trainer.is_due(config, step, run.args.eval_tasks_every)
+            evaluates_tasks = tasks is not None and trainer.is_due(
+                config, step, run.args.eval_tasks_every
+            )
             if not (ending or evaluates or saves or samples or evaluates_tasks):
                 continue
             # A step whose update was skipped is not saved, so another one must follow.
-            ending = recorder.catch_up(state) and ending
+            updated = recorder.catch_up(state)
+            ending = ending and updated
             weights = state.ema_params or state.params
 
             val_loss = None
@@ -118,7 +122,9 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
             if ending or saves:
                 recorder.save(step, state, val_loss, wait=ending)
             if evaluates_tasks:
-                recorder.tasks(step, partial(in_training.evaluate, run, tasks, weights))
+                from gpt.evaluate.in_training import evaluate_tasks
+
+                recorder.tasks(step, partial(evaluate_tasks, run, tasks, weights))
             if samples:
                 from gpt.sampling.language_model import write_sample
 

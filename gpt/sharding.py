@@ -25,7 +25,9 @@ RULES = {
     "kv_heads": "tensor",
     "mlp": "tensor",
 }
-DECODING = RULES | {"embed": None}  # weights gathered at each step would cost more than the step
+DECODING_RULES = RULES | {
+    "embed": None
+}  # weights gathered at each step would cost more than the step
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
@@ -75,8 +77,8 @@ def fitting(mesh, shape: tuple[int, ...], axes: tuple, rules: dict = RULES) -> P
     """As `spec`, for an array of that shape on that mesh: split only where it divides."""
     kept = []
     for size, names in zip(shape, spec(*axes, rules=rules), strict=True):
-        split_over = () if names is None else np.atleast_1d(names)
-        n_parts = math.prod(mesh.shape[name] for name in split_over)
+        mesh_axes = () if names is None else np.atleast_1d(names)
+        n_parts = math.prod(mesh.shape[axis] for axis in mesh_axes)
         kept.append(names if size % n_parts == 0 else None)
     return PartitionSpec(*kept)
 

@@ -143,7 +143,7 @@ def place(name: str):
     mesh = make_mesh(name)
     notes = transformer.require_fit(SAMPLED, mesh, fsdp=False)
     params, axes = weights(SAMPLED, 0, 6.0), transformer.logical_axes(SAMPLED, stacked=False)
-    shardings = sharding.state_shardings(mesh, axes, params, sharding.DECODING)
+    shardings = sharding.state_shardings(mesh, axes, params, sharding.DECODING_RULES)
     params = jax.device_put(params, shardings)
     return LanguageModel(SAMPLED, params, LETTERS, step=0, mesh=mesh), notes
 

@@ -231,7 +231,7 @@ def choose_model(args: Args):
         # Two programs. In a single one the compiler would draw the weights of each layer apart:
         # for gpt2 on a GPU that took more than a minute to compile.
         shapes, axes = transformer.abstract(config), transformer.logical_axes(config)
-        shardings = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING)
+        shardings = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING_RULES)
         init = jax.jit(partial(transformer.init, config), out_shardings=shardings)
         return for_decoding(config, mesh, args.quantize, init(jax.random.key(0)))
 

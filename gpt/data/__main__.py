@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
         tokenizer = choose_tokenizer(
             [origin], name, command.vocab_size, command.reading, kept, is_sample=False
         )
-    fingerprint, files = prepare.identify(text, tokenizer, command.reading, held_out)
+    fingerprint, files = prepare.fingerprint_text(text, tokenizer, command.reading, held_out)
     if token_files.is_prepared(command.out):
         is_same = token_files.read_header(command.out)["fingerprint"] == fingerprint
         require(is_same, f"{command.out} holds tokens of other text: name a new folder")

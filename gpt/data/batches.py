@@ -40,8 +40,8 @@ def batch(
     seq_len: int,
     rows: slice | np.ndarray | None = None,
 ) -> np.ndarray:
-    """The sequences of batch `index`, counted from 0: int32 [rows, T+1], each overlapping its
-    targets by one. Step n of a run, counted from 1, trains on batch n - 1.
+    """The sequences of batch `index`, counted from 0: int32 [rows, T+1], which hold T inputs and,
+    shifted by one, their T targets. Step n of a run, counted from 1, trains on batch n - 1.
 
     `rows` selects some of the `batch_size` rows, for a process that holds only those: a slice of
     them or their numbers. Raises UserError if the text is shorter than one sequence.
@@ -69,7 +69,8 @@ def draw_sources(
     ends = np.round(np.cumsum(weights) * BLOCK).astype(np.uint64)
     starts = np.concatenate([[np.uint64(0)], ends[:-1]])
     block, place = np.divmod(sequence, np.uint64(BLOCK))
-    rank = permute(place, mix(mix(np.full_like(block, seed)) ^ ~block), BLOCK)
+    key = mix(mix(np.full_like(block, seed)) ^ ~block)  # ~: unlike any epoch's key
+    rank = permute(place, key, BLOCK)
     source = np.searchsorted(ends, rank, "right")
     return source, block * (ends - starts)[source] + rank - starts[source]
 
@@ -171,22 +172,20 @@ def choose_windows(n_targets: int, seq_len: int, max_tokens: int) -> tuple[np.nd
     return starts, fresh
 
 
-def prefetch(
-    make: Callable[[int], Made], first_step: int, last_step: int, depth: int = 2
-) -> Iterator[Made]:
-    """make(step) for each step from `first_step` up to, not including, `last_step`.
+def prefetch(make: Callable[[int], Made], first: int, end: int, depth: int = 2) -> Iterator[Made]:
+    """make(index) for each index from `first` up to, not including, `end`.
 
     One background thread keeps `depth` of them ready; an exception in it is raised here, when its
-    step is due. Closing the generator ends the thread.
+    index is due. Closing the generator ends the thread.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-    ahead = range(first_step, last_step)
-    waiting = deque(pool.submit(make, step) for step in ahead[:depth])
+    ahead = range(first, end)
+    waiting = deque(pool.submit(make, index) for index in ahead[:depth])
     try:
-        for step in ahead:
+        for index in ahead:
             made = waiting.popleft().result()
-            if step + depth < last_step:
-                waiting.append(pool.submit(make, step + depth))
+            if index + depth < end:
+                waiting.append(pool.submit(make, index + depth))
             yield made
     finally:
         pool.shutdown(cancel_futures=True)

@@ -102,7 +102,7 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
         # What each origin is. Text that has changed is refused before it is tokenized.
         found = []
         for origin, start in zip(origins, starts, strict=True):
-            found.append(identify(origin, chosen, options, kept.recall(start), log))
+            found.append(identify_origin(origin, chosen, options, kept.recall(start), log))
         fingerprint = found[0].fingerprint
         if len(origins) > 1:
             weights = [origin.weight for origin in origins]
@@ -228,7 +228,7 @@ def choose_tokenizer(
         "made from (a meta.pkl is not opened: a pickle can run any program)",
     )
     stats = [file.stat for text in texts for file in text.files]
-    start = [VERSION, name, vocab_size, options.identity, stats]
+    start = [VERSION, name, vocab_size, options.document_settings, stats]
     known = kept.recall_tokenizer(start)
     if known:
         return known
@@ -248,11 +248,11 @@ def start_of(origin: Origin, tokenizer: Tokenizer, options: Reading) -> list | N
     """What decides the tokens of a text, if its files are what they look like; None for tokens."""
     if origin.text is None:
         return None
-    identity = prepare.identity(tokenizer, options, origin.held_out)
-    return [*identity, [file.stat for file in origin.text.files]]
+    settings = prepare.token_settings(tokenizer, options, origin.held_out)
+    return [*settings, [file.stat for file in origin.text.files]]
 
 
-def identify(
+def identify_origin(
     origin: Origin, tokenizer: Tokenizer, options: DataOptions, known: Path | None, log: Log
 ) -> Found:
     """What an origin is. The files of a text are read to know it, unless there are tokens in the
@@ -275,7 +275,7 @@ def identify(
     log(f"text           {origin.text.title}: {text.description}{hint}")
     for note in text.notes:
         log(note)
-    fingerprint, files = prepare.identify(text, tokenizer, options, origin.held_out)
+    fingerprint, files = prepare.fingerprint_text(text, tokenizer, options, origin.held_out)
     return Found(fingerprint, files, text=text)
 
 

@@ -33,7 +33,7 @@ class Reading:
         return "" if self.separator == "none" else self.separator.replace("\\n", "\n")
 
     @property
-    def identity(self) -> list:
+    def document_settings(self) -> list:
         """What of this decides which documents a file holds."""
         return [self.text_column, self.end_of_document, self.skip_bad_documents]
 

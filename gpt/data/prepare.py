@@ -104,9 +104,9 @@ class Job:
     progress: Progress | None = None
 
 
-def identity(tokenizer: Tokenizer, reading: Reading, held_out: float | None) -> list:
+def token_settings(tokenizer: Tokenizer, reading: Reading, held_out: float | None) -> list:
     """What decides the tokens of a text beside its files, as a JSON value."""
-    return [VERSION, tokenizers.digest(tokenizer), reading.identity, held_out]
+    return [VERSION, tokenizers.digest(tokenizer), reading.document_settings, held_out]
 
 
 def digest_of(value: Any) -> str:
@@ -114,14 +114,14 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode("utf-8", "replace")).hexdigest()
 
 
-def identify(
+def fingerprint_text(
     text: Text, tokenizer: Tokenizer, reading: Reading, held_out: float | None
 ) -> tuple[str, dict[str, str]]:
     """The fingerprint of a text's tokens, and the hash of each of its files by name: all of them
     are read."""
     hashes = hash_files(text.files)
     names = [file.name for file in text.files]
-    about = identity(tokenizer, reading, held_out)
+    about = token_settings(tokenizer, reading, held_out)
     return digest_of([*about, hashes, text.forms]), dict(zip(names, hashes, strict=True))
 
 

@@ -29,7 +29,7 @@ def load_tasks(run) -> list:
         return harness.load_tasks(names, args.eval_tasks_path)
 
 
-def evaluate(run, tasks: list, weights: dict) -> dict[str, float] | None:
+def evaluate_tasks(run, tasks: list, weights: dict) -> dict[str, float] | None:
     """The figures of the stacked `weights` of a run on its tasks; None in processes that do not
     evaluate."""
     model = language_model.in_training(run, weights)

@@ -112,7 +112,8 @@ class Attention(nnx.Module):
         k_BKTH = apply_rope(k_BTKH, positions.rope).swapaxes(1, 2)
         v_BKTH = v_BTKH.swapaxes(1, 2)
 
-        # With a cache the tokens read what it holds, themselves included; without, themselves.
+        # With a cache the tokens attend to its slots, where they have just been written; without
+        # one, to each other.
         if past is None:
             k_BKSH, v_BKSH = k_BKTH, v_BKTH
         else:

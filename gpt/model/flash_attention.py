@@ -51,7 +51,7 @@ def attend_token(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
     busy with the kernel.
     """
     if cudnn is not None and len(q_BTNH) > 1 and kernel_for(q_BTNH) is by_cudnn:
-        # A row that has filled the cache stands behind it.
+        # The position of a full row is one past the last slot.
         n_B = jnp.minimum(pos_BT[:, 0] + 1, k_BKSH.shape[2])
         return spread(cache_by_cudnn, q_BTNH, k_BKSH, v_BKSH, n_B)
     mix_B1NH = attention.attend(q_BTNH[:, :1], k_BKSH, v_BKSH, pos_BT[:, :1], drop)

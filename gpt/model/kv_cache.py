@@ -13,6 +13,7 @@ from gpt.config import ModelConfig
 from gpt.sharding import constrain
 
 AXES = ("batch", "kv_heads", None, None)
+# Rows and heads are batched; the slot, axis 2, is what an index names.
 APPEND = jax.lax.ScatterDimensionNumbers(
     update_window_dims=(3,),
     inserted_window_dims=(2,),

@@ -49,7 +49,7 @@ def planned(config: TrainConfig, mesh: Mesh) -> list[PlannedProgram]:
     # cache of the whole context.
     shapes = jax.eval_shape(transformer.unstack, transformer.abstract(c))
     axes = transformer.logical_axes(c, stacked=False)
-    shardings = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING)
+    shardings = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING_RULES)
     weights = sharding.with_shardings(shapes, shardings)
     cache = jax.eval_shape(lambda: kv_cache.grow(kv_cache.empty(c, n_rows), c.context_length))
     tokens_BT = jax.ShapeDtypeStruct((n_rows, n_prompt), jnp.int32)

@@ -159,7 +159,7 @@ def load(
         # Each part of the stacked weights is read by the device that keeps it.
         shapes = transformer.abstract(config)
         axes = transformer.logical_axes(config)
-        shardings = sharding.state_shardings(devices, axes, shapes, sharding.DECODING)
+        shardings = sharding.state_shardings(devices, axes, shapes, sharding.DECODING_RULES)
         like = sharding.with_shardings(shapes, shardings)
         stacked = checkpoint.restore(run, step, tree, like)
 
@@ -244,5 +244,5 @@ def for_decoding(config: ModelConfig, mesh: Mesh, quantize: Quantize | None, par
     axes = transformer.logical_axes(config, stacked=False)
     axes = int8.quantize_axes(axes) if quantize else axes
     shapes = jax.eval_shape(convert, params)
-    shardings = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING)
+    shardings = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING_RULES)
     return jax.jit(convert, out_shardings=shardings)(params)

@@ -32,7 +32,7 @@ Means = tuple[jax.Array, jax.Array]
 class Axes(NamedTuple):
     """The axes of the mesh over which tokens, the table's rows and its width are split."""
 
-    rows: tuple[str, ...]
+    tokens: tuple[str, ...]
     vocab: tuple[str, ...]
     embed: tuple[str, ...]
 
@@ -91,7 +91,7 @@ def device_losses(
 ) -> tuple[Means, tuple[jax.Array, jax.Array]]:
     """`losses_and_gradients` on one device, of its tokens, `n_tokens` on all devices together, and
     its part of the table."""
-    rows, vocab, embed = axes
+    tokens, vocab, embed = axes
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     # The table in the type of the products, whole in width.
@@ -142,12 +142,12 @@ def device_losses(
         )
 
     # Summed over the devices that have other tokens, or other rows of the vocabulary.
-    means = jax.lax.psum((objective / n_tokens, loss / n_tokens), rows)
+    means = jax.lax.psum((objective / n_tokens, loss / n_tokens), tokens)
     if embed:
         table_gradient_VD = jax.lax.psum_scatter(
             table_gradient_VD, embed, scatter_dimension=1, tiled=True
         )
-    others = tuple(axis for axis in rows if axis not in embed)
+    others = tuple(axis for axis in tokens if axis not in embed)
     table_gradient_VD = jax.lax.psum(table_gradient_VD, others).astype(table_type)
     x_gradient_MD = jax.lax.psum(x_gradient.reshape(-1, D)[:M], vocab)
     return means, (x_gradient_MD, table_gradient_VD)

@@ -63,7 +63,7 @@ class RunLog:
             self.bar_task = self.bar.add_task("", completed=first_step, total=config.steps)
             self.bar.start()
 
-    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """`step` has been computed. Every `log_every` steps, and at the last, write its line.
 
         `metrics`: scalars `loss` (nats per token), `learning_rate`, `grad_norm`, `skipped` (updates

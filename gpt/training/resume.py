@@ -139,9 +139,8 @@ def require_same_settings(start: StartingPoint, config: TrainConfig) -> None:
 
 
 def keep_choices(args: Any, config: TrainConfig, mesh: Mesh, start: StartingPoint) -> TrainConfig:
-    """`config`, with what it leaves to `auto`, and what --minutes settled, taken from the run that
-    it continues: its steps then stay the same to the bit. If those micro-batches do not divide on
-    this mesh, `auto` stays."""
+    """`config` with its `auto` settings, and the steps that --minutes settled, taken from the saved
+    run, so that continuing is exact. A grad_accum that does not fit this mesh stays `auto`."""
     if not start.resuming:
         return config
     saved = from_json(TrainConfig, start.metadata["train"])

@@ -63,7 +63,7 @@ class StopSignal:
         self.deferred = True
         self.first_step = first_step
 
-    def requested_by(self, step: int) -> bool:
+    def must_end_after(self, step: int) -> bool:
         """Whether the run must end after `step`, or should have ended before. All processes of a
         run ask this after each step, and all get the same answer."""
         if not distributed.is_multi_process():

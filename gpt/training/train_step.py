@@ -1,7 +1,7 @@
 """One optimizer step and one evaluation step: pure functions, compiled for a mesh.
 
-How gradients are averaged over devices: where the mesh splits rows alone, each device sums the
-gradients of its own rows, and one all-reduce at the end of the step adds them up. Where it splits
+How gradients are averaged over devices: where the mesh splits rows alone, each device averages over
+its own rows, and one all-reduce at the end of the step averages over the devices. Where it splits
 weights too, no line here says so: the loss is a mean over all rows, so the gradient with respect to
 the weights is a sum over devices, and in each micro-batch the compiler inserts the all-reduce (over
 `fsdp`, the reduce-scatter) that computes it.
@@ -51,8 +51,8 @@ def train_step(
         ema_params = update_ema(config, state.ema_params, params, state.step)
         return TrainState(params, opt_state, state.step, ema_params)
 
-    # On a CPU a branch updates in place, where a choice would keep both states. A GPU waits for the
-    # host at each branch, so there each array is chosen.
+    # `cond` lets a CPU update in place; `where` would keep both states. On a GPU `cond` waits for
+    # the host, so there `where` selects each array.
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if sharding.platform() == "cpu":
         kept = jax.lax.cond(finite, update, lambda state: state, state)
@@ -75,16 +75,17 @@ def mean_gradients(
     """The mean cross-entropy in nats per token over all micro-batches, and the gradient of what
     training minimizes.
 
-    On a mesh that splits rows alone, each device adds up the gradients of its own rows over all
-    micro-batches, and only those sums are sent.
+    On a mesh that splits rows alone, each device averages over its own rows of all micro-batches,
+    and only those averages are sent.
     """
     key_AB = dropout_keys(config, step, *tokens_ABU.shape[:2])
     mesh = sharding.mesh_in_force()
     if mesh is None or mesh.shape["data"] < mesh.size:
-        return sum_gradients(config, params, tokens_ABU, key_AB)
+        return gradients_of_rows(config, params, tokens_ABU, key_AB)
 
     def mean_over_devices(params, tokens_ABU, key_AB):
-        return jax.lax.pmean(sum_gradients(config, params, tokens_ABU, key_AB), "data")
+        own_mean = gradients_of_rows(config, params, tokens_ABU, key_AB)
+        return jax.lax.pmean(own_mean, "data")
 
     replicated = PartitionSpec()
     by_row = PartitionSpec(None, "data")
@@ -96,11 +97,13 @@ def mean_gradients(
     )(params, tokens_ABU, key_AB)
 
 
-def sum_gradients(
+def gradients_of_rows(
     config: TrainConfig, params: dict, tokens_ABU: jax.Array, key_AB: jax.Array | None
 ) -> tuple[jax.Array, dict]:
-    """`mean_gradients` for these rows alone; `key_AB`: the dropout key of each. Sums over
-    micro-batches are kept in float32."""
+    """The mean loss and gradient over these rows alone; `key_AB`: the dropout key of each.
+
+    Sums over micro-batches are kept in float32.
+    """
     A = len(tokens_ABU)
 
     def share_of_loss(params, tokens_BU, key_B):
@@ -208,7 +211,7 @@ def require_fit(config: TrainConfig, mesh: Mesh) -> list[str]:
 
 def compile_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:
     """The training step compiled ahead of time; it consumes its state. No array is allocated."""
-    config = memory_plan.choose(config, mesh)
+    config = memory_plan.choose(config, mesh)  # no effect where the caller has chosen
     state = abstract_state(config, mesh)
     shape = (config.grad_accum, config.batch_size // config.grad_accum, config.sequence_length + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.rows(mesh, axis=1))

@@ -60,7 +60,7 @@ class Run:
 
     @property
     def minutes(self) -> float | None:
-        """Minutes to train for which the number of steps is to be settled; None if it is known."""
+        """Minutes to train, while the number of steps is still unknown; else None."""
         return None if self.start.resuming else self.args.minutes
 
 
@@ -257,13 +257,14 @@ class Recorder(contextlib.ExitStack):
                 yield step, tokens
                 self.log.timer.resume()
 
-    def step(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> None:
+    def note_step(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> None:
         """`step`, which gave `state` and `metrics`, has been handed to the device."""
         self._profile(step, metrics)
         self._read_last_step(state)
         self.unread = step, metrics
         if self.n_bad + 1 >= self.run.config.max_bad_steps:
-            # If this one is bad, no further step must change the weights that are to be explained.
+            # If this step is bad, it is the last one allowed. It is read before another one changes
+            # the weights that will be inspected.
             self._read_last_step(state)
 
     def catch_up(self, state: TrainState) -> bool:
@@ -274,14 +275,14 @@ class Recorder(contextlib.ExitStack):
         return self.n_bad == 0
 
     def _read_last_step(self, state: TrainState) -> None:
-        """Log the last step, if it is unread. Raise Failed if too many in a row were skipped, or
-        the last one of the run was, which no good one can follow."""
+        """Log the last step, if it is unread. Raise Failed if too many steps in a row were skipped,
+        or the run's last step was: no good step can follow it."""
         if self.unread is None:
             return
         config = self.run.config
         step, metrics = self.unread
         self.unread = None
-        self.log.step(step, jax.block_until_ready(metrics))
+        self.log.write_step(step, jax.block_until_ready(metrics))
 
         skipped = int(metrics["skipped"])
         self.n_bad = self.n_bad + 1 if skipped > self.skipped else 0
@@ -386,22 +387,22 @@ def read_batch(run: Run, index: int) -> jax.Array:
     config = run.config
     A = config.grad_accum
     B = config.batch_size // A
-    U = config.sequence_length + 1
+    T = config.sequence_length
 
     @functools.cache  # some devices hold the same rows
     def read(first: int, end: int) -> np.ndarray:
         rows = np.arange(A)[:, None] * B + np.arange(first, end)  # in the whole batch
         found = batches.batch(
-            run.dataset.train, config.seed, index, config.batch_size, U - 1, rows.ravel()
+            run.dataset.train, config.seed, index, config.batch_size, T, rows.ravel()
         )
-        return found.reshape(A, end - first, U)
+        return found.reshape(A, end - first, T + 1)
 
     def part_of_device(where: tuple[slice, ...]) -> np.ndarray:
         first, end, _ = where[1].indices(B)
         return read(first, end)
 
     sharded = sharding.rows(run.mesh, axis=1)
-    return jax.make_array_from_callback((A, B, U), sharded, part_of_device)
+    return jax.make_array_from_callback((A, B, T + 1), sharded, part_of_device)
 
 
 def is_due(config: TrainConfig, step: int, every: int) -> bool:

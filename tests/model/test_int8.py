@@ -19,7 +19,7 @@ from gpt.model import int8, transformer
 from gpt.model import kv_cache as kv
 from gpt.sampling import cache_check, engine
 from gpt.sampling.language_model import LanguageModel
-from gpt.sharding import DECODING, make_decoding_mesh, state_shardings
+from gpt.sharding import DECODING_RULES, make_decoding_mesh, state_shardings
 
 MODERN = {
     "positions": "rope",
@@ -123,7 +123,7 @@ def test_each_part_has_the_axes_of_its_weight():
     assert attention["o"]["kernel"] == int8.Int8(P("embed", "heads"), P("embed"))
     assert mlp["down"]["kernel"] == int8.Int8(P("embed", "mlp"), P("embed"))
     assert mlp["up"]["kernel"] == int8.Int8(P("mlp", "embed"), P("mlp"))
-    split = state_shardings(mesh, axes, quantized("modern"), DECODING)
+    split = state_shardings(mesh, axes, quantized("modern"), DECODING_RULES)
     assert split["blocks"][0]["attention"]["q"]["kernel"].ints.spec == P("tensor", None, None)
 
 

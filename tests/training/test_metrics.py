@@ -32,7 +32,7 @@ def run(out, first=0, console=None, until=40):
     log = RunLog(out, first, CONFIG, console or plain_console())
     with contextlib.closing(log):
         for step in range(first + 1, until + 1):
-            log.step(step, METRICS)
+            log.write_step(step, METRICS)
             if step % 20 == 0:
                 log.evaluation(step, 3.25, 1.5)
 
@@ -71,7 +71,7 @@ def test_samples_of_steps_that_are_made_again_are_replaced(tmp_path):
 
 def test_what_is_not_a_number_is_null(tmp_path):
     with contextlib.closing(RunLog(tmp_path, 0, CONFIG, plain_console())) as log:
-        log.step(10, METRICS | {"loss": jnp.nan, "grad_norm": jnp.inf})
+        log.write_step(10, METRICS | {"loss": jnp.nan, "grad_norm": jnp.inf})
         log.evaluation(10, math.nan, -math.inf)
     train, evaluation = read_metrics(tmp_path / "metrics.jsonl")  # at once, not only at the end
     assert (train["loss"], train["grad_norm"], train["learning_rate"]) == (None, None, 1e-3)
@@ -118,9 +118,9 @@ def test_speed_is_of_the_window_alone_and_leaves_out_pauses(tmp_path, monkeypatc
         log.timer.pause()
         clock.now += 30
         log.timer.resume()
-        log.step(30, METRICS)
+        log.write_step(30, METRICS)
         clock.now += 1
-        log.step(40, METRICS)
+        log.write_step(40, METRICS)
     slow, fast = read_metrics(tmp_path / "metrics.jsonl")
     assert (slow["tokens_per_second"], fast["tokens_per_second"]) == (320, 1280)
     assert (slow["seconds"], fast["seconds"]) == (34, 35)
@@ -153,10 +153,10 @@ def test_a_line_that_finds_no_room_ends_the_run_unless_it_is_to_go_on(keep_going
         log.file.close()
         log.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 - the log closes it
         if keep_going:
-            log.step(10, METRICS)
+            log.write_step(10, METRICS)
         else:
             with pytest.raises(OSError, match="No space left"):
-                log.step(10, METRICS)
+                log.write_step(10, METRICS)
 
 
 def test_smoothing_is_centred_and_keeps_a_line_straight():

@@ -92,7 +92,7 @@ def test_every_signal_that_ends_programs_is_noted(name, monkeypatch):
         assert interrupt.value.args == (128 + number,)  # nothing could be lost yet
         stop.defer(first_step=0)
         signal.raise_signal(number)
-        assert stop.requested_by(1)
+        assert stop.must_end_after(1)
     assert stop.code == 128 + number and len(log) == 1
 
 
@@ -103,7 +103,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
         with StopSignal(pytest.fail, lambda: None) as stop:
             stop.defer(first_step=0)
             signal.raise_signal(signal.SIGHUP)
-            assert not stop.requested_by(1)
+            assert not stop.must_end_after(1)
     finally:
         signal.signal(signal.SIGHUP, previous)
 
