@@ -254,14 +254,14 @@ def test_a_signal_at_a_skipped_step_waits_for_one_that_can_be_saved(
 ):
     """A whole interval of steps would be lost otherwise."""
     plant({AT, 99})  # and made good again
-    honest = Recorder.step
+    honest = Recorder.note_step
 
     def step(recorder, step, state, metrics):
         if step == AT:
             os.kill(os.getpid(), signal.SIGTERM)
         honest(recorder, step, state, metrics)
 
-    monkeypatch.setattr(Recorder, "step", step)
+    monkeypatch.setattr(Recorder, "note_step", step)
     done = call("train", *RUN, "--save-every", "10", "--data", text, "--out", tmp_path)
     assert done.code == 143 and "not saved" not in done.err
     assert checkpoint.steps(tmp_path) == [AT + 1]

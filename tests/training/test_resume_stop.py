@@ -31,7 +31,7 @@ def before(monkeypatch, owner, name, action):
 
 
 PHASES = {  # the function that is interrupted, and the step that is saved
-    "training": (Recorder, "step", 1),
+    "training": (Recorder, "note_step", 1),
     "evaluating": (train_step, "evaluate", 5),
     "sampling": (language_model, "write_sample", 8),
     "saving": (Recorder, "save", 5),
