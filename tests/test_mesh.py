@@ -107,7 +107,7 @@ def check_sampled(one, mesh, rows, heads, parts_of_cache, parts_of_weights):
     cost more than the step."""
     for what in ("greedy", "drawn", "alone", "beam"):
         assert mesh[what] == one[what], what
-    assert mesh["speculated"] == one["drawn"] and mesh["accepted"] > 100
+    assert mesh["speculated"] == one["drawn"] and mesh["accepted"] > 50
     assert len({tuple(row) for row in one["greedy"]}) > 4
     assert mesh["score"] == pytest.approx(one["score"], abs=2e-5)
     assert mesh["answers"] == pytest.approx(one["answers"], abs=1e-4) and len(one["answers"]) == 3
