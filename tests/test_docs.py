@@ -124,7 +124,7 @@ def test_a_command_parses(command):
 
 def test_every_flag_in_the_text_exists():
     programs = ["train", "sample", *MODULES.values()]
-    names = ("recipes", "ablations", "peers", "prepare")
+    names = ("recipes", "ablations", "evaluation", "peers", "prepare")
     scripts = [f"benchmarks/{name}" for name in names]
     known = set.union(OTHERS, *map(flags, programs + scripts))
     for way in ("import", "export"):
