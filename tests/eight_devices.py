@@ -153,7 +153,8 @@ def sample(name: str, checked: bool = False) -> dict:
     model, notes = place(name)
     greedy = [c.token_ids for c in generate.complete(model, PROMPTS, GREEDY)]
     drawn = [c.token_ids for c in generate.complete(model, PROMPTS, MIXED)]
-    hints = [[*prompt.encode(), *tokens] for prompt, tokens in zip(PROMPTS, drawn, strict=True)]
+    # Twice, so that the end of a hint is foreseen too, and with it proposals pay at once.
+    hints = [[*prompt.encode(), *ids] * 2 for prompt, ids in zip(PROMPTS, drawn, strict=True)]
     foreseen = [replace(one, speculate=3) for one in MIXED]
     speculated = generate.complete(model, PROMPTS, foreseen, hints=hints)
     before, kept, honest = compilations.programs, [], generate.decode_chunk

@@ -144,11 +144,13 @@ def choose_n_proposals(
     # If the share p of the tokens is proposed, a step gains 1 + p + ... + p^N tokens.
     is_allowed_BN = np.arange(N) < limit_B[:, None]
     gain_B = np.sum(is_allowed_BN * agreement_B[:, None] ** np.arange(1, N + 1), axis=1)
-    # What a step costs, in plain ones. An accelerator waits for the weights; a CPU computes, and
-    # this is what small models cost there, more than large ones do.
-    cost = 1.5 + n_rows * N / 16 if platform() == "cpu" else 1.1
-    cost += (N + 1) * draft_cost
-    return N if 1 + gain_B.sum() / n_rows > cost else 0
+    # What a step costs, in plain ones. An accelerator waits for the weights. A CPU computes: there
+    # the row decides that gains least, for which the others would wait, and this is what small
+    # models cost, more than large ones do.
+    gain, cost = gain_B.sum() / n_rows, 1.1
+    if platform() == "cpu":
+        gain, cost = gain_B[limit_B > 0].min(), 1.5 + n_rows * N / 16
+    return N if 1 + gain > cost + (N + 1) * draft_cost else 0
 
 
 # The device's part: proposals, and which of them to keep.
