@@ -145,7 +145,7 @@ def read_contexts_apart(model, batch: Sequence[Group]):
     row_R = np.pad(row_R, (0, len(tokens_RP) - len(row_R)))
 
     with compilations.of(batch=len(tokens_RP), bucket=tokens_CT.shape[1]):
-        cache, _ = engine.read(config, params, tokens_CT, n_C)
+        cache, _ = engine.prefill_in_pieces(config, params, tokens_CT, n_C)
         capacity = padded(cache.capacity + tokens_RP.shape[1])
         cache = engine.grow(cache, capacity)
         return score_after(config, params, cache, row_R, tokens_RP, targets_RP)

@@ -66,7 +66,7 @@ def planned(config: TrainConfig, mesh: Mesh) -> list[PlannedProgram]:
     no_bias_V = np.zeros(c.vocab_size, np.float32)
     sampling = generate.sampling_params([Settings()] * n_rows, [no_bias_V] * n_rows)
     if mesh.devices.flat[0].platform != "cpu":
-        sampling = sampler.with_known_steps(sampling)  # as where such devices are
+        sampling = sampler.with_known_stages(sampling)  # as where such devices are
 
     def compile_sampling(function, *args, **static) -> jax.stages.Compiled:
         with sharding.on_mesh(mesh):

@@ -217,7 +217,7 @@ def start(model, rows: Sequence[Row], settings: BeamSettings) -> tuple[SearchSta
     prompts = [row.prompt.ids for row in rows]
     tokens_PT, n_P = generate.pad_prompts(prompts, config.context_length, may_slide=False)
     with compilations.of(bucket=tokens_PT.shape[1]):
-        cache, logits_PV = engine.read(config, model.params, tokens_PT, n_P)
+        cache, logits_PV = engine.prefill_in_pieces(config, model.params, tokens_PT, n_P)
     longest = int((n_P + rules.max_tokens_P).max()) - 1  # the last token of a text is not read
     cache = engine.grow(cache, engine.bucket(longest, config.context_length))
     seen_PV = np.zeros(logits_PV.shape, bool)

@@ -2,7 +2,7 @@
 
 There is one program of `sample_first` for each batch size, and one of `decode_chunk` for each
 batch size and cache capacity: lengths, settings, and which rows have ended are traced. (On an
-accelerator there is one for each set of sampling steps too, see sampler.py.)
+accelerator there is one for each set of sampling stages too, see sampler.py.)
 Shape letters: see gpt/model/transformer.py; C steps of a chunk.
 """
 
@@ -83,7 +83,7 @@ def sample_first(
         remaining_B=count_remaining(state, token_B),
         seen_BV=mark_seen(state.seen_BV, token_B),
     )
-    return constrain_state(state), report(logits_BV, token_B, top)
+    return constrain_state(state), as_sampled_tokens(logits_BV, token_B, top)
 
 
 @partial(jax.jit, static_argnames=("config", "size", "top"), donate_argnames="state")
@@ -113,12 +113,12 @@ def decode_chunk(
 
 
 def run_steps(
-    step: Callable, state: DecodeState, other, size: int, width: int, top: int
+    step: Callable, state: DecodeState, carried, size: int, width: int, top: int
 ) -> tuple[DecodeState, Any, SampledTokens]:
     """The loop of a chunk: up to `size` steps, each of which gives a row up to `width` tokens.
 
-    `step(state, other)` returns both and a SampledTokens of `width` columns; `other` is whatever
-    else it carries from one step to the next.
+    `step(state, carried)` returns both and a SampledTokens of `width` columns. `carried` is
+    whatever else one step hands to the next.
     """
     B, C = len(state.token_B), size * width
     sampled = SampledTokens(
@@ -133,12 +133,12 @@ def run_steps(
         return (i < size) & jnp.any(state.remaining_B > 0) & ~jnp.any(find_full_rows(state))
 
     def advance(carry):
-        i, state, other, sampled = carry
-        state, other, new = step(state, other)
+        i, state, carried, sampled = carry
+        state, carried, new = step(state, carried)
         write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * width, axis=1)
-        return i + 1, state, other, jax.tree.map(write, sampled, new)
+        return i + 1, state, carried, jax.tree.map(write, sampled, new)
 
-    start = 0, state, other, sampled
+    start = 0, state, carried, sampled
     if platform() == "cpu":
         return jax.lax.while_loop(goes_on, advance, start)[1:]
     return jax.lax.fori_loop(0, size, lambda _, carry: advance(carry), start)[1:]
@@ -154,7 +154,7 @@ def decode_and_sample(
     position_B = cache.length_B + state.dropped_B
     token_B = sampler.sample(logits_BV, sampling, state.seen_BV, position_B)
     token_B = jnp.where(running_B, token_B, state.token_B)
-    sampled = report(logits_BV, token_B, top)
+    sampled = as_sampled_tokens(logits_BV, token_B, top)
     tokens_BC = jnp.where(running_B[:, None], sampled.tokens_BC, NO_TOKEN)
     state = replace(
         state,
@@ -176,7 +176,7 @@ def mark_seen(seen_BV: jax.Array, token_B: jax.Array) -> jax.Array:
     return seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
 
 
-def report(logits_BV: jax.Array, token_B: jax.Array, top: int) -> SampledTokens:
+def as_sampled_tokens(logits_BV: jax.Array, token_B: jax.Array, top: int) -> SampledTokens:
     """`token_B` as a chunk of one step, with its log-probabilities and the likeliest tokens."""
     log_total_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
     top_logits_BK, top_ids_BK = jax.lax.top_k(logits_BV, top)

@@ -49,7 +49,7 @@ def keep_up(draft, cache: kv.KVCache | None, rows: Sequence[Row], state: DecodeS
         # The last token is in no cache yet. A row that has ended may have fewer than its cache.
         ids = (row.prompt.ids + row.completion.token_ids)[-n - 1 : -1]
         tokens_BT[b, : len(ids)] = ids
-    cache, _ = engine.read(draft.config, draft.params, tokens_BT, length_B)
+    cache, _ = engine.prefill_in_pieces(draft.config, draft.params, tokens_BT, length_B)
     return cache
 
 

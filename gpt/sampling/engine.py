@@ -64,7 +64,7 @@ def extend(config: ModelConfig, params: dict, cache: kv.KVCache, tokens_BT, n_B:
     return cache.advanced(n_B), last_logits(model, x_BTD, n_B)
 
 
-def read(config: ModelConfig, params: dict, tokens_BT, n_B, piece: int = PIECE):
+def prefill_in_pieces(config: ModelConfig, params: dict, tokens_BT, n_B, piece: int = PIECE):
     """As `prefill`, for prompts of any length: in pieces of `piece` tokens where T exceeds that.
 
     A host function over two programs; the pieces bound the memory that the scores take.
@@ -84,7 +84,8 @@ def read(config: ModelConfig, params: dict, tokens_BT, n_B, piece: int = PIECE):
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(config: ModelConfig, params: dict, cache: kv.KVCache, token_B, active_B):
-    """Read one token per row on top of `cache`, which is consumed; as `prefill`.
+    """Read one token per row on top of `cache`, which is consumed. Returns the cache with
+    them in it and the logits of the next tokens, [B, V].
 
     Rows not active are computed like the others and keep their length.
     """

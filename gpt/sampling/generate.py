@@ -279,7 +279,7 @@ def sampling_params(
         sample=jnp.array(samples or [0] * len(settings), jnp.uint32),
     )
     # A CPU finds out while it decodes which steps are needed, and so has one program for all.
-    return params if platform() == "cpu" else sampler.with_known_steps(params)
+    return params if platform() == "cpu" else sampler.with_known_stages(params)
 
 
 def logit_bias(model, settings: Settings) -> np.ndarray:
@@ -345,7 +345,7 @@ def start(
     config = model.config
     tokens_BT, n_B = batch
     with compilations.of(batch=len(n_B), bucket=tokens_BT.shape[1]):
-        cache, logits_BV = engine.read(config, model.params, tokens_BT, n_B)
+        cache, logits_BV = engine.prefill_in_pieces(config, model.params, tokens_BT, n_B)
     # The samples of a prompt are consecutive rows.
     prompt_of_row = np.cumsum([row.completion.sample == 0 for row in rows]) - 1
     if len(rows) > len(n_B):

@@ -1,9 +1,9 @@
 """From logits to a token: bias, penalty, temperature, filters, the draw.
 
 Settings are traced arrays with one entry per row: no value recompiles anything, and the rows of a
-batch may differ in all of them. A step that no row needs is not computed. A CPU decides that while
+batch may differ in all of them. A stage that no row needs is not computed. A CPU decides that while
 a program runs. For a GPU that would be a round trip to the host at each token, so the host decides
-beforehand, by `SamplingParams.steps`, and there is a program for each set of steps in use.
+beforehand, by `SamplingParams.stages`, and there is a program for each set of stages in use.
 
 The order is that of Hugging Face transformers: logit bias (which also forbids end-of-text),
 repetition penalty, temperature, top-k, top-p over what top-k kept, min-p over what both kept. Ties
@@ -31,8 +31,8 @@ class SamplingParams:
     """How each row of a batch samples: the settings of the same names, one entry per row.
 
     `bias_BV` is added to the logits. A row's noise depends on its `seed`, its `sample` (the number
-    among the completions of one prompt) and the position, and on nothing else. `steps`: those of
-    `needed_steps` that some row needs; None: found out while the program runs.
+    among the completions of one prompt) and the position, and on nothing else. `stages`: those of
+    `needed_stages` that some row needs; None: found out while the program runs.
     """
 
     bias_BV: jax.Array
@@ -43,11 +43,11 @@ class SamplingParams:
     min_p: jax.Array
     seed: jax.Array
     sample: jax.Array
-    steps: frozenset[str] | None = field(default=None, metadata={"static": True})
+    stages: frozenset[str] | None = field(default=None, metadata={"static": True})
 
 
-def needed_steps(sampling: SamplingParams) -> dict[str, jax.Array]:
-    """For each step, whether some row needs it."""
+def needed_stages(sampling: SamplingParams) -> dict[str, jax.Array]:
+    """For each stage of sampling, whether some row needs it."""
     adjusts = jnp.any(sampling.bias_BV != 0) | jnp.any(sampling.repetition_penalty != 1)
     return {
         "adjust": adjusts,
@@ -60,19 +60,19 @@ def needed_steps(sampling: SamplingParams) -> dict[str, jax.Array]:
 
 
 def do_if_needed(
-    step: str, sampling: SamplingParams, function: Callable, x_BV: jax.Array, otherwise: jax.Array
+    stage: str, sampling: SamplingParams, function: Callable, x_BV: jax.Array, otherwise: jax.Array
 ) -> jax.Array:
-    """`function(x_BV)` if some row needs the step, else `otherwise`."""
-    if sampling.steps is not None:
-        return function(x_BV) if step in sampling.steps else otherwise
-    needed = needed_steps(sampling)[step]
+    """`function(x_BV)` if some row needs the stage, else `otherwise`."""
+    if sampling.stages is not None:
+        return function(x_BV) if stage in sampling.stages else otherwise
+    needed = needed_stages(sampling)[stage]
     return jax.lax.cond(needed, lambda x_BV, _: function(x_BV), lambda _, x: x, x_BV, otherwise)
 
 
-def with_known_steps(sampling: SamplingParams) -> SamplingParams:
-    """`sampling` with its steps found out now, on the host."""
-    needed = jax.device_get(needed_steps(sampling))
-    return replace(sampling, steps=frozenset(step for step in needed if needed[step]))
+def with_known_stages(sampling: SamplingParams) -> SamplingParams:
+    """`sampling` with its stages found out now, on the host."""
+    needed = jax.device_get(needed_stages(sampling))
+    return replace(sampling, stages=frozenset(stage for stage in needed if needed[stage]))
 
 
 def adjust_logits(logits_BV: jax.Array, sampling: SamplingParams, seen_BV: jax.Array) -> jax.Array:
@@ -171,12 +171,12 @@ def filter_logits(logits_BV: jax.Array, sampling: SamplingParams) -> jax.Array:
     x_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature_B1
     x_BV = jnp.where(logits_BV > MASKED, x_BV, MASKED)  # forbidden at any temperature
 
-    for step, keep, setting_B in (
+    for stage, keep, setting_B in (
         ("top_k", keep_top_k, sampling.top_k),
         ("top_p", keep_top_p, sampling.top_p),
         ("min_p", keep_min_p, sampling.min_p),
     ):
-        x_BV = do_if_needed(step, sampling, partial(keep, setting_B), x_BV, x_BV)
+        x_BV = do_if_needed(stage, sampling, partial(keep, setting_B), x_BV, x_BV)
     return x_BV
 
 
@@ -246,7 +246,7 @@ def sample(
 
     def draw(logits_BV):
         token_B = inverse_cdf(filter_logits(logits_BV, sampling), uniform(sampling, position_B))
-        if sampling.steps is not None and "greedy" not in sampling.steps:
+        if sampling.stages is not None and "greedy" not in sampling.stages:
             return token_B
         return jnp.where(sampling.temperature > 0, token_B, greedy_B)
 

@@ -314,7 +314,7 @@ def read_and_accept(
         remaining_B=jnp.where(has_ended_B, 0, state.remaining_B - n_kept_B),
         seen_BV=state.seen_BV.at[jnp.arange(B)[:, None], drawn_BT].max(is_kept_BT),
     )
-    sampled = decode_loop.report(logits_MV, drawn_M, top)
+    sampled = decode_loop.as_sampled_tokens(logits_MV, drawn_M, top)
     sampled = jax.tree.map(lambda a: a.reshape(B, T, *a.shape[2:]), sampled)
     return state, replace(sampled, tokens_BC=jnp.where(is_kept_BT, drawn_BT, NO_TOKEN))
 

@@ -72,13 +72,13 @@ def test_each_is_that_of_a_pass_of_its_own(model, requests, expected, batch_size
 
 
 def test_a_shared_context_is_read_once(model, requests, monkeypatch):
-    read, honest = [], engine.read
+    read, honest = [], engine.prefill_in_pieces
 
     def noting(config, params, tokens_BT, n_B):
         read.append(n_B.tolist())
         return honest(config, params, tokens_BT, n_B)
 
-    monkeypatch.setattr(engine, "read", noting)
+    monkeypatch.setattr(engine, "prefill_in_pieces", noting)
     shared = [request for request in requests if len(request[0]) == T - 12]
     by_number(model, shared, 4)
     assert len(shared) == 3 and read == [[T - 13]]

@@ -107,8 +107,8 @@ def test_nothing_compiles_over_200_decode_steps():
 def test_prompts_read_in_pieces_equal_prompts_read_at_once(model):
     ids = [[1, 2, 3], list(range(100)), list(range(40)), list(range(64))]
     tokens_BT, n_B = generate.pad_prompts(ids, CONFIG.context_length)
-    whole, logits_BV = engine.read(CONFIG, model.params, tokens_BT, n_B)
-    pieces, again_BV = engine.read(CONFIG, model.params, tokens_BT, n_B, 32)
+    whole, logits_BV = engine.prefill_in_pieces(CONFIG, model.params, tokens_BT, n_B)
+    pieces, again_BV = engine.prefill_in_pieces(CONFIG, model.params, tokens_BT, n_B, 32)
     assert np.array_equal(whole.length_B, pieces.length_B)
     allowed = 2e-5 * max(1, np.asarray(logits_BV).std())
     assert np.abs(np.asarray(logits_BV - again_BV)).max() <= allowed

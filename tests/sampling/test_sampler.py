@@ -263,7 +263,7 @@ def test_an_accelerator_draws_what_a_cpu_draws(each, seed):
     logits = jnp.asarray(rng.normal(0, 3, (4, V)).astype(np.float32))
     seen, at = jnp.asarray(rng.random((4, V)) < 0.3), jnp.arange(4)
     mixed = rows(4, **{name: [one[name] for one in each] for name in NAMES})
-    known = sampler.with_known_steps(mixed)
+    known = sampler.with_known_stages(mixed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler, "platform", lambda: "gpu")
         tokens = sampler.sample(logits, known, seen, at)
@@ -271,6 +271,6 @@ def test_an_accelerator_draws_what_a_cpu_draws(each, seed):
 
 
 def test_steps_are_those_that_some_row_needs():
-    assert sampler.with_known_steps(rows(2)).steps == {"draw"}
+    assert sampler.with_known_stages(rows(2)).stages == {"draw"}
     mixed = rows(2, temperature=[0, 1], top_p=[1, 0.5], repetition_penalty=1.1)
-    assert sampler.with_known_steps(mixed).steps == {"adjust", "greedy", "draw", "top_p"}
+    assert sampler.with_known_stages(mixed).stages == {"adjust", "greedy", "draw", "top_p"}
