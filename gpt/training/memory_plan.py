@@ -55,7 +55,7 @@ def least_need(config: TrainConfig, mesh: Mesh) -> Need:
     weights = flops.weight_bytes(model)
     state = weights + optimizer_bytes(config)
     if config.ema_decay:
-        state += weights
+        state += flops.weight_bytes(model, "float32")
 
     tokens = config.batch_size // config.grad_accum * config.sequence_length
     item_bytes = flops.ITEM_BYTES[model.compute_dtype or "float32"]

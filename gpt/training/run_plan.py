@@ -56,7 +56,8 @@ def describe(
         f"optimizer      {optimizer_bytes(config) / MIB:,.1f} MiB, {config.optimizer}",
     ]
     if config.ema_decay:
-        lines.append(f"average        {weights / MIB:,.1f} MiB, evaluated and sampled from")
+        average = flops.weight_bytes(model, "float32")
+        lines.append(f"average        {average / MIB:,.1f} MiB, evaluated and sampled from")
     lines += [
         f"computation    {model.compute_dtype}, {flops_per_token / 1e6:,.2f} MFLOP per token to "
         "train",
@@ -70,6 +71,12 @@ def describe(
         lines += describe_length(config, dataset)
     else:
         lines.append(f"run            as many steps as about {minutes:g} minutes allow")
+    if model.param_dtype == "bfloat16":
+        # Its 8 significant bits: neighbouring numbers are 1/256 to 1/128 of themselves apart.
+        lines.append(
+            "note: weights in bfloat16 lose every update of less than 1/512 of a weight: expect a "
+            "higher loss than with --model.param-dtype float32"
+        )
     gpt2, llama = flags_to_export(model)
     if gpt2 and llama:
         lines.append(

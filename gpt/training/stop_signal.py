@@ -12,7 +12,7 @@ from gpt import distributed
 
 # Terminals and schedulers end a program by these signals, or announce that they will. Windows lacks
 # some of them.
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 NOTICE = "stopping       the run is saved after this step; Ctrl-C again stops at once"
 TOO_EARLY = "stopping       no step is made yet, so nothing is saved; Ctrl-C again stops at once"

@@ -32,6 +32,15 @@ def test_the_plan_agrees_with_the_arrays_themselves(mesh):
     assert need.temporary > flops.weight_bytes(MODEL)  # the gradients, and then activations
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_least_need_counts_the_state(dtype, mesh):
+    """Moments and the average are in float32, whatever the weights are in."""
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, param_dtype=dtype))
+    state = jax.tree.leaves(train_state.abstract_state(config, mesh))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+    assert held - 100 < memory_plan.least_need(config, mesh).state <= held  # the step's number
+
+
 def test_the_dry_run_tells_what_fits(mesh, monkeypatch):
     """With a step that takes 100 kB a row; tests/test_train.py plans with the compiled one."""
 

@@ -81,7 +81,7 @@ def test_a_signal_before_the_first_step_leaves_everything_as_it_was(
     assert snapshot(tmp_path) == before_it
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 def test_every_signal_that_ends_programs_is_noted(name, monkeypatch):
     number, log = signal.Signals[name], []
     # The tests themselves may have been started by nohup, which ignores SIGHUP.

@@ -52,6 +52,13 @@ def test_it_says_beforehand_what_keeps_a_model_from_being_exported(said, setting
     assert "gpt.convert will not" in note and f"with {flags} it would" in note
 
 
+def test_it_warns_where_small_updates_are_lost(said):
+    """As in bfloat16 weights; to compute in bfloat16 costs nothing of the kind."""
+    (note,) = [line for line in said(param_dtype="bfloat16").splitlines() if "note: " in line]
+    assert "higher loss than with --model.param-dtype float32" in note
+    assert "note: " not in said(compute_dtype="bfloat16")
+
+
 def test_a_wider_model_has_a_wider_mlp():
     """8/3 with a gate, so that it has as many weights as with 4 and none; a multiple of 8."""
     widths = [ModelConfig(d_model=d, mlp="swiglu").ff_width for d in (8, 128, 192, 768)]
