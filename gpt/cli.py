@@ -4,6 +4,7 @@ Only entry points import this file: train.py, sample.py, gpt/report.py, gpt/tour
 gpt/*/__main__.py. It imports neither JAX nor NumPy, so that `--help` is quick.
 """
 
+import ast
 import atexit
 import contextlib
 import ctypes
@@ -97,7 +98,7 @@ def parse(
 
     # Between lines of dashes stand a title, the problem, and perhaps flags with their help.
     _title, problem, *_ = re.split(r"\n *-{5,} *\n", message)
-    sentence = " ".join(problem.split()).rstrip(".")
+    sentence = reword(" ".join(problem.split()))
     unknown = re.match(r"Unrecognized options: (--[^,=]+)", sentence)
     if unknown:
         with contextlib.suppress(SystemExit):
@@ -107,6 +108,38 @@ def parse(
         flags = [flag for line in lines for flag in line if flag]
         sentence = f"there is no flag {unknown[1]}{suggest(unknown[1], flags, guesses or {})}"
     raise UserError(f"{sentence}; see {program} --help")
+
+
+# What tyro says of a command line, and how a user is told.
+UNKNOWN_WORDS = re.compile(r"Unrecognized options: ([^-].*)")
+MISSING = re.compile(r"Missing from .*?: (\S+) (.*?)\.? \(required\)")
+NO_VALUE = re.compile(r"Missing value for argument '(.*?)'")
+NO_CHOICE = re.compile(r"invalid choice '(.*?)' for argument '(.*?)'\. .*? of (\(.*\))")
+NO_NUMBER = re.compile(r"Error parsing (--\S+): .*(invalid literal|could not convert).*('.*')")
+NO_SUCH_TYPE = re.compile(r"Error parsing (--\S+): no type .*\|\{(.*?)\} .* from \['(.*?)'\]")
+
+
+def reword(problem: str) -> str:
+    """tyro's words for a problem with the command line, in those of a user where they are known."""
+    if found := UNKNOWN_WORDS.match(problem):
+        return f"{found[1]} is not understood: each value needs its flag before it, once per value"
+    if found := MISSING.match(problem):
+        return f"{found[1]} is missing: {found[2]}"
+    if found := NO_VALUE.match(problem):
+        return f"{found[1]} has no value: give one after it"
+    if found := NO_CHOICE.match(problem):
+        word, argument = found[1], found[2]
+        choices = [choice for choice in ast.literal_eval(found[3]) if choice != "None"]
+        flag = f"{argument} " if argument.startswith("--") else ""
+        close = difflib.get_close_matches(word, choices, n=1)
+        guess = f"; did you mean {close[0]}?" if close else ""
+        return f"{flag}{word!r} is none of {', '.join(choices)}{guess}"
+    if found := NO_NUMBER.match(problem):
+        kind = "an integer" if found[2] == "invalid literal" else "a number"
+        return f"{found[1]} is {found[3]}: expected {kind}"
+    if found := NO_SUCH_TYPE.match(problem):
+        return f"{found[1]} is {found[3]!r}: expected {found[2]}"
+    return problem.rstrip(".")
 
 
 def suggest(flag: str, known: list[str], guesses: dict[str, str]) -> str:

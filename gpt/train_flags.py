@@ -16,7 +16,10 @@ from gpt.presets import PRESETS
 GUESSES = {
     "--learning-rate": "lr max-lr",
     "--min-learning-rate": "min-lr lr-min",
-    "--steps": "epochs num-epochs num-train-epochs max-iters max-steps num-steps iterations iters",
+    "the length is set by --steps or --minutes, and the plan says how many epochs that is": (
+        "epochs num-epochs num-train-epochs"
+    ),
+    "--steps": "max-iters max-steps num-steps iterations iters",
     "--seq-len": "block-size context-size max-seq-len seq-length",
     "--model.n-layers": "n-layer num-layers layers depth",
     "--model.n-heads": "n-head num-heads heads",

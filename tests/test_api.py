@@ -28,7 +28,7 @@ def test_the_package_shows_its_names():
     """To dir(), and so to TAB, and to help()."""
     assert dir(gpt) == sorted(gpt.__all__)
     text = pydoc.plain(pydoc.render_doc(gpt))
-    assert "class LanguageModel" in text and "logits(self, text" in text and "load(run" in text
+    assert "class LanguageModel" in text and "logits(" in text and "load(" in text
 
 
 def test_importing_the_package_starts_no_jax():

@@ -238,7 +238,7 @@ def test_minutes_settle_the_steps_and_the_schedule(text, tmp_path, monkeypatch):
     done = call("train", *argv)
     assert done.code == 0, done.err
     assert "run            as many steps as about 0.19 minutes allow" in done.err
-    assert "settled        9 steps, 0 of them to warm up: a step takes 1,000 ms" in done.err
+    assert "settled        9 steps, the first 0 to warm up: a step takes 1,000 ms" in done.err
     lines = [line for line in read_lines(tmp_path / "run") if "loss" in line]
     assert len(lines) == 9 and lines[-1]["learning_rate"] == pytest.approx(3e-4)
     whole = arrays(tmp_path / "run", 9)

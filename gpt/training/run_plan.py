@@ -26,6 +26,7 @@ from gpt.training.train_step import compile_train_step
 # Repeated text is worth less and less after four passes, and almost nothing after some forty
 # (Muennighoff et al. 2023).
 MANY_PASSES = 40
+SMALL_TEXT = 250_000  # tokens of a trained vocabulary: about a megabyte
 ABSURD = 2**46  # bytes; far beyond this XLA's own numbers overflow
 
 
@@ -101,7 +102,13 @@ def describe_length(config: TrainConfig, dataset: Dataset | None) -> list[str]:
     if passes > MANY_PASSES:
         lines.append(
             f"note: {passes:,.0f} passes over this text: expect it to be learned by heart; take "
-            "fewer --steps, or --model.dropout 0.2"
+            f"--steps {math.ceil(config.steps * MANY_PASSES / passes)}, which are {MANY_PASSES} "
+            "passes, or --model.dropout 0.2"
+        )
+    if dataset is not None and config.tokenizer == "bpe" and len(dataset.train) < SMALL_TEXT:
+        lines.append(
+            "note: this is little text, from which a model of single characters learns more: "
+            "python train.py shakespeare-char --data PATH"
         )
     if config.extra_steps:
         lines.append(

@@ -93,11 +93,11 @@ def require_possible(run: Run) -> None:
     batches.require_length(run.dataset.train, config.sequence_length)
     if not args.dry_run:
         memory_plan.require_room(memory_plan.least_need(config, run.mesh))
-    if config.warmup_steps > max(config.schedule_steps - 2, 0):
+    if config.warmup_steps > max(config.schedule_steps - 2, 0) and not start.resuming:
         run.console.print(
             f"note: a warm-up of {config.warmup_steps:,} steps takes the whole run of "
-            f"{config.schedule_steps:,}: the learning rate falls to its minimum in the last step "
-            "alone; lower --warmup-steps"
+            f"{config.schedule_steps:,}: the learning rate rises until the last step; try "
+            f"--warmup-steps {config.schedule_steps // 10}"
         )
     if start.resuming:
         require_same_settings(start, config)
@@ -195,8 +195,8 @@ def settle_steps(run: Run) -> Run:
     n_steps = int(broadcast_one_to_all(np.int32(n_steps)))
     warmup = min(config.warmup_steps, n_steps // 10)
     run.console.print(
-        f"settled        {n_steps:,} steps, {warmup:,} of them to warm up: a step takes "
-        f"{step_seconds * 1e3:,.0f} ms, and all of them about {run.args.minutes:g} minutes"
+        f"settled        {n_steps:,} steps, the first {warmup:,} to warm up: a step takes "
+        f"{step_seconds * 1e3:,.0f} ms, and --minutes is {run.args.minutes:g}"
     )
     config = replace(config, steps=n_steps, warmup_steps=warmup)
     run.console.print(*describe_length(config, run.dataset), sep="\n")

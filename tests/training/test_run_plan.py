@@ -14,15 +14,14 @@ from gpt.training import run_plan
 
 @pytest.fixture
 def said():
-    """The plan of `tiny` with other settings, for a text of 10,000 tokens, as one string."""
+    """The plan of `tiny` with other settings, for a text of a million tokens, as one string."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    dataset = SimpleNamespace(train=range(10_000))
 
-    def plan(steps=1, **of_model):
+    def plan(steps=1, n_tokens=1_000_000, **of_model):
         config = PRESETS["tiny"].completed(4096, "float32")
         model = dataclasses.replace(config.model, **of_model)
         config = dataclasses.replace(config, model=model, steps=steps, grad_accum=1, remat="none")
-        return "\n".join(run_plan.describe(config, mesh, dataset))
+        return "\n".join(run_plan.describe(config, mesh, SimpleNamespace(train=range(n_tokens))))
 
     return plan
 
@@ -35,8 +34,13 @@ def test_it_names_sizes_and_the_device(said):
 
 def test_it_warns_where_a_text_is_read_very_often(said):
     """A step of tiny takes 2,048 tokens."""
-    assert "learned by heart" not in said(steps=195)
-    assert "note: 41 passes over this text: expect it to be learned by heart" in said(steps=200)
+    assert "learned by heart" not in said(steps=19_500)
+    note = "note: 41 passes over this text: expect it to be learned by heart; take --steps 19532,"
+    assert note in said(steps=20_000)
+
+
+def test_it_names_the_preset_for_a_small_text(said):
+    assert "python train.py shakespeare-char" in said(n_tokens=100_000)
 
 
 @pytest.mark.parametrize(
