@@ -268,7 +268,12 @@ def latest_good(folder: str | Path, load: Callable[[int], Any]) -> tuple[int, An
     Raises UserError if no intact checkpoint exists.
     """
     found = steps(folder)
-    require(bool(found), f"no checkpoint in {folder}: expected a run's folder made by train.py")
+    advice = ""
+    if (Path(folder) / "config.json").exists():
+        advice = "; import this one first: python -m gpt.convert import FOLDER RUN"
+    require(
+        bool(found), f"no checkpoint in {folder}: expected a run's folder made by train.py{advice}"
+    )
     damaged: list[str] = []
     for step in reversed(found):
         try:

@@ -321,6 +321,9 @@ def test_a_file_of_any_length_is_scored_with_a_stated_stride(folder, tmp_path, m
     printed = sample(folder, "--score-file", "-", "--stride", "8").splitlines()
     assert len(printed) == 501 and printed[-1].endswith("context 16, stride 8)")
     assert printed[-1].startswith(f"500 tokens: {whole['mean_nll']:.4f} nats per token")
+    monkeypatch.setattr(program("sample"), "SHOWN_TOKENS", 3)
+    printed = sample(folder, "--score-file", tmp_path / "text").splitlines()
+    assert len(printed) == 5 and printed[3].startswith("... and 497 more tokens")
 
 
 def test_token_ids_are_scored(folder):
@@ -342,3 +345,9 @@ def test_the_check_tells_each_result_and_whether_all_passed(folder, difference, 
     said = {0: ("ok     rows", "the cache contract holds"), 1: ("FAILED rows", "1 checks FAILED")}
     assert done.code == code and "ok     growing" in done.out
     assert all(words in done.out for words in said[code])
+
+
+def test_a_folder_of_transformers_is_sent_to_the_importer(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    done = call("sample", tmp_path)
+    assert done.code == 2 and "python -m gpt.convert import" in done.err
