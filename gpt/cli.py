@@ -106,7 +106,8 @@ def parse(
         pattern = r"^  (--[\w.-]+)(?:, (--[\w.-]+))?"
         lines = re.findall(pattern, printed.getvalue(), re.MULTILINE)
         flags = [flag for line in lines for flag in line if flag]
-        sentence = f"there is no flag {unknown[1]}{suggest(unknown[1], flags, guesses or {})}"
+        guess = suggest(unknown[1], flags, guesses or {})
+        sentence = f"there is no flag {unknown[1]}{guess}"
     raise UserError(f"{sentence}; see {program} --help")
 
 
@@ -130,10 +131,10 @@ def reword(problem: str) -> str:
     if found := NO_CHOICE.match(problem):
         word, argument = found[1], found[2]
         choices = [choice for choice in ast.literal_eval(found[3]) if choice != "None"]
-        flag = f"{argument} " if argument.startswith("--") else ""
+        subject = f"{argument} is {word!r}" if argument.startswith("--") else repr(word)
         close = difflib.get_close_matches(word, choices, n=1)
         guess = f"; did you mean {close[0]}?" if close else ""
-        return f"{flag}{word!r} is none of {', '.join(choices)}{guess}"
+        return f"{subject}: expected one of {', '.join(choices)}{guess}"
     if found := NO_NUMBER.match(problem):
         kind = "an integer" if found[2] == "invalid literal" else "a number"
         return f"{found[1]} is {found[3]}: expected {kind}"

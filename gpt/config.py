@@ -303,8 +303,8 @@ class TrainConfig:
     """Compile the blocks one after another instead of one program for all: compiling takes longer,
     and a CPU that does not recompute trains faster."""
     attention: Attention = "auto"
-    """How training computes attention: plain, by matrix products; fused, by a kernel of the
-    accelerator, and refused where there is none that fits; auto, fused where one fits."""
+    """How training computes attention. plain: by matrix products. fused: by a kernel of the
+    accelerator; an error if none fits. auto: fused if a kernel fits, else plain."""
     dtype: Annotated[Dtype | None, optional(DTYPES, BY_PLATFORM)] = None
     """Data type to compute in."""
     seed: int = 0

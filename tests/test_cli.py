@@ -63,7 +63,7 @@ def test_the_flags_that_were_given():
         (("--minutes", "1m"), ("--minutes is '1m': expected a number;",)),  # may be left out
         (("--devices", "x"), ("--devices is 'x': expected an integer;",)),
         (("--steps",), ("--steps has no value",)),
-        (("tinny",), ("'tinny' is none of tiny, ", "; did you mean tiny?;")),
+        (("tinny",), ("'tinny': expected one of tiny, ", "; did you mean tiny?;")),
         (("--dtype", "float8"), ("--dtype", "float8", "bfloat16")),
         (("--mesh.data", "x"), ("--mesh.data", "'x'")),
         (("tiny", "extra"), ("extra is not understood",)),

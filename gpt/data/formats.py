@@ -379,7 +379,7 @@ def json_values(stream: BinaryIO) -> Iterator[Any]:
         try:
             value, end = parse(text)
         except ValueError:
-            # The value may go on in what was not read yet. What ends the whole is no value.
+            # Either the value continues in what has not been read yet, or the file ends here.
             block = stream.read(wanted)
             if not block and text.strip() == ("]" if is_array else ""):
                 return

@@ -366,7 +366,7 @@ def run_task(
 
 
 def read_journal(path: Path, rule: str) -> Counts:
-    """How far a task is; at its start where its journal is of another rule, or there is none."""
+    """How far a task is: at its start if it has no journal, or one written by another rule."""
     if path.is_file():
         counts = Counts(**json.loads(path.read_text()))
         if counts.rule == rule:

@@ -206,7 +206,7 @@ def open_text(source: Source, reading: Reading) -> Text:
         elif form:
             used.append((file, form))
 
-    # Beside data files a README is no text to train on.
+    # A README beside data files describes them; it is not part of the data.
     notes = []
     if any(form != "text" and "." in Path(file.name).name for file, form in used):
         about = [file for file, _ in used if ABOUT.fullmatch(Path(file.name).name)]

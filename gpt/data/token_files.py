@@ -215,7 +215,7 @@ def find_shards(paths: Sequence[Path]) -> list[Path]:
 
 
 def holds_ids(path: Path) -> bool:
-    """Whether a .bin file is no text: it has a header of llm.c's, or zero bytes."""
+    """Whether a .bin file holds tokens, not text: it has llm.c's header, or zero bytes."""
     with path.open("rb") as file:
         head = file.read(2**12)
     return int.from_bytes(head[:4], "little") in LLMC or b"\0" in head

@@ -163,7 +163,7 @@ class GPTJax(TemplateLM):
 
 
 def require_text(tokenizer) -> None:
-    """Raise UserError if there is no tokenizer to read the tasks with."""
+    """Raise UserError if the model has no tokenizer: tasks are texts."""
     require(
         not isinstance(tokenizer, IdTokenizer),
         "the model has no tokenizer, and tasks are texts: import it from a folder that has one",
@@ -192,8 +192,8 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> list:
             close = difflib.get_close_matches(name, known, n=3)
             advice = f"did you mean {' or '.join(close)}?" if close else "see `lm_eval ls tasks`"
             raise UserError(
-                f"there is no task {name}: expected one of lm-eval's, or of a folder that "
-                f"--include-path names; {advice}"
+                f"there is no task {name}: expected a task of lm-eval, or one from "
+                f"the folder that --include-path names; {advice}"
             )
         for match in manager.match_tasks([name]):
             found += load_task(match, manager, include_path)

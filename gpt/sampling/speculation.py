@@ -66,8 +66,8 @@ class Speculation:
     """What the device carries for proposals from one chunk to the next.
 
     `text_BR`: the last R tokens of each row, prompt included, the newest on the right; NO_TOKEN
-    before the first. `limit_B`: proposals that a row may have in a step. `draft_cache`: of the
-    model that proposes, None where there is none or where it has not read what the model has.
+    before the first. `limit_B`: proposals that a row may have in a step. `draft_cache`: that
+    of the model that proposes; None without one, or until it has read what the model has.
     """
 
     text_BR: jax.Array

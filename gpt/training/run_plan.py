@@ -38,8 +38,8 @@ def describe(
 ) -> list[str]:
     """The plan as lines: the model, the bytes it needs over all devices, what the run computes.
 
-    `dataset`: None if there is no text yet. `minutes`: of training, for which the number of steps
-    is still to be settled.
+    `dataset`: None before the text is loaded. `minutes`: how long to train, if the number of steps
+    has not been settled yet.
     """
     model = config.model
     weights = flops.weight_bytes(model)
@@ -88,7 +88,7 @@ def describe(
 
 
 def describe_length(config: TrainConfig, dataset: Dataset | None) -> list[str]:
-    """How long a run is, as lines; `dataset`: None if there is no text yet."""
+    """How long a run is, as lines; `dataset`: None before the text is loaded."""
     tokens = config.steps * config.batch_size * config.sequence_length
     passes = 0.0
     epochs = ""
