@@ -165,7 +165,7 @@ def test_what_cannot_be_evaluated(finished, tmp_path, monkeypatch):
     for task, message in {
         "here": f"the data of task here cannot be read: Unable to find '{tmp_path}/missing.jsonl'",
         "there": there,
-        "python_cod": "there is no task python_cod: expected a task of lm-eval, or one from the folder",
+        "python_cod": "there is no task python_cod: expected a task of lm-eval, or one from the ",
     }.items():
         done = evaluate(finished, "--tasks", task, "--include-path", tmp_path)
         assert done.code == 2 and message in done.err, done.err
