@@ -1,5 +1,6 @@
 """What the user asked for becomes a tokenizer and a dataset, or one clear refusal."""
 
+import gzip
 import json
 import os
 import shutil
@@ -125,6 +126,19 @@ def test_a_plan_of_much_text_counts_tokens_by_a_sample(load, text, tmp_path, mon
     assert not (tmp_path / "store").exists() and "by a sample" in lines[1]
     exact = len(tokenizer.encode_ordinary(TEXT))
     assert exact <= len(plan.train) + len(plan.val) <= exact + 4
+
+
+def test_the_sample_takes_each_format_by_itself(load, tmp_path, monkeypatch):
+    """Files of a compressed format beside others: one file of each is read."""
+    monkeypatch.setattr(datasets, "SMALL", 100)
+    monkeypatch.setattr(datasets, "SAMPLED_FILES", 1)
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}a.txt.gz").write_bytes(gzip.compress(b"the cat sat. " * 1000))
+        (folder / f"{number}b.txt").write_bytes(b"the cat sat. " * 1000)
+    _, plan = load([folder], keep=False, estimate=True)
+    assert len(plan.train) + len(plan.val) == pytest.approx(8 * 13_000, rel=0.01)
 
 
 def test_leftovers_of_a_killed_process_are_removed(load, text, tmp_path):
