@@ -128,8 +128,8 @@ def fingerprint_text(
 def tokenize(job: Job, folder: Path, fingerprint: str, files: dict[str, str]) -> None:
     """Make the folder `folder` of tokens, unless it is there; UserError if that fails.
 
-    Until it is whole it has another name. What was left unfinished for the same `fingerprint` is
-    gone on with. files: a digest of each file, for the header.
+    Until it is complete it has another name. What was left unfinished for the same `fingerprint` is
+    completed. files: a digest of each file, for the header.
     """
     unfinished = folder.with_name(UNFINISHED + folder.name)
     begun = unfinished / "fingerprint"
@@ -291,8 +291,8 @@ def run_tasks(job: Job, hold_out: HoldOut, folder: Path) -> list[Counts]:
         return [future.result() for future in futures]
     except BrokenProcessPool:
         raise UserError(
-            "a process that tokenizes was killed, perhaps for want of memory: the same command "
-            "goes on where it stopped, with fewer processes it needs less: --workers"
+            "a process that tokenizes was killed, perhaps because memory ran out: repeat the "
+            "command to continue, with fewer --workers to need less memory"
         ) from None
     finally:
         ours.close()
@@ -300,9 +300,11 @@ def run_tasks(job: Job, hold_out: HoldOut, folder: Path) -> list[Counts]:
 
 
 def start_worker(folder: Path, threads: int, counter: Any, pipe: Connection) -> None:
-    """What a worker process keeps, and when it ends."""
+    """Prepare a worker process: its tokenizer, and that it ends when the first process does."""
     global in_worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears of it too
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the first process gets it too, and ends the workers
     in_worker = (tokenizers.load(folder / "tokenizer.json"), threads, counter)
 
     def end_with_parent() -> None:

@@ -77,7 +77,7 @@ class TokenStore(contextlib.AbstractContextManager):
 
     def remove_leftovers(self, but: Path) -> None:
         """Remove what killed processes left unfinished, except for the tokens of the folder `but`,
-        which are gone on with, and for those that another process is making."""
+        which will be completed, and for those that another process is making."""
         for unfinished in self.kept.glob(f"{UNFINISHED}*"):
             name = unfinished.name.removeprefix(UNFINISHED)
             with contextlib.suppress(Timeout, OSError):

@@ -63,7 +63,7 @@ def propose(
 ) -> tuple[jax.Array, kv.KVCache]:
     """proposals_BN, what the draft draws after the last token of each row, and its cache.
 
-    It reads the last proposal too, in case that the model keeps it. The caller sets the lengths of
+    It reads the last proposal too, in case the model keeps it. The caller sets the lengths of
     the cache when it knows what has been kept.
     """
     running_B = (state.remaining_B > 0) & ~decode_loop.find_full_rows(state)

@@ -52,8 +52,11 @@ N_JUDGED = 16  # last tokens of the prompt on which the first judgement rests
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Record:
-    """How well it goes. `agreement_B`: the share of recent tokens that were proposed, or would have
-    been. `proposed_B`, `accepted_B`: proposals that were read, and those that were right."""
+    """How often proposals are right.
+
+    `agreement_B`: the share of recent tokens that were proposed, or would have been. `proposed_B`,
+    `accepted_B`: proposals that were read, and those that were right.
+    """
 
     agreement_B: jax.Array
     proposed_B: jax.Array
