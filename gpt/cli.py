@@ -39,7 +39,7 @@ if importlib.util.find_spec("tyro") is None:
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from gpt.errors import Failed, UserError, is_out_of_memory, require
+from gpt.errors import Failed, UserError, is_of, is_out_of_memory, require
 
 Args = TypeVar("Args")
 
@@ -84,12 +84,13 @@ def parse(
 
     def run_tyro(argv: list[str]) -> Args:
         """`argv` parsed; what tyro prints, its help or a message, is left in `printed`."""
-        with paths, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        with constructors, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             return tyro.cli(kind, args=argv, **options)
 
     printed = io.StringIO()
     try:
-        return run_tyro(help_argv if {"--help", "-h"} & {*argv} else argv)
+        asks_for_help = "--help" in argv or "-h" in argv
+        return run_tyro(help_argv if asks_for_help else argv)
     except SystemExit as leaving:
         if not leaving.code:
             print(printed.getvalue(), end="")
@@ -114,10 +115,10 @@ def parse(
 # What tyro says of a command line, and how a user is told.
 UNKNOWN_WORDS = re.compile(r"Unrecognized options: ([^-].*)")
 MISSING = re.compile(r"Missing from .*?: (\S+) (.*?)\.? \(required\)")
-NO_VALUE = re.compile(r"Missing value for argument '(.*?)'")
+NO_VALUE = re.compile(r"Missing value for argument '(.*?)'\. Expected (\d+)")
 NO_CHOICE = re.compile(r"invalid choice '(.*?)' for argument '(.*?)'\. .*? of (\(.*\))")
-NO_NUMBER = re.compile(r"Error parsing (--\S+): .*(invalid literal|could not convert).*('.*')")
-NO_SUCH_TYPE = re.compile(r"Error parsing (--\S+): no type .*\|\{(.*?)\} .* from \['(.*?)'\]")
+NO_PAIR = re.compile(r"Error parsing (--\S+): Failed to parse key-value pairs")
+NO_NUMBER = re.compile(r"Error parsing (--\S+): (is .*: expected .*)")  # as _parse_number says it
 
 
 def reword(problem: str) -> str:
@@ -127,7 +128,9 @@ def reword(problem: str) -> str:
     if found := MISSING.match(problem):
         return f"{found[1]} is missing: {found[2]}"
     if found := NO_VALUE.match(problem):
-        return f"{found[1]} has no value: give one after it"
+        if found[2] == "1":
+            return f"{found[1]} has no value: give one after it"
+        return f"{found[1]} needs {found[2]} values after it"
     if found := NO_CHOICE.match(problem):
         word, argument = found[1], found[2]
         choices = [choice for choice in ast.literal_eval(found[3]) if choice != "None"]
@@ -135,11 +138,10 @@ def reword(problem: str) -> str:
         close = difflib.get_close_matches(word, choices, n=1)
         guess = f"; did you mean {close[0]}?" if close else ""
         return f"{subject}: expected one of {', '.join(choices)}{guess}"
+    if found := NO_PAIR.match(problem):
+        return f"{found[1]} needs two numbers after it, the first an integer"
     if found := NO_NUMBER.match(problem):
-        kind = "an integer" if found[2] == "invalid literal" else "a number"
-        return f"{found[1]} is {found[3]}: expected {kind}"
-    if found := NO_SUCH_TYPE.match(problem):
-        return f"{found[1]} is {found[3]!r}: expected {found[2]}"
+        return f"{found[1]} {found[2]}"
     return problem.rstrip(".")
 
 
@@ -161,10 +163,48 @@ def suggest(flag: str, known: list[str], guesses: dict[str, str]) -> str:
     return f": did you mean {meant}?" if meant else ""
 
 
-paths = ConstructorRegistry()
+constructors = ConstructorRegistry()
 
 
-@paths.primitive_rule
+@constructors.primitive_rule
+def _parse_number(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """How tyro reads a number, which may be None, or one of some words instead, such as `auto`: a
+    mistake is told in a user's words, not in those of Python's types."""
+    is_union = typing.get_origin(type_info.type) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(type_info.type) if is_union else (type_info.type,)
+    if int in kinds:
+        number, expected = int, "an integer"
+    elif float in kinds:
+        number, expected = float, "a number"
+    else:
+        return None
+    others = {}
+    for kind in kinds:
+        if kind is types.NoneType:
+            others["None"] = None
+        for word in typing.get_args(kind):
+            others[word] = word
+            expected += f" or {word}"
+
+    def read(words: list[str]) -> int | float | str | None:
+        (word,) = words
+        if word in others:
+            return others[word]
+        try:
+            return number(word)
+        except ValueError:
+            raise ValueError(f"is {word!r}: expected {expected}") from None
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=number.__name__.upper(),
+        instance_from_str=read,
+        is_instance=lambda instance: is_of(instance, type_info.type),
+        str_from_instance=lambda instance: [str(instance)],
+    )
+
+
+@constructors.primitive_rule
 def _parse_path(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """How tyro reads a path: `~`, which a shell leaves as it is in `--out=~/runs`, is expanded; an
     address such as gs://bucket/run is a UserError, since it would be taken for a local folder."""

@@ -62,6 +62,7 @@ def test_the_flags_that_were_given():
         (("--learning-rate", "much"), ("--learning-rate is 'much': expected a number;",)),
         (("--minutes", "1m"), ("--minutes is '1m': expected a number;",)),  # may be left out
         (("--devices", "x"), ("--devices is 'x': expected an integer;",)),
+        (("--grad-accum", "x"), ("--grad-accum is 'x': expected an integer or auto;",)),
         (("--steps",), ("--steps has no value",)),
         (("tinny",), ("'tinny': expected one of tiny, ", "; did you mean tiny?;")),
         (("--dtype", "float8"), ("--dtype", "float8", "bfloat16")),
