@@ -11,12 +11,6 @@ help(gpt.LanguageModel) lists what a model can do, help(gpt.Settings) how to sam
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-
-try:
-    __version__ = version("gpt-jax")
-except PackageNotFoundError:
-    __version__ = "0 (not installed)"
 
 MODULES = {
     "load": "gpt.sampling.language_model",
@@ -32,6 +26,13 @@ __all__ = [*MODULES, "__version__"]
 
 def __getattr__(name: str):
     """Public names, imported when first used: `--help` need not wait for JAX."""
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("gpt-jax")
+        except PackageNotFoundError:
+            return "0 (not installed)"
     if name not in MODULES:
         raise AttributeError(f"module 'gpt' has no attribute {name!r}")
     return getattr(import_module(MODULES[name]), name)

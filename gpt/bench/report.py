@@ -271,24 +271,21 @@ def compare_machines(old: dict, new: dict) -> tuple[bool, str]:
     return False, f"the machine CHANGED between the runs: {changes} as before"
 
 
+def name_cell(cell: dict) -> str:
+    """The sizes that a cell was measured with."""
+    return ", ".join(f"{size.replace('_', ' ')} {cell[size]}" for size in SIZES if size in cell)
+
+
 def changes_between(old: dict, new: dict) -> list[Change]:
     """Each figure of each cell that both results have."""
-
-    def by_sizes(result: dict) -> dict[str, dict]:
-        return {
-            ", ".join(
-                f"{size.replace('_', ' ')} {cell[size]}" for size in SIZES if size in cell
-            ): cell
-            for cell in result["cells"]
-        }
-
-    before, after = by_sizes(old), by_sizes(new)
-    changes = [
-        compare_repeats(cell, name, before[cell][phase][key], after[cell][phase][key])
-        for cell in after
-        for name, (phase, key) in REPEATS.items()
-        if cell in before and phase in before[cell] and phase in after[cell]
-    ]
+    before = {name_cell(cell): cell for cell in old["cells"]}
+    changes = []
+    for after in new["cells"]:
+        cell = name_cell(after)
+        for name, (phase, key) in REPEATS.items():
+            if cell in before and phase in before[cell] and phase in after:
+                change = compare_repeats(cell, name, before[cell][phase][key], after[phase][key])
+                changes.append(change)
     require(bool(changes), "the two results have no cell in common: measure the same sizes twice")
     return changes
 

@@ -75,17 +75,23 @@ def quantize_matrix(w: jax.Array, inputs: tuple[int, ...]) -> Int8:
     return Int8(ints, scale[..., 0])
 
 
+def input_axes(path: tuple) -> tuple[int, ...] | None:
+    """The axes that the product with the weight at `path` contracts; None: not a matrix."""
+    name = path[-1].key
+    if name in ("tokens", "head"):
+        return (1,)
+    if name == "kernel":
+        return (0, 1) if path[-2].key == "o" else (0,)
+    return None
+
+
 def map_matrices(function, tree: dict) -> dict:
-    """`function(leaf, inputs)` for each weight that is quantized, where `inputs` are the axes that
-    a product with it contracts; the other leaves as they are."""
+    """`function(leaf, input_axes)` for each weight that is quantized; the other leaves as they
+    are."""
 
     def convert(path: tuple, leaf):
-        name = path[-1].key
-        if name in ("tokens", "head"):
-            return function(leaf, (1,))
-        if name == "kernel":
-            return function(leaf, (0, 1) if path[-2].key == "o" else (0,))
-        return leaf
+        inputs = input_axes(path)
+        return leaf if inputs is None else function(leaf, inputs)
 
     return jax.tree_util.tree_map_with_path(convert, tree)
 

@@ -61,8 +61,11 @@ def dropout(x: jax.Array, key_B: jax.Array | None, rate: float, *, site: str) ->
     if key_B is None or rate == 0:
         return x
 
-    key_B = jax.vmap(lambda key: jax.random.fold_in(key, DROPOUT_SITES[site]))(key_B)
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(key_B)
+    def draw_kept(key: jax.Array) -> jax.Array:
+        site_key = jax.random.fold_in(key, DROPOUT_SITES[site])
+        return jax.random.bernoulli(site_key, 1 - rate, x.shape[1:])
+
+    kept = jax.vmap(draw_kept)(key_B)
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
@@ -126,12 +129,15 @@ def _narrowing_backward(precision, factors, gradient_MO):
     x_MI, kernel_IO = factors
     product = functools.partial(jnp.matmul, precision=precision)
 
-    gradient_IO = jax.lax.platform_dependent(
-        x_MI,
-        gradient_MO,
+    def turned_product(x_MI: jax.Array, gradient_MO: jax.Array) -> jax.Array:
         # Without the barrier the compiler would undo the turning.
-        cpu=lambda x_MI, g_MO: jax.lax.optimization_barrier(product(g_MO.T, x_MI)).T,
-        default=lambda x_MI, g_MO: product(x_MI.T, g_MO),
+        return jax.lax.optimization_barrier(product(gradient_MO.T, x_MI)).T
+
+    def plain_product(x_MI: jax.Array, gradient_MO: jax.Array) -> jax.Array:
+        return product(x_MI.T, gradient_MO)
+
+    gradient_IO = jax.lax.platform_dependent(
+        x_MI, gradient_MO, cpu=turned_product, default=plain_product
     )
     return product(gradient_MO, kernel_IO.T), gradient_IO
 
@@ -250,10 +256,12 @@ class MLP(nnx.Module):
         gate_key = jax.random.fold_in(key, 2)
         gate = Linear(gate_key, (D,), (F,), ("embed", "mlp"), **into) if config.gated_mlp else None
         self.gate = gate
-        # Drawn as [D, F] and turned, so that a seed gives the weights that it always gave.
-        draw = normal(config.residual_std)
-        from_mlp = {"kernel_init": lambda key, shape, dtype: draw(key, shape[::-1], dtype).T}
-        self.down = Linear(down_key, (F,), (D,), ("mlp", "embed"), **from_mlp, **options)
+
+        def draw_down(key: jax.Array, shape: tuple, dtype: str) -> jax.Array:
+            # Drawn as [D, F] and turned, so that a seed gives the weights that it always gave.
+            return normal(config.residual_std)(key, shape[::-1], dtype).T
+
+        self.down = Linear(down_key, (F,), (D,), ("mlp", "embed"), kernel_init=draw_down, **options)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         activate = ACTIVATIONS[self.activation]

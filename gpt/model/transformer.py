@@ -15,7 +15,6 @@ per layer, because slicing stacked weights at every token would copy them.
 
 import functools
 from dataclasses import replace
-from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -156,8 +155,8 @@ class GPT(nnx.Module):
         positions = positions_of(config, pos_BT, T)
         keys_LB = None
         if key_B is not None:
-            split = functools.partial(jax.random.split, num=config.n_layers)
-            keys_LB = jax.vmap(split, out_axes=1)(key_B)
+            split_row = functools.partial(jax.random.split, num=config.n_layers)
+            keys_LB = jax.vmap(split_row, out_axes=1)(key_B)
 
         def apply_block(block: Block, x_BTD, past, key_B):
             return block(x_BTD, past, key_B, positions, attend)
@@ -274,7 +273,7 @@ def init(config: ModelConfig, key: jax.Array) -> dict:
 
 def bind(config: ModelConfig, params: dict) -> GPT:
     """The model with these weights, stacked or not; called while a program is traced."""
-    stacked = "attention" in params["blocks"]
+    stacked = "attention" in params["blocks"]  # else one subtree per layer
     return nnx.merge(nnx.graphdef(abstract_model(config, stacked)), params)
 
 
@@ -301,11 +300,23 @@ def logical_axes(config: ModelConfig, stacked: bool = True) -> dict:
     return nnx.to_pure_dict(specs)
 
 
+def cast(params: dict, dtype: str) -> dict:
+    """The weights in `dtype`, except for those that are int8."""
+
+    def convert(leaf: jax.Array | Int8) -> jax.Array | Int8:
+        return leaf if isinstance(leaf, Int8) else leaf.astype(dtype)
+
+    return jax.tree.map(convert, params, is_leaf=lambda leaf: isinstance(leaf, Int8))
+
+
 def unstack(params: dict) -> dict:
     """Stacked weights as one subtree per layer, for decoding."""
     n_layers = len(jax.tree.leaves(params["blocks"])[0])
-    layers = {i: jax.tree.map(itemgetter(i), params["blocks"]) for i in range(n_layers)}
-    return params | {"blocks": layers}
+
+    def layer(i: int) -> dict:
+        return jax.tree.map(lambda leaf: leaf[i], params["blocks"])
+
+    return params | {"blocks": {i: layer(i) for i in range(n_layers)}}
 
 
 def stack(params: dict) -> dict:

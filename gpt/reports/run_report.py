@@ -149,12 +149,15 @@ def build_report(runs: Sequence[Run]) -> str:
         if run.note:
             summary += f'<p class="soft">{escape(run.name)}: {escape(run.note)}.</p>'
 
-    # The loss is per token, and tokens of another tokenizer are others.
+    # A chart for each figure of a task that a run has at several steps, too.
+    titles = list(CHARTS)
+    for run in runs:
+        for name, by_step in run.task_figures.items():
+            if len(by_step) > 1 and name not in titles:
+                titles.append(name)
+
+    # The loss is per token, so it cannot be compared between tokenizers.
     charts = ""
-    followed = {  # figures of tasks that a run has at several steps
-        name: None for run in runs for name, by_step in run.task_figures.items() if len(by_step) > 1
-    }
-    titles = [*CHARTS, *followed]
     if len({run.tokenizer for run in runs} - {None}) > 1:
         titles.remove("Loss")
         charts = (
@@ -165,17 +168,6 @@ def build_report(runs: Sequence[Run]) -> str:
         figure = draw_chart(title, runs)
         if figure:
             charts += f'<figure class="chart">{to_svg(figure, title)}</figure>\n'
-
-    samples = ""
-    for run in runs:
-        if run.samples:
-            samples += f'<h3>{escape(run.name)}</h3><div class="samples">'
-            for step, text in run.samples:
-                samples += f"<figure><figcaption>step {step:,}</figcaption>"
-                samples += f'<pre tabindex="0">{escape(text)}</pre></figure>'
-            samples += "</div>"
-    if samples:
-        samples = "<h2>Samples</h2><p class='soft'>Without a prompt, during training.</p>" + samples
 
     body = f"""<header><h1>{escape(heading)}</h1></header>
 <main>
@@ -189,7 +181,7 @@ because its loss or gradient was not finite.</p>
 {charts or "<p>No step has been logged yet.</p>"}
 </section>
 {tasks_section(runs)}
-{samples}
+{samples_section(runs)}
 {settings_section(runs)}
 </main>"""
     return build_page(heading, body)
@@ -268,6 +260,21 @@ def show_figure(name: str, record: dict[str, Any]) -> str:
     if record.get("limit"):
         how += f", the first {record['limit']:,} questions"
     return f"{text}<br><small>{how}</small>"
+
+
+def samples_section(runs: Sequence[Run]) -> str:
+    """What the models wrote, without a prompt, during training."""
+    samples = ""
+    for run in runs:
+        if run.samples:
+            samples += f'<h3>{escape(run.name)}</h3><div class="samples">'
+            for step, text in run.samples:
+                samples += f"<figure><figcaption>step {step:,}</figcaption>"
+                samples += f'<pre tabindex="0">{escape(text)}</pre></figure>'
+            samples += "</div>"
+    if not samples:
+        return ""
+    return "<h2>Samples</h2><p class='soft'>Without a prompt, during training.</p>" + samples
 
 
 def settings_section(runs: Sequence[Run]) -> str:

@@ -52,7 +52,8 @@ def build_tour(record: TourRecord, model, run_name: str) -> str:
         vocab_size=f"{record.config.vocab_size:,}",
         prompt_chips="".join(map(chip, tokens[:T], record.prompt_ids)),
         new_chips="".join(
-            chip(*pair, is_new=True) for pair in zip(tokens[T:], new_ids, strict=True)
+            chip(token, token_id, is_new=True)
+            for token, token_id in zip(tokens[T:], new_ids, strict=True)
         ),
         axes=axes,
         shapes=shapes,

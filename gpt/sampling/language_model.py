@@ -208,8 +208,8 @@ def in_training(run, weights: dict) -> LanguageModel | None:
 
 
 def write_sample(run, weights: dict, n_tokens: int = 200) -> str | None:
-    """What a model in training writes from nothing; None and its arguments: see `in_training`.
-    Raises UserError if the model or its cache does not fit."""
+    """What a model in training writes without a prompt. The arguments are those of `in_training`,
+    and it is None where that is. Raises UserError if the model or its cache does not fit."""
     model = in_training(run, weights)
     return None if model is None else str(model.generate(max_new_tokens=n_tokens))
 
@@ -234,12 +234,7 @@ def for_decoding(config: ModelConfig, mesh: Mesh, quantize: Quantize | None, par
     def convert(params: dict) -> dict:
         params = transformer.unstack(params)
         params = int8.quantize(params) if quantize else params
-        dtype = config.for_sampling().param_dtype
-
-        def cast(leaf: jax.Array | int8.Int8) -> jax.Array | int8.Int8:
-            return leaf if isinstance(leaf, int8.Int8) else leaf.astype(dtype)
-
-        return jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, int8.Int8))
+        return transformer.cast(params, config.for_sampling().param_dtype)
 
     axes = transformer.logical_axes(config, stacked=False)
     axes = int8.quantize_axes(axes) if quantize else axes
