@@ -35,8 +35,8 @@ def require_usable(model, draft) -> None:
 
 
 def keep_up(draft, cache: kv.KVCache | None, rows: Sequence[Row], state: DecodeState) -> kv.KVCache:
-    """The draft's cache before a chunk: with room for as much as the model's, and the same tokens.
-    They are read anew at the start, after a slide, and after chunks without proposals."""
+    """The draft's cache before a chunk: with as many slots as the model's, and the same tokens.
+    The draft reads them again at the start, after a slide, and after chunks without proposals."""
     length_B = np.asarray(state.cache.length_B)
     active_B = np.array([not row.has_ended for row in rows])
     if cache is not None and np.all((np.asarray(cache.length_B) == length_B)[active_B]):

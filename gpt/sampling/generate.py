@@ -51,8 +51,8 @@ def stream(
 
     `model` is a LanguageModel. `settings`: for all prompts, or one for each. `chunk`: decode steps
     per call of the device; it changes no token. `top`: likeliest tokens to report at each step.
-    `hints`: for each row, token ids that its text may resemble: where there is speculation, they
-    are looked through too.
+    `hints`: for each row, token ids that its text may resemble; speculation looks through them
+    too.
     Raises UserError here, not at the first piece, if a prompt exceeds the context or the settings
     cannot be used with this model; and later, if the text exceeds the context where the settings
     say that this is an error.
@@ -80,7 +80,8 @@ def _stream(
         sampled, full_B = jax.device_get((sampled, find_full_rows(state)))
 
     speculates = any(row.settings.speculate for row in rows)
-    speculation = record = None
+    speculation = None
+    record = None
     shapes_seen = set()
     while True:
         # What each row has gained.
@@ -106,7 +107,6 @@ def _stream(
         # Up to `chunk` more tokens for each row that has not ended. The device is at work on them
         # while the text of the last ones is handed out, so that counts as time of decoding.
         with decode_timer:
-            active_B = np.array([not row.has_ended for row in rows])
             capacity, any_full = state.cache.capacity, bool(full_B.any())
             draft_has_read = speculation is not None and speculation.draft_cache is not None
             n_programs = compilations.programs
@@ -117,6 +117,7 @@ def _stream(
                         model, rows, state, speculation, sampling, chunk, top
                     )
                 else:
+                    active_B = np.array([not row.has_ended for row in rows])
                     with compilations.of(capacity=state.cache.capacity, top=top):
                         state, sampled = decode_chunk(
                             model.config, model.params, state, sampling, active_B, chunk, top
@@ -321,8 +322,8 @@ def require_memory(model, shared: int, what: str, advice: str) -> None:
     """Raise UserError if the weights, and `shared` bytes that all devices hold together, exceed the
     memory of a device."""
     weights = 0  # on the first device: its part of those that are split, the whole of the others
-    drafts = [] if model.draft is None else [model.draft.params]
-    for leaf in jax.tree.leaves([model.params, *drafts]):
+    draft_params = None if model.draft is None else model.draft.params
+    for leaf in jax.tree.leaves((model.params, draft_params)):
         shape = leaf.sharding.shard_shape(leaf.shape) if hasattr(leaf, "sharding") else leaf.shape
         weights += int(np.prod(shape)) * leaf.dtype.itemsize
     n_devices = model.mesh.size if model.mesh else 1

@@ -33,10 +33,10 @@ ROWS = 8  # windows read together; the remaining ones, and those in several piec
 @dataclass(frozen=True)
 class Score:
     """`logprobs[i]` is log p(token_ids[i] | what precedes it) in nats; the first one follows
-    `prefix`, which `before` spells. `before` None: nothing stands before the text, so that `prefix`
-    is its own first token, which is not scored. `n_bytes`: length of the text in UTF-8, without
-    special tokens; None for a model without a tokenizer. `context`, `stride`: tokens a window
-    reads, and tokens from one window to the next."""
+    `prefix`, whose text is `before`. If nothing stands before the text, `before` is None, and
+    `prefix` is the text's own first token, which is not scored. `n_bytes`: length of the text in
+    UTF-8, without special tokens; None for a model without a tokenizer. `context`, `stride`: tokens
+    a window reads, and tokens from one window to the next."""
 
     token_ids: list[int]
     logprobs: list[float]

@@ -34,15 +34,15 @@ class Settings:
     stop: tuple[str, ...] = ()
     """End before this text; it is not printed."""
     on_context_full: Full = "auto"
-    """When the context is full: auto goes on after reading the last half of it again; slide does so
-    for a prompt that is too long, too; stop ends the text there; error fails."""
+    """When the context is full: auto goes on after reading the last half of it again; slide does
+    the same, and takes a prompt that is too long; stop ends the text there; error fails."""
     num_samples: int = 1
     """Completions of each prompt, from one prefill."""
     seed: int = 0
     """Seed of the sampling: the same seed gives the same text."""
     speculate: int = 0
     """Tokens to propose and read at once in a step, by looking up the end of the text in what
-    precedes it; the text is the same, and sooner there where it repeats itself (0: none)."""
+    precedes it; the text is the same, and a text that repeats itself comes sooner (0: none)."""
 
     def __post_init__(self):
         check_names(self)

@@ -3,8 +3,8 @@
 A decode step reads all weights to draw one token for each row; to draw five from the same reading
 takes little longer. So tokens are proposed, read together with the last one, and what the model
 draws after each of them says which to keep: those before the first that differs, and the token
-that was drawn in its place. They are looked up in the text so far, or drawn by a smaller model
-(draft.py). With three proposals, two of which are right:
+that was drawn in place of that one. Proposals are looked up in the text so far, or drawn by a
+smaller model (draft.py). With three proposals, two of which are right:
 
     text so far         a b c d e f . . . a b c            "a b c" was there before
     proposed                                      d e f
@@ -45,8 +45,8 @@ from gpt.sharding import constrain, platform
 
 LONGEST_MATCH = 4  # last tokens of the text that are looked up; more would not be worth more
 WEIGHT = 1 / 16  # of the newest token in `agreement_B`
-RETRIAL = 1 / 1024  # by so much the agreement of an idle draft rises with each token
-N_JUDGED = 16  # last tokens of the prompt on which the first judgement rests
+RETRIAL = 1 / 1024  # is added to the agreement of an idle draft at each step
+N_JUDGED = 16  # last tokens of the text that give the first `agreement_B`
 
 
 @jax.tree_util.register_dataclass
@@ -100,25 +100,29 @@ def run_chunk(
     sampling: SamplingParams,
     chunk: int,
     top: int,
-):
-    """Up to `chunk` steps for the rows that have not ended, with as many proposals as will pay; the
-    first time, `speculation` is None."""
-    limits = np.array([row.settings.speculate for row in rows], np.int32)
+) -> tuple[DecodeState, Speculation, SampledTokens]:
+    """Up to `chunk` steps for the rows that have not ended, with as many proposals as will pay.
+    `speculation` is None the first time."""
+    limit_B = np.array([row.settings.speculate for row in rows], np.int32)
     active_B = np.array([not row.has_ended for row in rows])
     if speculation is None:
-        texts = [row.hint + row.prompt.ids + row.completion.token_ids for row in rows]
-        n_hinted = max(len(row.hint) for row in rows)
-        R = model.config.context_length + n_hinted
+        R = model.config.context_length + max(len(row.hint) for row in rows)
         text_BR = np.full((len(rows), R), NO_TOKEN, np.int32)
-        for b, text in enumerate(texts):
-            text_BR[b, R - min(len(text), R) :] = text[-R:]
-        speculation = start(state.remaining_B, text_BR, limits, model.draft is not None)
-    draft, draft_config, draft_params, draft_cost = model.draft, None, None, 0.0
+        for b, row in enumerate(rows):
+            text = (row.hint + row.prompt.ids + row.completion.token_ids)[-R:]
+            text_BR[b, R - len(text) :] = text
+        speculation = start(state.remaining_B, text_BR, limit_B, model.draft is not None)
+
+    draft = model.draft
+    draft_config = None
+    draft_params = None
+    draft_cost = 0.0
     if draft is not None:
-        draft_config, draft_params = draft.config, draft.params
+        draft_config = draft.config
+        draft_params = draft.params
         draft_cost = flops.weight_bytes(draft.config) / flops.weight_bytes(model.config)
     agreement_B = np.asarray(speculation.record.agreement_B)
-    n_proposals = choose_n_proposals(limits * active_B, agreement_B, draft_cost)
+    n_proposals = choose_n_proposals(limit_B * active_B, agreement_B, draft_cost)
 
     with compilations.of(capacity=state.cache.capacity, top=top, proposals=n_proposals):
         draft_cache = None
@@ -138,8 +142,12 @@ def run_chunk(
 def choose_n_proposals(
     limit_B: np.ndarray, agreement_B: np.ndarray, draft_cost: float = 0.0
 ) -> int:
-    """Proposals to read in each step: the largest limit of a row (0: it has ended), or none if the
-    rows would gain too little by them. `draft_cost`: of a step of the draft, in plain steps."""
+    """Proposals to read in each step: the largest limit of a row, or 0 if the rows would gain too
+    little by them.
+
+    `limit_B`: 0 for a row that has ended. `draft_cost`: what a step of the draft costs, as a share
+    of a plain step of the model.
+    """
     N = int(limit_B.max())
     n_rows = int(np.sum(limit_B > 0))
     if n_rows == 0:
@@ -147,12 +155,16 @@ def choose_n_proposals(
     # If the share p of the tokens is proposed, a step gains 1 + p + ... + p^N tokens.
     is_allowed_BN = np.arange(N) < limit_B[:, None]
     gain_B = np.sum(is_allowed_BN * agreement_B[:, None] ** np.arange(1, N + 1), axis=1)
-    # What a step costs, in plain ones. An accelerator waits for the weights. A CPU computes: there
-    # the row decides that gains least, for which the others would wait, and this is what small
-    # models cost, more than large ones do.
-    gain, cost = gain_B.sum() / n_rows, 1.1
     if platform() == "cpu":
-        gain, cost = gain_B[limit_B > 0].min(), 1.5 + n_rows * N / 16
+        # Each token read takes time to compute. The others would wait for the row that gains least,
+        # so that row decides. The cost, in plain steps, is that of small models; large ones cost
+        # less.
+        gain = gain_B[limit_B > 0].min()
+        cost = 1.5 + n_rows * N / 16
+    else:
+        # A step takes as long as reading the weights does, however many tokens it reads.
+        gain = gain_B.sum() / n_rows
+        cost = 1.1
     return N if 1 + gain > cost + (N + 1) * draft_cost else 0
 
 
@@ -163,15 +175,15 @@ def choose_n_proposals(
 def start(
     remaining_B: jax.Array, text_BR: jax.Array, limit_B: jax.Array, has_draft: bool
 ) -> Speculation:
-    """Before the first chunk: `agreement_B` says how well the last tokens of the text, as it is by
-    now, could have been proposed. A draft is trusted until it has been tried."""
+    """Before the first chunk: `agreement_B` is the share of the last N_JUDGED tokens of the text
+    that would have been proposed; with a draft, which is trusted until it has been tried, 1."""
     # From the state, so that the result lies where the state does: else the second chunk, which is
     # given the result of the first, would compile anew.
     limit_B = jnp.where(remaining_B > 0, limit_B, 0)
     R = text_BR.shape[1]
 
     def agrees(age: jax.Array) -> jax.Array:
-        """Whether the token so many places from the right would have been proposed."""
+        """Whether the token `age` places from the right end would have been proposed."""
         is_earlier_R = jnp.arange(R) >= age
         earlier_BR = jnp.where(is_earlier_R, jnp.roll(text_BR, age, axis=1), NO_TOKEN)
         token_B = jnp.take(text_BR, R - age, axis=1)
@@ -356,6 +368,8 @@ def constrain_rows(speculation: Speculation) -> Speculation:
     """Laid out as the state is, see `decode_loop.constrain_state`."""
 
     def lay_out(a: jax.Array) -> jax.Array:
-        return constrain(a, *(kv.AXES if a.ndim == 4 else ("batch", None)[: a.ndim]))
+        if a.ndim == 4:  # keys or values of the draft's cache
+            return constrain(a, *kv.AXES)
+        return constrain(a, *("batch", None)[: a.ndim])
 
     return jax.tree.map(lay_out, speculation)
