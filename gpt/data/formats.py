@@ -7,12 +7,12 @@ pieces of bounded size of them, the same for the same document in every format. 
 
 import bz2
 import codecs
-import contextlib
 import gzip
 import importlib.util
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -54,6 +54,7 @@ UNREADABLE_NAMES = {
     ".mds": "MosaicML's MDS",
 }
 TABLE_NAMES = {".parquet", ".arrow", ".feather"}
+RECORD = re.compile(rb'\[?\s*\{\s*"')  # how a JSON record begins, in an array or not
 
 
 class NotText(Exception):
@@ -147,31 +148,25 @@ def recognize_json(
 ) -> str:
     """JSON lines, a JSON array, or plain text that only begins like JSON.
 
-    Records are told by a field `column`. Two objects with the same fields, and without that one,
-    are records whose text is in another field: UserError names their fields.
+    Records have a field `column`. Two objects with the same fields, but without that one, are
+    records whose text is in another field: UserError names their fields. EOFError if the file ends
+    inside its first record.
     """
-    while b"\n" not in head.lstrip():
-        more = stream.read(HEAD)
-        if not more:
-            break
-        head += more
-        require(len(head) < LONGEST_RECORD, f"{path}: its first line is longer than 256 MB")
-
-    # The first two values: each on a line of its own, or as they come.
-    head = head.removeprefix(codecs.BOM_UTF8)
-    name = "JSON lines"
+    head = head.removeprefix(codecs.BOM_UTF8).lstrip()
     values = []
-    with contextlib.suppress(ValueError, RecursionError):
-        for line in head.splitlines()[:2]:
-            values.append(json.loads(line))
-    if not values or not isinstance(values[0], dict):
-        name = "JSON"
-        values = []
-        with contextlib.suppress(ValueError, RecursionError):  # cut by the end of the head
-            for value in islice(json_values(io.BytesIO(head)), 2):
-                values.append(value)
-        if head.lstrip().startswith(b"[") and values and isinstance(values[0], str):
-            return name if ".json" in suffixes else "text"
+    try:
+        for value in islice(json_values(stream, head, errors="replace"), 2):
+            values.append(value)
+    except EOFError:
+        if RECORD.match(head) and not values:
+            raise
+    except (ValueError, RecursionError):
+        pass  # plain text, or a damaged second record, which its reader will name
+    first_line, ends, _ = head.partition(b"\n")
+    is_line = head.startswith(b"{") and (not ends or first_line.rstrip().endswith(b"}"))
+    name = "JSON lines" if is_line else "JSON"
+    if head.startswith(b"[") and values and isinstance(values[0], str):
+        return name if ".json" in suffixes else "text"
 
     records = [value for value in values if isinstance(value, dict)]
     is_named_so = bool(suffixes & {".jsonl", ".ndjson"})
@@ -181,8 +176,8 @@ def recognize_json(
     alike = len(records) == 2 and records[0].keys() == records[1].keys()
     require(
         not (alike or is_named_so),
-        f"{path} holds records without a field {column}: name the one with the text with "
-        f"--text-column, of {', '.join(map(repr, (records or [{}])[0]))}",
+        f"{path} holds records without a field {column!r}: choose the one that holds the text with "
+        f"--text-column: {', '.join(map(repr, (records or [{}])[0]))}",
     )
     return "text"
 
@@ -367,26 +362,33 @@ def record_text(record: Any, column: str) -> Iterator[tuple[str, bool]]:
     yield without_lone_surrogates(record), True
 
 
-def json_values(stream: BinaryIO) -> Iterator[Any]:
-    """The values of one JSON array, or several JSON values in a row, as the stream is read."""
-    decode_some = codecs.getincrementaldecoder("utf-8-sig")().decode
+def json_values(stream: BinaryIO, beginning: bytes = b"", errors: str = "strict") -> Iterator[Any]:
+    """The values of one JSON array, or several JSON values in a row, as the stream is read.
+
+    beginning: what has been read of the stream already. errors: of UTF-8, as of `bytes.decode`.
+    Raises EOFError if the last value is cut off, and ValueError for what is not JSON.
+    """
+    decode_some = codecs.getincrementaldecoder("utf-8-sig")(errors).decode
     parse = json.JSONDecoder().raw_decode
-    text = decode_some(stream.read(HEAD)).lstrip()
+    text = decode_some(beginning or stream.read(HEAD)).lstrip()
     is_array = text.startswith("[")
     text = text.removeprefix("[").lstrip()
     wanted = HEAD
     while True:
         try:
             value, end = parse(text)
-        except ValueError:
-            # Either the value continues in what has not been read yet, or the file ends here.
+        except json.JSONDecodeError as error:
+            # A value that continues beyond `text` fails at its end, or inside an open string.
+            may_continue = error.pos > len(text) - 16 or error.msg.startswith("Unterminated")
+            if not may_continue:
+                raise
             block = stream.read(wanted)
             if not block and text.strip() == ("]" if is_array else ""):
                 return
             if not block:
-                raise
+                raise EOFError("the file ends inside a JSON record") from None
             text = (text + decode_some(block)).lstrip()
-            wanted = min(2 * wanted, LONGEST_RECORD)
+            wanted *= 2
             continue
         yield value
         text = text[end:].lstrip()
@@ -424,8 +426,8 @@ def require_column(schema: Any, column: str, path: Path) -> None:
     texts = [field.name for field in schema if "string" in str(field.type)]
     require(
         column in texts,
-        f"{path} has no column {column!r} of text: name one with --text-column, of "
-        f"{', '.join(map(repr, texts)) or 'which it has none'}",
+        f"{path} has no column {column!r} of text: choose one with --text-column: "
+        f"{', '.join(map(repr, texts)) or 'it has none'}",
     )
 
 

@@ -113,6 +113,20 @@ def test_what_is_cut_off_or_changed_is_refused_in_one_line(form, tmp_path):
             read(path)
 
 
+@pytest.mark.parametrize("name", ["data", "data.json", "data.json.gz"])
+def test_json_cut_off_inside_its_first_record_is_not_text(name, tmp_path):
+    """Nor is a long first record that was saved with line ends."""
+    whole = json.dumps([{"url": "x", "text": "word " * 50_000}], indent=1).encode()
+    compress = gzip.compress if name.endswith(".gz") else bytes
+    path = tmp_path / name
+    for kept in (20, 1000, len(whole) - 10):
+        path.write_bytes(compress(whole[:kept]))
+        with pytest.raises(UserError, match="ends inside a JSON record"):
+            recognize(path, PLAIN)
+    path.write_bytes(compress(whole))
+    assert read(path) == ["word " * 50_000]
+
+
 def test_what_is_not_utf_8_says_how_to_convert_it(tmp_path):
     chinese = "今天天气很好，我们去河边钓鱼。Tom said: fish!\n" * 50
     for name, content, advice in (
@@ -171,11 +185,11 @@ def test_records_without_the_column_are_refused_with_the_columns_that_there_are(
     lines = b'{"content": "a", "id": 1}\n{"content": "b", "id": 2}\n'
     for name, content in (("a", lines), ("b.json", b"[" + lines.replace(b"\n", b",")[:-1] + b"]")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=r"--text-column, of 'content', 'id'"):
+        with pytest.raises(UserError, match=r"--text-column: 'content', 'id'"):
             recognize(tmp_path / name, PLAIN)
         assert read(tmp_path / name, Reading(text_column="content")) == ["a", "b"]
     path = write(tmp_path / "c", "parquet")
-    with pytest.raises(UserError, match=r"no column 'content' of text.* of 'text'"):
+    with pytest.raises(UserError, match=r"no column 'content' of text.*: 'text'"):
         read(path, Reading(text_column="content"))
 
 

@@ -45,7 +45,7 @@ def test_text_is_prepared_once_and_trained_on_anywhere(lines, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["data.json", "--tokenizer", "byte", "--out", "x"], "--text-column, of 'content'"),
+        (["data.json", "--tokenizer", "byte", "--out", "x"], "--text-column: 'content'"),
         (["gone", "--tokenizer", "byte", "--out", "x"], "gone does not exist"),
         (["data.json", "--tokenizer", "gone", "--out", "x"], "'gone' is neither a tokenizer"),
         (["data.json", "--tokenizer", "byte", "--out", "full"], "full is there already"),
