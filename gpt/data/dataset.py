@@ -1,8 +1,8 @@
 """From what the user asked for to a tokenizer and a dataset: text of any format, or tokens.
 
-Tokens of text are kept in a folder that is named after their fingerprint, which follows the
-contents of the files. `starts/` beside it remembers, for the names, sizes and times of files, which
-folder that is: so files that have not changed are not read again.
+Tokens of text are kept in a folder that is named after their fingerprint, which depends on the
+contents of the files. Files whose names, sizes and times are those of an earlier run are not read
+again (token_store.py).
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from gpt.data.token_store import TokenStore
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError, require
 
-MOST_NAMES = 10_000  # of files that a checkpoint keeps, to say which one has changed
-LEARNED = ("bpe", "char")  # tokenizers that are made from the text
-SMALL = 2**26  # bytes of files that are tokenized for a plan
-SAMPLED_FILES = 4  # of each format of a larger text, to say about how many tokens it has
-SAMPLED_TEXT = 2**25  # characters of each of them
+MOST_NAMES = 10_000  # names of files in a checkpoint, to tell which one has changed
+LEARNED = ("bpe", "char")  # tokenizers that are trained on the text
+SMALL = 2**26  # bytes of files; the tokens of a larger text are only estimated for a plan
+SAMPLED_FILES = 4  # of each format, for an estimate
+SAMPLED_TEXT = 2**25  # characters of each of these files
 
 Log = Callable[[str], None]
 
@@ -34,8 +34,7 @@ Log = Callable[[str], None]
 class Origin:
     """One source of data: text, or a folder of our tokens, or files of others' tokens.
 
-    weight: of it in the batches, None where there is one source. held_out: the share of it that is
-    for validation, as in `prepare.tokenize`; 1 if all of it is.
+    weight: its share in the batches; None for the only source. held_out: as in `prepare.Job`.
     """
 
     weight: float | None
@@ -47,10 +46,10 @@ class Origin:
 
 @dataclass(eq=False)
 class Found:
-    """What an origin is: its fingerprint, and a digest of each file, by name.
+    """The contents of an origin: its fingerprint, and a digest of each file by name.
 
-    folder: of its tokens, unless they are others'. text: what to make them of, unless they are
-    there. splits: the tokens, once they are open.
+    folder: of its tokens, unless they are others'. text: to make the tokens from, if they do not
+    exist yet. splits: the tokens, once they are open.
     """
 
     fingerprint: str
@@ -78,13 +77,12 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
 
     paths: files, folders and patterns of text or of tokens; several sources as PATH=WEIGHT.
     tokenizer, vocab_size: as of `tokenizers.create`, for a run that has no tokenizer yet.
-    store: the folder of kept tokens, unless `options` has another; new ones stay there if `keep`.
+    store: the folder of kept tokens, unless `options` names one. keep: store new tokens there.
     saved_tokenizer: the tokenizer of an earlier run as JSON, which is used instead.
     expected: `fingerprint` and `files` of the data of a run that is resumed.
-    estimate: of a large text that has no tokens yet, only say about how many they will be.
-    progress: called now and then with the bytes of files tokenized and those in all.
+    estimate: only estimate the number of tokens of a large text that has none yet.
 
-    Raises UserError for text or tokens that cannot be read, and if they are not those expected.
+    Raises UserError for text or tokens that cannot be read, and if they differ from `expected`.
     """
     origins = find_origins(paths, options)
     with TokenStore(options.tokens or store, keep) as kept:
@@ -95,32 +93,32 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
         else:
             chosen = choose_tokenizer(origins, tokenizer, vocab_size, options, kept, is_sample)
 
-        starts = [start_of(origin, chosen, options) for origin in origins]
-        if is_sample and not all(kept.recall(start) for start in starts if start):
+        keys = [stat_key(origin, chosen, options) for origin in origins]
+        if is_sample and not all(kept.recall(key) for key in keys if key):
             return chosen, estimate_tokens(texts, chosen, options, log)
 
-        # What each origin is. Text that has changed is refused before it is tokenized.
+        # Identify all origins first: text that has changed is refused before it is tokenized.
         found = []
-        for origin, start in zip(origins, starts, strict=True):
-            found.append(identify_origin(origin, chosen, options, kept.recall(start), log))
+        for origin, key in zip(origins, keys, strict=True):
+            found.append(identify_origin(origin, chosen, options, kept.recall(key), log))
         fingerprint = found[0].fingerprint
         if len(origins) > 1:
             weights = [origin.weight for origin in origins]
-            fingerprint = prepare.digest_of([weights, [one.fingerprint for one in found]])
+            fingerprint = tokenizers.sha256_of([weights, [one.fingerprint for one in found]])
         files = {name: digest[:16] for one in found for name, digest in one.files.items()}
         if len(files) > MOST_NAMES:
             files = {}
         if expected:
             require_same(expected, fingerprint, files)
 
-        # Its tokens, made where they are not there yet.
-        for origin, one, start in zip(origins, found, starts, strict=True):
+        # Make the tokens that do not exist yet, and open all.
+        for origin, one, key in zip(origins, found, keys, strict=True):
             if one.text:
                 one.folder = kept.folder(one.fingerprint)
                 kept.remove_leftovers(but=one.folder)
                 job = prepare.Job(one.text, chosen, options, origin.held_out, progress=progress)
                 prepare.tokenize(job, one.folder, one.fingerprint, one.files)
-                kept.remember(start, one.folder)
+                kept.remember(key, one.folder)
             if one.folder:
                 one.splits = token_files.open_shards(one.folder, chosen, options.verify_data)
                 log(token_files.describe(one.folder))
@@ -132,7 +130,7 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
 def combine(
     origins: list[Origin], found: list[Found], options: DataOptions, log: Log
 ) -> tuple[Tokens | Mixture, Tokens]:
-    """What to train on, and what is held out of it or beside it."""
+    """The tokens for training and those for validation, of all origins."""
     splits = [one.splits for one in found]
     if options.val_data:
         *splits, last = splits
@@ -156,7 +154,7 @@ def combine(
 
 
 def find_origins(paths: Sequence[Path], options: DataOptions) -> list[Origin]:
-    """The sources that --data and --val-data name; UserError for one that is not there."""
+    """The sources that --data and --val-data name; UserError for one that does not exist."""
     weighted = [split_weight(path) for path in paths]
     weights = [weight for _, weight in weighted]
     require(
@@ -210,9 +208,9 @@ def choose_tokenizer(
     kept: TokenStore,
     is_sample: bool,
 ) -> Tokenizer:
-    """The tokenizer of a run that has none yet: that of tokens of ours, or the one called `name`.
+    """The tokenizer of a new run: the one of a folder of our tokens, or the one called `name`.
 
-    is_sample: a tokenizer that is made from the text is made from a sample of it, and not kept.
+    is_sample: train a tokenizer on a sample of the text, and do not keep it.
     """
     folders = [origin.folder for origin in origins if origin.folder]
     if folders:
@@ -228,24 +226,27 @@ def choose_tokenizer(
         "made from (a meta.pkl is not opened: a pickle can run any program)",
     )
     stats = [file.stat for text in texts for file in text.files]
-    start = [VERSION, name, vocab_size, options.document_settings, stats]
-    known = kept.recall_tokenizer(start)
+    key = [VERSION, name, vocab_size, options.document_settings, stats]
+    known = kept.recall_tokenizer(key)
     if known:
         return known
 
     def documents() -> Iterator[str]:
         for text in texts:
             opened = open_text(text, options)
-            yield from sample(opened, options)[0] if is_sample else opened.texts(options)
+            if is_sample:
+                yield from sample(opened, options)[0]
+            else:
+                yield from opened.texts(options)
 
     chosen = tokenizers.create(name, documents, vocab_size)
     if not is_sample:
-        kept.remember_tokenizer(start, chosen)
+        kept.remember_tokenizer(key, chosen)
     return chosen
 
 
-def start_of(origin: Origin, tokenizer: Tokenizer, options: Reading) -> list | None:
-    """What decides the tokens of a text, if its files are what they look like; None for tokens."""
+def stat_key(origin: Origin, tokenizer: Tokenizer, options: Reading) -> list | None:
+    """Changes whenever a text's tokens do, and is known without reading it; None for tokens."""
     if origin.text is None:
         return None
     settings = prepare.token_settings(tokenizer, options, origin.held_out)
@@ -255,8 +256,7 @@ def start_of(origin: Origin, tokenizer: Tokenizer, options: Reading) -> list | N
 def identify_origin(
     origin: Origin, tokenizer: Tokenizer, options: DataOptions, known: Path | None, log: Log
 ) -> Found:
-    """What an origin is. The files of a text are read to know it, unless there are tokens in the
-    folder `known` from when its files looked as they do now."""
+    """The contents of an origin. The files of a text are read, unless its tokens are in `known`."""
     if origin.shards:
         splits, fingerprint = token_files.open_others(
             origin.shards, tokenizer, origin.held_out, options.verify_data
@@ -280,7 +280,7 @@ def identify_origin(
 
 
 def require_same(expected: dict[str, Any], fingerprint: str, files: dict[str, str]) -> None:
-    """Raise UserError if a resumed run would go on with other data."""
+    """Raise UserError if a resumed run would continue with other data."""
     if fingerprint == expected["fingerprint"]:
         return
     before = expected.get("files", {})
@@ -301,8 +301,7 @@ def require_same(expected: dict[str, Any], fingerprint: str, files: dict[str, st
 def estimate_tokens(
     texts: list[Source], tokenizer: Tokenizer, options: DataOptions, log: Log
 ) -> Dataset:
-    """About how many tokens texts have: those of a megabyte of a few files, and the characters that
-    a longer stretch of each file holds."""
+    """An estimate: the tokens per character of a sample, times the characters of the texts."""
     n_tokens = 0
     for text in texts:
         opened = open_text(text, options)
@@ -317,20 +316,20 @@ def estimate_tokens(
 
 
 def sample(text: Text, options: Reading) -> tuple[list[str], int]:
-    """The first megabyte of text of a few files, and about how many characters all files have."""
+    """The first megabyte of a few files, and an estimate of the characters in all files."""
     pieces = []
     n_characters = 0
-    # Each format by itself: the same text takes a third of the bytes in one that is compressed.
-    for form in sorted(set(text.forms)):
-        files = [file for file, its in zip(text.files, text.forms, strict=True) if its == form]
-        n_read = 0  # bytes of the files
-        n_found = 0  # characters in them
+    # Each format by itself: compressed text takes a third of the bytes.
+    for file_format in sorted({file.file_format for file in text.files}):
+        files = [file for file in text.files if file.file_format == file_format]
+        n_read = 0  # bytes
+        n_found = 0  # characters
         every = -(-len(files) // SAMPLED_FILES)
         for file in files[::every]:
             positions = [0]
             length = 0
             bad = BadDocuments(file.path, options.skip_bad_documents)
-            for piece, _ in read_pieces(file.path, form, options, bad, positions.append):
+            for piece, _ in read_pieces(file.path, file_format, options, bad, positions.append):
                 if length < PIECE:
                     pieces.append(piece)
                 length += len(piece)

@@ -1,8 +1,8 @@
-"""Files as documents: what a file holds is told by its content, and its name is only a hint.
+"""Documents from files of text, JSON lines, JSON arrays, parquet and arrow, plain or compressed.
 
-Text, JSON lines, JSON arrays, parquet and arrow, each plain or compressed. Every reader yields
-chunks `(text, ends)`: text in order, and whether a document ends with it. `read_pieces` makes
-pieces of bounded size of them, the same for the same document in every format. Knows no tokens.
+A file's format is told by its content; its name is only a hint. Every reader yields chunks `(text,
+ends)`: text in order, and whether a document ends with it. `read_pieces` turns them into pieces of
+bounded size, which are the same for the same document in every format. Knows no tokens.
 """
 
 import bz2
@@ -24,47 +24,39 @@ from gpt.data.options import Reading
 from gpt.data.tokenizers import without_lone_surrogates
 from gpt.errors import UserError, require
 
-PIECE = 2**20  # characters, the most in a piece; and bytes, about as many are read at once
-HEAD = 2**16  # bytes that tell what a file holds
-LONGEST_RECORD = 2**28  # bytes of one JSON record
-ROWS = 256  # of a table that are read at once
-MIN_SHARE = 0.9  # of a file's first characters that are valid UTF-8, if it is text at all
+PIECE = 2**20  # most characters in a piece, and bytes of text read at once
+HEAD = 2**16  # bytes read to recognize a format
+LONGEST_RECORD = 2**28  # bytes of one line of JSON
+ROWS = 256  # of a table read at once
+MIN_SHARE = 0.9  # a file is text if at least this share of its first characters is valid UTF-8
 
 READ_ERRORS = (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError)
 NEEDS_PYARROW = "needs pyarrow, which is not installed: pip install 'gpt-jax[data]'"
 
-# Of formats that hold data but no documents that can be read here: how they begin, or are named.
+# Formats that are not read here, by their first bytes or by their names.
 UNREADABLE = {
     b"version https://git-lfs": "a Git LFS pointer, `git lfs pull` fetches the file itself",
     b"\xff\xfe": "UTF-16, convert it: iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "UTF-16, convert it: iconv -f UTF-16 -t UTF-8",
     b"PK\x03\x04": "a zip archive, unpack it",
-    b"7z\xbc\xaf": "a 7z archive, unpack it",
-    b"\x93NUMPY": "a NumPy array",
-    b"\x89HDF": "HDF5",
-    b"Obj\x01": "Avro",
     (20240520).to_bytes(4, "little"): "a token shard, name it without text beside it",
     (20240801).to_bytes(4, "little"): "a token shard, name it without text beside it",
 }
 UNREADABLE_NAMES = {
     ".pkl": "a pickle, which can run any program when it is opened",
     ".pickle": "a pickle, which can run any program when it is opened",
-    ".pt": "a file of torch",
-    ".tfrecord": "TFRecord",
-    ".mds": "MosaicML's MDS",
 }
 TABLE_NAMES = {".parquet", ".arrow", ".feather"}
 RECORD = re.compile(rb'\[?\s*\{\s*"')  # how a JSON record begins, in an array or not
 
 
 class NotText(Exception):
-    """A file holds neither text nor data, such as a picture; the reason."""
+    """A file is not text but, say, a picture; the message is the reason."""
 
 
 @dataclass
 class BadDocuments:
-    """Documents of a file that cannot be read: an error, or where `skip` says so, left out and
-    counted."""
+    """Documents of a file that cannot be read: an error, or with `skip` left out and counted."""
 
     path: Path
     skip: bool
@@ -72,9 +64,9 @@ class BadDocuments:
     first: str = ""
 
     def add(self, where: str, reason: str) -> None:
-        """Note one; UserError unless such documents are left out."""
+        """Count one; UserError without `skip`."""
         message = f"{self.path}, {where}: {reason}"
-        require(self.skip, f"{message}; mend it, or leave it out with --skip-bad-documents")
+        require(self.skip, f"{message}; repair it, or leave it out with --skip-bad-documents")
         self.count += 1
         self.first = self.first or message
 
@@ -83,9 +75,9 @@ class BadDocuments:
 
 
 def recognize(path: Path, reading: Reading) -> str:
-    """The name of a file's format, with its compression; "" for an empty file.
+    """The name of a file's format, and of its compression; "" for an empty file.
 
-    Raises NotText for a picture and the like, and UserError for data that cannot be read here.
+    Raises NotText for a picture and the like, and UserError for data that we cannot read.
     """
     try:
         with path.open("rb") as raw:
@@ -137,10 +129,10 @@ def is_gb18030(head: bytes) -> bool:
         text = codecs.getincrementaldecoder("gb18030")().decode(head)
     except UnicodeDecodeError:
         return False
-    # Other encodings decode too, as characters that nobody uses: GB2312 has the usual ones.
-    beyond_ascii = [character for character in text if ord(character) > 127]
-    usual = [character for character in beyond_ascii if character.encode("gb2312", "ignore")]
-    return len(usual) > 0.9 * len(beyond_ascii)
+    # Text in other encodings decodes too, but to rare characters; GB2312 has the common ones.
+    beyond_ascii = [character for character in text if not character.isascii()]
+    common = [character for character in beyond_ascii if character.encode("gb2312", "ignore")]
+    return len(common) > 0.9 * len(beyond_ascii)
 
 
 def recognize_json(
@@ -188,7 +180,7 @@ def require_pyarrow(path: Path) -> None:
 
 
 def decompressed(raw: io.BufferedReader) -> tuple[BinaryIO, str]:
-    """What a file holds, decompressed as it is read, and the name of its compression or ""."""
+    """The contents of a file, decompressed while they are read; the compression's name, or ""."""
     head = raw.peek(8)
     if head.startswith(b"\x1f\x8b"):
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), PIECE), "gzip"
@@ -210,22 +202,22 @@ def decompressed(raw: io.BufferedReader) -> tuple[BinaryIO, str]:
 
 def read_pieces(
     path: Path,
-    form: str,
+    file_format: str,
     reading: Reading,
     bad: BadDocuments,
     report: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[str, bool]]:
     """The documents of a file in pieces: text, and whether a document ends with it.
 
-    form: as `recognize` named it. report: called with the bytes of the file that were read so far.
-    A document of up to PIECE characters is one piece, and the last piece of a longer one may be
-    empty. Raises UserError where the file is damaged.
+    file_format: from `recognize`. report: called with the bytes of the file read so far. A document
+    of up to PIECE characters is one piece; the last piece of a longer one may be empty. Raises
+    UserError where the file is damaged.
     """
     last = True
     with path.open("rb") as raw:
         try:
             stream, _ = decompressed(raw)
-            chunks = READERS[form.split(",")[0]](stream, reading.text_column, bad)
+            chunks = READERS[file_format.split(",")[0]](stream, reading.text_column, bad)
             for text, last in cut_documents(chunks, reading.end_of_document):
                 yield text, last
                 if report:
@@ -237,14 +229,14 @@ def read_pieces(
 
 
 def cut_documents(chunks: Iterable[tuple[str, bool]], separator: str) -> Iterator[tuple[str, bool]]:
-    """The chunks of a reader as pieces: documents end at each `separator` too, which is dropped,
-    with the line ends around it if it is a line of its own; long documents are cut at line ends.
+    """The chunks of a reader as pieces.
 
-    Where a piece is cut depends on the document alone.
+    A document also ends at each `separator`, which is dropped. Long documents are cut at line ends,
+    at places that depend on the document alone.
     """
     lookahead = len(separator) + 4
-    text = ""  # of the document at hand, what was not yielded yet
-    begun = False  # whether some of it was
+    text = ""  # the part of the current document that is not yielded yet
+    begun = False  # whether a part of it is yielded
     for chunk, ends in chunks:
         text += chunk
         documents = [text]
@@ -270,8 +262,7 @@ def cut_documents(chunks: Iterable[tuple[str, bool]], separator: str) -> Iterato
 
 
 def split_documents(text: str, separator: str) -> list[str]:
-    """What stands between the separators, without the line ends around one that has a line of its
-    own."""
+    """The text between separators; one on a line of its own takes its line ends with it."""
     parts = text.split(separator)
     for i in range(len(parts) - 1):
         before, after = parts[i], parts[i + 1]
@@ -283,7 +274,7 @@ def split_documents(text: str, separator: str) -> list[str]:
 
 def read_text(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[tuple[str, bool]]:
     """A text file, one document."""
-    position = 0  # bytes before the block at hand
+    position = 0  # of the block in the file
     rest = b""
     while block := stream.read(PIECE):
         block = rest + block
@@ -295,15 +286,15 @@ def read_text(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[tupl
 
 
 def whole_characters(block: bytes) -> int:
-    """How many bytes of a block are surely whole characters of UTF-8."""
+    """How many bytes of a block are whole UTF-8 characters."""
     for back in (1, 2, 3):
-        if block[-back:][:1] >= b"\xc0":  # a character of several bytes begins here
+        if block[-back:][:1] >= b"\xc0":  # the first byte of several
             return len(block) - back
     return len(block)
 
 
 def decode(block: bytes, position: int, bad: BadDocuments) -> str:
-    """The text of a block, which begins `position` bytes into its file; bad lines are noted."""
+    """The text of a block at `position` in its file, without its bad lines."""
     if position == 0:
         block = block.removeprefix(codecs.BOM_UTF8)
     try:
@@ -314,20 +305,16 @@ def decode(block: bytes, position: int, bad: BadDocuments) -> str:
     kept = []
     for line in block.splitlines(keepends=True):
         try:
-            require_no_zeros(line)
-            kept.append(line.decode())
+            text = line.decode()
+            if "\0" in text:
+                bad.add(f"byte {position + line.index(0):,}", "it is 0x00, text has no zero bytes")
+            else:
+                kept.append(text)
         except UnicodeDecodeError as error:
             byte = f"byte {position + error.start:,}"
             bad.add(byte, f"{line[error.start]:#04x} is not valid UTF-8 ({error.reason})")
         position += len(line)
     return "".join(kept)
-
-
-def require_no_zeros(line: bytes) -> None:
-    """Raise UnicodeDecodeError at a zero byte, which no text holds."""
-    at = line.find(b"\0")
-    if at >= 0:
-        raise UnicodeDecodeError("utf-8", line, at, at + 1, "text holds no zero bytes")
 
 
 def read_json_lines(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[tuple[str, bool]]:
@@ -422,7 +409,7 @@ def read_arrow(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[tup
 
 
 def require_column(schema: Any, column: str, path: Path) -> None:
-    """Raise UserError unless a table of pyarrow has a `column` of text."""
+    """Raise UserError unless a pyarrow table has a `column` of text."""
     texts = [field.name for field in schema if "string" in str(field.type)]
     require(
         column in texts,
@@ -434,7 +421,7 @@ def require_column(schema: Any, column: str, path: Path) -> None:
 def rows_of(columns: Iterable[Any]) -> Iterator[tuple[str, bool]]:
     """A document from each row; ValueError where a column is damaged."""
     for column in columns:
-        column.validate(full=True)  # arrow has no checksums, and its offsets are trusted else
+        column.validate(full=True)  # arrow has no checksums and would trust damaged offsets
         for start in range(0, len(column), ROWS):
             for text in column.slice(start, ROWS).to_pylist():
                 if text is not None:
@@ -451,5 +438,5 @@ READERS = {
 
 
 def brief(error: Exception) -> str:
-    """An error of a library in a few words, on one line."""
+    """A library's error, shortened to one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__

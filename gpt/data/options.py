@@ -1,4 +1,4 @@
-"""How text is read, held out and kept: the flags of train.py and of `python -m gpt.data`."""
+"""How text is read, held out and kept: flags of train.py and of `python -m gpt.data`."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Reading:
 
     @property
     def document_settings(self) -> list:
-        """What of this decides which documents a file holds."""
+        """The settings that change the documents of a file."""
         return [self.text_column, self.end_of_document, self.skip_bad_documents]
 
 

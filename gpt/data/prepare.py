@@ -1,8 +1,8 @@
 """Text to token shards, on all cores, in bounded memory, and resumable after a kill.
 
 The files of a text are grouped into tasks, which depend on the files alone. Each task writes its
-own shards, and a journal that says how far it is. So the bytes are the same for any number of
-workers, and a task that was killed reads its text again but encodes only what is missing.
+own shards and a journal of its progress. So the bytes are the same for any number of workers, and a
+task that was killed reads its text again but encodes only what is missing.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -27,30 +27,30 @@ from filelock import FileLock
 from gpt.data import tokenizers
 from gpt.data.formats import BadDocuments, read_pieces
 from gpt.data.options import Reading
-from gpt.data.sources import THREADS, Text, hash_files
-from gpt.data.token_files import HEADER, SPLITS, VERSION, token_type
+from gpt.data.sources import THREADS, SourceFile, Text, describe_file
+from gpt.data.token_files import HEADER, SPLITS, VERSION, hash_file, token_type
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError, require
 
-TASK_BYTES = 2**26  # of files that are tokenized by one task, unless one file is larger
+TASK_BYTES = 2**26  # of the files of one task, unless one file is larger
 GROUP = 2**23  # characters that are encoded at once, and then noted in the journal
-WORTH_WORKERS = 2**25  # bytes of text below which starting processes takes longer than it saves
+WORTH_WORKERS = 2**25  # for fewer bytes, starting processes takes longer than it saves
 MIN_DOCUMENTS = 20  # with at least this many, whole documents are held out
-HELD_OUT_DOCUMENTS = 0.05  # share of the documents, where there are many
-HELD_OUT_TAIL = 0.1  # share of the characters, where there are few
+HELD_OUT_DOCUMENTS = 0.05  # share of many documents
+HELD_OUT_TAIL = 0.1  # share of the characters of few documents
 UNFINISHED = ".unfinished-"
 
-Progress = Callable[[int, int], None]  # bytes of files done, and in all
+Progress = Callable[[int, int], None]  # called with the bytes of files done, and the total
 Part = tuple[str, str, bool]  # split, text, whether a document ends with it
 
 
 @dataclass(frozen=True)
 class HoldOut:
-    """What of a text is held out for validation.
+    """Which part of a text is held out for validation.
 
-    share: of the documents, chosen by a hash of their content, so that a text that grows moves none
-        of them into training; 0 for none.
-    tail_from: characters before the held-out tail, where documents are too few; else None.
+    share: of the documents; 0 for none. A hash of its content chooses a document, so none of them
+        moves into training when the text grows.
+    tail_from: characters before the held-out tail of a text of few documents; else None.
     marks_ends: end-of-text follows each document, unless there is only one.
     """
 
@@ -61,11 +61,11 @@ class HoldOut:
 
 @dataclass(frozen=True)
 class Task:
-    """Files that become the shards `number` of `folder`: paths and formats, and their bytes."""
+    """Files that become the shards `number` of `folder`; `size`: their bytes."""
 
     number: int
     folder: Path
-    files: list[tuple[Path, str]]
+    files: list[SourceFile]
     size: int
     reading: Reading
     hold_out: HoldOut
@@ -73,10 +73,10 @@ class Task:
 
 @dataclass
 class Counts:
-    """What a task has found. It is its journal too: `groups` of text whose tokens are on disk."""
+    """The results of a task, and its journal."""
 
-    rule: str = ""  # of what is held out
-    groups: int = 0
+    rule: str = ""  # for what is held out
+    groups: int = 0  # of text, with their tokens on disk
     is_done: bool = False
     documents: int = 0
     bad_documents: int = 0
@@ -90,10 +90,9 @@ class Counts:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What is to be tokenized, and by how many processes.
+    """What to tokenize, and with how many processes.
 
-    held_out: the share of the text to hold out; None for the usual one, 0 for nothing, 1 for all.
-    progress: called now and then with the bytes of files done, and those in all.
+    held_out: the share of the text to hold out; None for the default, 0 for nothing, 1 for all.
     """
 
     text: Text
@@ -105,37 +104,33 @@ class Job:
 
 
 def token_settings(tokenizer: Tokenizer, reading: Reading, held_out: float | None) -> list:
-    """What decides the tokens of a text beside its files, as a JSON value."""
+    """Everything but the files that changes the tokens of a text, as a JSON value."""
     return [VERSION, tokenizers.digest(tokenizer), reading.document_settings, held_out]
-
-
-def digest_of(value: Any) -> str:
-    """SHA-256 in hex of a JSON value."""
-    return hashlib.sha256(json.dumps(value).encode("utf-8", "replace")).hexdigest()
 
 
 def fingerprint_text(
     text: Text, tokenizer: Tokenizer, reading: Reading, held_out: float | None
 ) -> tuple[str, dict[str, str]]:
-    """The fingerprint of a text's tokens, and the hash of each of its files by name: all of them
-    are read."""
-    hashes = hash_files(text.files)
+    """The fingerprint of a text's tokens, and the hash of each file by name; reads all files."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        hashes = list(pool.map(hash_file, [file.path for file in text.files]))
     names = [file.name for file in text.files]
-    about = token_settings(tokenizer, reading, held_out)
-    return digest_of([*about, hashes, text.forms]), dict(zip(names, hashes, strict=True))
+    formats = [file.file_format for file in text.files]
+    settings = token_settings(tokenizer, reading, held_out)
+    return tokenizers.sha256_of([*settings, hashes, formats]), dict(zip(names, hashes, strict=True))
 
 
 def tokenize(job: Job, folder: Path, fingerprint: str, files: dict[str, str]) -> None:
-    """Make the folder `folder` of tokens, unless it is there; UserError if that fails.
+    """Make the folder `folder` of tokens, unless it exists; UserError if that fails.
 
-    Until it is complete it has another name. What was left unfinished for the same `fingerprint` is
+    It has another name until it is complete. An unfinished one with the same `fingerprint` is
     completed. files: a digest of each file, for the header.
     """
     unfinished = folder.with_name(UNFINISHED + folder.name)
     begun = unfinished / "fingerprint"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # One process tokenizes, and others that want the same tokens wait for it.
+        # One process tokenizes; others that want the same tokens wait for it.
         lock = folder.with_name(f".{folder.name}.lock")
         with FileLock(lock):
             if (folder / HEADER).is_file():
@@ -155,19 +150,20 @@ def tokenize(job: Job, folder: Path, fingerprint: str, files: dict[str, str]) ->
                 **fill(job, unfinished),
                 "files": files,
             }
-            changed = [file.name for file in job.text.files if file.has_changed()]
-            require(not changed, f"{', '.join(changed[:3])} changed while it was read: start again")
+            for file in job.text.files:
+                is_same = describe_file(file.path, file.name).stat == file.stat
+                require(is_same, f"{file.path} changed while it was read: start again")
             for journal in [begun, *unfinished.glob("[0-9]*.json")]:
                 journal.unlink()
             (unfinished / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
             unfinished.rename(folder)
-            lock.unlink(missing_ok=True)  # whoever waits for it finds the folder
+            lock.unlink(missing_ok=True)  # a process that waits for it finds the folder
     except OSError as error:
         raise UserError(f"cannot write tokens to {folder}: {error}") from None
 
 
 def fill(job: Job, folder: Path) -> dict[str, Any]:
-    """Write the shards of a text; what their header says of them."""
+    """Write the shards of a text, and return what their header says of them."""
     few = count_few(job)
     if job.held_out in (0, 1):
         hold_out = HoldOut(job.held_out, marks_ends=few is None or len(few) > 1)
@@ -181,7 +177,7 @@ def fill(job: Job, folder: Path) -> dict[str, Any]:
     if 0 < hold_out.share < 1:
         share = sum(result.held_out_characters for result in results) / max(characters, 1)
         if not hold_out.share / 5 <= share <= hold_out.share * 4:
-            # One of the documents is much of the text: whole ones are a poor sample.
+            # One document is a large part of the text: whole documents are a poor sample.
             remove_shards(folder)
             hold_out = HoldOut(0, tail_start(job, characters))
             results = run_tasks(job, hold_out, folder)
@@ -217,7 +213,7 @@ def fill(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def tail_start(job: Job, characters: int) -> int:
-    """How many of all characters stand before those that are held out."""
+    """The number of characters before the held-out tail."""
     return int(characters * (1 - (HELD_OUT_TAIL if job.held_out is None else job.held_out)))
 
 
@@ -249,15 +245,16 @@ def shard_name(split: str, number: int) -> str:
 def run_tasks(job: Job, hold_out: HoldOut, folder: Path) -> list[Counts]:
     """Tokenize all files, here or in worker processes; what each task found."""
     tasks = []
-    files: list[tuple[Path, str]] = []
+    files: list[SourceFile] = []
     size = 0
-    for file, form in zip(job.text.files, job.text.forms, strict=True):
-        files.append((file.path, form))
+    for file in job.text.files:
+        files.append(file)
         size += file.size
         is_full = size >= TASK_BYTES and hold_out.tail_from is None  # a tail is of all the text
         if is_full or file is job.text.files[-1]:
             tasks.append(Task(len(tasks), folder, files, size, job.reading, hold_out))
-            files, size = [], 0
+            files = []
+            size = 0
     total = sum(task.size for task in tasks)
     done = 0
 
@@ -271,8 +268,8 @@ def run_tasks(job: Job, hold_out: HoldOut, folder: Path) -> list[Counts]:
     if workers == 1 or total < WORTH_WORKERS:
         return [run_task(task, job.tokenizer, THREADS, add) for task in tasks]
 
-    # A worker ends when its end of the pipe does: so none outlives this process, or goes on when
-    # another one has failed.
+    # A worker ends when this end of the pipe is closed, so none outlives this process or continues
+    # after another one has failed.
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     pipe, ours = context.Pipe(duplex=False)
     counter = context.Value("q", 0)
@@ -300,11 +297,9 @@ def run_tasks(job: Job, hold_out: HoldOut, folder: Path) -> list[Counts]:
 
 
 def start_worker(folder: Path, threads: int, counter: Any, pipe: Connection) -> None:
-    """Prepare a worker process: its tokenizer, and that it ends when the first process does."""
+    """Load a worker's tokenizer, and make the worker end when the first process does."""
     global in_worker
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the first process gets it too, and ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process gets it and ends the workers
     in_worker = (tokenizers.load(folder / "tokenizer.json"), threads, counter)
 
     def end_with_parent() -> None:
@@ -328,7 +323,7 @@ def run_in_worker(task: Task) -> Counts:
 def run_task(
     task: Task, tokenizer: Tokenizer, threads: int, report: Callable[[int], None]
 ) -> Counts:
-    """Write the shards of a task, from where its journal ends; what it found.
+    """Write the shards of a task, from where its journal ends.
 
     report: called with the bytes of files that were read since the last call.
     """
@@ -358,8 +353,7 @@ def run_task(
             write_journal(journal, counts)
 
     for split, path in paths.items():
-        with path.open("rb") as file:
-            counts.sha256[split] = hashlib.file_digest(file, "sha256").hexdigest()
+        counts.sha256[split] = hash_file(path)
         if not counts.tokens[split]:
             path.unlink()
     counts.is_done = True
@@ -368,7 +362,7 @@ def run_task(
 
 
 def read_journal(path: Path, rule: str) -> Counts:
-    """How far a task is: at its start if it has no journal, or one written by another rule."""
+    """The progress of a task: none without a journal, or with one of another rule."""
     if path.is_file():
         counts = Counts(**json.loads(path.read_text()))
         if counts.rule == rule:
@@ -398,12 +392,12 @@ def write_journal(path: Path, counts: Counts) -> None:
 def assign(task: Task, counts: Counts, report: Callable[[int], None]) -> Iterator[Part]:
     """Every piece of a task's text, in order: its split, the text, whether a document ends there.
 
-    What is found on the way is added to `counts`.
+    Adds to `counts` as it reads.
     """
     hold_out = task.hold_out
     threshold = int(hold_out.share * 2**64)
-    for path, form in task.files:
-        bad = BadDocuments(path, task.reading.skip_bad_documents)
+    for file in task.files:
+        bad = BadDocuments(file.path, task.reading.skip_bad_documents)
         reported = 0
         is_first = True  # piece of its document
         split = "train"
@@ -414,7 +408,8 @@ def assign(task: Task, counts: Counts, report: Callable[[int], None]) -> Iterato
                 report(position - reported)
                 reported = position
 
-        for text, last in read_pieces(path, form, task.reading, bad, advance):
+        pieces = read_pieces(file.path, file.file_format, task.reading, bad, advance)
+        for text, last in pieces:
             content = text.encode()
             if threshold and is_first:
                 digest = hashlib.sha256(content).digest()
@@ -422,7 +417,7 @@ def assign(task: Task, counts: Counts, report: Callable[[int], None]) -> Iterato
                 split = "val" if is_held_out else "train"
             is_first = last
 
-            # Of the tail that is held out, and of what stands before it, one piece has both.
+            # The held-out tail may begin inside a piece.
             head = len(text)
             if hold_out.tail_from is not None:
                 head = min(max(hold_out.tail_from - counts.characters, 0), len(text))
@@ -440,7 +435,7 @@ def assign(task: Task, counts: Counts, report: Callable[[int], None]) -> Iterato
             counts.documents += last
             if split == "val":
                 counts.held_out_characters += len(text)
-        advance(path.stat().st_size)
+        advance(file.size)
         counts.bad_documents += bad.count
         counts.first_bad = counts.first_bad or bad.first
 

@@ -1,4 +1,4 @@
-"""How far tokenizing is: a bar on a terminal, else a line now and then."""
+"""The progress of tokenizing: a bar on a terminal, else a line every half a minute."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 @contextmanager
 def tokenizing_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A function to be called with the bytes of files that are tokenized, and those in all."""
+    """A function that shows the bytes of files that are tokenized, of a total."""
     bar = Progress(
         TextColumn("tokenizing"),
         BarColumn(),
@@ -37,7 +37,7 @@ def tokenizing_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
     def report(done: int, total: int) -> None:
         nonlocal last_line
         if console.is_terminal:
-            bar.start()  # not before there is something to report
+            bar.start()  # only now, so that no empty bar is shown
             bar.update(task, completed=done, total=total)
             return
         now = time.monotonic()

@@ -1,13 +1,14 @@
 """The files that text is read from: found in folders and by patterns, told apart by content."""
 
+import dataclasses
+import functools
 import glob
-import hashlib
 import os
 import platform
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,38 +23,40 @@ EXPECTED = (
     "shards; or a folder or a pattern of such files"
 )
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-NOT_LIBRARY |= {"encodings", "pydoc_data"}  # tables and manuals: a sixth of it, and not code
+NOT_LIBRARY |= {"encodings", "pydoc_data"}  # tables and manuals
 SPLIT_NAME = re.compile(
     r"(?:.*[-_.])?(train|test|validation|valid|val)(?:[-_.]\d+.*)?\.(?:parquet|jsonl?|arrow)(?:\.\w+)?"
 )
-# What stands beside data files and is not data itself.
+# Files that describe the data beside them.
 ABOUT = re.compile(r"(readme|license|dataset_infos?|dataset_dict|state)\b.*", re.IGNORECASE)
 THREADS = min(os.cpu_count() or 1, 16)
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file and its name inside the folder or the list that the user named, wherever that is."""
+    """A file to read. `name`: its path inside the folder that the user named.
+
+    file_format: as `formats.recognize` names it, once the file has been opened.
+    """
 
     path: Path
     name: str
     size: int
     modified_ns: int
+    file_format: str = ""
 
     @property
     def stat(self) -> list:
-        """What tells, without reading it, whether it is the same file."""
+        """Changes when the file does, and is known without reading it."""
         return [self.name, self.size, self.modified_ns]
-
-    def has_changed(self) -> bool:
-        """Whether the file has another size or time by now."""
-        status = self.path.stat()
-        return (status.st_size, status.st_mtime_ns) != (self.size, self.modified_ns)
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Files to read text from, in order, before they are opened. `named`: those not in a folder."""
+    """Files to read text from, in order, before they are opened.
+
+    named: those that the user named one by one.
+    """
 
     title: str
     files: list[SourceFile]
@@ -68,17 +71,16 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """The files of a source that hold text, the format of each, and why others are left out."""
+    """The files of a source that hold text, and notes about those that are left out."""
 
     files: list[SourceFile]
-    forms: list[str]
     notes: list[str]
 
     @property
     def description(self) -> str:
-        """How many files of which formats, and how large."""
-        counts = Counter(self.forms)
-        kinds = ", ".join(f"{count:,} {form}" for form, count in counts.most_common())
+        """The number of files of each format, and their size."""
+        counts = Counter(file.file_format for file in self.files)
+        kinds = ", ".join(f"{count:,} {name}" for name, count in counts.most_common())
         size = sum(file.size for file in self.files)
         many = "1 file" if len(self.files) == 1 else f"{len(self.files):,} files"
         return f"{many} ({kinds}), {size / 1e6:,.1f} MB"
@@ -90,16 +92,16 @@ class Text:
 
     def pieces(self, reading: Reading) -> Iterator[tuple[str, bool]]:
         """The text in order, as `formats.read_pieces` gives it."""
-        for file, form in zip(self.files, self.forms, strict=True):
+        for file in self.files:
             bad = BadDocuments(file.path, reading.skip_bad_documents)
-            yield from formats.read_pieces(file.path, form, reading, bad)
+            yield from formats.read_pieces(file.path, file.file_format, reading, bad)
 
 
 def find(paths: Sequence[Path]) -> Source:
     """All files of the paths: files, folders, and patterns such as data/*.parquet.
 
-    Hidden files in folders and what training runs have written there are passed over. Raises
-    UserError for a path that is not there, and for a folder of several splits.
+    Hidden files and the folders of training runs are skipped. Raises UserError for a path that does
+    not exist, and for a folder with several splits.
     """
     files = []
     named = set()
@@ -115,7 +117,7 @@ def find(paths: Sequence[Path]) -> Source:
 
 
 def expand(paths: Sequence[Path]) -> list[Path]:
-    """The paths, with what they match in place of patterns; UserError for one that is not there."""
+    """The paths, with each pattern replaced by its matches; UserError if one does not exist."""
     found = []
     for path in paths:
         matches = [path]
@@ -127,28 +129,24 @@ def expand(paths: Sequence[Path]) -> list[Path]:
 
 
 def find_in_folder(origin: Path) -> list[SourceFile]:
-    """The visible files below a folder, sorted by name; linked folders are followed once."""
+    """The files below a folder, sorted by name, without hidden ones; each folder is read once."""
     found = []
     visited = set()
     for folder, inside, files in os.walk(origin, followlinks=True):
-        visited.add(os.path.realpath(folder))
+        real = os.path.realpath(folder)
+        is_run = {"checkpoints", "tokenizer.json"} <= {*inside, *files}  # it changes as it trains
+        if real in visited or is_run:
+            inside.clear()
+            continue
+        visited.add(real)
         require(
             "dataset_dict.json" not in files,
             f"{folder} holds several splits of a dataset: name one, as in --data {folder}/train "
             f"--val-data {folder}/test",
         )
-        if {"checkpoints", "tokenizer.json"} <= {*inside, *files}:
-            inside.clear()  # a run's folder changes as it trains
-            continue
-        fresh = []
-        for name in sorted(inside):
-            real = os.path.realpath(Path(folder, name))
-            if not name.startswith(".") and real not in visited:
-                visited.add(real)
-                fresh.append(name)
-        inside[:] = fresh
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
         found += [Path(folder, name) for name in files if not name.startswith(".")]
-    found = [path for path in found if path.is_file()]  # reading a pipe would never end
+    found = [path for path in found if path.is_file()]  # no pipes, which might never end
     names = sorted(path.relative_to(origin).as_posix() for path in found)
     splits = {match[1] for name in names if (match := SPLIT_NAME.fullmatch(Path(name).name))}
     require(
@@ -177,12 +175,13 @@ def standard_library() -> Source:
     return Source(title, files, is_library=True)
 
 
+@functools.cache  # a tokenizer and the tokens are made of the same files
 def open_text(source: Source, reading: Reading) -> Text:
-    """The files of a source that hold text, by the first bytes of each.
+    """The files of a source that hold text, recognized by their first bytes.
 
     Pictures and the like are left out and noted. Raises UserError for a named file that is not
-    text, for data that cannot be read (unless bad documents are skipped), and where more would be
-    left out than read.
+    text, for data that cannot be read (unless bad documents are skipped), and if more bytes would
+    be left out than read.
     """
 
     def recognize(file: SourceFile) -> str | Exception:
@@ -192,26 +191,26 @@ def open_text(source: Source, reading: Reading) -> Text:
             return error
 
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(recognize, source.files))
+        recognized = list(pool.map(recognize, source.files))
 
     used = []
     skipped = []
-    for file, form in zip(source.files, found, strict=True):
-        if isinstance(form, UserError) and not reading.skip_bad_documents:
-            raise form
-        if isinstance(form, Exception):
-            reason = f"{file.path} cannot be read as text ({form}): {EXPECTED}"
+    for file, found in zip(source.files, recognized, strict=True):
+        if isinstance(found, UserError) and not reading.skip_bad_documents:
+            raise found
+        if isinstance(found, Exception):
+            reason = f"{file.path} cannot be read as text ({found}): {EXPECTED}"
             require(file.path not in source.named, reason)
-            skipped.append((file, str(form)))
-        elif form:
-            used.append((file, form))
+            skipped.append((file, str(found)))
+        elif found:
+            used.append(dataclasses.replace(file, file_format=found))
 
     # A README beside data files describes them; it is not part of the data.
     notes = []
-    if any(form != "text" and "." in Path(file.name).name for file, form in used):
-        about = [file for file, _ in used if ABOUT.fullmatch(Path(file.name).name)]
+    if any(file.file_format != "text" and file.path.suffix for file in used):
+        about = [file for file in used if ABOUT.fullmatch(file.path.name)]
         about = [file for file in about if file.path not in source.named]
-        used = [(file, form) for file, form in used if file not in about]
+        used = [file for file in used if file not in about]
         notes += [f"not used       {file.name}: it is about the data" for file in about]
 
     if skipped:
@@ -221,25 +220,11 @@ def open_text(source: Source, reading: Reading) -> Text:
         more = ", ..." if count > 5 else ""
         notes.append(f"skipped        {many} not text: {listed}{more}")
         n_skipped = sum(file.size for file, _ in skipped)
-        n_used = sum(file.size for file, _ in used)
+        n_used = sum(file.size for file in used)
         require(
             n_skipped <= n_used or reading.skip_bad_documents or not used,
             f"{source.title}: most of it is not text, {n_skipped:,} bytes beside {n_used:,} of "
             f"text: {listed}{more}; name the files to read, or add --skip-bad-documents",
         )
     require(bool(used), f"{source.title} holds no text: {EXPECTED}")
-    return Text([file for file, _ in used], [form for _, form in used], notes)
-
-
-def hash_files(files: Iterable[SourceFile]) -> list[str]:
-    """The SHA-256 in hex of each file as it is on disk."""
-
-    def hash_file(file: SourceFile) -> str:
-        try:
-            with file.path.open("rb") as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"{file.path} cannot be read: {error.strerror}") from None
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(hash_file, files))
+    return Text(used, notes)

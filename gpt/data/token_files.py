@@ -1,8 +1,7 @@
 """Tokens on disk, memory-mapped: our own shards, llm.c's and modded-nanogpt's, and nanoGPT's.
 
-A folder of ours holds shards of ids (little-endian uint16, or uint32 where the vocabulary is
-larger), the tokenizer that made them, and `tokens.json`, which says what they are. Knows nothing of
-batches or JAX.
+A folder of ours holds shards of ids (little-endian uint16, or uint32 for a large vocabulary), the
+tokenizer that made them, and `tokens.json`, which describes them. Knows nothing of batches or JAX.
 """
 
 import hashlib
@@ -21,15 +20,15 @@ from gpt.errors import UserError, require
 
 HEADER = "tokens.json"
 VERSION = 2
-SPLITS = {"train": "training", "val": "validation"}  # names of the files, and what they are for
+SPLITS = {"train": "training", "val": "validation"}  # names in file names, and in messages
 
-# llm.c's shards begin with 256 integers: this one, the version, the number of ids. To the version
-# and the type of the ids; modded-nanogpt writes the first kind.
+# llm.c's shards begin with 256 integers: one of these keys, the version, the number of ids. The
+# values are the version and the type of the ids. modded-nanogpt writes the first kind.
 LLMC = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
 LLMC_HEADER = 256 * 4  # bytes
-SAMPLE_CHUNKS = 64  # read of a file whose tokens are checked
-SAMPLE_CHUNK = 2**14  # tokens of each
-HELD_OUT = 0.05  # of foreign tokens that come without a validation file
+SAMPLE_CHUNKS = 64  # of a file are read to check its tokens
+SAMPLE_CHUNK = 2**14  # tokens in each
+HELD_OUT = 0.05  # of others' tokens without a validation file
 SPLIT_NAME = re.compile(r"(?:^|[-_.])(train|val|valid|validation)(?:[-_.]|$)")
 
 
@@ -63,7 +62,7 @@ class Shards:
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """One split: memory-mapped ids, and the bytes of the text they stand for."""
+    """One split: memory-mapped ids, and the number of bytes of their text."""
 
     array: np.ndarray | Shards
     n_bytes: int
@@ -79,7 +78,7 @@ class Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """Several sources to train on, and the share of each in the batches; together 1."""
+    """Several sources to train on, and the share of each in the batches; the shares sum to 1."""
 
     sources: list[Tokens]
     weights: list[float]
@@ -90,9 +89,9 @@ class Mixture:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Both splits; the fingerprint changes with any of their tokens.
+    """Both splits. The fingerprint changes with any of their tokens.
 
-    files: a digest of each file they were made of, by its name.
+    files: a digest of each file that they were made from, by its name.
     """
 
     train: Tokens | Mixture
@@ -104,6 +103,15 @@ class Dataset:
 def token_type(tokenizer: Tokenizer) -> np.dtype:
     """uint16 if it holds every id, else uint32; little-endian."""
     return np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 in hex of a file; UserError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def join(arrays: Sequence[np.ndarray]) -> np.ndarray | Shards:
@@ -119,23 +127,18 @@ def is_prepared(path: Path) -> bool:
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """What tokens.json says of a folder; UserError if it is damaged."""
+    """The contents of a folder's tokens.json; UserError if it is damaged."""
     damaged = f"the tokens in {folder} are damaged, delete the folder to have them made again"
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
         require(header["version"] == VERSION, f"{damaged}: {HEADER} is not version {VERSION}")
-        shards = [shard for split in SPLITS for shard in header["splits"][split]["shards"]]
-        good = all(type(shard["tokens"]) is int and shard["file"] for shard in shards)
-        good &= bool(header["fingerprint"] and header["tokenizer_digest"])
-        require(good, f"{damaged}: {HEADER} lacks a field")
-        header["files"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{damaged}: {HEADER} cannot be read ({error!r})") from None
     return header
 
 
 def describe(folder: Path) -> str:
-    """A line of a plan: how many tokens a folder of ours holds, of what, where and how large."""
+    """A line of the plan about a folder of ours: its tokens, their origin, place and size."""
     header = read_header(folder)
     n_train, n_val = (header["splits"][split]["tokens"] for split in SPLITS)
     size = (n_train + n_val) * np.dtype(header["dtype"]).itemsize
@@ -174,9 +177,8 @@ def open_shards(folder: Path, tokenizer: Tokenizer, verify: bool = False) -> dic
             is_whole = len(array) == shard["tokens"]
             require(is_whole, f"{damaged}: {shard['file']} is not {shard['tokens']} tokens long")
             if verify:
-                with (folder / shard["file"]).open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                require(digest == shard["sha256"], f"{damaged}: {shard['file']} has changed")
+                is_same = hash_file(folder / shard["file"]) == shard["sha256"]
+                require(is_same, f"{damaged}: {shard['file']} has changed")
             arrays.append(array)
         if arrays:
             found[split] = Tokens(join(arrays), header["splits"][split]["text_bytes"])
@@ -184,7 +186,7 @@ def open_shards(folder: Path, tokenizer: Tokenizer, verify: bool = False) -> dic
 
 
 def map_tokens(path: Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
-    """The ids in a file after `offset` bytes, mapped into memory; UserError if there are none."""
+    """The ids in a file after `offset` bytes, mapped into memory; UserError if it has none."""
     try:
         size = path.stat().st_size - offset
         whole = size % dtype.itemsize == 0 and size > 0
@@ -198,8 +200,10 @@ def map_tokens(path: Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
 
 
 def find_shards(paths: Sequence[Path]) -> list[Path]:
-    """The token shards of llm.c, modded-nanogpt or nanoGPT that paths name: .bin files, or those in
-    a folder where all of them are named after a split; none if there is anything else."""
+    """The token shards of llm.c, modded-nanogpt or nanoGPT that paths name, if all of them do.
+
+    A path names .bin files of ids, or a folder in which all .bin files are named after a split.
+    """
     found = []
     for path in paths:
         if path.is_dir():
@@ -226,9 +230,9 @@ def open_others(
 ) -> tuple[dict[str, Tokens], str]:
     """The splits of others' token shards, and a fingerprint of a sample of them.
 
-    A file belongs to the split that its name says, else to training; without one for validation the
-    last `share` of all tokens is held out. verify: check all tokens instead of a sample. UserError
-    if they cannot be the tokenizer's.
+    A file belongs to the split in its name, else to training. Without a file for validation, the
+    last `share` of all tokens is held out. verify: check all tokens instead of a sample. Raises
+    UserError if a token is not in the tokenizer's vocabulary.
     """
     lengths = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)])
     lengths[tokenizer.eot_token] = 0
@@ -250,7 +254,7 @@ def open_others(
         named = SPLIT_NAME.search(path.stem)
         arrays["val" if named and named[1] != "train" else "train"].append(array)
 
-    # Where no file is for validation, it is the last tokens of those for training.
+    # Without a file for validation, hold out the last tokens of the files for training.
     if not arrays["val"] and share != 0:
         n_train = sum(len(array) for array in arrays["train"])
         left = int(n_train * (1 - (HELD_OUT if share is None else share)))
@@ -270,7 +274,7 @@ def open_others(
 
 
 def open_shard(path: Path, tokenizer: Tokenizer) -> np.ndarray:
-    """The ids of a shard: a header of llm.c's says their type, else what they look like."""
+    """The ids of a shard. Their type is in llm.c's header, or is guessed from the ids."""
     with path.open("rb") as file:
         magic, version, count = np.frombuffer(file.read(12).ljust(12, b"\0"), "<i4").tolist()
     if magic in LLMC:
@@ -286,7 +290,7 @@ def open_shard(path: Path, tokenizer: Tokenizer) -> np.ndarray:
         )
         return array
 
-    # nanoGPT's has no header. Ids of the next larger type have zeros in their upper halves.
+    # nanoGPT's shards have no header. Read as a type of half their size, ids have zeros in between.
     for name in ("<u2", "<u4", "<u8"):
         dtype = np.dtype(name)
         if dtype.itemsize < token_type(tokenizer).itemsize:
@@ -298,7 +302,7 @@ def open_shard(path: Path, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def take_sample(array: np.ndarray) -> np.ndarray:
-    """Up to a million ids in stretches all over a file, so that little of it is read."""
+    """Up to a million ids, in stretches that are evenly spread over the file."""
     if len(array) <= SAMPLE_CHUNKS * SAMPLE_CHUNK:
         return np.array(array)
     starts = np.linspace(0, len(array) - SAMPLE_CHUNK, SAMPLE_CHUNKS).astype(np.int64) // 2 * 2

@@ -14,14 +14,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from gpt.data import tokenizers
-from gpt.data.prepare import UNFINISHED, digest_of
+from gpt.data.prepare import UNFINISHED
 from gpt.data.token_files import HEADER
-from gpt.data.tokenizers import Tokenizer
+from gpt.data.tokenizers import Tokenizer, sha256_of
 from gpt.errors import UserError
 
 
 class TokenStore(contextlib.AbstractContextManager):
-    """The folder `kept`; without `keep` it is read, and what is new is gone after the `with`."""
+    """The folder `kept`. Without `keep` new tokens are deleted at the end of the `with` block."""
 
     def __init__(self, kept: Path, keep: bool):
         self.kept = kept
@@ -29,41 +29,41 @@ class TokenStore(contextlib.AbstractContextManager):
         self.new = kept
         self.stack = contextlib.ExitStack()
         if not keep:
-            # On POSIX tokens stay readable after their files are gone: they are mapped into memory.
+            # Mapped into memory, tokens stay readable after their files are deleted (on POSIX).
             self.new = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
 
     def __exit__(self, *error) -> None:
         self.stack.__exit__(*error)
 
     def folder(self, fingerprint: str) -> Path:
-        """Where tokens of this fingerprint are, or are to be."""
+        """The folder for tokens with this fingerprint."""
         name = fingerprint[:32]
         return self.kept / name if self.is_whole(name) else self.new / name
 
     def is_whole(self, name: str) -> bool:
         return (self.kept / name / HEADER).is_file()
 
-    def recall(self, start: Any) -> Path | None:
-        """The folder of the tokens that were made from such a `start`, if they are there."""
-        path = self.kept / "starts" / digest_of(start)
+    def recall(self, key: Any) -> Path | None:
+        """The folder of the tokens that were made from `key`, if it exists."""
+        path = self.kept / "starts" / sha256_of(key)
         name = path.read_text().strip() if path.is_file() else ""
         return self.kept / name if name and self.is_whole(name) else None
 
-    def remember(self, start: Any, folder: Path) -> None:
-        """Let a later `recall` of the same JSON value `start` find the folder."""
+    def remember(self, key: Any, folder: Path) -> None:
+        """Let `recall` find the folder by the JSON value `key`."""
         if self.keep:
-            self._write(digest_of(start), folder.name)
+            self._write(sha256_of(key), folder.name)
 
-    def recall_tokenizer(self, start: Any) -> Tokenizer | None:
-        """The tokenizer that was made from such a `start`."""
-        path = self.kept / "starts" / f"{digest_of(start)}.tokenizer.json"
+    def recall_tokenizer(self, key: Any) -> Tokenizer | None:
+        """The tokenizer that was made from `key`, if it is kept."""
+        path = self.kept / "starts" / f"{sha256_of(key)}.tokenizer.json"
         return tokenizers.load(path) if path.is_file() else None
 
-    def remember_tokenizer(self, start: Any, tokenizer: Tokenizer) -> None:
-        """Let a later `recall_tokenizer` of the same JSON value find the tokenizer."""
+    def remember_tokenizer(self, key: Any, tokenizer: Tokenizer) -> None:
+        """Let `recall_tokenizer` find the tokenizer by the JSON value `key`."""
         if self.keep:
             content = json.dumps(tokenizers.to_json(tokenizer))
-            self._write(f"{digest_of(start)}.tokenizer.json", content)
+            self._write(f"{sha256_of(key)}.tokenizer.json", content)
 
     def _write(self, name: str, content: str) -> None:
         starts = self.kept / "starts"
@@ -76,11 +76,10 @@ class TokenStore(contextlib.AbstractContextManager):
             raise UserError(f"cannot write tokens to {self.kept}: {error}") from None
 
     def remove_leftovers(self, but: Path) -> None:
-        """Remove what killed processes left unfinished, except for the tokens of the folder `but`,
-        which will be completed, and for those that another process is making."""
+        """Remove the unfinished tokens of killed processes, except those for the folder `but`."""
         for unfinished in self.kept.glob(f"{UNFINISHED}*"):
             name = unfinished.name.removeprefix(UNFINISHED)
-            with contextlib.suppress(Timeout, OSError):
+            with contextlib.suppress(Timeout, OSError):  # Timeout: a process is making them
                 if name != but.name:
                     with FileLock(self.kept / f".{name}.lock", timeout=0):
                         shutil.rmtree(unfinished)

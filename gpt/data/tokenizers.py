@@ -294,8 +294,9 @@ def digest(tokenizer: Tokenizer) -> str:
     return sha256_of(tokenizer.contents)
 
 
-def sha256_of(contents: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+def sha256_of(value: Any) -> str:
+    """SHA-256 in hex of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def from_json(values: Any) -> Tokenizer:

@@ -63,7 +63,7 @@ def test_text_is_described_and_what_is_not_text_is_listed(load, text, tmp_path):
 
 def test_a_start_reads_no_file_that_looks_as_before(load, text, tmp_path, monkeypatch):
     _, first = load([text], "bpe")
-    for module, name in ((datasets, "open_text"), (prepare, "hash_files"), (prepare, "fill")):
+    for module, name in ((datasets, "open_text"), (prepare, "hash_file"), (prepare, "fill")):
         monkeypatch.setattr(module, name, None)
     (tmp_path / "elsewhere").mkdir()
     text = text.rename(tmp_path / "elsewhere" / "renamed")
@@ -82,7 +82,7 @@ def test_files_with_another_time_are_hashed_and_not_tokenized_again(load, text, 
     monkeypatch.setattr(prepare, "fill", None)
     os.utime(text / "a.txt", (1, 1))
     assert load([text])[1].fingerprint == first.fingerprint
-    monkeypatch.setattr(prepare, "hash_files", None)
+    monkeypatch.setattr(prepare, "hash_file", None)
     assert load([text])[1].fingerprint == first.fingerprint
     with pytest.raises(TypeError):
         load([text], options=DataOptions(verify_data=True))
@@ -120,7 +120,7 @@ def test_a_trial_leaves_nothing_and_uses_what_is_kept(load, text, tmp_path, monk
 
 def test_a_plan_of_much_text_counts_tokens_by_a_sample(load, text, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "SMALL", 100)
-    monkeypatch.setattr(prepare, "hash_files", None)
+    monkeypatch.setattr(prepare, "hash_file", None)
     lines = []
     tokenizer, plan = load([text], "bpe", keep=False, estimate=True, log=lines.append)
     assert not (tmp_path / "store").exists() and "by a sample" in lines[1]

@@ -148,7 +148,6 @@ def test_names_and_contents_that_are_no_text(tmp_path):
         "b.parquet": ("git lfs pull", b"version https://git-lfs.github.com/spec/v1\noid sha256:0"),
         "meta.pkl": ("a pickle", b"\x80\x04\x95"),
         "wide.txt": ("UTF-16", "text".encode("utf-16")),
-        "ids.npy": ("NumPy", b"\x93NUMPY\x01\0"),
         "cut.gz": ("cannot be read", gzip.compress(b"text" * 100, mtime=0)[:-9]),
     }
     for name, (expected, content) in contents.items():
@@ -228,7 +227,7 @@ def test_a_bad_byte_is_named_by_its_place_or_its_line_left_out(tmp_path, monkeyp
     (text,) = read(path, bad=bad)
     assert bad.count == 1 and "line 1499 é\nline 1501 é\n" in text
     path.write_bytes(b"a\n" * 40_000 + b"b\0\n")
-    with pytest.raises(UserError, match=r"byte 80,001: 0x00 .* zero bytes"):
+    with pytest.raises(UserError, match=r"byte 80,001: it is 0x00, text has no zero bytes"):
         read(path)
     path.write_bytes(b"ab\n" * 1000 + json_lines(DOCS) + b'{"text": 3}\n')
     assert len(read(path)) == 1

@@ -61,9 +61,9 @@ def test_linked_folders_are_followed_once(tmp_path):
     (data / "real" / "y.txt").write_text("real")
     (data / "real" / "up").symlink_to(data)  # a circle
     (data / "one").symlink_to(tmp_path / "elsewhere")
-    (data / "two").symlink_to(tmp_path / "elsewhere" / "deep")  # in another one already
+    (data / "two").symlink_to(tmp_path / "elsewhere" / "deep")  # which `one` holds already
     (data / "z.txt").symlink_to(tmp_path / "elsewhere" / "deep" / "x.txt")  # as hubs' caches do
-    assert names(find([data])) == ["real/y.txt", "two/x.txt", "z.txt"]
+    assert names(find([data])) == ["one/deep/x.txt", "real/y.txt", "z.txt"]
     (tmp_path / "link").symlink_to(data)
     assert names(find([tmp_path / "link"])) == names(find([data]))
 

@@ -46,7 +46,7 @@ def test_prepared_shards_are_recognised_and_opened(prepared, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    ["[]", "{", {"version": 1}, {"splits": {}}, {"files": 3}, {"fingerprint": ""}],
+    ["[]", "{", {"version": 1}],
 )
 def test_a_wrong_header_is_refused(change, prepared):
     path = prepared / "tokens.json"
