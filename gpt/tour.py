@@ -29,6 +29,7 @@ class TourSettings(Settings):
     stop: tyro.conf.Suppress[tuple[str, ...]] = ()
     on_context_full: tyro.conf.Suppress[Any] = "stop"
     num_samples: tyro.conf.Suppress[int] = 1
+    speculate: tyro.conf.Suppress[int] = 0
 
 
 @dataclass(frozen=True)

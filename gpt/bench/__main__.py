@@ -3,7 +3,7 @@
     python -m gpt.bench runs/tiny
     python -m gpt.bench --preset gpt2 --prompt-lengths 128,512 --batch-sizes 1,8
 
-Prints a card and a table. To a pipe or a file, the last line of standard output is the whole result
+Prints a card and a table. If standard output is a pipe or a file, its last line is the whole result
 as JSON.
 """
 

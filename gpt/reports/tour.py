@@ -232,18 +232,6 @@ def describe_call(
         name = f"step {i}"
         title = f"Decode step {i}: reads {tokens[T + i - 1].text}"
 
-    # How the token was chosen among those that were left.
-    chosen = chip(tokens[T + i], is_new=True)
-    if sampled.uniform is None:
-        choice = f"Temperature 0: the likeliest token is taken, {chosen}."
-    else:
-        probs = list(sampled.stages.values())[-1]
-        low = float(probs[: sampled.token].sum(dtype=np.float64))
-        high = low + float(probs[sampled.token])
-        choice = (
-            "The probabilities laid end to end, in the order of the vocabulary, cover 0 to 1. The "
-            f"random number {sampled.uniform:.4f} falls between {low:.4f} and {high:.4f}: {chosen}."
-        )
     # What it read from the cache and wrote to it, and what that costs.
     c = record.config
     n_new, n_before = len(call.tokens), call.first_position
@@ -271,12 +259,11 @@ def describe_call(
 {decimal(n_bytes)} moved, weights included:
 <b>{n_flops / n_bytes:,.1f} operations per byte</b>.</p>
 {distribution_table(sampled, decode_bytes)}
-<p>{choice}</p></article>"""
+<p>{explain_choice(sampled, tokens[T + i])}</p></article>"""
 
 
 def distribution_table(sampled: SampledToken, decode_bytes: DecodeBytes) -> str:
-    """The likeliest next tokens as the model predicts them and after each setting, each with a
-    bar; a dash stands for a token that was removed."""
+    """The likeliest next tokens as the model predicts them and after each setting."""
     stages = sampled.stages
     top = np.argsort(-stages["the model"], kind="stable")[:MAX_TABLE_ROWS].tolist()
     if sampled.token not in top:
@@ -285,11 +272,29 @@ def distribution_table(sampled: SampledToken, decode_bytes: DecodeBytes) -> str:
     for token in top:
         (shown,) = display_tokens([token], decode_bytes)
         row = [chip(shown, is_new=token == sampled.token)]
-        for probs in stages.values():
-            p = probs[token]
-            text = f"{p:.1%}" if p >= 0.001 else f"{p:.0e}".replace("e-0", "e-")
-            bar = f'<span class="share" style="--p:{100 * p:.1f}%">{text}</span>'
-            row.append(bar if p > 0 else '<span class="gone">–</span>')
+        row += [show_probability(probs[token]) for probs in stages.values()]
         rows.append(row)
     rows.append(["tokens left", *(f"{np.count_nonzero(probs):,}" for probs in stages.values())])
     return table(["next token", *stages], rows, "distribution")
+
+
+def show_probability(p: float) -> str:
+    """A probability with a bar; a dash if the token was removed."""
+    if p == 0:
+        return '<span class="gone">–</span>'
+    text = f"{p:.1%}" if p >= 0.001 else f"{p:.0e}".replace("e-0", "e-")
+    return f'<span class="share" style="--p:{100 * p:.1f}%">{text}</span>'
+
+
+def explain_choice(sampled: SampledToken, shown: DisplayToken) -> str:
+    """How the token was chosen among those that were left."""
+    chosen = chip(shown, is_new=True)
+    if sampled.uniform is None:
+        return f"Temperature 0: the likeliest token is taken, {chosen}."
+    probs = list(sampled.stages.values())[-1]
+    low = float(probs[: sampled.token].sum(dtype=np.float64))
+    high = low + float(probs[sampled.token])
+    return (
+        "The probabilities laid end to end, in the order of the vocabulary, cover 0 to 1. The "
+        f"random number {sampled.uniform:.4f} falls between {low:.4f} and {high:.4f}: {chosen}."
+    )

@@ -121,18 +121,7 @@ def record_tour(model, prompt: generate.Prompt, settings: Settings) -> TourRecor
     # Sample a token and read it, until the last one.
     bias_BV = [generate.logit_bias(model, settings)]
     sampling = generate.sampling_params([settings], bias_BV, [read])
-    # The settings that change the distribution, in the order in which they are applied.
-    filters = settings.temperature != 0
-    active = {
-        "penalty": settings.repetition_penalty != 1
-        or bool(settings.logit_bias)
-        or settings.ignore_eos,
-        "temperature": settings.temperature not in (0, 1),
-        "top-k": filters and settings.top_k > 0,
-        "top-p": filters and settings.top_p < 1,
-        "min-p": filters and settings.min_p > 0,
-    }
-    names = tuple(name for name, is_active in active.items() if is_active)
+    names = active_settings(settings)
     seen_V = np.zeros(config.vocab_size, bool)
     seen_V[read.ids] = True
     while True:
@@ -244,6 +233,20 @@ def attention_weights(q_BTNH: jax.Array, k_BKSH: jax.Array, pos_BT, drop) -> jax
 
 
 # A sampled token
+
+
+def active_settings(settings: Settings) -> tuple[str, ...]:
+    """The settings that change the distribution, in the order in which they are applied."""
+    s = settings
+    filters = s.temperature != 0
+    active = {
+        "penalty": s.repetition_penalty != 1 or bool(s.logit_bias) or s.ignore_eos,
+        "temperature": s.temperature not in (0, 1),
+        "top-k": filters and s.top_k > 0,
+        "top-p": filters and s.top_p < 1,
+        "min-p": filters and s.min_p > 0,
+    }
+    return tuple(name for name, is_active in active.items() if is_active)
 
 
 @partial(jax.jit, static_argnames="names")

@@ -70,6 +70,18 @@ def test_a_draft_that_fails_rests():
     assert found.proposed == 64  # those of the first 16 steps
 
 
+def test_a_draft_that_is_the_model_is_always_right(monkeypatch):
+    """Its cache follows what has been kept, so it draws what the model draws."""
+    monkeypatch.setattr(speculation, "choose_n_proposals", lambda *_: 4)
+    model = make_model(dataclasses.replace(CONFIG, n_layers=1))
+    settings = Settings(max_new_tokens=31, temperature=1, ignore_eos=True, speculate=4)
+    prompt = string.ascii_letters[:33]  # with the new tokens it fills a cache that need not grow
+    plain = generate.complete(model, [prompt], dataclasses.replace(settings, speculate=0))[0]
+    found = generate.complete(model.with_draft(model), [prompt], settings)[0]
+    assert found.token_ids == plain.token_ids
+    assert found.accepted == found.proposed == 24  # of 30 tokens, 5 for each reading
+
+
 def test_a_text_foreseen_takes_fewer_steps_and_a_new_one_no_proposals(monkeypatch):
     """In steady state nothing compiles, whatever is proposed."""
     model = make_model(dataclasses.replace(CONFIG, n_layers=1))
