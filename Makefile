@@ -65,7 +65,6 @@ test: setup  ## the tests, four minutes
 test-all: setup  ## the long proofs too
 	@$(BIN)/python -m pytest -q -m "not parity"
 
-# Faults planted one at a time in a copy of the project: which test notices each? Half an hour.
 faults: setup  ## plants faults in a copy and says which test notices each, half an hour
 	@$(BIN)/python benchmarks/planted_faults.py
 

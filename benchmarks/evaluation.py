@@ -1,4 +1,4 @@
-"""Log-likelihoods through the harness: our adapter against its own of transformers on torch.
+"""Log-likelihoods through lm-eval: our adapter against its own one for transformers on torch.
 
     .venv-parity/bin/python benchmarks/evaluation.py
 

@@ -47,7 +47,7 @@ def draw_documents(words: list[str], seed: int) -> list[str]:
 
 
 def write_corpus(folder: Path, gb: float) -> None:
-    """Files of all formats in turn, until there are `gb` of text; those that are there stay."""
+    """Files of all formats in turn, until there are `gb` of text; files that exist are kept."""
     import pyarrow.parquet  # an optional package
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,8 @@
     python benchmarks/speculative.py [RUN]
 
 Texts of 200 tokens in float32, with 1 row and with 8. RUN, a model trained on Python source (as
-`train.py tiny` makes one), goes on with source that fills half of its context, at temperature 0 and
-0.8, until it is full.
+`train.py tiny` makes one), continues source that fills half of its context, at temperature 0 and at
+0.8, until the context is full.
 A Llama form of 135 M parameters with random weights draws random text, of which nothing can be
 foreseen, and text that repeats itself, because a bias leaves it one token.
 

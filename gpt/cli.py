@@ -112,7 +112,7 @@ def parse(
     raise UserError(f"{sentence}; see {program} --help")
 
 
-# What tyro says of a command line, and how a user is told.
+# The messages of tyro that `reword` knows.
 UNKNOWN_WORDS = re.compile(r"Unrecognized options: ([^-].*)")
 MISSING = re.compile(r"Missing from .*?: (\S+) (.*?)\.? \(required\)")
 NO_VALUE = re.compile(r"Missing value for argument '(.*?)'\. Expected (\d+)")
@@ -122,7 +122,7 @@ NO_NUMBER = re.compile(r"Error parsing (--\S+): (is .*: expected .*)")  # as _pa
 
 
 def reword(problem: str) -> str:
-    """tyro's words for a problem with the command line, in those of a user where they are known."""
+    """A message of tyro about the command line, in a user's words if its form is known."""
     if found := UNKNOWN_WORDS.match(problem):
         return f"{found[1]} is not understood: each value needs its flag before it, once per value"
     if found := MISSING.match(problem):
@@ -148,7 +148,8 @@ def reword(problem: str) -> str:
 def suggest(flag: str, known: list[str], guesses: dict[str, str]) -> str:
     """What the user may have meant by an unknown flag, as the rest of a sentence.
 
-    `guesses`: for a flag, or for a sentence, the names that other programs have for it.
+    `guesses`: for a flag of ours, or for a sentence that says what to do, the names that other
+    programs have for it, separated by spaces.
     """
     name = flag.removeprefix("--").rpartition(".")[2].replace("_", "-").lower()
     meant = next((ours for ours, theirs in guesses.items() if name in theirs.split()), None)
@@ -168,8 +169,8 @@ constructors = ConstructorRegistry()
 
 @constructors.primitive_rule
 def _parse_number(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """How tyro reads a number, which may be None, or one of some words instead, such as `auto`: a
-    mistake is told in a user's words, not in those of Python's types."""
+    """How tyro reads a number, which may be None or a word, such as `auto`, instead. The error for
+    anything else says what was expected in a user's words."""
     is_union = typing.get_origin(type_info.type) in (typing.Union, types.UnionType)
     kinds = typing.get_args(type_info.type) if is_union else (type_info.type,)
     if int in kinds:
@@ -272,15 +273,16 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         os._exit(interrupt.args[0] if interrupt.args else 130)
     except Exception as error:
         message = explain(error)
-        if message is None and not _is_connected():
-            raise
-        code = 1 if message is None or isinstance(error, Failed) else 2
         if message is None:
+            if not _is_connected():
+                raise
             traceback.print_exc()
+            code = 1
         else:
             if isinstance(error, OSError):  # perhaps of standard output
                 _discard_stdout()
             print(f"error: {message}", file=sys.stderr)
+            code = 1 if isinstance(error, Failed) else 2
     if code in (1, 2) and _is_connected():
         # The other processes do not know: an orderly shutdown would wait for them.
         sys.stderr.flush()

@@ -90,7 +90,7 @@ class Row:
 
     `text`: decodes its tokens. `window`: what is read of the prompt. `max_tokens`: how many tokens
     it may have. `room`: how many until the context is full. `hint`: tokens that speculation looks
-    through beside the row's own.
+    through in addition to the row's own.
     """
 
     def __init__(self, model, prompt: PromptTokens, sample: int, settings: Settings):
