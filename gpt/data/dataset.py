@@ -30,11 +30,13 @@ SAMPLED_TEXT = 2**25  # characters of each of these files
 Log = Callable[[str], None]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Origin:
     """One source of data: text, or a folder of our tokens, or files of others' tokens.
 
     weight: its share in the batches; None for the only source. held_out: as in `prepare.Job`.
+    `identify` fills in the fingerprint, a digest of each file by name, and the folder of the tokens
+    of a text, if it exists. splits: the tokens, once they are open.
     """
 
     weight: float | None
@@ -42,20 +44,8 @@ class Origin:
     text: Source | None = None
     folder: Path | None = None
     shards: list[Path] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Found:
-    """The contents of an origin: its fingerprint, and a digest of each file by name.
-
-    folder: of its tokens, unless they are others'. text: to make the tokens from, if they do not
-    exist yet. splits: the tokens, once they are open.
-    """
-
-    fingerprint: str
-    files: dict[str, str]
-    folder: Path | None = None
-    text: Text | None = None
+    fingerprint: str = ""
+    files: dict[str, str] = field(default_factory=dict)
     splits: dict[str, Tokens] = field(default_factory=dict)
 
 
@@ -98,40 +88,40 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
             return chosen, estimate_tokens(texts, chosen, options, log)
 
         # Identify all origins first: text that has changed is refused before it is tokenized.
-        found = []
         for origin, key in zip(origins, keys, strict=True):
-            found.append(identify_origin(origin, chosen, options, kept.recall(key), log))
-        fingerprint = found[0].fingerprint
+            identify(origin, chosen, options, kept.recall(key), log)
+        fingerprint = origins[0].fingerprint
         if len(origins) > 1:
             weights = [origin.weight for origin in origins]
-            fingerprint = tokenizers.sha256_of([weights, [one.fingerprint for one in found]])
-        files = {name: digest[:16] for one in found for name, digest in one.files.items()}
+            fingerprint = tokenizers.sha256_of([weights, [one.fingerprint for one in origins]])
+        files = {name: digest[:16] for one in origins for name, digest in one.files.items()}
         if len(files) > MOST_NAMES:
             files = {}
         if expected:
             require_same(expected, fingerprint, files)
 
         # Make the tokens that do not exist yet, and open all.
-        for origin, one, key in zip(origins, found, keys, strict=True):
-            if one.text:
-                one.folder = kept.folder(one.fingerprint)
-                kept.remove_leftovers(but=one.folder)
-                job = prepare.Job(one.text, chosen, options, origin.held_out, progress=progress)
-                prepare.tokenize(job, one.folder, one.fingerprint, one.files)
-                kept.remember(key, one.folder)
-            if one.folder:
-                one.splits = token_files.open_shards(one.folder, chosen, options.verify_data)
-                log(token_files.describe(one.folder))
+        for origin, key in zip(origins, keys, strict=True):
+            if origin.text and not origin.folder:
+                origin.folder = kept.folder(origin.fingerprint)
+                kept.remove_leftovers(but=origin.folder)
+                text = open_text(origin.text, options)
+                job = prepare.Job(text, chosen, options, origin.held_out, progress=progress)
+                prepare.tokenize(job, origin.folder, origin.fingerprint, origin.files)
+                kept.remember(key, origin.folder)
+            if origin.folder:
+                origin.splits = token_files.open_shards(origin.folder, chosen, options.verify_data)
+                log(token_files.describe(origin.folder))
 
-    train, val = combine(origins, found, options, log)
+    train, val = combine(origins, options, log)
     return chosen, Dataset(train, val, fingerprint, files)
 
 
 def combine(
-    origins: list[Origin], found: list[Found], options: DataOptions, log: Log
+    origins: list[Origin], options: DataOptions, log: Log
 ) -> tuple[Tokens | Mixture, Tokens]:
     """The tokens for training and those for validation, of all origins."""
-    splits = [one.splits for one in found]
+    splits = [origin.splits for origin in origins]
     if options.val_data:
         *splits, last = splits
         val = [last.get("val") or last["train"]]
@@ -253,30 +243,38 @@ def stat_key(origin: Origin, tokenizer: Tokenizer, options: Reading) -> list | N
     return [*settings, [file.stat for file in origin.text.files]]
 
 
-def identify_origin(
+def identify(
     origin: Origin, tokenizer: Tokenizer, options: DataOptions, known: Path | None, log: Log
-) -> Found:
-    """The contents of an origin. The files of a text are read, unless its tokens are in `known`."""
+) -> None:
+    """Fill in the fingerprint and the files of an origin.
+
+    A text is read for this, unless its tokens are in the folder `known`.
+    """
     if origin.shards:
-        splits, fingerprint = token_files.open_others(
+        origin.splits, origin.fingerprint = token_files.open_others(
             origin.shards, tokenizer, origin.held_out, options.verify_data
         )
-        return Found(fingerprint, {}, splits=splits)
+        return
+    if known and not options.verify_data:
+        origin.folder = known
+    notes = []
     if origin.folder:
         header = token_files.read_header(origin.folder)
-        return Found(header["fingerprint"], header["files"], folder=origin.folder)
-
-    hint = "; for your own: --data PATH" if origin.text.is_library else ""
-    if known and not options.verify_data:
-        header = token_files.read_header(known)
-        log(f"text           {origin.text.title}: {header['text']}{hint}")
-        return Found(header["fingerprint"], header["files"], folder=known)
-    text = open_text(origin.text, options)
-    log(f"text           {origin.text.title}: {text.description}{hint}")
-    for note in text.notes:
+        origin.fingerprint = header["fingerprint"]
+        origin.files = header["files"]
+        description = header["text"]
+    else:
+        text = open_text(origin.text, options)
+        description = text.description
+        notes = text.notes
+        origin.fingerprint, origin.files = prepare.fingerprint_text(
+            text, tokenizer, options, origin.held_out
+        )
+    if origin.text:
+        hint = "; for your own: --data PATH" if origin.text.is_library else ""
+        log(f"text           {origin.text.title}: {description}{hint}")
+    for note in notes:
         log(note)
-    fingerprint, files = prepare.fingerprint_text(text, tokenizer, options, origin.held_out)
-    return Found(fingerprint, files, text=text)
 
 
 def require_same(expected: dict[str, Any], fingerprint: str, files: dict[str, str]) -> None:

@@ -31,7 +31,6 @@ ROWS = 256  # of a table read at once
 MIN_SHARE = 0.9  # a file is text if at least this share of its first characters is valid UTF-8
 
 READ_ERRORS = (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError)
-NEEDS_PYARROW = "needs pyarrow, which is not installed: pip install 'gpt-jax[data]'"
 
 # Formats that are not read here, by their first bytes or by their names.
 UNREADABLE = {
@@ -116,23 +115,13 @@ def recognize_content(path: Path, head: bytes, stream: BinaryIO, reading: Readin
         raise NotText("it holds zero bytes")
     text = head.decode("utf-8-sig", "replace")
     if text.count("\ufffd") > max((1 - MIN_SHARE) * len(text), 1):
-        encoding = "GB18030" if is_gb18030(head) else "ITS-ENCODING"
-        raise NotText(f"it is not valid UTF-8, convert it: iconv -f {encoding} -t UTF-8 {path}")
+        raise NotText(
+            f"it is not valid UTF-8, convert it: iconv -f ITS-ENCODING -t UTF-8 {path}, where "
+            "ITS-ENCODING is GB18030 or BIG5 for most Chinese text, CP1252 for most European text"
+        )
     if text.lstrip()[:1] in ("{", "["):
         return recognize_json(path, head, stream, suffixes, reading.text_column)
     return "text"
-
-
-def is_gb18030(head: bytes) -> bool:
-    """Whether bytes are mostly Chinese characters and ASCII in GB18030, or GBK and GB2312 in it."""
-    try:
-        text = codecs.getincrementaldecoder("gb18030")().decode(head)
-    except UnicodeDecodeError:
-        return False
-    # Text in other encodings decodes too, but to rare characters; GB2312 has the common ones.
-    beyond_ascii = [character for character in text if not character.isascii()]
-    common = [character for character in beyond_ascii if character.encode("gb2312", "ignore")]
-    return len(common) > 0.9 * len(beyond_ascii)
 
 
 def recognize_json(
@@ -176,7 +165,10 @@ def recognize_json(
 
 def require_pyarrow(path: Path) -> None:
     """Raise UserError unless pyarrow, an optional package, is installed."""
-    require(importlib.util.find_spec("pyarrow") is not None, f"{path} {NEEDS_PYARROW}")
+    require(
+        importlib.util.find_spec("pyarrow") is not None,
+        f"{path} needs pyarrow, which is not installed: pip install 'gpt-jax[data]'",
+    )
 
 
 def decompressed(raw: io.BufferedReader) -> tuple[BinaryIO, str]:

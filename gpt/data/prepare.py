@@ -28,7 +28,7 @@ from gpt.data import tokenizers
 from gpt.data.formats import BadDocuments, read_pieces
 from gpt.data.options import Reading
 from gpt.data.sources import THREADS, SourceFile, Text, describe_file
-from gpt.data.token_files import HEADER, SPLITS, VERSION, hash_file, token_type
+from gpt.data.token_files import HEADER, SPLITS, VERSION, hash_file, is_prepared, token_type
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError, require
 
@@ -133,7 +133,7 @@ def tokenize(job: Job, folder: Path, fingerprint: str, files: dict[str, str]) ->
         # One process tokenizes; others that want the same tokens wait for it.
         lock = folder.with_name(f".{folder.name}.lock")
         with FileLock(lock):
-            if (folder / HEADER).is_file():
+            if is_prepared(folder):
                 return
             unfinished.mkdir(exist_ok=True)
             if not begun.is_file() or begun.read_text() != fingerprint:

@@ -6,14 +6,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -22,16 +15,14 @@ SECONDS_BETWEEN_LINES = 30.0
 def tokenizing_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
     """A function that shows the bytes of files that are tokenized, of a total."""
     bar = Progress(
-        TextColumn("tokenizing"),
-        BarColumn(),
+        *Progress.get_default_columns(),
         DownloadColumn(),
         TransferSpeedColumn(),
-        TimeRemainingColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     )
-    task = bar.add_task("", total=None)
+    task = bar.add_task("tokenizing", total=None)
     start = last_line = time.monotonic()
 
     def report(done: int, total: int) -> None:

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from gpt.data import tokenizers
 from gpt.data.prepare import UNFINISHED
-from gpt.data.token_files import HEADER
+from gpt.data.token_files import is_prepared
 from gpt.data.tokenizers import Tokenizer, sha256_of
 from gpt.errors import UserError
 
@@ -37,17 +37,16 @@ class TokenStore(contextlib.AbstractContextManager):
 
     def folder(self, fingerprint: str) -> Path:
         """The folder for tokens with this fingerprint."""
-        name = fingerprint[:32]
-        return self.kept / name if self.is_whole(name) else self.new / name
-
-    def is_whole(self, name: str) -> bool:
-        return (self.kept / name / HEADER).is_file()
+        kept = self.kept / fingerprint[:32]
+        return kept if is_prepared(kept) else self.new / kept.name
 
     def recall(self, key: Any) -> Path | None:
         """The folder of the tokens that were made from `key`, if it exists."""
         path = self.kept / "starts" / sha256_of(key)
-        name = path.read_text().strip() if path.is_file() else ""
-        return self.kept / name if name and self.is_whole(name) else None
+        if not path.is_file():
+            return None
+        folder = self.kept / path.read_text().strip()
+        return folder if is_prepared(folder) else None
 
     def remember(self, key: Any, folder: Path) -> None:
         """Let `recall` find the folder by the JSON value `key`."""

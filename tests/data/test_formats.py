@@ -130,8 +130,8 @@ def test_json_cut_off_inside_its_first_record_is_not_text(name, tmp_path):
 def test_what_is_not_utf_8_says_how_to_convert_it(tmp_path):
     chinese = "今天天气很好，我们去河边钓鱼。Tom said: fish!\n" * 50
     for name, content, advice in (
-        ("gbk.txt", chinese.encode("gb18030"), "iconv -f GB18030 -t UTF-8 "),
-        ("big5.txt", "今天天氣很好\n".encode("big5") * 50, "iconv -f ITS-ENCODING -t UTF-8 "),
+        ("gbk.txt", chinese.encode("gb18030"), "iconv -f .* GB18030"),
+        ("big5.txt", "今天天氣很好\n".encode("big5") * 50, "iconv -f .* BIG5"),
         ("paper.pdf", b"%PDF-1.4\n" + b"stream " * 50, "pdftotext"),
     ):
         (tmp_path / name).write_bytes(content)
