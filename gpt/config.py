@@ -189,8 +189,10 @@ class ModelConfig:
 
 
 def flags_to_export(config: ModelConfig) -> tuple[list[str], list[str]]:
-    """The flags of training that would give a model GPT-2's form in transformers, and those for
-    Llama's, Qwen2's or Qwen3's; none where it has that form."""
+    """The flags with which a model could be exported as GPT-2, and those for Llama, Qwen2 or Qwen3.
+
+    A list is empty if the model can be exported so as it is.
+    """
     no_norm_bias = "--model.no-bias" if config.norm_bias is None else "--model.norm-bias False"
     no_mlp_bias = "--model.no-bias" if config.mlp_bias is None else "--model.mlp-bias False"
     both = {
@@ -356,7 +358,7 @@ class TrainConfig:
 
     @property
     def schedule_steps(self) -> int:
-        """Steps over which the learning rate rises and falls; it stays as it is in later ones."""
+        """Steps over which the learning rate rises and falls; later steps keep its last value."""
         return self.steps - self.extra_steps
 
     @property

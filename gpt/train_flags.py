@@ -102,13 +102,13 @@ class Args:
     resume: Annotated[Path | None, optional("DIR")] = None
     """Continue the run in this folder with its own settings and its own text."""
     extend: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
-    """With --resume: train so many steps more than the run was meant to have. The learning rate
-    stays where its schedule ended."""
+    """With --resume: train this many steps beyond the end of the run, at the last learning rate of
+    its schedule."""
     init_from: Annotated[Path | None, optional("DIR")] = None
     """Start from the weights, the tokenizer and the model settings of another run."""
     minutes: Annotated[float | None, optional("M")] = None
-    """Train for about so many minutes: a few steps are measured first, and settle the number of
-    steps and so the schedule."""
+    """Train for about this many minutes. A few steps are measured first to set the number of steps,
+    and with it the schedule."""
     dry_run: bool = False
     """Print what this would train, and stop."""
     verify_resume: bool = False
@@ -116,21 +116,20 @@ class Args:
     memory_gb: Annotated[float | None, optional("GB", "what is found here")] = None
     """Memory of one device in 10^9 bytes, for --dry-run and for settings that are auto."""
     devices: Annotated[int | None, optional("INT")] = None
-    """With --dry-run: plan for this many devices that are not here, virtual ones of this CPU."""
+    """With --dry-run: plan for this many virtual devices on this CPU."""
     topology: Annotated[str | None, optional("NAME")] = None
-    """With --dry-run: plan for TPUs or GPUs that are not here, by their own compiler: v5e:16x16,
-    h100:8."""
+    """With --dry-run: plan for TPUs or GPUs that this machine does not have, with their own
+    compiler: v5e:16x16, h100:8."""
     json: Annotated[Path | None, optional("FILE")] = None
-    """With --dry-run: write the plan for devices that are not here to this file too."""
+    """With --devices or --topology: also write the plan to this file."""
     log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Send metrics, samples and settings there too: to DIR/tensorboard, Weights & Biases, Trackio.
-    """
+    """Also send metrics, samples and settings to DIR/tensorboard, Weights & Biases or Trackio."""
     eval_tasks: Annotated[str | None, optional("NAME,NAME,...")] = None
     """Tasks of lm-eval to evaluate the model on while it trains (docs/evaluate.md)."""
     eval_tasks_every: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 1000
-    """Steps from one evaluation on these tasks to the next; there is one at the end too."""
+    """Steps between evaluations on these tasks. The last step is followed by one too."""
     eval_tasks_limit: int = 200
-    """Questions of each task, the first ones."""
+    """Use only the first questions of each task, this many."""
     eval_tasks_path: Annotated[Path | None, optional("DIR")] = None
     """A folder with tasks of your own."""
     profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
@@ -159,7 +158,7 @@ class Args:
         )
         require(
             self.extend == 0 or self.resume is not None,
-            "--extend adds steps to a run that is there: add --resume DIR",
+            "--extend adds steps to an existing run: add --resume DIR",
         )
         each(above_zero, self, "memory_gb minutes")
         each(positive, self, "devices")
@@ -183,12 +182,12 @@ class Args:
 
     @property
     def is_trial(self) -> bool:
-        """Whether it must leave nothing behind."""
+        """Whether the command must leave nothing on disk."""
         return self.dry_run or self.verify_resume
 
     @property
     def plans_absent(self) -> bool:
-        """Whether it only plans for devices that are not here."""
+        """Whether the command only plans for devices that this machine does not have."""
         return self.devices is not None or self.topology is not None
 
     @property
@@ -201,8 +200,7 @@ def parse_args(argv: list[str], description: str) -> Args:
     """The flags, with the rest of the settings from the preset that the first word names, else from
     `tiny`; UserError for a flag that cannot be read."""
     for word in argv:
-        # As a path an empty value, such as --out "$OUT" where OUT is not set, would be the current
-        # folder.
+        # An empty path would be the current folder; --out "$OUT" gives one if OUT is not set.
         name = word or "a flag"
         is_empty = word == "" or (word.startswith("--") and word.endswith("="))
         require(not is_empty, f"{name} has an empty value: fill it in, or leave the flag out")

@@ -134,7 +134,7 @@ def test_trackers_are_told_what_metrics_jsonl_holds_and_stop_no_run(text, tmp_pa
         monkeypatch.setitem(sys.modules, name, planted(name, {}, broken=True))
     done = call("train", *argv, "--out", tmp_path / "other")
     assert done.code == 0
-    assert done.err.count("(the server is gone); metrics.jsonl has it all") == 3
+    assert done.err.count("(the server is gone); metrics.jsonl has everything") == 3
     assert read_lines(tmp_path / "other") == read_lines(run)
 
 

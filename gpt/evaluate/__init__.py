@@ -1,1 +1,1 @@
-"""How good a model is: tasks of the field's harness, lm-eval, on our engine."""
+"""Evaluation on the tasks of lm-eval, with our engine."""

@@ -1,4 +1,4 @@
-"""How good a model is, by tasks of the field's harness: python -m gpt.evaluate RUN --tasks NAMES
+"""Evaluate a model on the tasks of lm-eval: python -m gpt.evaluate RUN --tasks NAMES
 
     python -m gpt.evaluate runs/tiny --tasks python_code
     python -m gpt.evaluate runs/gpt2 --tasks hellaswag,lambada_openai --limit 200
@@ -45,13 +45,13 @@ class Args:
     include_path: Annotated[Path | None, optional("DIR")] = None
     """A folder with tasks of your own, each a YAML file with its data beside it."""
     limit: Annotated[int | None, optional("INT", "all")] = None
-    """Questions of each task, the first ones: a quick look, not a figure to compare."""
+    """Use only the first questions of each task, this many: for a quick look, not to compare."""
     num_fewshot: Annotated[int | None, optional("INT", "what the task says")] = None
     """Solved examples before each question."""
     batch_size: int = 16
     """Answers read together."""
     prefix: Annotated[Prefix | None, optional("{bos,eos,none}", "as its tokenizer has it")] = None
-    """What stands before each text. An empty context is always replaced by a token."""
+    """The token before each text. An empty context is always replaced by a token."""
     json: Annotated[Path | None, optional("FILE")] = None
     """Write the harness's whole result to this file."""
     step: Annotated[int | None, optional("INT", "the newest")] = None

@@ -1,8 +1,8 @@
-"""Our engine as a model of the field's harness, lm-eval, under the name gpt-jax.
+"""Our engine as a model of lm-eval, EleutherAI's evaluation harness, under the name gpt-jax.
 
-`evaluate` runs loaded tasks on a LanguageModel. The harness's own command line finds the adapter
-when this file is run: python -m gpt.evaluate.harness --model gpt-jax --model_args run=RUN ...
-takes every flag of `lm_eval`. Neither it nor this file imports torch.
+`evaluate` runs loaded tasks on a LanguageModel. This file is also lm-eval's own program with our
+model registered: python -m gpt.evaluate.harness --model gpt-jax --model_args run=RUN ...
+takes every flag of `lm_eval`. Neither lm-eval nor this file imports torch.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ from gpt.evaluate import likelihood
 from gpt.sampling import generate, language_model
 from gpt.sampling.settings import Settings
 
-TASKS = Path(__file__).parent / "tasks"  # of our own making
+TASKS = Path(__file__).parent / "tasks"  # our own
 BATCH_SIZE = 16
 MAX_NEW_TOKENS = 256  # where a task names no limit, as in the harness
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-NO_EFFECT = {"do_sample", "until", "max_gen_toks"}  # of normalized settings: read by name
+NO_EFFECT = {"do_sample", "until", "max_gen_toks"}  # read by name in `_prompt`
 
 
 @register_model("gpt-jax")
@@ -42,8 +42,8 @@ class GPTJax(TemplateLM):
     """A LanguageModel for the harness: `model` itself or, from the harness's command line, the
     folder of a `run` and the fields of `gpt.load`, with `data` and `tensor` for the mesh.
 
-    `n_cut`: requests so far whose context did not fit and was cut from the left. What stands before
-    each text is `model.prefix`; before an empty context and a rolled text there is always a token.
+    `n_cut`: requests so far whose context did not fit and was cut from the left. `model.prefix`
+    precedes each text; an empty context and a rolled text always get a token before them.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class GPTJax(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context is replaced by, and what the first token of a rolled text follows:
-        beginning-of-text where the model has one, else end-of-text."""
+        """The token that replaces an empty context and precedes a rolled text: beginning-of-text if
+        the model has it, else end-of-text."""
         special = self.model.special_ids
         has_bos = special.bos is not None and self.model.prefix != "eos"
         return special.bos if has_bos else self.eot_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """Token ids of a text, after what the model has before each."""
+        """Token ids of a text, after the model's prefix."""
         ids = self.model.tokenizer.encode_ordinary(without_lone_surrogates(string))
         if add_special_tokens is False:
             return ids
@@ -174,14 +174,14 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> list:
     """The tasks and groups of these names, with their data: those of `include_path` first, then
     ours, then the harness's. A name may be a pattern, as in `arc_*`.
 
-    UserError for a name that nothing has, or a task whose data is not there.
+    Raises UserError for an unknown name, and for a task whose data cannot be read.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # else it tells what it does
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # no progress messages
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it reports each of 5 tries
     own_folders = [TASKS] if include_path is None else [TASKS, include_path.absolute()]
     managers = [TaskManager(include_path=own_folders, include_defaults=False)]
     if not all(managers[0].match_tasks([name]) for name in names):
-        # Finding out what all of the harness's tasks are called takes seconds.
+        # Listing all of the harness's tasks takes seconds.
         managers.append(TaskManager())
 
     found = []
@@ -201,11 +201,11 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> list:
 
 
 def load_task(name: str, manager: TaskManager, include_path: Path | None) -> list:
-    """The task or group of that name, or the tasks with that tag, with their data; UserError if it
-    is not there."""
+    """The task or group of that name, or the tasks with that tag, with their data; UserError if the
+    data cannot be read."""
     entry = manager.task_index[name]
-    # Where relative paths of data begin: beside a task of one's own, or where a copy of what is on
-    # the hub can be put.
+    # Relative paths of data begin at the file of a user's task, or at a folder with copies of the
+    # hub's data.
     folder = (include_path or Path()).absolute()
     if entry.yaml_path and not entry.yaml_path.is_relative_to(Path(lm_eval.__file__).parent):
         folder = entry.yaml_path.parent

@@ -1,4 +1,4 @@
-"""Tasks of the harness on a model in training: what --eval-tasks asks for."""
+"""--eval-tasks: lm-eval's tasks on a model in training."""
 
 import contextlib
 import importlib.util
@@ -11,7 +11,7 @@ from gpt.sampling import language_model
 
 def load_tasks(run) -> list:
     """The tasks of a run with their data; none in processes that do not evaluate. UserError in all
-    processes if they cannot be had."""
+    processes if they cannot be loaded."""
     args = run.args
     with distributed.exit_together():
         require(
@@ -38,7 +38,6 @@ def evaluate_tasks(run, tasks: list, weights: dict) -> dict[str, float] | None:
     from gpt.evaluate import harness
 
     limit = run.args.eval_tasks_limit
-    with contextlib.redirect_stderr(io.StringIO()):  # bars that would run through the trainer's own
+    with contextlib.redirect_stderr(io.StringIO()):  # hides the harness's bars
         results = harness.evaluate(harness.GPTJax(model=model), tasks, limit)
-    figures = harness.figures(results)
-    return figures if limit is None else figures | {"limit": limit}
+    return harness.figures(results) | {"limit": limit}

@@ -1,8 +1,8 @@
-"""How likely each answer is after its context, for many of them: batched by length.
+"""Log-likelihoods of answers after their contexts, for many of them, batched by length.
 
-Answers with one context share its reading: it is read once, and its cache is forked for them. An
-answer with a context of its own is read together with it, in one pass without a cache. Either way
-logits are computed where an answer's tokens are predicted, and nowhere else.
+A context with several answers is read once, and its cache is forked for them. A context with one
+answer is read together with it, in one pass without a cache. Either way logits are computed only at
+the positions that predict the tokens of an answer.
 Shape letters: see model/transformer.py; here P are the predicted tokens of a row, C contexts.
 """
 
@@ -54,15 +54,16 @@ def loglikelihoods(
         kept = cut(context, continuation, model.config.context_length)
         answers.setdefault(tuple(kept), []).append((number, continuation))
 
-    # A context with several answers is read apart; a long one too, so that it is read in pieces.
-    apart, whole = [], []
+    # A context with several answers is read apart; so is a long one, which is read in pieces.
+    apart = []
+    whole = []
     for context, its_answers in answers.items():
         is_shared = len(its_answers) > 1 and len(context) > 1
         kind = apart if is_shared or len(context) > engine.PIECE else whole
         kind.append((context, its_answers))
 
     for groups, read in ((apart, read_contexts_apart), (whole, read_whole)):
-        # Alike in length, longest first: little padding, and the first batch takes the most memory.
+        # Sorting by length saves padding; the longest come first and take the most memory.
         groups.sort(key=lambda group: (padded(len(group[0])), longest(group)), reverse=True)
         for batch in in_batches(groups, batch_size):
             with on_mesh(model.mesh):
@@ -77,7 +78,7 @@ def loglikelihoods(
 
 
 def cut(context: Sequence[int], continuation: Sequence[int], context_length: int) -> Sequence[int]:
-    """The end of a context that fits before a continuation, whose last token is not read."""
+    """The end of a context that fits before a continuation. (Its last token is never read.)"""
     require(
         len(continuation) <= context_length,
         f"an answer has {len(continuation)} tokens, which exceeds the model's context of "
@@ -93,12 +94,14 @@ def longest(group: Group) -> int:
 
 
 def in_batches(groups: Sequence[Group], batch_size: int) -> Iterator[list[Group]]:
-    """Groups one after another with up to `batch_size` answers together, or one with more."""
-    batch, n_rows = [], 0
+    """Consecutive groups with up to `batch_size` answers in all, or a single group with more."""
+    batch = []
+    n_rows = 0
     for group in groups:
         if batch and n_rows + len(group[1]) > batch_size:
             yield batch
-            batch, n_rows = [], 0
+            batch = []
+            n_rows = 0
         batch.append(group)
         n_rows += len(group[1])
     if batch:
@@ -135,7 +138,8 @@ def read_contexts_apart(model, batch: Sequence[Group]):
     n_C = np.ones(len(tokens_CT), np.int32)
     n_C[: len(batch)] = [len(context) - 1 for context, _ in batch]
 
-    inputs, row_R = [], []
+    inputs = []
+    row_R = []
     for number, (context, its_answers) in enumerate(batch):
         for _, continuation in its_answers:
             inputs.append([context[-1], *continuation[:-1]])
@@ -153,7 +157,9 @@ def read_contexts_apart(model, batch: Sequence[Group]):
 
 def read_whole(model, batch: Sequence[Group]):
     """Read each context of a batch together with its answer. Returns what `predictions` does."""
-    rows, first_R, targets = [], [], []
+    rows = []
+    first_R = []
+    targets = []
     for context, its_answers in batch:
         for _, continuation in its_answers:
             rows.append([*context, *continuation[:-1]])
@@ -202,10 +208,11 @@ def predictions(model: transformer.GPT, x_RPD: jax.Array, targets_RP: jax.Array)
 def rolling_loglikelihood(model, ids: Sequence[int]) -> float:
     """log p of all `ids` but the first, in nats.
 
-    In windows of the model's whole context that predict each token once. The last one ends where
-    the text does, and so reads tokens again that others have predicted: as in the harness.
+    Windows of the model's whole context predict each token once. The last window ends with the text
+    and overlaps the one before it, as in the harness.
     """
-    n, width = len(ids) - 1, model.config.context_length
+    n = len(ids) - 1
+    width = model.config.context_length
     n_whole = n // width * width
     logprobs = np.empty(n)
     with on_mesh(model.mesh):

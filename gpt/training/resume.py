@@ -19,7 +19,7 @@ from gpt.data.tokenizers import Tokenizer
 from gpt.errors import require
 from gpt.training.train_state import TrainState, abstract_state, make_state, start_ema
 
-# These settings change what is printed, kept, or where it is computed, never what is learned.
+# These settings change what is printed or kept, or how it is computed, but not what is learned.
 MAY_CHANGE = {
     "mesh",
     "grad_accum",
@@ -37,7 +37,7 @@ MAY_CHANGE = {
     "max_bad_steps",
 }
 
-# Flags beside the settings that a run keeps, so that --resume needs nothing but its folder.
+# Flags outside TrainConfig that a run keeps, so that --resume needs only its folder.
 KEPT_FLAGS = ("log_to", "eval_tasks", "eval_tasks_every", "eval_tasks_limit", "eval_tasks_path")
 
 
@@ -46,7 +46,7 @@ class StartingPoint:
     """Where the first weights come from.
 
     `source`: the folder of a run, or None to start afresh. `resuming`: whether it is this very run.
-    `metadata`: what the newest good checkpoint of `source` says of itself.
+    `metadata`: of the newest good checkpoint of `source`.
     """
 
     source: Path | None = None
@@ -98,7 +98,7 @@ def with_settings_of_run(args: Any, flags_given: set[str]):
     )
     saved = from_json(TrainConfig, about["train"])
     train = with_flags(saved, args.train, flags_given)
-    model = from_json(ModelConfig, about["model"])  # where the run left types open, they stay open
+    model = from_json(ModelConfig, about["model"])  # types that the run left open stay open
     train = dataclasses.replace(
         train,
         model=with_flags(model, args.train.model, flags_given, "model."),
@@ -155,8 +155,10 @@ def keep_choices(args: Any, config: TrainConfig, mesh: Mesh, start: StartingPoin
 
 
 def differences(saved: dict[str, Any], config: TrainConfig, steps_done: int) -> list[str]:
-    """A line for each setting that differs from the saved ones and may not, after `steps_done`
-    steps. Settings that were unknown when the run began count as their defaults."""
+    """A line for each setting that differs from the saved one and may not after `steps_done` steps.
+
+    A setting that the saved run does not have counts as its default.
+    """
     earlier = from_json(TrainConfig, saved)
     may_change = set(MAY_CHANGE)
 
@@ -228,7 +230,7 @@ def describe_run(
     dataset: Dataset,
     start: StartingPoint,
 ) -> dict[str, Any]:
-    """What a checkpoint says of its run beside the arrays, as JSON: enough to use it alone.
+    """The metadata of a checkpoint, as JSON: with it the checkpoint can be used alone.
 
     Types that `args` left open stay open, since another machine fills them in its own way. The
     paths are as they were typed, so that the command can be repeated.

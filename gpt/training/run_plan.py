@@ -23,7 +23,7 @@ from gpt.training.memory_plan import (
 )
 from gpt.training.train_step import compile_train_step
 
-# Repeated text is worth less and less after four passes, and almost nothing after some forty
+# Repeated text is worth less and less after four passes, and almost nothing after about forty
 # (Muennighoff et al. 2023).
 MANY_PASSES = 40
 SMALL_TEXT = 250_000  # tokens of a trained vocabulary: about a megabyte
@@ -73,7 +73,7 @@ def describe(
     else:
         lines.append(f"run            as many steps as about {minutes:g} minutes allow")
     if model.param_dtype == "bfloat16":
-        # Its 8 significant bits: neighbouring numbers are 1/256 to 1/128 of themselves apart.
+        # With 8 significant bits, neighbouring numbers differ by 1/256 to 1/128 of their value.
         lines.append(
             "note: weights in bfloat16 lose every update of less than 1/512 of a weight: expect a "
             "higher loss than with --model.param-dtype float32"
@@ -88,7 +88,7 @@ def describe(
 
 
 def describe_length(config: TrainConfig, dataset: Dataset | None) -> list[str]:
-    """How long a run is, as lines; `dataset`: None before the text is loaded."""
+    """The length of a run, as lines of the plan; `dataset`: None before the text is loaded."""
     tokens = config.steps * config.batch_size * config.sequence_length
     passes = 0.0
     epochs = ""
@@ -100,20 +100,20 @@ def describe_length(config: TrainConfig, dataset: Dataset | None) -> list[str]:
         f"{tokens * flops.train_flops_per_token(config.model):.3g} FLOPs"
     ]
     if passes > MANY_PASSES:
+        fewer = math.ceil(config.steps * MANY_PASSES / passes)
         lines.append(
-            f"note: {passes:,.0f} passes over this text: expect it to be learned by heart; take "
-            f"--steps {math.ceil(config.steps * MANY_PASSES / passes)}, which are {MANY_PASSES} "
-            "passes, or --model.dropout 0.2"
+            f"note: {passes:,.0f} passes over this text: expect the model to memorize it; use "
+            f"--steps {fewer} for {MANY_PASSES} passes, or --model.dropout 0.2"
         )
     if dataset is not None and config.tokenizer == "bpe" and len(dataset.train) < SMALL_TEXT:
         lines.append(
-            "note: this is little text, from which a model of single characters learns more: "
+            "note: on so little text a model of single characters learns more: "
             "python train.py shakespeare-char --data PATH"
         )
     if config.extra_steps:
         lines.append(
-            f"extended       the last {config.extra_steps:,} steps are trained at the learning "
-            f"rate {config.min_learning_rate:g}, with which the schedule ended"
+            f"extended       the last {config.extra_steps:,} steps are trained at the schedule's "
+            f"last learning rate, {config.min_learning_rate:g}"
         )
     return lines
 

@@ -1,6 +1,7 @@
 """Programs that show the curves of runs: TensorBoard, Weights & Biases, Trackio.
 
-Each gets the settings once, and the numbers and samples as they come. None can stop training.
+Each gets the settings once, then numbers and samples as they are logged. A tracker that fails never
+stops training.
 """
 
 import html
@@ -35,7 +36,7 @@ class TensorBoard:
     def __init__(self, out: Path, first_step: int, settings: Mapping[str, Any]):
         from tensorboardX import SummaryWriter
 
-        # An earlier process may have written events of steps that are now made again.
+        # An earlier process may have written events of steps that are now repeated.
         self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
         if first_step == 0:
             lines = [f"    {name}: {value}" for name, value in settings.items()]
@@ -53,21 +54,21 @@ class TensorBoard:
 
 
 class Board:
-    """A program with the functions of wandb, which trackio has too.
+    """wandb, or trackio, which has the same functions.
 
-    Where it sends what it gets, and as whom, is set by its own environment variables.
+    Their own environment variables set the server, the account and the folder.
     """
 
     def __init__(self, name: str, out: Path, identity: str, settings: Mapping[str, Any]):
         self.package = importlib.import_module(name)
-        about = {"config": dict(settings), "resume": "allow"}
+        options = {"config": dict(settings), "resume": "allow"}
         if name == "wandb":
             quiet = self.package.Settings(console="off")
             project = self.package.setup().settings.project or PROJECT
-            about |= {"project": project, "name": out.name, "id": identity}
-            self.package.init(**about, dir=str(out), settings=quiet)
+            options |= {"project": project, "name": out.name, "id": identity}
+            self.package.init(**options, dir=str(out), settings=quiet)
         else:
-            self.package.init(PROJECT, name=f"{out.name}-{identity}", **about, embed=False)
+            self.package.init(PROJECT, name=f"{out.name}-{identity}", **options, embed=False)
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         self.package.log(dict(values), step=step)
@@ -81,7 +82,7 @@ class Board:
 
 
 class Trackers:
-    """Those that a run was asked to log to; one that fails is noted through `log` and left out."""
+    """The trackers of a run. One that fails is dropped, with a note to `log`."""
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class Trackers:
                     self.open[name] = TensorBoard(out, first_step, settings)
                 else:
                     self.open[name] = Board(name, out, id_file.read_text(), settings)
-            except Exception as error:  # whatever a program of others may raise
+            except Exception as error:  # a tracker may raise anything
                 self._leave_out(name, error)
 
     def numbers(self, record: Mapping[str, Any]) -> None:
@@ -117,7 +118,7 @@ class Trackers:
         self._each(lambda tracker: tracker.sample(step, text))
 
     def close(self) -> None:
-        """Let each send what it still has."""
+        """Let each tracker send what it has buffered."""
         self._each(lambda tracker: tracker.close())
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
@@ -130,7 +131,7 @@ class Trackers:
     def _leave_out(self, name: str, error: Exception) -> None:
         self.open.pop(name, None)
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        self.log(f"note: nothing more goes to {name} ({reason}); metrics.jsonl has it all")
+        self.log(f"note: {name} gets no more data ({reason}); metrics.jsonl has everything")
 
 
 def require_installed(names: Iterable[str]) -> None:
@@ -139,5 +140,5 @@ def require_installed(names: Iterable[str]) -> None:
         require(
             importlib.util.find_spec(PACKAGES[name]) is not None,
             f"--log-to {name} needs {PACKAGES[name]}, which is not installed: pip install "
-            f"'gpt-jax[{name}]', or train without it (metrics.jsonl has the same)",
+            f"'gpt-jax[{name}]', or train without it (metrics.jsonl has the same data)",
         )

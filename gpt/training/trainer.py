@@ -1,7 +1,7 @@
 """What the training loop in train.py uses: text, batches, recording, saving, ending.
 
-Here is what a reader need not know to follow the loop: numbers that are read one step late, steps
-that are not finite, several processes, traces.
+It holds the details that the loop leaves out: metrics that are read one step late, steps with
+non-finite numbers, several processes, traces.
 """
 
 import contextlib
@@ -103,7 +103,7 @@ def require_possible(run: Run) -> None:
         require_same_settings(start, config)
         require(
             config.extra_steps == 0 or config.min_learning_rate > 0,
-            "--extend trains on at the learning rate with which the schedule ended, and that is 0: "
+            "--extend trains at the last learning rate of the schedule, which is 0: "
             f"--init-from {run.out} --out ANOTHER starts a new schedule from these weights",
         )
     else:
@@ -142,8 +142,8 @@ def require_same_choices(config: TrainConfig) -> None:
 def compile_run(run: Run) -> tuple[Run, Callable, Callable]:
     """The training step and the evaluation step, see train_step.compile_steps.
 
-    Where the step takes more memory than was expected and `auto` leaves other ways to make it, the
-    next one is compiled; the returned run has the config that was. Raises UserError if none fits.
+    If the step takes more memory than expected and `auto` has another choice, that one is compiled.
+    The returned run has the config that was compiled. Raises UserError if no choice fits.
     """
     try:
         with Stopwatch() as watch:
@@ -158,7 +158,7 @@ def compile_run(run: Run) -> tuple[Run, Callable, Callable]:
         if config is None:
             raise
         run.console.print(
-            "note: a step takes more memory than was expected; it is compiled anew with "
+            "note: a step takes more memory than expected; it is compiled again with "
             f"--remat {config.remat} --grad-accum {config.grad_accum}"
         )
         return compile_run(replace(run, config=config))
@@ -177,7 +177,7 @@ def settle_steps(run: Run) -> Run:
     config = run.config
     state = initial_state(config, run.mesh, run.start, log=lambda note: None)
     seconds = []
-    measured = 0.0  # their sum, which all processes take from the first
+    measured = 0.0  # their sum in the first process, for all processes
     while len(seconds) < 4 or (measured < MEASURED_SECONDS and len(seconds) < 50):
         tokens = read_batch(run, len(seconds))
         begun = time.perf_counter()
@@ -204,7 +204,7 @@ def settle_steps(run: Run) -> Run:
 
 
 def take_over_folder(run: Run, first_step: int) -> None:
-    """Make the run's folder its own: remove the run that it overwrites, and write the tokenizer."""
+    """Remove the run that --overwrite replaces from the folder, and write the tokenizer."""
     with distributed.exit_together():
         if distributed.is_first():
             if run.args.overwrite and first_step == 0:
@@ -311,8 +311,8 @@ class Recorder(contextlib.ExitStack):
                 self.run.console.print(f"profile        steps {begin + 1} to {end}: xprof {folder}")
 
     def try_save(self, state: TrainState) -> None:
-        """Where nothing was ever saved, save the state and remove it again: a save that cannot
-        succeed should be known before hours are spent on what it would have kept."""
+        """Before the first save of a run, save the state and remove it again, so that a save that
+        cannot succeed is noticed before hours of training."""
         if self.checkpoints.latest is None:
             self.log.timer.pause()
             with self._explaining_a_failed_save(goes_on=self.run.config.keep_going):
@@ -326,11 +326,11 @@ class Recorder(contextlib.ExitStack):
         checkpoint that cannot be written is noted, and training goes on; else it is a UserError.
         """
         if self.n_bad:
-            # It may go on like this: these weights must not replace good ones.
+            # More bad steps may follow, and these weights must not replace good ones.
             self.run.console.print(f"note: step {step} is not saved: its update was skipped")
             return
         with self._explaining_a_failed_save(goes_on=True):
-            # An earlier save may have failed. There may be room again, so this one is tried anyway.
+            # The previous save may have failed. Try anyway: the disk may have room again.
             self.checkpoints.wait()
         with self._explaining_a_failed_save(goes_on=self.run.config.keep_going and not wait):
             self.checkpoints.save(
@@ -367,8 +367,8 @@ class Recorder(contextlib.ExitStack):
             self.log.tasks(step, figures)
 
     def _attempt(self, step: int, what: str, make: Callable[[], Any]) -> Any:
-        """What `make` returns, which is None in all processes but one. A lack of memory for it is
-        noted, and training goes on."""
+        """The result of `make`, which is None in all processes but one. If memory runs out, a note
+        is printed and training continues."""
         try:
             return make()
         except Exception as error:
@@ -406,19 +406,17 @@ def read_batch(run: Run, index: int) -> jax.Array:
 
 
 def is_due(config: TrainConfig, step: int, every: int) -> bool:
-    """Whether something that is done `every` so many steps, and after the last one, is due after
-    `step`; `every` 0 means never."""
+    """Whether `step` is the last one or a multiple of `every`; never if `every` is 0."""
     return every > 0 and (step == config.steps or step % every == 0)
 
 
 def finish(run: Run) -> int:
-    """Plot the losses; the exit code, which is not 0 if the run was stopped."""
+    """Plot the losses and return the exit code, which is not 0 if the run was stopped."""
     if distributed.is_first():
         save_loss_curve(run.out / "metrics.jsonl", run.out / "loss.png")
     run.console.print(f"loss curve     {run.out / 'loss.png'}")
 
-    # Of the checkpoints that are kept the one with the lowest validation loss, if it is not the one
-    # that is sampled from.
+    # sample.py uses the latest checkpoint. An earlier one may have a lower validation loss.
     losses = {}
     for record in read_metrics(run.out / "metrics.jsonl"):
         if record.get("val_loss") is not None:
@@ -427,7 +425,7 @@ def finish(run: Run) -> int:
     best = min((step for step in saved if step in losses), key=losses.get, default=saved[-1])
     if best != saved[-1]:
         run.console.print(
-            f"note: the best validation loss, {losses[best]:.4f}, is that of step {best:,}: add "
+            f"note: step {best:,} has the best validation loss, {losses[best]:.4f}: add "
             f"--step {best} to sample.py"
         )
     return distributed.agree_on_code(run.stop.code)

@@ -34,8 +34,8 @@ def test_it_names_sizes_and_the_device(said):
 
 def test_it_warns_where_a_text_is_read_very_often(said):
     """A step of tiny takes 2,048 tokens."""
-    assert "learned by heart" not in said(steps=19_500)
-    note = "note: 41 passes over this text: expect it to be learned by heart; take --steps 19532,"
+    assert "memorize" not in said(steps=19_500)
+    note = "note: 41 passes over this text: expect the model to memorize it; use --steps 19532 for"
     assert note in said(steps=20_000)
 
 
