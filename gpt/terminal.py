@@ -191,9 +191,10 @@ def describe_end(completions: Sequence, context_length: int) -> str:
     # The last token need not be read.
     longest = max(len(one.prompt_ids) + len(one.token_ids) - 1 for one in completions)
     if longest > context_length:
+        fewest = context_length - context_length // 2
         line += (
-            f"\nnote: the text is longer than the model's context of {context_length} tokens: each "
-            f"token follows the last {context_length - context_length // 2} to {context_length}; "
+            f"\nnote: the text is longer than the model's context of {context_length} tokens, so "
+            f"the model saw only the last {fewest} to {context_length} of them at a time; "
             "--on-context-full stop ends there"
         )
     return line

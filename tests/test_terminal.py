@@ -116,7 +116,7 @@ def test_the_end_is_told_in_words():
 
 def test_a_text_that_outgrows_the_context_is_noted():
     said = terminal.describe_end([completion("length"), completion("length", n_tokens=10)], 16)
-    assert "context of 16 tokens: each token follows the last 8 to 16; --on-context-full" in said
+    assert "context of 16 tokens, so the model saw only the last 8 to 16 of them" in said
 
 
 def test_programs_are_listed():
