@@ -1,4 +1,4 @@
-"""Accelerators that are not here, known only to their compiler."""
+"""Accelerators that this machine does not have, as their compiler describes them."""
 
 import importlib.util
 import re
