@@ -52,13 +52,13 @@ def step_dir(folder: str | Path, step: int) -> Path:
 
 
 class CheckpointManager(contextlib.AbstractContextManager):
-    """Saves a run's checkpoints in the background; keeps the latest `keep` and the best. Use it in
-    a `with`, which waits for the last save.
+    """Saves a run's checkpoints in the background, and keeps the latest `keep` and the best. Its
+    `with` block waits for the last save.
 
     `keep_best`: how many of those with the lowest loss are kept as well. `resumed`: the step this
-    run was restored from. Later steps in the folder were damaged and passed over; the next save
-    replaces them. `low_memory`: write each array in files of 32 MiB as they are made, where orbax
-    would first gather the whole save, compressed, in memory.
+    run was restored from. Later steps in the folder are damaged; the next save replaces them.
+    `low_memory`: write each array piece by piece, in files of 32 MiB, instead of gathering the
+    whole compressed save in memory first.
     """
 
     def __init__(
@@ -200,8 +200,8 @@ class CheckpointManager(contextlib.AbstractContextManager):
 
 
 def read_record(folder: str | Path, step: int) -> dict[str, Any]:
-    """All that `save` wrote beside the arrays: format, step, loss, metadata, and arrays, which has
-    shape, dtype and digest by tree and name. Damaged if anything of it has changed."""
+    """All that `save` wrote beside the arrays: format, step, loss, metadata, and the shape, dtype
+    and digest of each array by tree and name. Damaged if any of it has changed."""
     path = step_dir(folder, step)
     require(path.is_dir(), f"no checkpoint of step {step} in {folder}: it has {steps(folder)}")
     with _raising_damaged(path):
@@ -311,9 +311,8 @@ def _reason(error: BaseException) -> str:
 
 @functools.cache
 def _quiet_orbax() -> None:
-    """From the first use of orbax on, keep its own reports from the terminal: every failure it
-    meets is raised as well. Besides a read that fails it abandons others, which complain from their
-    own threads at any time later."""
+    """Keep orbax's own reports from the terminal: it raises every failure as well. When one read
+    fails it abandons others, which report errors from their own threads later."""
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
     report_others = sys.unraisablehook

@@ -172,13 +172,13 @@ class Args:
         )
         require(
             self.dry_run,
-            "--devices and --topology plan for devices that are not here: add --dry-run",
+            "--devices and --topology only plan: add --dry-run",
         )
         if self.json is not None:
             require_file_path("--json", self.json)
         given = {"--data": self.data, "--init-from": self.init_from, "--resume": self.resume}
         for flag, value in given.items():
-            require(not value, f"a plan for devices that are not here reads no text: drop {flag}")
+            require(not value, f"--devices and --topology plan without reading text: drop {flag}")
 
     @property
     def is_trial(self) -> bool:

@@ -3,8 +3,8 @@
     python -m gpt.data prepare 'fineweb-edu/*.parquet' --tokenizer gpt2 --out tokens/fineweb-edu
     python train.py gpt2 --data tokens/fineweb-edu
 
-The same command goes on after a stop or a kill. The shards are the same, byte for byte, for any
-number of workers, and serve on any machine. docs/data.md.
+The same command continues after a stop or a kill. The shards are the same, byte for byte, for any
+number of workers, and can be used on any machine. docs/data.md.
 """
 
 import os
@@ -74,10 +74,8 @@ def main(argv: list[str]) -> None:
         require(is_same, f"{command.out} holds tokens of other text: name a new folder")
         console.print(token_files.describe(command.out))
         return
-    is_taken = command.out.exists() and not (
-        command.out.is_dir() and not any(command.out.iterdir())
-    )
-    require(not is_taken, f"{command.out} is there already and holds no tokens: name a new folder")
+    is_free = not command.out.exists() or (command.out.is_dir() and not any(command.out.iterdir()))
+    require(is_free, f"{command.out} exists already and holds no tokens: name a new folder")
     start = time.monotonic()
     with tokenizing_bar(console) as report:
         job = prepare.Job(

@@ -2,7 +2,7 @@
 
 Each epoch cuts the tokens into windows of T+1 at stride T, from its own starting offset, and visits
 each window once, in its own order. Nothing is shuffled or remembered: the order is a keyed
-permutation computed for the rows at hand, so a step number is all there is to resume from.
+permutation computed for the requested rows, so a run resumes from its step number alone.
 Knows nothing of files or text, nor of JAX.
 """
 
@@ -54,7 +54,7 @@ def batch(
     source, turn = draw_sources(tokens.weights, seed, sequence)
     out = np.empty((len(row), seq_len + 1), np.int32)
     for i, one in enumerate(tokens.sources):
-        # A seed of its own, or two sources of the same size would be read in the same order.
+        # With one seed, two sources of the same size would be read in the same order.
         out[source == i] = windows(one, seed + (i << 32), turn[source == i], seq_len)
     return out
 
@@ -64,7 +64,7 @@ def draw_sources(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The source of each of a run's sequences, and which sequence of that source it is.
 
-    In each block of BLOCK sequences the sources have their shares, in an order of its own.
+    Each block of BLOCK sequences has the exact share of each source, in an order of its own.
     """
     ends = np.round(np.cumsum(weights) * BLOCK).astype(np.uint64)
     starts = np.concatenate([[np.uint64(0)], ends[:-1]])

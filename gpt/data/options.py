@@ -1,6 +1,7 @@
 """How text is read, held out and kept: flags of train.py and of `python -m gpt.data`."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,12 +17,11 @@ class Reading:
     text_column: str = "text"
     """The column of parquet and arrow files, or the field of JSON records, that holds the text."""
     separator: str = "<|endoftext|>"
-    """A document ends where the text says this, which is dropped; \\n stands for a line end, and
-    none for no separator."""
+    """Text that ends a document and is dropped: \\n for a line end, none for no separator."""
     val_fraction: Annotated[float | None, optional("FLOAT", "1 in 20 documents")] = None
     """Share of the documents to hold out, or of the characters where documents are few."""
     skip_bad_documents: bool = False
-    """Leave out documents and files that cannot be read, and say how many, instead of stopping."""
+    """Leave out documents and files that cannot be read, and count them, instead of stopping."""
 
     def __post_init__(self):
         if self.val_fraction is not None:
@@ -45,11 +45,11 @@ class DataOptions(Reading):
     val_data: Annotated[tuple[Path, ...] | None, optional("PATH [PATH ...]", "part of --data")] = (
         None
     )
-    """Text or tokens to hold out, in any format. Nothing of --data is held out then."""
+    """Text or tokens for validation, in any format. Then all of --data is trained on."""
     tokens: Annotated[Path | None, optional("DIR", "tokens in your cache folder")] = None
     """Folder where tokens are kept for later runs."""
     verify_data: bool = False
-    """Read and hash all data again, though no file's name, size or time has changed."""
+    """Read and hash all data again, even if no file's name, size or time has changed."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -65,17 +65,14 @@ class DataOptions(Reading):
 
     def to_json(self) -> dict[str, Any]:
         """Its fields as JSON values."""
-        values = dataclasses.asdict(self)
-        values["val_data"] = self.val_data and [str(path) for path in self.val_data]
-        values["tokens"] = self.tokens and str(self.tokens)
-        return values
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "DataOptions":
         """The options that `to_json` gave."""
-        values = dict(values)
+        paths = {}
         if values.get("val_data"):
-            values["val_data"] = tuple(Path(path) for path in values["val_data"])
+            paths["val_data"] = tuple(Path(path) for path in values["val_data"])
         if values.get("tokens"):
-            values["tokens"] = Path(values["tokens"])
-        return cls(**values)
+            paths["tokens"] = Path(values["tokens"])
+        return cls(**(values | paths))

@@ -65,7 +65,7 @@ class Source:
 
     @property
     def size(self) -> int:
-        """Bytes of the files as they are on disk."""
+        """Bytes of the files on disk."""
         return sum(file.size for file in self.files)
 
 
@@ -175,7 +175,7 @@ def standard_library() -> Source:
     return Source(title, files, is_library=True)
 
 
-@functools.cache  # a tokenizer and the tokens are made of the same files
+@functools.cache  # called for the tokenizer and again for the tokens
 def open_text(source: Source, reading: Reading) -> Text:
     """The files of a source that hold text, recognized by their first bytes.
 

@@ -1,1 +1,1 @@
-"""What a run would take of devices that are not here: compiled for them, counted, not run."""
+"""Plans for devices that this machine does not have: programs are compiled and counted, not run."""

@@ -1,5 +1,5 @@
-"""Print the plan: what each program takes of a device, what it sends to the others, and on a GPU
-its kernels and the time to expect."""
+"""Print the plan: the memory that each program takes on a device, what it sends to the others, and
+on a GPU its kernels and the expected time."""
 
 import json
 import math
@@ -25,7 +25,7 @@ N_LONGEST = 10  # kernels that are listed
 
 
 def print_plan(args) -> int:
-    """Compile what `args`, the flags of train.py, ask for, and print what it takes; the exit code.
+    """Compile the run of `args`, the flags of train.py, print its plan, and return the exit code.
 
     UserError if the mesh does not suit the model.
     """
@@ -46,7 +46,7 @@ def print_plan(args) -> int:
     config = memory_plan.choose(config, mesh, limit or math.inf)
     notes = train_step.require_fit(config, mesh)
 
-    # The run, and what it keeps on each device.
+    # The run, and the arrays that each device keeps.
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     state = state_bytes(config, mesh)
     on_device = ", ".join(f"{name} {n_bytes / MB:,.1f} MB" for name, n_bytes in state.items())

@@ -136,7 +136,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _tolerating_full_disk(self):
-        """With `keep_going`, what cannot be written is left out, and training goes on."""
+        """With `keep_going`, training continues without what cannot be written."""
         try:
             yield
         except OSError as error:

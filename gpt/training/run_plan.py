@@ -1,4 +1,4 @@
-"""The plan that train.py prints before it starts: what a run computes, and what it takes."""
+"""The plan that train.py prints before it starts: what a run computes, and the memory it needs."""
 
 import dataclasses
 import math
@@ -149,7 +149,7 @@ def print_memory(
     # would fit.
     rows = config.batch_size // config.grad_accum
     n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    log("compiling      a step of this size and of twice the size, to see what they take")
+    log("compiling      a step of this size and of twice the size, to measure their memory")
     need = need_with(rows)
     most = 0
     if need.total < math.inf:

@@ -15,7 +15,9 @@ from gpt import distributed
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 NOTICE = "stopping       the run is saved after this step; Ctrl-C again stops at once"
-TOO_EARLY = "stopping       no step is made yet, so nothing is saved; Ctrl-C again stops at once"
+TOO_EARLY = (
+    "stopping       no step has been trained yet, so nothing is saved; Ctrl-C again stops at once"
+)
 
 
 class StopSignal:

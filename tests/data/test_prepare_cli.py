@@ -48,7 +48,7 @@ def test_text_is_prepared_once_and_trained_on_anywhere(lines, tmp_path):
         (["data.json", "--tokenizer", "byte", "--out", "x"], "--text-column: 'content'"),
         (["gone", "--tokenizer", "byte", "--out", "x"], "gone does not exist"),
         (["data.json", "--tokenizer", "gone", "--out", "x"], "'gone' is neither a tokenizer"),
-        (["data.json", "--tokenizer", "byte", "--out", "full"], "full is there already"),
+        (["data.json", "--tokenizer", "byte", "--out", "full"], "full exists already"),
         (["--tokenizer", "byte", "--out", "x"], "prepare needs a SOURCE"),
         (["data.json", "--tokenizer", "byte", "--out", "x", "--workers", "0"], "workers is 0"),
     ],
