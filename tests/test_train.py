@@ -194,7 +194,7 @@ def test_a_finished_run_is_extended_where_its_schedule_ended(text, finished):
     before = read_lines(finished)
     done = call("train", "--resume", finished, "--extend", "3")
     assert done.code == 0, done.err
-    assert "the last 3 steps are trained at the learning rate 0.0001" in done.err
+    assert "3 steps are trained at the schedule's last learning rate, 0.0001" in done.err
     lines = read_lines(finished)
     assert lines[: len(before)] == before
     added = [line for line in lines if line["step"] > 12 and "loss" in line]
@@ -226,7 +226,7 @@ def test_the_same_command_on_a_finished_run(text, finished):
     with (finished / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 8, "val_loss": 1.5}\n')
     done = call("train", *TINY, "--data", text, "--out", finished)
-    assert "validation loss, 1.5000, is that of step 8: add --step 8 to sample.py" in done.err
+    assert "step 8 has the best validation loss, 1.5000: add --step 8 to sample.py" in done.err
 
 
 def test_minutes_settle_the_steps_and_the_schedule(text, tmp_path, monkeypatch):
