@@ -68,7 +68,7 @@ test-all: setup  ## the long proofs too
 faults: setup  ## plants faults in a copy and says which test notices each, half an hour
 	@$(BIN)/python benchmarks/planted_faults.py
 
-test-parity: $(PARITY_VENV)/ready  ## the comparison with transformers
+test-parity: $(PARITY_VENV)/ready $(PARITY_VENV)/llama.cpp  ## the comparison with transformers
 	@$(PARITY_VENV)/bin/python -m pytest -q -m parity
 
 # torch and transformers are those of the comparison, llama.cpp is built beside them;
@@ -92,6 +92,14 @@ $(PARITY_VENV)/llama-cpp: $(PARITY_VENV)/ready
 	@if $(PARITY_VENV)/bin/python $(INSTALL) --no-binary llama-cpp-python -e '.[peers]' >$@.log 2>&1; \
 	then touch $@; else echo "llama.cpp could not be built; $@.log says why. It needs a C++ compiler" \
 	>&2; fi
+
+# The source of llama.cpp, for its converter. Without it, that test is skipped.
+$(PARITY_VENV)/llama.cpp: | $(PARITY_VENV)/ready
+	@if $(PARITY_VENV)/bin/python -m pip download -q --disable-pip-version-check -c constraints.txt \
+	--no-deps --no-binary llama-cpp-python -d $@.new llama-cpp-python >$@.log 2>&1 && \
+	tar -xzf $@.new/*.tar.gz -C $@.new && mv $@.new/*/vendor/llama.cpp $@; \
+	then :; else echo "no source of llama.cpp; $@.log says why" >&2; fi
+	@rm -rf $@.new
 
 $(PARITY_VENV)/bin/python:
 	@if [ -z "$(PARITY_PYTHON)" ]; then \

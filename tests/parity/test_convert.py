@@ -86,7 +86,10 @@ def test_there_and_back(kind, tmp_path):
     convert("import", tmp_path / "theirs", tmp_path / "run")
     convert("export", tmp_path / "run", tmp_path / "back")
     assert bits(tmp_path / "back") == bits(tmp_path / "theirs")
-    assert np.array_equal(their_models.logits_of(load(tmp_path / "back"), ids), expected)
+    loaded = load(tmp_path / "back")
+    assert np.array_equal(their_models.logits_of(loaded, ids), expected)
+    about = json.loads((tmp_path / "back/config.json").read_text())
+    assert about["architectures"] == [type(loaded).__name__]
 
 
 @pytest.mark.parametrize("name", standins.HUB)
