@@ -29,6 +29,11 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (from_xla and "RESOURCE_EXHAUSTED" in str(error))
 
 
+def one_line(error: Exception) -> str:
+    """What a library says is wrong, on one line and not too long."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def require(condition: bool, message: str) -> None:
     """Raise UserError with `message` unless `condition` holds."""
     if not condition:

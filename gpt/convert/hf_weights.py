@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from gpt import flops
 from gpt.config import ModelConfig
 from gpt.digest import named_leaves
-from gpt.errors import UserError, require
+from gpt.errors import UserError, one_line, require
 from gpt.model import transformer
 
 FLOATS = {"F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -187,7 +187,7 @@ def open_safetensors(path: Path) -> safe_open:
     try:
         return safe_open(path, "numpy")
     except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(f"{path} is damaged or not a safetensors file: {reason}") from None
 
 

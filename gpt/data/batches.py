@@ -82,7 +82,7 @@ def windows(tokens: Tokens, seed: int, sequence: np.ndarray, seq_len: int) -> np
     key = mix(mix(np.full_like(epoch, seed)) ^ epoch)
     phase = keyed(key, PHASE, np.zeros_like(key)) % np.uint64(n_phases)
     starts = phase + permute(place, key, n_windows) * np.uint64(seq_len)
-    return gather(tokens.array, starts.astype(np.int64), seq_len)
+    return gather(tokens, starts.astype(np.int64), seq_len)
 
 
 def count_windows(n_tokens: int, seq_len: int) -> tuple[int, int]:
@@ -91,11 +91,11 @@ def count_windows(n_tokens: int, seq_len: int) -> tuple[int, int]:
     return n_windows, min(seq_len, n_tokens - n_windows * seq_len)
 
 
-def gather(array: np.ndarray, starts: np.ndarray, seq_len: int) -> np.ndarray:
+def gather(tokens: Tokens, starts: np.ndarray, seq_len: int) -> np.ndarray:
     """The windows of T+1 tokens that begin at `starts`: int32 [rows, T+1]."""
     out = np.empty((len(starts), seq_len + 1), np.int32)
     for row, start in zip(out, starts.tolist(), strict=True):
-        row[:] = array[start : start + seq_len + 1]
+        row[:] = tokens[start : start + seq_len + 1]
     return out
 
 
@@ -144,7 +144,9 @@ def evaluation_windows(
     counted before and the padding of the last batch: all batches have one shape.
     """
     starts, fresh = choose_windows(len(tokens) - 1, seq_len, max_tokens)
-    padded = np.pad(tokens.array, (0, seq_len)) if len(tokens) <= seq_len else tokens.array
+    padded = tokens
+    if len(tokens) <= seq_len:
+        padded = Tokens([np.pad(tokens[:], (0, seq_len))], tokens.n_bytes)
     for first in range(0, len(starts), batch_size):
         chosen = slice(first, first + batch_size)
         missing = (0, batch_size - len(starts[chosen]))

@@ -16,7 +16,7 @@ from gpt.data.batches import BLOCK
 from gpt.data.formats import PIECE, BadDocuments, read_pieces
 from gpt.data.options import DataOptions, Reading
 from gpt.data.sources import Source, Text, expand, find, open_text, standard_library
-from gpt.data.token_files import VERSION, Dataset, Mixture, Tokens, join
+from gpt.data.token_files import VERSION, Dataset, Mixture, Tokens
 from gpt.data.token_store import TokenStore
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError, require
@@ -128,8 +128,8 @@ def combine(
     else:
         val = [one["val"] for one in splits if "val" in one]
     require(bool(val), "the data have no tokens for validation: give --val-data")
-    arrays = [array for tokens in val for array in tokens.arrays]
-    held_out = Tokens(join(arrays), sum(tokens.n_bytes for tokens in val))
+    shards = [shard for tokens in val for shard in tokens.shards]
+    held_out = Tokens(shards, sum(tokens.n_bytes for tokens in val))
 
     train = [one["train"] for one in splits]
     weights = [origin.weight for origin in origins if origin.weight]
@@ -227,7 +227,7 @@ def choose_tokenizer(
             if is_sample:
                 yield from sample(opened, options)[0]
             else:
-                yield from opened.texts(options)
+                yield from (text for text, _ in opened.pieces(options))
 
     chosen = tokenizers.create(name, documents, vocab_size)
     if not is_sample:
@@ -310,7 +310,7 @@ def estimate_tokens(
     log(f"tokens         about {n_tokens:,}, by a sample; they are made when training starts")
     held_out = int(n_tokens * (options.val_fraction or prepare.HELD_OUT_DOCUMENTS))
     train, val = range(max(n_tokens - held_out, 2)), range(max(held_out, 2))
-    return Dataset(Tokens(train, n_tokens), Tokens(val, held_out), fingerprint="")
+    return Dataset(Tokens([train], n_tokens), Tokens([val], held_out), fingerprint="")
 
 
 def sample(text: Text, options: Reading) -> tuple[list[str], int]:
@@ -324,18 +324,16 @@ def sample(text: Text, options: Reading) -> tuple[list[str], int]:
         n_found = 0  # characters
         every = -(-len(files) // SAMPLED_FILES)
         for file in files[::every]:
-            positions = [0]
+            sizes = []
             length = 0
             bad = BadDocuments(file.path, options.skip_bad_documents)
-            for piece, _ in read_pieces(file.path, file_format, options, bad, positions.append):
+            for piece, _ in read_pieces(file.path, file_format, options, bad, sizes.append):
                 if length < PIECE:
                     pieces.append(piece)
                 length += len(piece)
                 if length > SAMPLED_TEXT:  # what was read ahead hardly counts
                     break
-            else:
-                positions.append(file.size)
-            n_read += positions[-1]
+            n_read += sum(sizes)
             n_found += length
         n_characters += round(n_found * sum(file.size for file in files) / max(n_read, 1))
     return pieces, n_characters

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from gpt.data.options import Reading
 from gpt.data.tokenizers import without_lone_surrogates
-from gpt.errors import UserError, require
+from gpt.errors import UserError, one_line, require
 
 PIECE = 2**20  # most characters in a piece, and bytes of text read at once
 HEAD = 2**16  # bytes read to recognize a format
@@ -32,7 +32,7 @@ MIN_SHARE = 0.9  # a file is text if at least this share of its first characters
 
 READ_ERRORS = (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError)
 
-# Formats that are not read here, by their first bytes or by their names.
+# Formats that are not read here, by their first bytes.
 UNREADABLE = {
     b"version https://git-lfs": "a Git LFS pointer, `git lfs pull` fetches the file itself",
     b"\xff\xfe": "UTF-16, convert it: iconv -f UTF-16 -t UTF-8",
@@ -40,10 +40,6 @@ UNREADABLE = {
     b"PK\x03\x04": "a zip archive, unpack it",
     (20240520).to_bytes(4, "little"): "a token shard, name it without text beside it",
     (20240801).to_bytes(4, "little"): "a token shard, name it without text beside it",
-}
-UNREADABLE_NAMES = {
-    ".pkl": "a pickle, which can run any program when it is opened",
-    ".pickle": "a pickle, which can run any program when it is opened",
 }
 TABLE_NAMES = {".parquet", ".arrow", ".feather"}
 RECORD = re.compile(rb'\[?\s*\{\s*"')  # how a JSON record begins, in an array or not
@@ -84,7 +80,7 @@ def recognize(path: Path, reading: Reading) -> str:
             head = stream.read(HEAD)
             name = recognize_content(path, head, stream, reading)
     except READ_ERRORS as error:
-        raise UserError(f"{path} cannot be read: {brief(error)}") from None
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
     return f"{name}, {compression}" if name and compression else name
 
 
@@ -101,8 +97,10 @@ def recognize_content(path: Path, head: bytes, stream: BinaryIO, reading: Readin
     for beginning, what in UNREADABLE.items():
         require(not head.startswith(beginning), f"{path} cannot be read: it is {what}")
     require(head[257:262] != b"ustar", f"{path} cannot be read: it is a tar archive, unpack it")
-    for suffix, what in UNREADABLE_NAMES.items():
-        require(path.suffix != suffix, f"{path} cannot be read: it is {what}")
+    require(
+        path.suffix not in (".pkl", ".pickle"),
+        f"{path} cannot be read: it is a pickle, which can run any program when it is opened",
+    )
     named_table = TABLE_NAMES & suffixes
     require(
         not named_table,
@@ -197,27 +195,32 @@ def read_pieces(
     file_format: str,
     reading: Reading,
     bad: BadDocuments,
-    report: Callable[[int], None] | None = None,
+    report: Callable[[int], None] = lambda n_bytes: None,
 ) -> Iterator[tuple[str, bool]]:
     """The documents of a file in pieces: text, and whether a document ends with it.
 
-    file_format: from `recognize`. report: called with the bytes of the file read so far. A document
-    of up to PIECE characters is one piece; the last piece of a longer one may be empty. Raises
-    UserError where the file is damaged.
+    file_format: from `recognize`. report: called with the bytes of the file read since the last
+    call. A document of up to PIECE characters is one piece; the last piece of a longer one may be
+    empty. Raises UserError where the file is damaged.
     """
     last = True
+    reported = 0
     with path.open("rb") as raw:
         try:
             stream, _ = decompressed(raw)
             chunks = READERS[file_format.split(",")[0]](stream, reading.text_column, bad)
             for text, last in cut_documents(chunks, reading.end_of_document):
                 yield text, last
-                if report:
-                    report(raw.tell())
+                if raw.tell() > reported:
+                    report(raw.tell() - reported)
+                    reported = raw.tell()
         except READ_ERRORS as error:
-            bad.add(f"near byte {raw.tell():,}", f"it is damaged or cut off ({brief(error)})")
+            bad.add(f"near byte {raw.tell():,}", f"it is damaged or cut off ({one_line(error)})")
             if not last:
                 yield "", True
+        size = path.stat().st_size
+        if size > reported:
+            report(size - reported)
 
 
 def cut_documents(chunks: Iterable[tuple[str, bool]], separator: str) -> Iterator[tuple[str, bool]]:
@@ -236,21 +239,18 @@ def cut_documents(chunks: Iterable[tuple[str, bool]], separator: str) -> Iterato
             documents = split_documents(text, separator)
         if ends:
             documents.append("")
-        for document in documents[:-1]:
-            while len(document) > PIECE:
-                cut = document.rfind("\n", 0, PIECE) + 1 or PIECE
-                yield document[:cut], False
-                document = document[cut:]
+        for number, text in enumerate(documents, 1):
+            is_whole = number < len(documents)
+            longest = PIECE if is_whole else PIECE + lookahead
+            while len(text) > longest:
+                cut = text.rfind("\n", 0, PIECE) + 1 or PIECE
+                yield text[:cut], False
+                text = text[cut:]
                 begun = True
-            if document or begun:
-                yield document, True
-            begun = False
-        text = documents[-1]
-        while len(text) > PIECE + lookahead:
-            cut = text.rfind("\n", 0, PIECE) + 1 or PIECE
-            yield text[:cut], False
-            text = text[cut:]
-            begun = True
+            if is_whole:
+                if text or begun:
+                    yield text, True
+                begun = False
 
 
 def split_documents(text: str, separator: str) -> list[str]:
@@ -266,29 +266,18 @@ def split_documents(text: str, separator: str) -> list[str]:
 
 def read_text(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[tuple[str, bool]]:
     """A text file, one document."""
-    position = 0  # of the block in the file
-    rest = b""
-    while block := stream.read(PIECE):
-        block = rest + block
-        end = block.rfind(b"\n") + 1 or whole_characters(block)
-        block, rest = block[:end], block[end:]
-        yield decode(block, position, bad), False
-        position += end
-    yield decode(rest, position, bad), True
-
-
-def whole_characters(block: bytes) -> int:
-    """How many bytes of a block are whole UTF-8 characters."""
-    for back in (1, 2, 3):
-        if block[-back:][:1] >= b"\xc0":  # the first byte of several
-            return len(block) - back
-    return len(block)
+    position = 0
+    while block := stream.read(PIECE) + stream.readline(PIECE):
+        while b"\x80" <= stream.peek(1)[:1] < b"\xc0":  # the block ends inside a character
+            block += stream.read(1)
+        text = decode(block, position, bad)
+        yield text.removeprefix("\ufeff") if position == 0 else text, False
+        position += len(block)
+    yield "", True
 
 
 def decode(block: bytes, position: int, bad: BadDocuments) -> str:
     """The text of a block at `position` in its file, without its bad lines."""
-    if position == 0:
-        block = block.removeprefix(codecs.BOM_UTF8)
     try:
         if b"\0" not in block:
             return block.decode()
@@ -318,7 +307,7 @@ def read_json_lines(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterato
         try:
             yield from record_text(json.loads(line), column)
         except (ValueError, RecursionError) as error:
-            bad.add(f"line {number:,}", brief(error))
+            bad.add(f"line {number:,}", one_line(error))
 
 
 def read_json(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[tuple[str, bool]]:
@@ -327,7 +316,7 @@ def read_json(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[tupl
         try:
             yield from record_text(value, column)
         except ValueError as error:
-            bad.add(f"record {number:,}", brief(error))
+            bad.add(f"record {number:,}", one_line(error))
 
 
 def record_text(record: Any, column: str) -> Iterator[tuple[str, bool]]:
@@ -427,8 +416,3 @@ READERS = {
     "parquet": read_parquet,
     "arrow": read_arrow,
 }
-
-
-def brief(error: Exception) -> str:
-    """A library's error, shortened to one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -20,7 +20,7 @@ import tokenizers.decoders
 import tokenizers.models
 import tokenizers.pre_tokenizers
 
-from gpt.errors import UserError, require
+from gpt.errors import UserError, one_line, require
 
 KIND = "huggingface"
 FILE = "tokenizer.json"
@@ -42,8 +42,7 @@ def load_library(content: bytes) -> library.Tokenizer:
     try:
         loaded = library.Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises plain Exception
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{FILE} cannot be read: {reason}") from None
+        raise UserError(f"{FILE} cannot be read: {one_line(error)}") from None
     loaded.no_truncation()
     loaded.no_padding()
     return loaded

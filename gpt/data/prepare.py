@@ -87,6 +87,16 @@ class Counts:
     text_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     sha256: dict[str, str] = field(default_factory=dict)
 
+    def add(self, group: list[Part]) -> None:
+        """Count a group of text."""
+        self.groups += 1
+        for split, text, last in group:
+            self.documents += last
+            self.characters += len(text)
+            self.text_bytes[split] += len(text.encode())
+            if split == "val":
+                self.held_out_characters += len(text)
+
 
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -165,10 +175,12 @@ def tokenize(job: Job, folder: Path, fingerprint: str, files: dict[str, str]) ->
 def fill(job: Job, folder: Path) -> dict[str, Any]:
     """Write the shards of a text, and return what their header says of them."""
     few = count_few(job)
+    marks_ends = few is None or len(few) > 1
+    tail = HELD_OUT_TAIL if job.held_out is None else job.held_out
     if job.held_out in (0, 1):
-        hold_out = HoldOut(job.held_out, marks_ends=few is None or len(few) > 1)
+        hold_out = HoldOut(job.held_out, marks_ends=marks_ends)
     elif few is not None:
-        hold_out = HoldOut(0, tail_start(job, sum(few)), marks_ends=len(few) > 1)
+        hold_out = HoldOut(0, int(sum(few) * (1 - tail)), marks_ends)
     else:
         hold_out = HoldOut(HELD_OUT_DOCUMENTS if job.held_out is None else job.held_out)
 
@@ -179,7 +191,7 @@ def fill(job: Job, folder: Path) -> dict[str, Any]:
         if not hold_out.share / 5 <= share <= hold_out.share * 4:
             # One document is a large part of the text: whole documents are a poor sample.
             remove_shards(folder)
-            hold_out = HoldOut(0, tail_start(job, characters))
+            hold_out = HoldOut(0, int(characters * (1 - tail)))
             results = run_tasks(job, hold_out, folder)
 
     splits = {}
@@ -210,11 +222,6 @@ def fill(job: Job, folder: Path) -> dict[str, Any]:
         "first_bad": next((result.first_bad for result in results if result.first_bad), ""),
         "splits": splits,
     }
-
-
-def tail_start(job: Job, characters: int) -> int:
-    """The number of characters before the held-out tail."""
-    return int(characters * (1 - (HELD_OUT_TAIL if job.held_out is None else job.held_out)))
 
 
 def count_few(job: Job) -> list[int] | None:
@@ -342,7 +349,7 @@ def run_task(
         for split, file in files.items():
             file.truncate(saved.tokens[split] * dtype.itemsize)
         for group in groups(assign(task, counts, report)):
-            counts.groups += 1
+            counts.add(group)
             if counts.groups <= saved.groups:
                 continue
             for split, ids in encode(group, tokenizer, threads, task.hold_out.marks_ends):
@@ -392,50 +399,32 @@ def write_journal(path: Path, counts: Counts) -> None:
 def assign(task: Task, counts: Counts, report: Callable[[int], None]) -> Iterator[Part]:
     """Every piece of a task's text, in order: its split, the text, whether a document ends there.
 
-    Adds to `counts` as it reads.
+    Counts documents that cannot be read.
     """
-    hold_out = task.hold_out
-    threshold = int(hold_out.share * 2**64)
+    threshold = int(task.hold_out.share * 2**64)
+    tail_from = task.hold_out.tail_from
+    position = 0  # characters before the piece
     for file in task.files:
         bad = BadDocuments(file.path, task.reading.skip_bad_documents)
-        reported = 0
         is_first = True  # piece of its document
         split = "train"
-
-        def advance(position: int) -> None:
-            nonlocal reported
-            if position > reported:
-                report(position - reported)
-                reported = position
-
-        pieces = read_pieces(file.path, file.file_format, task.reading, bad, advance)
-        for text, last in pieces:
-            content = text.encode()
+        for text, last in read_pieces(file.path, file.file_format, task.reading, bad, report):
             if threshold and is_first:
-                digest = hashlib.sha256(content).digest()
+                digest = hashlib.sha256(text.encode()).digest()
                 is_held_out = int.from_bytes(digest[:8], "little") < threshold
                 split = "val" if is_held_out else "train"
             is_first = last
 
-            # The held-out tail may begin inside a piece.
-            head = len(text)
-            if hold_out.tail_from is not None:
-                head = min(max(hold_out.tail_from - counts.characters, 0), len(text))
-                split = "train" if counts.characters < hold_out.tail_from else "val"
-            if 0 < head < len(text):
-                yield "train", text[:head], False
-                yield "val", text[head:], last
-                n_held_out = len(text[head:].encode())
-                counts.text_bytes["train"] += len(content) - n_held_out
-                counts.text_bytes["val"] += n_held_out
-            else:
-                yield split, text, last
-                counts.text_bytes[split] += len(content)
-            counts.characters += len(text)
-            counts.documents += last
-            if split == "val":
-                counts.held_out_characters += len(text)
-        advance(file.size)
+            if tail_from is not None:
+                before_tail = tail_from - position
+                position += len(text)
+                if 0 < before_tail < len(text):
+                    yield "train", text[:before_tail], False
+                    text = text[before_tail:]
+                    split = "val"
+                else:
+                    split = "train" if before_tail > 0 else "val"
+            yield split, text, last
         counts.bad_documents += bad.count
         counts.first_bad = counts.first_bad or bad.first
 

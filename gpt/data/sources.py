@@ -85,11 +85,6 @@ class Text:
         many = "1 file" if len(self.files) == 1 else f"{len(self.files):,} files"
         return f"{many} ({kinds}), {size / 1e6:,.1f} MB"
 
-    def texts(self, reading: Reading) -> Iterator[str]:
-        """The text in order, in pieces of about a megabyte at most."""
-        for text, _ in self.pieces(reading):
-            yield text
-
     def pieces(self, reading: Reading) -> Iterator[tuple[str, bool]]:
         """The text in order, as `formats.read_pieces` gives it."""
         for file in self.files:
@@ -165,14 +160,10 @@ def describe_file(path: Path, name: str) -> SourceFile:
 def standard_library() -> Source:
     """The code of the running Python's own standard library, without its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    names = []
-    for folder, inside, files in os.walk(root):
-        inside[:] = [name for name in inside if name not in NOT_LIBRARY]
-        below = Path(folder).relative_to(root)
-        names += [(below / name).as_posix() for name in files if name.endswith(".py")]
+    paths = [path.relative_to(root) for path in root.rglob("*.py")]
+    names = sorted(path.as_posix() for path in paths if not NOT_LIBRARY & set(path.parts))
     title = f"the source text of Python {platform.python_version()}'s standard library"
-    files = [describe_file(root / name, name) for name in sorted(names)]
-    return Source(title, files, is_library=True)
+    return Source(title, [describe_file(root / name, name) for name in names], is_library=True)
 
 
 @functools.cache  # called for the tokenizer and again for the tokens

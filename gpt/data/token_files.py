@@ -20,6 +20,7 @@ from gpt.errors import UserError, require
 
 HEADER = "tokens.json"
 VERSION = 2
+DAMAGED = "the tokens in {folder} are damaged, delete the folder to have them made again"
 SPLITS = {"train": "training", "val": "validation"}  # names in file names, and in messages
 
 # llm.c's shards begin with 256 integers: one of these keys, the version, the number of ids. The
@@ -32,13 +33,13 @@ HELD_OUT = 0.05  # of others' tokens without a validation file
 SPLIT_NAME = re.compile(r"(?:^|[-_.])(train|val|valid|validation)(?:[-_.]|$)")
 
 
-class Shards:
-    """Several arrays of ids as one, which can be sliced."""
+class Tokens:
+    """One split: memory-mapped shards that are read as one array of ids, and its bytes of text."""
 
-    def __init__(self, arrays: Sequence[np.ndarray]):
-        self.arrays = arrays
-        self.ends = np.cumsum([len(array) for array in arrays])
-        self.dtype = arrays[0].dtype
+    def __init__(self, shards: Sequence[np.ndarray], n_bytes: int):
+        self.shards = shards
+        self.n_bytes = n_bytes
+        self.ends = np.cumsum([len(shard) for shard in shards])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -46,34 +47,15 @@ class Shards:
     def __getitem__(self, where: slice) -> np.ndarray:
         """The ids of a slice without a step."""
         start, stop, _ = where.indices(len(self))
-        parts = []
-        shard = int(np.searchsorted(self.ends, start, "right"))
+        number = int(np.searchsorted(self.ends, start, "right"))
+        parts = [self.shards[0][:0]]
         while start < stop:
-            before = int(self.ends[shard - 1]) if shard else 0
-            end = min(stop, int(self.ends[shard]))
-            parts.append(self.arrays[shard][start - before : end - before])
+            end = int(self.ends[number])
+            before = end - len(self.shards[number])
+            parts.append(self.shards[number][start - before : stop - before])
             start = end
-            shard += 1
-        return np.concatenate(parts) if parts else np.zeros(0, self.dtype)
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.concatenate(self.arrays).astype(dtype or self.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """One split: memory-mapped ids, and the number of bytes of their text."""
-
-    array: np.ndarray | Shards
-    n_bytes: int
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    @property
-    def arrays(self) -> Sequence[np.ndarray]:
-        """Its shards."""
-        return self.array.arrays if isinstance(self.array, Shards) else [self.array]
+            number += 1
+        return np.concatenate(parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +96,6 @@ def hash_file(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def join(arrays: Sequence[np.ndarray]) -> np.ndarray | Shards:
-    return arrays[0] if len(arrays) == 1 else Shards(arrays)
-
-
 # ------------------------------------------------------------ our own
 
 
@@ -128,7 +106,7 @@ def is_prepared(path: Path) -> bool:
 
 def read_header(folder: Path) -> dict[str, Any]:
     """The contents of a folder's tokens.json; UserError if it is damaged."""
-    damaged = f"the tokens in {folder} are damaged, delete the folder to have them made again"
+    damaged = DAMAGED.format(folder=folder)
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
         require(header["version"] == VERSION, f"{damaged}: {HEADER} is not version {VERSION}")
@@ -162,7 +140,7 @@ def open_shards(folder: Path, tokenizer: Tokenizer, verify: bool = False) -> dic
 
     verify: hash every shard. UserError if it is damaged or another tokenizer made it.
     """
-    damaged = f"the tokens in {folder} are damaged, delete the folder to have them made again"
+    damaged = DAMAGED.format(folder=folder)
     header = read_header(folder)
     require(
         header["tokenizer_digest"] == tokenizers.digest(tokenizer),
@@ -181,7 +159,7 @@ def open_shards(folder: Path, tokenizer: Tokenizer, verify: bool = False) -> dic
                 require(is_same, f"{damaged}: {shard['file']} has changed")
             arrays.append(array)
         if arrays:
-            found[split] = Tokens(join(arrays), header["splits"][split]["text_bytes"])
+            found[split] = Tokens(arrays, header["splits"][split]["text_bytes"])
     return found
 
 
@@ -268,8 +246,8 @@ def open_others(
     found = {}
     for split, parts in splits.items():
         if parts:
-            joined = join(parts)
-            found[split] = Tokens(joined, round(n_bytes * len(joined) / total))
+            n_tokens = sum(len(array) for array in parts)
+            found[split] = Tokens(parts, round(n_bytes * n_tokens / total))
     return found, fingerprint.hexdigest()
 
 

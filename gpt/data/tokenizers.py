@@ -9,7 +9,6 @@ import base64
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -276,10 +275,9 @@ def load(path: Path) -> Tokenizer:
 
 def save(tokenizer: Tokenizer, path: Path) -> None:
     """Write the tokenizer as a JSON file, whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        written = Path(folder) / path.name
-        written.write_text(json.dumps(to_json(tokenizer)), encoding="utf-8")
-        os.replace(written, path)
+    unfinished = path.with_name(f".{path.name}.new")
+    unfinished.write_text(json.dumps(to_json(tokenizer)), encoding="utf-8")
+    unfinished.replace(path)
 
 
 def to_json(tokenizer: Tokenizer) -> dict[str, Any]:

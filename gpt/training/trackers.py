@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from gpt.errors import require
+from gpt.errors import one_line, require
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 ID_FILE = "tracking-id"  # in a run's folder: a run that continues is the same run to a tracker
@@ -130,8 +130,9 @@ class Trackers:
 
     def _leave_out(self, name: str, error: Exception) -> None:
         self.open.pop(name, None)
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        self.log(f"note: {name} gets no more data ({reason}); metrics.jsonl has everything")
+        self.log(
+            f"note: {name} gets no more data ({one_line(error)}); metrics.jsonl has everything"
+        )
 
 
 def require_installed(names: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ SEEDS = st.integers(0, 2**31 - 1)
 
 def count_up(n: int) -> Tokens:
     """Tokens whose value is their place."""
-    return Tokens(np.arange(n, dtype=np.uint32), n)
+    return Tokens([np.arange(n, dtype=np.uint32)], n)
 
 
 @given(size=st.integers(1, 3000), seed=SEEDS, epoch=st.integers(0, 2**40))

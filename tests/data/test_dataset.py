@@ -37,7 +37,7 @@ def text(tmp_path):
 
 
 def ids(tokens):
-    return np.asarray(tokens.array).tolist()
+    return tokens[:].tolist()
 
 
 def expected_of(dataset):
@@ -54,7 +54,7 @@ def test_text_is_described_and_what_is_not_text_is_listed(load, text, tmp_path):
     (text / "photo.jpg").write_bytes(b"\xff\xd8\0")
     lines = []
     tokenizer, dataset = load([text], log=lines.append)
-    assert tokenizer.decode([*dataset.train.array, *dataset.val.array]) == TEXT
+    assert tokenizer.decode([*dataset.train[:], *dataset.val[:]]) == TEXT
     assert "1 file (1 text), 0.0 MB" in lines[0] and "--data PATH" not in lines[0]
     assert lines[1] == "skipped        1 file that is not text: photo.jpg (it holds zero bytes)"
     assert "540 to train on and 60 held out, of 1 document(s)" in lines[2]

@@ -39,11 +39,11 @@ def make(text, folder, tokenizer=BYTE, held_out=None, **options):
 
 
 def text_of(tokens):
-    return BYTE.decode([i for i in np.asarray(tokens.array).tolist() if i != END])
+    return BYTE.decode([i for i in tokens[:].tolist() if i != END])
 
 
 def documents(tokens):
-    ids = np.asarray(tokens.array)
+    ids = tokens[:]
     assert ids[-1] == END
     return BYTE.decode(ids.tolist()).split("<|endoftext|>")[:-1]
 
@@ -53,7 +53,7 @@ def test_one_file_is_split_as_nanogpt_does(tmp_path):
     data = make(write(tmp_path / "text", text), tmp_path / "tokens")
     assert text_of(data["train"]) == text[: int(1234 * 0.9)]
     assert text_of(data["val"]) == text[int(1234 * 0.9) :]
-    assert END not in data["train"].array and END not in data["val"].array
+    assert END not in data["train"][:] and END not in data["val"][:]
     assert (data["train"].n_bytes, data["val"].n_bytes) == (1110 * 3, 124 * 3)
     assert len(data["train"]) == 1110 * 3
     half = make(write(tmp_path / "text", text), tmp_path / "half", held_out=0.5)
@@ -72,8 +72,8 @@ def test_a_long_file_is_split_the_same_across_pieces(tmp_path, monkeypatch):
 def test_few_documents_hold_out_the_tail_of_all(tmp_path):
     data = make(write(tmp_path / "text", "a" * 60, "b" * 40), tmp_path / "tokens")
     assert text_of(data["train"]) == "a" * 60 + "b" * 30 and text_of(data["val"]) == "b" * 10
-    assert data["train"].array[60] == END and data["val"].array[-1] == END
-    assert data["train"].array.tolist().count(END) == 1
+    assert data["train"][:][60] == END and data["val"][:][-1] == END
+    assert data["train"][:].tolist().count(END) == 1
     # Many that are all alike would be held out together or not at all.
     data = make(write(tmp_path / "alike", *["same"] * 30), tmp_path / "alike tokens")
     assert len(data["train"]) > 5 * len(data["val"]) > 0
@@ -230,13 +230,13 @@ def test_a_change_during_reading_is_noticed(tmp_path):
 def test_types_follow_the_vocabulary(tmp_path):
     characters = "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x13000)]))
     text = write(tmp_path / "text", characters)
-    large = tokenizers.create("char", lambda: text.texts(PLAIN), 0)
+    large = tokenizers.create("char", lambda: (piece for piece, _ in text.pieces(PLAIN)), 0)
     assert large.n_vocab > 2**16
     data = make(text, tmp_path / "large", large)
-    assert data["train"].array.dtype == data["val"].array.dtype == np.uint32
-    ids = [*data["train"].array.tolist(), *data["val"].array.tolist()]
+    assert data["train"][:].dtype == data["val"][:].dtype == np.uint32
+    ids = [*data["train"][:].tolist(), *data["val"][:].tolist()]
     assert large.decode(ids) == characters
-    assert make(text, tmp_path / "small")["train"].array.dtype == np.uint16
+    assert make(text, tmp_path / "small")["train"][:].dtype == np.uint16
     assert token_files.token_type(tokenizers.CharTokenizer(characters[: 2**16 - 1])) == np.uint16
     assert token_files.token_type(tokenizers.CharTokenizer(characters[: 2**16])) == np.uint32
 

@@ -17,7 +17,7 @@ def names(source):
 
 
 def texts(paths, reading=PLAIN):
-    return list(open_text(find(paths), reading).texts(reading))
+    return [text for text, _ in open_text(find(paths), reading).pieces(reading) if text]
 
 
 def test_folders_are_read_in_order_without_hidden_and_binary_files(tmp_path):

@@ -9,7 +9,7 @@ from gpt.data import token_files, tokenizers
 from gpt.data.options import Reading
 from gpt.data.prepare import Job, tokenize
 from gpt.data.sources import expand, find, open_text
-from gpt.data.token_files import Shards, find_shards, open_others, open_shards
+from gpt.data.token_files import Tokens, find_shards, open_others, open_shards
 from gpt.errors import UserError
 
 BYTE = tokenizers.create("byte", lambda: [], 0)
@@ -27,10 +27,10 @@ def prepared(tmp_path):
 
 def test_shards_are_sliced_as_one_array():
     whole = np.arange(100, dtype=np.uint16)
-    shards = Shards([whole[:30], whole[30:31], whole[31:]])
+    shards = Tokens([whole[:30], whole[30:31], whole[31:]], 100)
     for start, stop in ((0, 100), (29, 32), (30, 31), (0, 30), (31, 90), (5, 5), (90, 200)):
         assert shards[start:stop].tolist() == whole[start:stop].tolist()
-    assert len(shards) == 100 and np.asarray(shards).tolist() == whole.tolist()
+    assert len(shards) == 100 and shards[:].tolist() == whole.tolist()
 
 
 def test_prepared_shards_are_recognised_and_opened(prepared, tmp_path):
@@ -84,7 +84,7 @@ def write_ids(path, ids, dtype="<u2", magic=None, version=1, count=None):
 
 
 def ids_of(tokens):
-    return np.asarray(tokens.array).tolist()
+    return tokens[:].tolist()
 
 
 def test_nanogpts_headerless_files_are_read(tmp_path):
