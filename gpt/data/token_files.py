@@ -19,7 +19,7 @@ from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError, require
 
 HEADER = "tokens.json"
-VERSION = 2
+VERSION = 3
 DAMAGED = "the tokens in {folder} are damaged, delete the folder to have them made again"
 SPLITS = {"train": "training", "val": "validation"}  # names in file names, and in messages
 
