@@ -32,6 +32,7 @@ TRAIN = {
         "fetch it first (curl -LO https://a.org/b.txt)",
     ),
     "remote weights": (["--init-from=s3://bucket/run"], "s3://bucket/run is an address"),
+    "remote text": (["--data", "text.txt", "az://box/b.txt"], "az://box/b.txt is an address"),
     "too short": (["--data", "short.txt"], "too few for --seq-len 16"),
     "a missing checkpoint": (["--init-from", "gone"], "no checkpoint in gone"),
     "an unknown flag": (["--stepz", "3"], "did you mean --steps"),
@@ -43,6 +44,7 @@ TRAIN = {
 SAMPLE = {
     "no checkpoint named": ([], "CHECKPOINT"),
     "a missing folder": (["gone"], "no folder gone"),
+    "a remote run": (["hf://who/run"], "hf://who/run is an address"),
     "a half-written checkpoint": (["half"], "no checkpoint in half"),
     "a damaged checkpoint": (["cut"], "is whole: "),
     "a step that is not there": (["RUN", "--step", "5"], "it has [8, 12]"),

@@ -106,6 +106,7 @@ def test_a_prompt_from_a_file_or_a_pipe(folder, tmp_path, monkeypatch):
 
 
 def test_each_line_of_a_pipe_is_a_prompt_of_its_own(folder, monkeypatch):
+    """The same line gives another sample each time."""
     type_in(b"the \n" + b"x" * 20 + b"\na cat\nthe ", monkeypatch)
     done = call("sample", folder, "--interactive", *BRIEF)
     lines = [("the ", "0"), ("a cat", "2"), ("the ", "3")]  # each with a seed of its own

@@ -196,6 +196,7 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
 
     UserError if the folder has neither, or a file is damaged. No tensor is read.
     """
+    require(folder.exists(), f"{folder} does not exist: expected a model's folder")
     if (folder / WEIGHTS).is_file():
         files = [WEIGHTS]
     elif (folder / INDEX).is_file():

@@ -67,6 +67,32 @@ def test_what_changes_the_function_is_refused_by_name(kind, fields, named):
     assert named in str(caught.value)
 
 
+# What transformers 4 wrote beside a model's own fields when all defaults were asked for.
+OLD_DEFAULTS = {
+    "add_cross_attention": False,
+    "bad_words_ids": None,
+    "chunk_size_feed_forward": 0,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "max_length": 20,
+    "num_beams": 1,
+    "output_attentions": False,
+    "pruned_heads": {},
+    "task_specific_params": None,
+    "tie_encoder_decoder": False,
+    "torchscript": False,
+    "use_bfloat16": False,
+}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+def test_defaults_that_are_spelled_out_change_nothing(kind):
+    plain = read_config(standins.KINDS[kind])
+    config, family, unused = read_config(OLD_DEFAULTS | standins.KINDS[kind])
+    assert (config, family) == plain[:2] and "num_beams" in unused and "pruned_heads" not in unused
+
+
 def test_all_problems_are_in_one_message():
     values = standins.LLAMA | {"hidden_act": "relu", "vocab_size": "300", "num_experts": 4}
     with pytest.raises(UserError) as caught:

@@ -61,6 +61,25 @@ def test_ids_and_texts_are_the_librarys(form, tmp_path):
     assert ours.decode_bytes([N_VOCAB - 1]) == f"<|unused_{N_VOCAB - 1}|>".encode()
 
 
+@pytest.mark.parametrize(
+    ("form", "part", "empty"),
+    [
+        ("GPT-2", "normalizer", {"type": "Sequence", "normalizers": []}),
+        ("Qwen", "normalizer", {"type": "Sequence", "normalizers": []}),
+        ("TinyLlama", "pre_tokenizer", {"type": "Sequence", "pretokenizers": []}),
+    ],
+)
+def test_a_sequence_of_no_steps_is_none(form, part, empty, tmp_path):
+    """As tools write it that have taken the steps out."""
+    values = json.loads(make(form))
+    without, _ = read(*folder_with(tmp_path / "none", tokenizer_json=values | {part: None}))
+    found, _ = read(*folder_with(tmp_path / "empty", tokenizer_json=values | {part: empty}))
+    for text in WILD:
+        ids = found.encode_ordinary(text)
+        assert ids == without.encode_ordinary(text)
+        assert found.decode(ids) == without.decode(ids)
+
+
 def test_added_tokens_that_are_not_special_are_as_in_transformers(tmp_path):
     """Qwen's <think>: found in every text, and kept in what is decoded and exported."""
     content = make("Qwen")

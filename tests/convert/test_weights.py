@@ -166,6 +166,9 @@ def test_an_index_that_does_not_fit_is_refused(index, reason, tmp_path):
     {
         "pytorch_model.bin": r"A pickle.*save it with save_pretrained\(NEW_FOLDER\)",
         "ckpt.pt": r"docs/weights.md says what to do with nanoGPT's ckpt.pt, and nanochat's models",
+        "model_000500.pt": "nanochat's models cannot be imported$",
+        "consolidated.00.pth": "A pickle can run any program",
+        "last.ckpt": "A pickle can run any program",
         "readme.txt": "holds no model.safetensors.*shards with their index$",
     }.items(),
 )
@@ -174,6 +177,11 @@ def test_what_is_not_a_models_folder_is_refused_with_advice(file, advice, tmp_pa
     for source in (tmp_path, tmp_path / file):
         with pytest.raises(UserError, match=advice):
             convert.open_model(source)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match="gone does not exist: expected a model's folder"):
+        convert.open_model(tmp_path / "gone")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from gpt.data import dataset as datasets
 from gpt.data import prepare, tokenizers
@@ -77,6 +78,20 @@ def test_a_start_reads_no_file_that_looks_as_before(load, text, tmp_path, monkey
         load([text], "bpe")
 
 
+def test_the_same_files_by_another_path_are_the_same_text(load, text, tmp_path, monkeypatch):
+    """Named by a pattern, one by one, through a link, beside text that is held out."""
+    (text / "b.txt").write_text("more words\n" * 30)
+    (tmp_path / "val.txt").write_text("held out words")
+    (tmp_path / "link").symlink_to(text)
+    options = DataOptions(val_data=(tmp_path / "val.txt",))
+    first = [load([text])[1], load([text], options=options)[1]]
+    for module, name in ((prepare, "hash_file"), (prepare, "fill")):
+        monkeypatch.setattr(module, name, None)
+    for paths in ([text / "*.txt"], [text / "a.txt", text / "b.txt"], [tmp_path / "link"]):
+        again = [load(paths)[1], load(paths, options=options)[1]]
+        assert [one.fingerprint for one in again] == [one.fingerprint for one in first]
+
+
 def test_files_with_another_time_are_hashed_and_not_tokenized_again(load, text, monkeypatch):
     _, first = load([text])
     monkeypatch.setattr(prepare, "fill", None)
@@ -142,11 +157,14 @@ def test_the_sample_takes_each_format_by_itself(load, tmp_path, monkeypatch):
 
 
 def test_leftovers_of_a_killed_process_are_removed(load, text, tmp_path):
-    left = tmp_path / "store" / ".unfinished-0123"
-    left.mkdir(parents=True)
-    (left / "train-00000.bin").write_bytes(b"x" * 100)
-    load([text])
-    assert not left.exists() and len(kept(tmp_path)) == 1
+    store = tmp_path / "store"
+    left, used = store / ".unfinished-0123", store / ".unfinished-4567"
+    for folder in (left, used):
+        folder.mkdir(parents=True)
+        (folder / "train-00000.bin").write_bytes(b"x" * 100)
+    with FileLock(store / ".4567.lock"):  # a process is making them
+        load([text])
+        assert used.exists() and not left.exists() and len(kept(tmp_path)) == 1
 
 
 def test_prepared_tokens_bring_their_tokenizer(load, text, tmp_path):

@@ -199,6 +199,19 @@ def test_separators_end_documents(tmp_path):
     assert read(path, Reading(separator="none")) == [path.read_text()]
     blank = read(path, Reading(separator="\\n\\n"))
     assert blank[0] == "one" and len(blank) == 2
+    path.write_bytes(b"one\r\n<|endoftext|>\r\ntwo\r\n")
+    assert read(path) == ["one", "two\r\n"]
+    path.write_bytes(json_lines(["one<|endoftext|>two", "three"]))
+    assert read(path) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("piece", [7, 8, 11, 100])
+def test_a_separator_may_stand_anywhere_in_the_file(piece, tmp_path, monkeypatch):
+    """At the end of what is read at once, or across it."""
+    monkeypatch.setattr(formats, "PIECE", piece)
+    path = tmp_path / "stories.txt"
+    path.write_text("eins é<|endoftext|>zwei\n<|endoftext|>\ndrei 今天<|endoftext|>vier")
+    assert read(path) == ["eins é", "zwei", "drei 今天", "vier"]
 
 
 @pytest.mark.parametrize("form", ["text", "JSON lines"])
@@ -226,6 +239,12 @@ def test_a_bad_byte_is_named_by_its_place_or_its_line_left_out(tmp_path, monkeyp
     bad = BadDocuments(path, True)
     (text,) = read(path, bad=bad)
     assert bad.count == 1 and "line 1499 é\nline 1501 é\n" in text
+    path.write_bytes(b"\xef\xbb\xbfcaf\xe9 here\n")
+    with pytest.raises(UserError, match="byte 6: 0xe9"):
+        read(path)
+    path.write_bytes(gzip.compress(b"a" * 1999 + "é".encode() + b"b" * 999 + "今".encode()[:2]))
+    with pytest.raises(UserError, match="byte 3,000: 0xe4 is not valid UTF-8"):
+        read(path)
     path.write_bytes(b"a\n" * 40_000 + b"b\0\n")
     with pytest.raises(UserError, match=r"byte 80,001: it is 0x00, text has no zero bytes"):
         read(path)

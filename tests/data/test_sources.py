@@ -77,17 +77,32 @@ def test_a_run_below_the_text_is_no_text(tmp_path):
     assert names(find([tmp_path])) == ["a.txt"]
 
 
-def test_what_describes_data_is_not_trained_on(tmp_path):
+@pytest.mark.parametrize("form", ["parquet", "JSON lines", "arrow"])
+def test_what_describes_data_is_not_trained_on(form, tmp_path):
     """A dataset's card is no document of it."""
+    name = {"parquet": "x.parquet", "JSON lines": "x.jsonl", "arrow": "data-00000.arrow"}[form]
+    table = pytest.importorskip("pyarrow").table({"text": ["one"]})
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text(json.dumps({"text": "one"}))
+    path = tmp_path / "data" / name
+    if form == "parquet":
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(table, path)
+    elif form == "arrow":
+        import pyarrow
+
+        with pyarrow.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        path.write_text(json.dumps({"text": "one"}))
+    about = ["README.md", "LICENSE", "dataset_infos.json", "state.json"]
+    for other in about:
+        (tmp_path / other).write_text("{}")
     (tmp_path / "notes.txt").write_text("also text")
-    (tmp_path / "README.md").write_text("# about")
-    (tmp_path / "dataset_infos.json").write_text("{}")
     text = open_text(find([tmp_path]), PLAIN)
-    assert [file.name for file in text.files] == ["data/train.jsonl", "notes.txt"]
-    assert "README.md" in " ".join(text.notes) and "dataset_infos.json" in " ".join(text.notes)
-    (tmp_path / "data" / "train.jsonl").unlink()
+    assert [file.name for file in text.files] == [f"data/{name}", "notes.txt"]
+    assert all(any(other in note for note in text.notes) for other in about)
+    path.unlink()
     assert "README.md" in [file.name for file in open_text(find([tmp_path]), PLAIN).files]
 
 

@@ -160,13 +160,17 @@ def test_which_paths_are_token_shards(tmp_path):
     assert find_shards(expand([tmp_path / "*_name.bin"])) == [shard]
 
 
-def test_of_a_large_file_little_is_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("magic", "version", "dtype"), [(None, 0, "<u2"), (None, 0, "<u4"), (20240520, 1, "<u2")]
+)
+def test_of_a_large_file_little_is_read(magic, version, dtype, tmp_path, monkeypatch):
     """2^26 tokens: the file is sparse, and neither hashed nor copied as a whole."""
     size = 2**26 + 3
-    path = tmp_path / "train.bin"
-    with path.open("wb") as file:
-        file.write(np.arange(200, dtype="<u2").tobytes() * 1000)
-        file.truncate(2 * size)
+    bytes_each = np.dtype(dtype).itemsize
+    path = write_ids(tmp_path / "train.bin", [*range(200)] * 1000, dtype, magic, version, size)
+    before = 0 if magic is None else token_files.LLMC_HEADER
+    with path.open("r+b") as file:
+        file.truncate(before + bytes_each * size)
     read = []
     sample = token_files.take_sample
     monkeypatch.setattr(
@@ -175,8 +179,8 @@ def test_of_a_large_file_little_is_read(tmp_path, monkeypatch):
     data, _ = open_others([path], BYTE, None)
     assert len(data["train"]) + len(data["val"]) == size and sum(read) < 2**22
     with path.open("r+b") as file:
-        file.seek(2 * (size // 126))
-        file.write(b"\xff\xff")
+        file.seek(before + bytes_each * (size // 126))
+        file.write(np.array([60_000], dtype).tobytes())
     open_others([path], BYTE, None)
-    with pytest.raises(UserError, match="holds token 65535"):
+    with pytest.raises(UserError, match="holds token 60000"):
         open_others([path], BYTE, None, verify=True)
