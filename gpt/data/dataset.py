@@ -111,7 +111,8 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
                 kept.remember(key, origin.folder)
             if origin.folder:
                 origin.splits = token_files.open_shards(origin.folder, chosen, options.verify_data)
-                log(token_files.describe(origin.folder))
+                is_kept = keep or origin.folder.parent != kept.new
+                log(token_files.describe(origin.folder, is_kept))
 
     train, val = combine(origins, options, log)
     return chosen, Dataset(train, val, fingerprint, files)

@@ -115,17 +115,18 @@ def read_header(folder: Path) -> dict[str, Any]:
     return header
 
 
-def describe(folder: Path) -> str:
+def describe(folder: Path, is_kept: bool = True) -> str:
     """A line of the plan about a folder of ours: its tokens, their origin, place and size."""
     header = read_header(folder)
     n_train, n_val = (header["splits"][split]["tokens"] for split in SPLITS)
     size = (n_train + n_val) * np.dtype(header["dtype"]).itemsize
     separator = header["separator"]
     ends = f", which end at {separator!r} too" if separator else ""
+    place = f"in {folder}" if is_kept else "made again when training starts"
     line = (
         f"tokens         {n_train:,} to train on and {n_val:,} held out, of "
-        f"{header['documents']:,} document(s){ends}, fingerprint {header['fingerprint'][:12]}, in "
-        f"{folder}, {size / 1e6:,.1f} MB"
+        f"{header['documents']:,} document(s){ends}, fingerprint {header['fingerprint'][:12]}, "
+        f"{place}, {size / 1e6:,.1f} MB"
     )
     if header["bad_documents"]:
         line += (

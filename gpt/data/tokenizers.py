@@ -220,7 +220,8 @@ def openai_encoding(name: str) -> ByteLevelTokenizer:
             f"the vocabulary of {name} is not on this machine and could not be downloaded "
             f"({reason}): where there is a network, set TIKTOKEN_CACHE_DIR to a folder and run "
             f"python -c \"import tiktoken; tiktoken.get_encoding('{name}')\", then copy that "
-            "folder to this machine and set TIKTOKEN_CACHE_DIR to it"
+            "folder to this machine and set TIKTOKEN_CACHE_DIR to it; --tokenizer bpe, which is "
+            "made from your text, needs no download"
         ) from None
 
     # Ids without a token get a name, so that every id that a model can produce decodes.

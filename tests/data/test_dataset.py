@@ -126,11 +126,14 @@ def test_changed_text_is_refused_by_the_name_of_the_file(load, text):
 
 
 def test_a_trial_leaves_nothing_and_uses_what_is_kept(load, text, tmp_path, monkeypatch):
-    _, trial = load([text], keep=False)
+    lines = []
+    _, trial = load([text], keep=False, log=lines.append)
+    assert "made again when training starts, 0.0 MB" in lines[-1]
     assert not (tmp_path / "store").exists() and len(trial.train) == 540
     load([text])
     monkeypatch.setattr(prepare, "fill", None)
-    assert load([text], keep=False)[1].fingerprint == trial.fingerprint
+    assert load([text], keep=False, log=lines.append)[1].fingerprint == trial.fingerprint
+    assert f"in {tmp_path / 'store'}" in lines[-1]
 
 
 def test_a_plan_of_much_text_counts_tokens_by_a_sample(load, text, tmp_path, monkeypatch):
