@@ -18,6 +18,8 @@ from pathlib import Path
 
 import tyro
 
+from gpt.wording import counted
+
 ROOT = Path(__file__).parent.parent
 MARK = "<!-- made by benchmarks/ablations.py -->"
 DIVERGED = 77  # the exit code after too many steps that are not finite
@@ -210,7 +212,7 @@ def main() -> None:
     if command.out.exists():
         text = command.out.read_text(encoding="utf-8")
     before, _, _ = text.partition(MARK)
-    made = f"{command.steps} steps of the tiny preset, {command.seeds} seed(s) per row."
+    made = f"{command.steps} steps of the tiny preset, {counted(command.seeds, 'seed')} per row."
     table = "\n".join(rows)
     command.out.write_text(f"{before}{MARK}\n\n{made}\n\n{table}\n", encoding="utf-8")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from rich import filesize
 
 from gpt import cli
 from gpt.errors import require, require_file_path
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
 
     page = run_report.build_report(run_report.read_runs(command.runs))
     command.out.write_text(page, encoding="utf-8", errors="replace")
-    print(f"report         {command.out} ({command.out.stat().st_size / 1e6:.2f} MB)")
+    print(f"report         {command.out} ({filesize.decimal(command.out.stat().st_size)})")
 
 
 if __name__ == "__main__":

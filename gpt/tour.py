@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich import filesize
 
 from gpt import cli, terminal
 from gpt.config import BY_PLATFORM, DTYPES, Dtype, Weights, optional
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> None:
     record = tour_recorder.record_tour(model, prompt, command.settings)
     page = tour.build_tour(record, model, command.checkpoint.name)
     command.out.write_text(page, encoding="utf-8", errors="replace")
-    print(f"tour           {command.out} ({command.out.stat().st_size / 1e6:.2f} MB)")
+    print(f"tour           {command.out} ({filesize.decimal(command.out.stat().st_size)})")
 
 
 if __name__ == "__main__":

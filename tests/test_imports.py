@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 # A package or module of gpt may import itself and those of a lower layer, none of its own layer.
 LAYERS = [
-    {"errors"},
+    {"errors", "wording"},
     {"config", "distributed", "compile_log", "hardware", "digest"},
     {"presets", "data", "sharding", "flops", "checkpoint"},
     {"model"},

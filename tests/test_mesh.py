@@ -49,7 +49,7 @@ def test_a_run_on_a_mesh_is_a_run_anywhere(text, eight):
     """Written on (2, 2, 2) and read on one device, or the other way round: all the same."""
     done, folder, one = eight.run, eight.place / "run", eight.place / "one"
     assert done["code"] == 0, done["err"]
-    assert "on 8 device(s)" in done["err"] and done["err"].count("--- sample ---") == 2
+    assert "on 8 devices" in done["err"] and done["err"].count("--- sample ---") == 2
     assert gpt.load(folder).generate("the ", max_new_tokens=4).token_ids
     assert arrays(folder, 12).keys() == arrays(one, 12).keys()
     assert same_losses(folder, one)
@@ -59,7 +59,7 @@ def test_a_run_on_a_mesh_is_a_run_anywhere(text, eight):
     here, there = vars(call("train", *argv)), eight.continued
     for done, n_devices, run in ((here, 1, folder), (there, 8, eight.place / "continued")):
         assert done["code"] == 0, done["err"]
-        assert f"on {n_devices} device(s)" in done["err"] and "from step 8" in done["err"]
+        assert f"on {n_devices} device" in done["err"] and "from step 8" in done["err"]
         assert same_losses(run, one) and int(arrays(run, 12)["optimizer/step"]) == 12
 
 

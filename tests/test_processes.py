@@ -89,7 +89,7 @@ def alone(text, tmp_path_factory):
 def test_two_processes_train_the_run_that_one_trains(text, alone, tmp_path):
     folder = tmp_path / "run"
     first, second = run(2, *SMALL, "--data", text, "--out", folder)
-    assert "on 2 device(s)" in first.err and first.err.count("--- sample ---") == 2
+    assert "on 2 devices" in first.err and first.err.count("--- sample ---") == 2
     said = [line for line in second.err.splitlines() if "Gloo" not in line]
     assert len(said) == 1 and said[0].startswith("waiting  ")  # the rest is told by the first
     names = {"checkpoints", "loss.png", "metrics.jsonl", "samples.jsonl", "tokenizer.json"}
@@ -110,7 +110,7 @@ def test_a_run_goes_on_with_another_number_of_processes(text, alone, tmp_path):
     assert "continues      from step 4" in one.err
     shutil.rmtree(folder / "checkpoints" / "12")
     first, *_ = run(4, *argv, "--mesh.data", "2", "--mesh.fsdp", "2")
-    assert "continues      from step 8" in first.err and "on 4 device(s)" in first.err
+    assert "continues      from step 8" in first.err and "on 4 devices" in first.err
     assert same_losses(folder, alone)
 
 

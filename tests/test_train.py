@@ -119,7 +119,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(text, trained, tmp_path, m
     assert done.code == 0
     for words in ("parameters", "optimizer", "4 x 16 = 64 tokens per step", "2 micro-batch(es)"):
         assert words in done.err
-    assert "12 steps" in done.err and "2.0 MiB on each device" in done.err
+    assert "12 steps" in done.err and "2.1 MB on each device" in done.err
     assert snapshot(tmp_path) == {"here": None}
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from rich import filesize
 
 from gpt import flops, hardware, sharding
 from gpt.compile_log import Stopwatch
@@ -26,6 +27,7 @@ from gpt.sampling import engine, generate
 from gpt.sampling.decode_loop import DecodeState, decode_chunk, find_full_rows, start_decoding
 from gpt.sampling.settings import Settings
 from gpt.training import train_state, train_step
+from gpt.wording import counted
 
 NO_EOT = -1  # no token ends a row: every repeat does the same work
 TRAIN_STEPS = 10  # per repeat: one step is too short compared with what it takes to start it
@@ -85,9 +87,9 @@ def require_memory(config: ModelConfig, cell: Cell) -> None:
     available, of_what = hardware.memory()
     require(
         needed <= available,
-        f"the weights and {cell.batch} rows of {slots} tokens take {needed / 1e9:.1f} GB, but "
-        f"{of_what} is {available / 1e9:.1f} GB: choose a smaller model, smaller --batch-sizes or "
-        "--prompt-lengths",
+        f"the weights and {counted(cell.batch, 'row')} of {slots} tokens take "
+        f"{filesize.decimal(needed)}, but {of_what} is {filesize.decimal(available)}: choose a "
+        "smaller model, smaller --batch-sizes or --prompt-lengths",
     )
 
 

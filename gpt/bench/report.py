@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from rich import filesize
 from rich.box import SIMPLE
 from rich.console import JustifyMethod
 from rich.panel import Panel
@@ -46,7 +47,7 @@ def card(result: dict, verbose: bool = False) -> Panel:
     best, cells = result["ceilings"], result["cells"]
     lines = [
         f"{result['model']}: {result['parameters'] / 1e6:.1f} M parameters, "
-        f"{result['weight_bytes'] / 1e6:.1f} MB of {result['weights']} weights, "
+        f"{filesize.decimal(result['weight_bytes'])} of {result['weights']} weights, "
         f"computing in {result['precision']}",
         f"{result['device']}, jax {result['jax']}; measured at best: "
         f"{best['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s in matrix products, "

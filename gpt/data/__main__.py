@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich import filesize
 from rich.console import Console
 
 from gpt import cli
@@ -84,8 +85,8 @@ def main(argv: list[str]) -> None:
         prepare.tokenize(job, command.out, fingerprint, files)
     seconds = time.monotonic() - start
     console.print(token_files.describe(command.out))
-    speed = source.size / 1e6 / max(seconds, 1e-3)
-    console.print(f"prepared       in {seconds:,.1f} s, {speed:,.1f} MB/s of files")
+    speed = filesize.decimal(int(source.size / max(seconds, 1e-3)))
+    console.print(f"prepared       in {seconds:,.1f} s, {speed}/s of files")
 
 
 if __name__ == "__main__":

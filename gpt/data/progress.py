@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+from rich import filesize
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
@@ -35,7 +36,9 @@ def tokenizing_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
         if now - last_line >= SECONDS_BETWEEN_LINES and done:
             last_line = now
             left = timedelta(seconds=round((now - start) * (total - done) / done))
-            console.print(f"tokenizing     {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {left} left")
+            console.print(
+                f"tokenizing     {filesize.decimal(done)} of {filesize.decimal(total)}, {left} left"
+            )
 
     try:
         yield report

@@ -13,10 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich import filesize
+
 from gpt.data import formats
 from gpt.data.formats import BadDocuments, NotText
 from gpt.data.options import Reading
 from gpt.errors import UserError, require
+from gpt.wording import counted
 
 EXPECTED = (
     "expected text, JSON lines or arrays, parquet or arrow files, plain or compressed, or token "
@@ -82,8 +85,7 @@ class Text:
         counts = Counter(file.file_format for file in self.files)
         kinds = ", ".join(f"{count:,} {name}" for name, count in counts.most_common())
         size = sum(file.size for file in self.files)
-        many = "1 file" if len(self.files) == 1 else f"{len(self.files):,} files"
-        return f"{many} ({kinds}), {size / 1e6:,.1f} MB"
+        return f"{counted(len(self.files), 'file')} ({kinds}), {filesize.decimal(size)}"
 
     def pieces(self, reading: Reading) -> Iterator[tuple[str, bool]]:
         """The text in order, as `formats.read_pieces` gives it."""
@@ -205,10 +207,10 @@ def open_text(source: Source, reading: Reading) -> Text:
         notes += [f"not used       {file.name}: it is about the data" for file in about]
 
     if skipped:
-        count = len(skipped)
-        many = "1 file that is" if count == 1 else f"{count:,} files that are"
+        are = "is" if len(skipped) == 1 else "are"
+        many = f"{counted(len(skipped), 'file')} that {are}"
         listed = ", ".join(f"{file.name} ({reason})" for file, reason in skipped[:5])
-        more = ", ..." if count > 5 else ""
+        more = ", ..." if len(skipped) > 5 else ""
         notes.append(f"skipped        {many} not text: {listed}{more}")
         n_skipped = sum(file.size for file, _ in skipped)
         n_used = sum(file.size for file in used)

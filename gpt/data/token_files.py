@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import filesize
 
 from gpt.data import tokenizers
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError, require
+from gpt.wording import counted
 
 HEADER = "tokens.json"
 VERSION = 3
@@ -125,13 +127,13 @@ def describe(folder: Path, is_kept: bool = True) -> str:
     place = f"in {folder}" if is_kept else "made again when training starts"
     line = (
         f"tokens         {n_train:,} to train on and {n_val:,} held out, of "
-        f"{header['documents']:,} document(s){ends}, fingerprint {header['fingerprint'][:12]}, "
-        f"{place}, {size / 1e6:,.1f} MB"
+        f"{counted(header['documents'], 'document')}{ends}, fingerprint "
+        f"{header['fingerprint'][:12]}, {place}, {filesize.decimal(size)}"
     )
     if header["bad_documents"]:
         line += (
-            f"\nskipped        {header['bad_documents']:,} document(s) that cannot be read, the "
-            f"first: {header['first_bad']}"
+            f"\nskipped        {counted(header['bad_documents'], 'document')} that cannot be read, "
+            f"the first: {header['first_bad']}"
         )
     return line
 

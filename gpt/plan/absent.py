@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import jax
 from jax.sharding import Mesh
+from rich import filesize
 
 from gpt import sharding
 from gpt.config import TrainConfig
@@ -18,8 +19,8 @@ from gpt.plan import collectives, devices, kernels, program_text, programs
 from gpt.plan.devices import Chip
 from gpt.training import memory_plan, run_plan, train_state, train_step
 from gpt.training.metrics import make_console
+from gpt.wording import counted
 
-MB = 10**6
 PUBLIC_SIZES = {"gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
 N_LONGEST = 10  # kernels that are listed
 
@@ -49,7 +50,7 @@ def print_plan(args) -> int:
     # The run, and the arrays that each device keeps.
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     state = state_bytes(config, mesh)
-    on_device = ", ".join(f"{name} {n_bytes / MB:,.1f} MB" for name, n_bytes in state.items())
+    on_device = ", ".join(f"{name} {filesize.decimal(n_bytes)}" for name, n_bytes in state.items())
     log(f"devices        {mesh.size} ({args.topology or 'virtual, of this CPU'}): {sizes}")
     for line in [*run_plan.describe(config, mesh), *notes]:
         log(line)
@@ -157,13 +158,13 @@ def memory_line(compiled: jax.stages.Compiled, limit: float | None) -> str:
     given = compiled.memory_analysis().argument_size_in_bytes
     need = memory_plan.need_of(compiled)
     line = (
-        f"given {given / MB:,.1f} MB, temporaries {need.temporary / MB:,.1f} MB, in all "
-        f"{need.total / MB:,.1f} MB"
+        f"given {filesize.decimal(given)}, temporaries {filesize.decimal(need.temporary)}, in all "
+        f"{filesize.decimal(need.total)}"
     )
     if limit is None:
         return line
     verdict = "fits" if need.total <= limit else "DOES NOT FIT"
-    return f"{line} of {limit / MB:,.0f} MB: {verdict}"
+    return f"{line} of {filesize.decimal(limit)}: {verdict}"
 
 
 def program_lines(figures: dict) -> Iterator[str]:
@@ -175,7 +176,7 @@ def program_lines(figures: dict) -> Iterator[str]:
         over_axes.append((sum(total["bytes"] for total in kinds.values()), axes, listed))
     for n_bytes, axes, listed in sorted(over_axes, reverse=True):
         if n_bytes >= 1000:
-            yield f"  sends over {axes}: {n_bytes / MB:,.3f} MB ({listed})"
+            yield f"  sends over {axes}: {filesize.decimal(n_bytes)} ({listed})"
 
     floor, expected = figures["floor_seconds"], figures["expected_seconds"]
     if floor is not None:
@@ -185,17 +186,17 @@ def program_lines(figures: dict) -> Iterator[str]:
     loops, branches = figures["data_dependent_loops"], figures["conditionals"]
     share = f", {floor / expected:.0%} {figures['bound']}"
     if loops:
-        share = f", with one turn of {loops} loop(s) whose length depends on data"
+        share = f", with one turn of {counted(loops, 'loop')} whose length depends on data"
     yield (
         f"  expected: {expected * 1e3:,.3f} ms{share}; {figures['kernels']:,} kernels, "
         f"{figures['moved_bytes'] / 1e9:,.2f} GB, {figures['flops'] / 1e12:,.3f} TFLOP, "
-        f"{branches} branch(es)"
+        f"{counted(branches, 'branch')}"
     )
     yield "         ms    runs         MB     GFLOP  kernel, and the line that it comes from"
     for kernel in figures["top"]:
         yield (
             f"  {kernel['seconds'] * 1e3:9.3f} {kernel['runs']:7,} "
-            f"{kernel['moved_bytes'] / MB:10,.1f} {kernel['flops'] / 1e9:9,.1f}  "
+            f"{kernel['moved_bytes'] / 1e6:10,.1f} {kernel['flops'] / 1e9:9,.1f}  "
             f"{kernel['name']}  {kernel['line']}"
         )
 

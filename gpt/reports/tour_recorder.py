@@ -13,6 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich import filesize
 
 from gpt.config import ModelConfig
 from gpt.errors import require
@@ -154,8 +155,8 @@ def require_page_size(config: ModelConfig, n_positions: int) -> None:
     n_bytes = n_numbers * 2 * 4 / 3  # two bytes each, as base64
     require(
         n_bytes <= MAX_BYTES,
-        f"a page of {n_positions} positions of this model would have {n_bytes / 1e6:.0f} MB: "
-        f"expected at most {MAX_BYTES / 1e6:.0f}; give a shorter prompt or a smaller "
+        f"a page of {n_positions} positions of this model would have {filesize.decimal(n_bytes)}: "
+        f"expected at most {filesize.decimal(MAX_BYTES)}; give a shorter prompt or a smaller "
         "--max-new-tokens",
     )
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich import filesize
 
 from gpt import flops, hardware
 from gpt.compile_log import Stopwatch, compilations
@@ -33,6 +34,7 @@ from gpt.sampling.decode_loop import (
 from gpt.sampling.sampler import SamplingParams
 from gpt.sampling.settings import Settings
 from gpt.sharding import on_mesh, platform
+from gpt.wording import counted
 
 CHUNK = 16  # decode steps per call of the device: text appears this often
 MAX_INT32 = 2**31 - 1
@@ -313,7 +315,7 @@ def require_room(model, n_rows: int, longest: int, n_read: int = 1) -> None:
     require_memory(
         model,
         shared,
-        f"{n_rows:,} rows of {slots:,} tokens",
+        f"{counted(n_rows, 'row')} of {slots:,} tokens",
         "ask for fewer samples, beams or prompts",
     )
 
@@ -331,8 +333,8 @@ def require_memory(model, shared: int, what: str, advice: str) -> None:
     have, source = hardware.memory()
     require(
         need <= have,
-        f"{what} take {need / 1e9:,.1f} GB with the weights, and {source} is {have / 1e9:,.1f} GB: "
-        f"{advice}",
+        f"{what} take {filesize.decimal(need)} with the weights, and {source} is "
+        f"{filesize.decimal(have)}: {advice}",
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import jax
 from jax.sharding import Mesh
+from rich import filesize
 
 from gpt import flops, hardware
 from gpt.config import AUTO, TrainConfig
@@ -17,7 +18,6 @@ from gpt.errors import UserError, is_out_of_memory, require
 from gpt.training import fused_loss
 from gpt.training.loss import count_chunks
 
-MIB, GIB = 2**20, 2**30
 RECOMPUTED = {"none": "nothing", "products": "all but matrix products", "blocks": "each block"}
 FEWEST_TOKENS = 4096  # of a micro-batch on a device that keep an accelerator busy
 MOST_MICRO_BATCHES = 4096  # that `auto` considers
@@ -172,8 +172,9 @@ def require_room(need: Need) -> None:
     limit, source = hardware.memory()
     require(
         need.total <= limit,
-        f"out of memory: a step takes {format_bytes(need.total)}, of which weights and optimizer "
-        f"are {format_bytes(need.state)}, and there are {format_bytes(limit)} ({source}): {ADVICE}",
+        f"out of memory: a step takes {filesize.decimal(need.total)}, of which weights and "
+        f"optimizer are {filesize.decimal(need.state)}, and there are {filesize.decimal(limit)} "
+        f"({source}): {ADVICE}",
     )
 
 
@@ -193,10 +194,3 @@ def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
             f"out of memory with {batches} of "
             f"{config.sequence_length:,} tokens: {ADVICE}; --dry-run shows what fits"
         ) from None
-
-
-def format_bytes(n_bytes: float) -> str:
-    """Bytes as people read them."""
-    if n_bytes >= GIB:
-        return f"{n_bytes / GIB:,.2f} GiB"
-    return f"{n_bytes / MIB:,.1f} MiB"

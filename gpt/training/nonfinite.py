@@ -16,6 +16,7 @@ from gpt.digest import named_leaves
 from gpt.errors import Failed
 from gpt.model import transformer
 from gpt.training.train_step import dropout_keys, mean_gradients
+from gpt.wording import counted
 
 
 def explain_divergence(
@@ -31,8 +32,8 @@ def explain_divergence(
     if saved:
         last_good = f"the last good checkpoint is step {saved[-1]}"
     return Failed(
-        f"step {first_step}: the loss or a gradient is not finite, {n_steps} step(s) in a row; "
-        f"{where}; {last_good}. Train on from its weights with a lower learning rate: "
+        f"step {first_step}: the loss or a gradient is not finite, {counted(n_steps, 'step')} "
+        f"in a row; {where}; {last_good}. Train on from its weights with a lower learning rate: "
         f"--init-from {out} --out ANOTHER --learning-rate LOWER"
     )
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 from jax.sharding import Mesh
+from rich import filesize
 
 from gpt import flops, hardware
 from gpt.config import TrainConfig, flags_to_export
@@ -12,16 +13,15 @@ from gpt.data.token_files import Dataset
 from gpt.errors import is_out_of_memory, require
 from gpt.training.memory_plan import (
     ADVICE,
-    MIB,
     RECOMPUTED,
     Need,
     expected_need,
-    format_bytes,
     least_need,
     need_of,
     optimizer_bytes,
 )
 from gpt.training.train_step import compile_train_step
+from gpt.wording import counted
 
 # Repeated text is worth less and less after four passes, and almost nothing after about forty
 # (Muennighoff et al. 2023).
@@ -52,21 +52,21 @@ def describe(
         f"choices        positions {model.positions}, norm {model.norm} {model.norm_place}, mlp "
         f"{model.mlp}, schedule {config.schedule}",
         f"parameters     {flops.parameters(model):,}",
-        f"weights        {weights / MIB:,.1f} MiB in {model.param_dtype}",
-        f"gradients      {weights / MIB:,.1f} MiB",
-        f"optimizer      {optimizer_bytes(config) / MIB:,.1f} MiB, {config.optimizer}",
+        f"weights        {filesize.decimal(weights)} in {model.param_dtype}",
+        f"gradients      {filesize.decimal(weights)}",
+        f"optimizer      {filesize.decimal(optimizer_bytes(config))}, {config.optimizer}",
     ]
     if config.ema_decay:
         average = flops.weight_bytes(model, "float32")
-        lines.append(f"average        {average / MIB:,.1f} MiB, evaluated and sampled from")
+        lines.append(f"average        {filesize.decimal(average)}, evaluated and sampled from")
     lines += [
         f"computation    {model.compute_dtype}, {flops_per_token / 1e6:,.2f} MFLOP per token to "
         "train",
         f"batch          {config.batch_size} x {config.sequence_length} = {tokens_per_step:,} "
-        f"tokens per step, in {config.grad_accum} micro-batch(es), on {mesh.size} device(s): "
-        f"{mesh.devices.flat[0].device_kind}",
+        f"tokens per step, in {counted(config.grad_accum, 'micro-batch')}, on "
+        f"{counted(mesh.size, 'device')}: {mesh.devices.flat[0].device_kind}",
         f"recomputes     {RECOMPUTED[config.remat]}; a step is expected to take about "
-        f"{format_bytes(expected_need(config, mesh).total)} of each device",
+        f"{filesize.decimal(expected_need(config, mesh).total)} of each device",
     ]
     if minutes is None:
         lines += describe_length(config, dataset)
@@ -96,7 +96,7 @@ def describe_length(config: TrainConfig, dataset: Dataset | None) -> list[str]:
         passes = tokens / len(dataset.train)
         epochs = f" ({passes:,.2f} epochs)"
     lines = [
-        f"run            {config.steps:,} steps, {tokens:,} tokens{epochs}, "
+        f"run            {counted(config.steps, 'step')}, {tokens:,} tokens{epochs}, "
         f"{tokens * flops.train_flops_per_token(config.model):.3g} FLOPs"
     ]
     if passes > MANY_PASSES:
@@ -129,7 +129,7 @@ def print_memory(
     least = least_need(config, mesh).total
     require(
         least < ABSURD,
-        f"no device holds {format_bytes(least)}, which a step takes at least: {ADVICE}",
+        f"no device holds {filesize.decimal(least)}, which a step takes at least: {ADVICE}",
     )
     limit, source = hardware.memory()
     if memory_bytes is not None:
@@ -160,12 +160,13 @@ def print_memory(
     activations = max(need.temporary - gradients, 0)
     fits = f"about {most:,} fit" if most else "none fits"
     advice = f": {ADVICE}" if rows > most else ""
-    log(
-        f"activations    {format_bytes(activations)} beside the gradients, as XLA plans the "
-        "compiled step"
-    )
-    log(
-        f"in all         {format_bytes(need.total)} on each device, which has "
-        f"{format_bytes(limit)} ({source})"
-    )
+    limit_text = f"on each device, which has {filesize.decimal(limit)} ({source})"
+    if need.total < math.inf:
+        log(
+            f"activations    {filesize.decimal(activations)} beside the gradients, as XLA plans "
+            "the compiled step"
+        )
+        log(f"in all         {filesize.decimal(need.total)} {limit_text}")
+    else:
+        log(f"in all         more than fits {limit_text}")
     log(f"micro-batch    {rows} sequences; {fits}{advice}")

@@ -290,7 +290,7 @@ def test_what_does_not_fit_is_refused_before_it_is_tried(monkeypatch):
     """A batch, or floats and int8 together while the weights are quantized."""
     memory = [10**6]
     monkeypatch.setattr(hardware, "memory", lambda: (memory[0], "this machine's memory"))
-    with pytest.raises(UserError, match=r"5000 rows of 64 tokens.*0\.0 GB.*--batch-sizes"):
+    with pytest.raises(UserError, match=r"5000 rows of 64 tokens.* kB.*--batch-sizes"):
         measure.require_memory(CONFIG, measure.Cell(5000, 32, 32))
 
     small = measure.Cell(1, 4, 4, int8=True)

@@ -56,10 +56,10 @@ def test_text_is_described_and_what_is_not_text_is_listed(load, text, tmp_path):
     lines = []
     tokenizer, dataset = load([text], log=lines.append)
     assert tokenizer.decode([*dataset.train[:], *dataset.val[:]]) == TEXT
-    assert "1 file (1 text), 0.0 MB" in lines[0] and "--data PATH" not in lines[0]
+    assert "1 file (1 text), 600 bytes" in lines[0] and "--data PATH" not in lines[0]
     assert lines[1] == "skipped        1 file that is not text: photo.jpg (it holds zero bytes)"
-    assert "540 to train on and 60 held out, of 1 document(s)" in lines[2]
-    assert str(kept(tmp_path)[0]) in lines[2] and "0.0 MB" in lines[2]
+    assert "540 to train on and 60 held out, of 1 document," in lines[2]
+    assert str(kept(tmp_path)[0]) in lines[2] and "1.2 kB" in lines[2]
 
 
 def test_a_start_reads_no_file_that_looks_as_before(load, text, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def test_text_is_prepared_once_and_trained_on_anywhere(lines, tmp_path):
     argv = [lines, "--text-column", "content", "--tokenizer", "byte"]
     done = prepare(*argv, "--out", tmp_path / "tokens", "--val-fraction", "0.2")
     assert done.code == 0, done.err
-    assert "of 100 document(s)" in done.err and str(tmp_path / "tokens") in done.err
+    assert "of 100 documents" in done.err and str(tmp_path / "tokens") in done.err
     again = prepare(*argv, "--out", tmp_path / "tokens", "--val-fraction", "0.2")
     assert again.code == 0 and "prepared in" not in again.err
     lines.unlink()

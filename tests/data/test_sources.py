@@ -35,7 +35,7 @@ def test_folders_are_read_in_order_without_hidden_and_binary_files(tmp_path):
     (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
     text = open_text(find([tmp_path]), PLAIN)
     assert [file.name for file in text.files] == ["a.py", "b/two.md", "c.txt"]
-    assert text.description.startswith("3 files (3 text), 0.0 MB")
+    assert text.description.startswith("3 files (3 text), 47 bytes")
     (note,) = text.notes
     assert "2 files that are not text: photo.jpg (it holds zero bytes), zeros.bin" in note
 

@@ -140,7 +140,7 @@ def test_gpus_run_what_is_predicted(tmp_path):
         program = found.programs[name]
         assert program["data_dependent_loops"] == program["conditionals"] == 0
     assert "h100:8" in found.said and "not measured" in found.said
-    assert found.said.count("MB of 60,000 MB: fits") == 4
+    assert found.said.count(" of 60.0 GB: fits") == 4
 
 
 @needs_tpu
@@ -162,7 +162,7 @@ def test_tpus_send_what_is_predicted(tmp_path, sizes):
     assert found.programs["prefill"]["temporary_bytes"] < scores
     assert all(program["kernels"] is None for program in found.programs.values())
     assert all(program["floor_seconds"] > 0 for program in found.programs.values())
-    assert found.said.count("of 16,000 MB: fits") == 4
+    assert found.said.count("of 16.0 GB: fits") == 4
 
 
 @pytest.mark.parametrize(

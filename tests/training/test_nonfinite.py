@@ -211,7 +211,7 @@ def test_a_planted_nan_is_reported_with_its_step_and_layer(text, tmp_path, plant
     assert done.code == 1
     assert made == list(range(1, AT + 3))  # no step more: the weights are those of the last
     (error,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert f"error: step {AT}: " in error and "3 step(s) in a row; " in error
+    assert f"error: step {AT}: " in error and "3 steps in a row; " in error
     assert f"in the weights of block {LAYER} of 0 to 1 (blocks/mlp/up/kernel)" in error
     assert "the last good checkpoint is step 4" in error
     assert checkpoint.steps(run) == [4] and "step 8 is not saved" in done.err
@@ -245,7 +245,7 @@ def test_a_run_does_not_end_with_a_bad_step(text, tmp_path, plant):
     """No good one can follow it."""
     plant({12})
     done = call("train", *RUN, "--data", text, "--out", tmp_path)
-    assert done.code == 1 and "error: step 12: " in done.err and "1 step(s) in a row" in done.err
+    assert done.code == 1 and "error: step 12: " in done.err and "1 step in a row" in done.err
     assert checkpoint.steps(tmp_path) == [4, 8]
 
 

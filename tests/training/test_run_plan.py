@@ -28,7 +28,7 @@ def said():
 
 def test_it_names_sizes_and_the_device(said):
     plan = said()
-    assert "width 128, MLP 344, " in plan and "1 device(s): cpu" in plan
+    assert "width 128, MLP 344, " in plan and "1 device: cpu" in plan
     assert "note: " not in plan
 
 
