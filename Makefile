@@ -56,7 +56,7 @@ demo: setup  ## trains a small GPT, samples from it, measures it
 	@sed '$$d' runs/tiny/bench.txt
 	@echo 'Next, after  source .venv/bin/activate :'
 	@echo '  python train.py --data my.txt --out runs/mine       your own text, in files or folders'
-	@echo '  python -m gpt.report runs/tiny --out report.html    its curves and samples as a page'
+	@echo '  python -m gpt.report runs/tiny                      its curves and samples as a page'
 	@echo '  make test                                           the tests'
 
 test: setup  ## the tests, four minutes

@@ -15,6 +15,7 @@ from functools import partial
 from gpt import cli, sample_flags, terminal
 from gpt.errors import UserError
 from gpt.sample_flags import Args
+from gpt.wording import counted
 
 SHOWN_TOKENS = 1000  # of a scored text
 
@@ -165,7 +166,7 @@ def check(model) -> int:
     for result in run_checks(model):
         print(result)
         n_failed += not result.passed
-    print(f"{n_failed} checks FAILED" if n_failed else "the cache contract holds")
+    print(f"{counted(n_failed, 'check')} FAILED" if n_failed else "the cache contract holds")
     return int(n_failed > 0)
 
 

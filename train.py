@@ -51,6 +51,7 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     trainer.require_same_everywhere(run)
     if args.dry_run:
         run_plan.print_memory(config, mesh, args.memory_bytes, console.print)
+        console.print(f"dry run        nothing is kept; the run would be in {out}")
         return 0
     if args.verify_resume:
         return verify.verify_resume(run, fit, log)
@@ -62,7 +63,7 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     if state.step < run.config.steps:
         code = fit(run, state, run.config.steps)
     else:
-        steps = f"{run.config.steps:,} steps"
+        steps = resume.describe_steps(run.config)
         console.print(f"complete       {steps}; --resume {out} --extend STEPS trains on")
         code = trainer.finish(run)
     if code:

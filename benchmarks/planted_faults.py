@@ -183,7 +183,7 @@ FAULTS = [
     *faults_in("checkpoint", "checkpoint/test_checkpoint",
         ("digests", 'if found[leaf] != described[leaf]["digest"]]', "if False]"),
         ("the best", "(self._losses[step], -step)", "(-self._losses[step], -step)"),
-        ("falling back", "for step in reversed(found):", "for step in found:"),
+        ("falling back", "for step in reversed(steps(folder)):", "for step in steps(folder):"),
     ),
     *faults_in("digest", "checkpoint/test_checkpoint",
         ("digest of the order", "bits ^ (index * jnp.uint32(0x9E3779B1))", "bits"),

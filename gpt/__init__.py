@@ -10,7 +10,13 @@
 help(gpt.LanguageModel) lists what a model can do, help(gpt.Settings) how to sample.
 """
 
+import sys
 from importlib import import_module
+
+if sys.argv[:1] == ["-m"]:
+    # This is `python -m gpt.bench` or the like, whose own imports come next. Without the
+    # environment the first of them would fail, where this one says what to type.
+    import gpt.cli  # noqa: F401
 
 MODULES = {
     "load": "gpt.sampling.language_model",

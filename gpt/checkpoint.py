@@ -29,6 +29,7 @@ from gpt.errors import UserError, require
 
 Tree = Any  # a pytree of jax arrays, or of ShapeDtypeStructs
 FORMAT = 2  # raise it whenever older checkpoints can no longer be read
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 PARTIAL = ".orbax-checkpoint-tmp"  # orbax writes to a folder with this suffix, then renames it
 
 
@@ -49,6 +50,32 @@ def steps(folder: str | Path) -> list[int]:
 def step_dir(folder: str | Path, step: int) -> Path:
     """The absolute path of one step's checkpoint."""
     return Path(folder).absolute() / "checkpoints" / str(step)
+
+
+def require_run(folder: str | Path) -> None:
+    """Raise UserError unless `folder` is a run's and has a checkpoint."""
+    folder = Path(folder)
+    require(folder.exists(), f"no folder {folder}: expected a run's folder made by train.py")
+    if (folder / "config.json").exists():
+        advice = "; import this one first: python -m gpt.convert import FOLDER RUN"
+    else:
+        advice = advice_on_pickles(folder)
+    require(
+        bool(steps(folder)),
+        f"no checkpoint in {folder}: expected a run's folder made by train.py{advice}",
+    )
+
+
+def advice_on_pickles(path: Path) -> str:
+    """What to do with another program's pickle, if `path` is one or a folder with one; else ""."""
+    if not PICKLE_SUFFIXES & {file.suffix for file in (path, *path.glob("*"))}:
+        return ""
+    return (
+        ". A pickle can run any program when it is opened, so none is opened here: if you trust "
+        "it, load it with transformers and save it with save_pretrained(NEW_FOLDER); "
+        "docs/weights.md says what to do with nanoGPT's ckpt.pt, and nanochat's models cannot be "
+        "imported"
+    )
 
 
 class CheckpointManager(contextlib.AbstractContextManager):
@@ -267,15 +294,9 @@ def latest_good(folder: str | Path, load: Callable[[int], Any]) -> tuple[int, An
 
     Raises UserError if no intact checkpoint exists.
     """
-    found = steps(folder)
-    advice = ""
-    if (Path(folder) / "config.json").exists():
-        advice = "; import this one first: python -m gpt.convert import FOLDER RUN"
-    require(
-        bool(found), f"no checkpoint in {folder}: expected a run's folder made by train.py{advice}"
-    )
+    require_run(folder)
     damaged: list[str] = []
-    for step in reversed(found):
+    for step in reversed(steps(folder)):
         try:
             return step, load(step), damaged
         except Damaged as error:

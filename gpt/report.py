@@ -1,6 +1,6 @@
-"""One self-contained page about runs: python -m gpt.report RUN [RUN ...] --out FILE.html
+"""One self-contained page about runs: python -m gpt.report RUN [RUN ...]
 
-    python -m gpt.report runs/tiny --out report.html
+    python -m gpt.report runs/tiny
     python -m gpt.report runs/a runs/b --out both.html
 
 The curves of all runs in the same pictures, the samples they wrote, and their settings. A run may
@@ -9,11 +9,13 @@ still be training.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich import filesize
 
 from gpt import cli
+from gpt.config import optional
 from gpt.errors import require, require_file_path
 
 
@@ -23,20 +25,22 @@ class Command:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs, as train.py made them."""
-    out: Path
+    out: Annotated[Path | None, optional("FILE", "report.html in the first run's folder")] = None
     """The HTML file to write."""
 
 
 def main(argv: list[str]) -> None:
     command = cli.parse(Command, argv, program="python -m gpt.report", description=__doc__)
     require(bool(command.runs), "no run given: expected one or more folders made by train.py")
-    require_file_path("--out", command.out)
+    out = command.out or command.runs[0] / "report.html"
+    if command.out:
+        require_file_path("--out", out)
     cli.prepare_jax()
     from gpt.reports import run_report
 
     page = run_report.build_report(run_report.read_runs(command.runs))
-    command.out.write_text(page, encoding="utf-8", errors="replace")
-    print(f"report         {command.out} ({filesize.decimal(command.out.stat().st_size)})")
+    out.write_text(page, encoding="utf-8", errors="replace")
+    print(f"report         {out} ({filesize.decimal(out.stat().st_size)})")
 
 
 if __name__ == "__main__":

@@ -171,4 +171,7 @@ def read_inputs(args: Args) -> list:
         return [terminal.read_text("--prompt-file", args.prompt_file)]
     if args.prompt_ids:
         return [terminal.parse_ids("--prompt-ids", ids) for ids in args.prompt_ids]
+    if not args.prompt and not args.check and not args.interactive and terminal.has_piped_text():
+        # Not read unasked: a loop or a script that the shell reads from there would lose its rest.
+        terminal.note("note: standard input is not read; --prompt-file - takes the prompt from it")
     return [*args.prompt] or [""]

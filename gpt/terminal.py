@@ -7,8 +7,10 @@ this file is for entry points only; it imports no JAX.
 import contextlib
 import json
 import math
+import os
 import re
 import signal
+import stat
 import sys
 import threading
 from collections import Counter
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.errors import UserError, require
+from gpt.wording import counted
 
 # What moves the cursor, colours, clears or reorders text: C0 except newline and tab, DEL, C1, and
 # the overrides and isolates that make text look like other text (Unicode Bidirectional Algorithm,
@@ -209,7 +212,8 @@ def describe_programs(programs: Sequence) -> str:
         lines.append(f"compiled {program.name}{sizes} in {program.seconds:.2f} s{cached}")
     seconds = sum(program.seconds for program in programs)
     n_cached = sum(program.cached for program in programs)
-    lines.append(f"{len(programs)} programs in {seconds:.1f} s, {n_cached} of them from the cache")
+    all_programs = counted(len(programs), "program")
+    lines.append(f"{all_programs} in {seconds:.1f} s, {n_cached} of them from the cache")
     return "\n".join(lines)
 
 
@@ -244,6 +248,15 @@ def read_text(flag: str, path: Path) -> str:
     return text
 
 
+def has_piped_text() -> bool:
+    """Whether standard input is a pipe or a file, which may hold text; /dev/null does not."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):  # it is closed, or replaced by a test
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
 def read_lines() -> Iterator[str]:
     """The lines that a person types, until Ctrl-D, or those of a pipe. On a terminal they can be
     edited, earlier ones come back with the arrow keys, and Ctrl-C discards the line."""
@@ -251,6 +264,7 @@ def read_lines() -> Iterator[str]:
         for line in sys.stdin:
             yield line.rstrip("\r\n")
         return
+    note("type the beginning of a text, then Enter; Ctrl-C ends a completion, Ctrl-D the program")
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 - from now on input() edits lines
     question = "> " if sys.stdout.isatty() else ""  # a pipe gets completions alone

@@ -1,6 +1,6 @@
 """One self-contained page that walks a prompt through a model: python -m gpt.tour RUN --prompt TEXT
 
-    python -m gpt.tour runs/tiny --prompt "def read(self, path):" --out tour.html
+    python -m gpt.tour runs/tiny --prompt "def read(self, path):"
 
 Its tokens, the shapes of all arrays, the attention of every head, the scores of one query, what
 each layer predicts, the cache in prefill and decode, and how the settings shaped each new token.
@@ -39,7 +39,7 @@ class Command:
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """A run's folder, as train.py made it."""
-    out: Path
+    out: Annotated[Path | None, optional("FILE", "tour.html in the run's folder")] = None
     """The HTML file to write."""
     prompt: Annotated[str | None, optional("TEXT")] = None
     """Text to take through the model; --prompt=TEXT if it begins with a hyphen (default:
@@ -61,7 +61,9 @@ def main(argv: list[str]) -> None:
     command = cli.parse(Command, argv, program="python -m gpt.tour", description=__doc__)
     both = command.prompt is not None and command.prompt_ids is not None
     require(not both, "--prompt and --prompt-ids exclude each other: choose one")
-    require_file_path("--out", command.out)
+    out = command.out or command.checkpoint / "tour.html"
+    if command.out:
+        require_file_path("--out", out)
     prompt: str | list[int] = EXAMPLE_PROMPT
     if command.prompt_ids is not None:
         prompt = terminal.parse_ids("--prompt-ids", command.prompt_ids)
@@ -84,8 +86,8 @@ def main(argv: list[str]) -> None:
         )
     record = tour_recorder.record_tour(model, prompt, command.settings)
     page = tour.build_tour(record, model, command.checkpoint.name)
-    command.out.write_text(page, encoding="utf-8", errors="replace")
-    print(f"tour           {command.out} ({filesize.decimal(command.out.stat().st_size)})")
+    out.write_text(page, encoding="utf-8", errors="replace")
+    print(f"tour           {out} ({filesize.decimal(out.stat().st_size)})")
 
 
 if __name__ == "__main__":

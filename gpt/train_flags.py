@@ -108,7 +108,7 @@ class Args:
     """Start from the weights, the tokenizer and the model settings of another run."""
     minutes: Annotated[float | None, optional("M")] = None
     """Train for about this many minutes. A few steps are measured first to set the number of steps,
-    and with it the schedule."""
+    and with it the schedule. Reading the text and compiling are not counted."""
     dry_run: bool = False
     """Print what this would train, and stop."""
     verify_resume: bool = False
@@ -217,6 +217,11 @@ def parse_args(argv: list[str], description: str) -> Args:
     require(
         args.minutes is None or "steps" not in cli.flags_given(argv),
         "--minutes and --steps exclude each other: choose how long to train",
+    )
+    require(
+        args.extend == 0 or "steps" not in cli.flags_given(argv),
+        f"--extend and --steps exclude each other: --extend {args.extend} adds to the steps that "
+        "the run has, so drop --steps",
     )
     require(
         args.resume is None or first not in PRESETS,

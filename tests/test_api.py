@@ -86,8 +86,12 @@ def test_mistakes_are_user_errors(trained, tmp_path, model):
         model.generate("x", temperature=-1)
     with pytest.raises(gpt.UserError, match="not both"):
         model.generate("a", gpt.Settings(), seed=3)
-    with pytest.raises(TypeError, match="warmth"):
-        model.generate("x", warmth=1)
+    with pytest.raises(gpt.UserError, match=r"no setting temp: did you mean temperature.*top_k, "):
+        model.generate("x", temp=1)
+    with pytest.raises(gpt.UserError, match="no setting voice; the settings are width, n_best, "):
+        model.search("x", voice=2)
+    with pytest.raises(gpt.UserError, match=r"exceeds the model's context of 16: shorten it$"):
+        model.logits("x" * 30)
 
 
 def test_ids_are_prompts_too(model):

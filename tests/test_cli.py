@@ -247,10 +247,10 @@ def python(code: str, **environment: str | None) -> str:
     return process.stdout.strip()
 
 
-@pytest.mark.parametrize("program", ["train.py", "sample.py"])
+@pytest.mark.parametrize("program", ["train.py", "sample.py", "-m gpt.bench"])
 def test_without_the_environment_it_says_what_to_type(program):
     """With -S Python finds none of the packages."""
-    words = [sys.executable, "-S", program, "--help"]
+    words = [sys.executable, "-S", *program.split(), "--help"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "`make setup`" in done.stderr and "`source .venv/bin/activate`" in done.stderr

@@ -22,6 +22,7 @@ LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 CLI = "cli"  # it imports the lowest layers alone, and is imported by entry points alone
 ENTRY_POINTS = {"train.py", "sample.py", "gpt/cli.py", "gpt/terminal.py", "gpt/report.py"}
 ENTRY_POINTS |= {"gpt/tour.py", "gpt/train_flags.py", "gpt/sample_flags.py"}
+ENTRY_POINTS |= {"gpt/__init__.py"}  # what python -m gpt.bench and the like import first
 WITHOUT_JAX = ("gpt/data/", "gpt/sampling/completion.py", "gpt/cli.py", "gpt/terminal.py")
 WITHOUT_JAX += ("gpt/train_flags.py", "gpt/sample_flags.py")
 

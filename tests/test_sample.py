@@ -343,7 +343,7 @@ def test_the_check_tells_each_result_and_whether_all_passed(folder, difference, 
     results = [cache_check.Check("growing", 0.0, 1.0), cache_check.Check("rows", difference, 1.0)]
     monkeypatch.setattr(cache_check, "run_checks", lambda model: results)
     done = call("sample", folder, "--check")
-    said = {0: ("ok     rows", "the cache contract holds"), 1: ("FAILED rows", "1 checks FAILED")}
+    said = {0: ("ok     rows", "the cache contract holds"), 1: ("FAILED rows", "1 check FAILED")}
     assert done.code == code and "ok     growing" in done.out
     assert all(words in done.out for words in said[code])
 

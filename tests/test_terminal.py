@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import signal
 import sys
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt import cli, terminal
+from gpt import cli, sample_flags, terminal
 from gpt.errors import UserError
 
 
@@ -200,14 +201,32 @@ def test_a_file_that_cannot_be_read_is_named(name, reason, tmp_path):
         terminal.read_text("--score-file", tmp_path / name)
 
 
+def test_text_that_is_piped_in_without_being_asked_for_is_left_with_a_note(capsys, monkeypatch):
+    """A shell's loop or script may be what is there. /dev/null holds nothing, and stays silent."""
+    read, write = os.pipe()
+    os.write(write, b"def ")
+    for stdin, argv, said in (
+        (read, ["run"], "note: standard input is not read; --prompt-file - takes"),
+        (read, ["run", "--prompt", "def "], ""),
+        (os.open(os.devnull, os.O_RDONLY), ["run"], ""),
+    ):
+        with open(stdin, closefd=False) as stream:
+            monkeypatch.setattr(sys, "stdin", stream)
+            args, _ = sample_flags.parse_args(argv, "")
+            sample_flags.read_inputs(args)
+        err = capsys.readouterr().err
+        assert err.startswith(said) if said else err == ""
+    assert os.read(read, 9) == b"def "
+
+
 def test_lines_of_a_pipe(monkeypatch):
     monkeypatch.setattr(sys, "stdin", pipe(b"one\n two \r\n\nlast"))
     assert list(terminal.read_lines()) == ["one", " two ", "", "last"]
 
 
 @pytest.mark.parametrize(("stdout", "question"), [(Terminal, "> "), (io.StringIO, "")])
-def test_lines_that_are_typed(stdout, question, monkeypatch):
-    """Ctrl-C drops a line, Ctrl-D ends; a pipe gets completions alone."""
+def test_lines_that_are_typed(stdout, question, monkeypatch, capsys):
+    """Ctrl-C drops a line, Ctrl-D ends; a pipe gets completions alone. The keys are named once."""
     answers, asked = ["a", KeyboardInterrupt, "b", EOFError], []
 
     def answer(question):
@@ -222,6 +241,7 @@ def test_lines_that_are_typed(stdout, question, monkeypatch):
     monkeypatch.setattr("builtins.input", answer)
     assert list(terminal.read_lines()) == ["a", "b"]
     assert asked == [question] * 4 and not sys.stdout.getvalue()
+    assert capsys.readouterr().err.count("Ctrl-D the program") == 1
 
 
 def test_the_first_ctrl_c_waits_and_the_second_does_not():

@@ -117,9 +117,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(text, trained, tmp_path, m
     monkeypatch.chdir(here)
     done = call("train", *TINY, "--data", text, "--dry-run", "--out", here / "deep" / "run")
     assert done.code == 0
-    for words in ("parameters", "optimizer", "4 x 16 = 64 tokens per step", "2 micro-batch(es)"):
+    for words in ("parameters", "optimizer", "4 x 16 = 64 tokens per step", "2 micro-batches,"):
         assert words in done.err
     assert "12 steps" in done.err and "2.1 MB on each device" in done.err
+    assert f"the run would be in {here}/deep/run\n" in done.err
     assert snapshot(tmp_path) == {"here": None}
 
 
@@ -194,20 +195,30 @@ def test_a_finished_run_is_extended_where_its_schedule_ended(text, finished):
     before = read_lines(finished)
     done = call("train", "--resume", finished, "--extend", "3")
     assert done.code == 0, done.err
-    assert "3 steps are trained at the schedule's last learning rate, 0.0001" in done.err
+    assert "by 3 steps, trained at the schedule's last learning rate, 0.0001" in done.err
     lines = read_lines(finished)
     assert lines[: len(before)] == before
     added = [line for line in lines if line["step"] > 12 and "loss" in line]
     assert [line["step"] for line in added] == [13, 14, 15]
     assert {line["learning_rate"] for line in added} == {before[-2]["learning_rate"]}
-    again = call("train", "--resume", finished)
-    assert "complete       15 steps" in again.err and "--extend STEPS trains on" in again.err
+    for same in (["--resume", finished], [*TINY, "--data", text, "--out", finished]):
+        again = call("train", *same)
+        assert "complete       15 steps (the last 3 of them by --extend); " in again.err
     for words, *flags in (
         ("--extend 12 for steps after its schedule", *TINY, "--steps", "27", "--out", finished),
         ("drop the preset gpt2", "gpt2", "--resume", finished),
         ("drop --out", "--resume", finished, "--out", finished),
         ("--extend adds steps", "--extend", "3"),
-        ("no checkpoint in", "--resume", text.parent / "gone"),
+        ("--extend and --steps", "--resume", finished, "--extend", "3", "--steps", "20"),
+        (
+            "steps: the run has 15 steps (the last 3 of them by --extend), you asked for 15 steps",
+            *TINY,
+            "--steps",
+            "15",
+            "--out",
+            finished,
+        ),
+        ("no folder", "--resume", text.parent / "gone"),
         ("batch_size: the run has 4, you asked for 8", "--resume", finished, "--batch-size", "8"),
     ):
         done = call("train", *flags, "--data", text)
@@ -237,7 +248,7 @@ def test_minutes_settle_the_steps_and_the_schedule(text, tmp_path, monkeypatch):
     argv += ["--out", tmp_path / "run"]
     done = call("train", *argv)
     assert done.code == 0, done.err
-    assert "run            as many steps as about 0.19 minutes allow" in done.err
+    assert "as many steps as take about 0.19 min; reading the text, compiling" in done.err
     assert "settled        9 steps, the first 0 to warm up: a step takes 1,000 ms" in done.err
     lines = [line for line in read_lines(tmp_path / "run") if "loss" in line]
     assert len(lines) == 9 and lines[-1]["learning_rate"] == pytest.approx(3e-4)

@@ -141,7 +141,7 @@ def test_trackers_are_told_what_metrics_jsonl_holds_and_stop_no_run(text, tmp_pa
 def test_what_the_output_needs_is_refused_where_it_is_missing(text, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for flags, words in (
-        (["--log-to", "tensorboard"], "pip install 'gpt-jax[tensorboard]'"),
+        (["--log-to", "tensorboard"], "pip install -e '.[tensorboard]'"),
         (["--log-to", "wandb", "trackio"], "--log-to wandb needs wandb, which is not installed"),
         (["--profile", "10"], "the run has 12 steps"),
     ):

@@ -281,7 +281,10 @@ def compare(old_path: Path, new_path: Path, fail_if_slower: str | None) -> int:
     is_same_machine, line = report.compare_machines(old, new)
     print(line)
     if not is_same_machine:
-        advice = "no verdict: the cause may be the program or the machine; measure both again"
+        advice = (
+            "no verdict: the cause may be the program or the machine; close other programs and "
+            "measure both again, one right after the other"
+        )
         require(fail_if_slower is None, f"{line}; {advice}")
         print(advice)
     for name in ("precision", "weights", "model", "jax", "incomplete"):

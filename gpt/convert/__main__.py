@@ -16,6 +16,7 @@ import tyro
 
 from gpt import cli
 from gpt.config import Weights, optional
+from gpt.wording import counted
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> None:
         config = import_model(command.source, command.dest, command.ids_only, log)
         summary = (
             f"{flops.parameters(config):,} weights in {config.param_dtype}, "
-            f"{config.n_layers} layers, context {config.context_length:,}"
+            f"{counted(config.n_layers, 'layer')}, context {config.context_length:,}"
         )
     else:
         values = export_model(command.checkpoint, command.dest, command.step, command.weights, log)

@@ -100,7 +100,7 @@ def export_model(
     or the last weights (default: the average where one is kept). UserError, with nothing written,
     if no form of transformers expresses the model or its tokenizer.
     """
-    require(run.is_dir(), f"no folder {run}: expected a run's folder")
+    checkpoint.require_run(run)
 
     def read(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         about = checkpoint.read_metadata(run, step)

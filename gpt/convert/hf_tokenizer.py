@@ -59,7 +59,8 @@ def import_tokenizer(
         names = [name for name in (FILE, *COMPANIONS) if (folder / name).is_file()]
         files = {name: (folder / name).read_bytes() for name in names}
         vocabulary = load_library(files[FILE]).get_vocab(with_added_tokens=True)
-        largest = max(vocabulary.values(), default=-1)
+        known = set(vocabulary.values())
+        largest = max(known, default=-1)
         require(
             0 <= largest < n_vocab,
             f"the largest id of the tokenizer is {largest}, and the model's vocabulary is "
@@ -82,7 +83,7 @@ def import_tokenizer(
     }
     tokenizer = HFTokenizer(files, n_vocab, special_ids, ends[0])
     if len(ends) > 1:
-        texts = [repr(tokenizer.decode([i])) for i in ends]
+        texts = [repr(tokenizer.decode([i])) if i in known else f"id {i}" for i in ends]
         log(f"each of {', '.join(texts)} ends a text")
     added = tokenizer.as_in_transformers.encode("", add_special_tokens=True).tokens
     if added:

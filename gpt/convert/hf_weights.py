@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gpt import flops
+from gpt import checkpoint, flops
 from gpt.config import ModelConfig
 from gpt.digest import named_leaves
 from gpt.errors import UserError, one_line, require
@@ -26,7 +26,6 @@ from gpt.model import transformer
 
 FLOATS = {"F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 HEAD = "lm_head.weight"
 BUFFERS = re.compile(r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")  # of old files
 
@@ -204,17 +203,9 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
         require(isinstance(file_of, dict) and file_of, f"{folder / INDEX} has no weight_map")
         files = sorted({str(file) for file in file_of.values()})
     else:
-        advice = ""
-        if PICKLE_SUFFIXES & {path.suffix for path in (folder, *folder.glob("*"))}:
-            advice = (
-                ". A pickle can run any program when it is opened, so none is opened here: if you "
-                "trust it, load it with transformers and save it with save_pretrained(NEW_FOLDER); "
-                "docs/weights.md says what to do with nanoGPT's ckpt.pt, and nanochat's models "
-                "cannot be imported"
-            )
         raise UserError(
             f"{folder} holds no {WEIGHTS}: expected a folder with config.json and {WEIGHTS} or its "
-            f"shards with their index{advice}"
+            f"shards with their index{checkpoint.advice_on_pickles(folder)}"
         )
 
     tensors = {}

@@ -165,7 +165,7 @@ def require_pyarrow(path: Path) -> None:
     """Raise UserError unless pyarrow, an optional package, is installed."""
     require(
         importlib.util.find_spec("pyarrow") is not None,
-        f"{path} needs pyarrow, which is not installed: pip install 'gpt-jax[data]'",
+        f"{path} needs pyarrow, which is not installed: pip install -e '.[data]'",
     )
 
 

@@ -123,7 +123,7 @@ def describe(folder: Path, is_kept: bool = True) -> str:
     n_train, n_val = (header["splits"][split]["tokens"] for split in SPLITS)
     size = (n_train + n_val) * np.dtype(header["dtype"]).itemsize
     separator = header["separator"]
-    ends = f", which end at {separator!r} too" if separator else ""
+    ends = f" ({separator!r} ends one too)" if separator else ""
     place = f"in {folder}" if is_kept else "made again when training starts"
     line = (
         f"tokens         {n_train:,} to train on and {n_val:,} held out, of "

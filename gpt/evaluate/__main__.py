@@ -3,7 +3,7 @@
     python -m gpt.evaluate runs/tiny --tasks python_code
     python -m gpt.evaluate runs/gpt2 --tasks hellaswag,lambada_openai --limit 200
 
-Needs lm-eval: pip install 'gpt-jax[eval]'. The results are printed as a table, and kept in the
+Needs lm-eval: pip install -e '.[eval]'. The results are printed as a table, and kept in the
 run's folder for its report.
 """
 
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
         require(args.include_path.is_dir(), f"--include-path {args.include_path}: no such folder")
     require(
         importlib.util.find_spec("lm_eval") is not None,
-        "the tasks are those of lm-eval, which is not installed: pip install 'gpt-jax[eval]'",
+        "the tasks are those of lm-eval, which is not installed: pip install -e '.[eval]'",
     )
     cli.prepare_jax(cache=args.compile_cache)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork a process that runs JAX
@@ -124,7 +124,7 @@ def main(argv: list[str]) -> None:
     if args.json is not None:
         whole = results | {"run": str(args.run), "step": model.step, "settings": settings}
         args.json.write_text(json.dumps(whole, default=str, indent=1) + "\n", encoding="utf-8")
-    report = cli.command("-m", "gpt.report", str(args.run), "--out", "report.html")
+    report = cli.command("-m", "gpt.report", str(args.run))
     terminal.note(f"kept in {path}; see it beside the curves: {report}")
 
 

@@ -17,7 +17,7 @@ def load_tasks(run) -> list:
         require(
             importlib.util.find_spec("lm_eval") is not None,
             "--eval-tasks are those of lm-eval, which is not installed: "
-            "pip install 'gpt-jax[eval]', or train without it",
+            "pip install -e '.[eval]', or train without it",
         )
         if not distributed.is_first():
             return []

@@ -242,7 +242,7 @@ def pad_prompts(
     """
     n_B = np.array([len(prompt) for prompt in prompts], np.int32)
     longest = int(n_B.argmax())
-    advice = ", or let the context slide (--on-context-full slide)" if may_slide else ""
+    advice = ", or let the context slide (on_context_full slide)" if may_slide else ""
     require(
         n_B[longest] <= context_length,
         f"prompt {longest + 1} has {n_B[longest]} tokens, which exceeds the model's context of "

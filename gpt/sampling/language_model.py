@@ -1,5 +1,7 @@
 """A trained model as an object: weights ready for decoding, its config and its tokenizer."""
 
+import dataclasses
+import difflib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -89,7 +91,7 @@ class LanguageModel:
         """Beam search: the likeliest texts after a prompt, the best first, each with its `score`;
         for several prompts a list of such lists. `settings`: the fields of BeamSettings."""
         prompts, is_one = as_list(prompt)
-        found = beam_search.search(self, prompts, beam_search.BeamSettings(**settings))
+        found = beam_search.search(self, prompts, make_settings(beam_search.BeamSettings, settings))
         return found[0] if is_one else found
 
     def score(
@@ -102,7 +104,9 @@ class LanguageModel:
     def logits(self, text: str | Sequence[int]) -> np.ndarray:
         """float32 logits [T, V] of the next token after each token of a text (or of token ids)."""
         prompt = generate.read_prompt(self, text)
-        tokens_BT, n_B = generate.pad_prompts([prompt.ids], self.config.context_length)
+        tokens_BT, n_B = generate.pad_prompts(
+            [prompt.ids], self.config.context_length, may_slide=False
+        )
         with sharding.on_mesh(self.mesh):
             logits_BTV = forward(self.config, self.params, tokens_BT)
         return np.asarray(logits_BTV)[0, : n_B[0]]
@@ -122,7 +126,20 @@ def as_list(prompt: Prompts) -> tuple[Sequence[str] | Sequence[Sequence[int]], b
 def as_settings(settings: PerPrompt, fields: dict) -> Settings | Sequence[Settings]:
     """The settings given whole, or made of their fields."""
     require(settings is None or not fields, "give settings or their fields by name, not both")
-    return Settings(**fields) if settings is None else settings
+    return make_settings(Settings, fields) if settings is None else settings
+
+
+def make_settings(kind: type, values: dict):
+    """Settings of the class `kind`; UserError for a name that is not one of its fields."""
+    known = [one.name for one in dataclasses.fields(kind)]
+    for name in values:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        guess = f": did you mean {close[0]}?" if close else ""
+        require(
+            name in known,
+            f"there is no setting {name}{guess}; the settings are {', '.join(known)}",
+        )
+    return kind(**values)
 
 
 def load(
@@ -144,7 +161,7 @@ def load(
     average or the prefix that is asked for, or if the mesh does not divide the model.
     """
     run = Path(run).expanduser()
-    require(run.is_dir(), f"no folder {run}: expected a run's folder made by train.py")
+    checkpoint.require_run(run)
     dtype = dtype or hardware.default_dtype()
     devices = sharding.make_decoding_mesh(mesh)
 
@@ -220,7 +237,7 @@ def choose_tree(run: str | Path, metadata: dict[str, Any], weights: Weights | No
     has_average = from_json(TrainConfig, metadata["train"]).ema_decay > 0
     require(
         has_average or weights != "ema",
-        f"{run} keeps no average of its weights: leave out --weights",
+        f"weights is ema, but {run} keeps no average of its weights: leave it out",
     )
     if has_average and weights != "raw":
         return "ema_params"

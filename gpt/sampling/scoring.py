@@ -152,7 +152,7 @@ def score_ids(model, ids: Sequence[int], window: int, stride: int) -> np.ndarray
         model,
         scores + 2 * flops.cache_bytes(config, rows, width),
         f"windows of {width:,} tokens",
-        "score in smaller ones (--window)",
+        "score in smaller ones (window)",
     )
 
     # (first token read, first and end of those predicted) of each window

@@ -34,10 +34,10 @@ class SpecialIds:
         does not have what is wanted.
         """
         if wanted == "bos":
-            require(self.bos is not None, "--prefix bos: the model has no beginning-of-text token")
+            require(self.bos is not None, "prefix bos: the model has no beginning-of-text token")
             return [self.bos]
         if wanted == "eos":
-            require(bool(self.ends), "--prefix eos: the model has no end-of-text token")
+            require(bool(self.ends), "prefix eos: the model has no end-of-text token")
             return [self.ends[0]]
         before = [] if before_ids or wanted == "none" else self.before
         if is_needed and not before and wanted is None:

@@ -18,6 +18,7 @@ from gpt.data.token_files import Dataset
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import require
 from gpt.training.train_state import TrainState, abstract_state, make_state, start_ema
+from gpt.wording import counted
 
 # These settings change what is printed or kept, or how it is computed, but not what is learned.
 MAY_CHANGE = {
@@ -146,6 +147,9 @@ def keep_choices(args: Any, config: TrainConfig, mesh: Mesh, start: StartingPoin
     saved = from_json(TrainConfig, start.metadata["train"])
     if args.minutes:
         config = dataclasses.replace(config, steps=saved.steps, warmup_steps=saved.warmup_steps)
+    if config.steps == saved.schedule_steps:
+        # The command that began the run also continues what --extend has added.
+        config = dataclasses.replace(config, steps=saved.steps, extra_steps=saved.extra_steps)
     if config.remat == AUTO:
         config = dataclasses.replace(config, remat=saved.remat, unroll=saved.unroll)
     n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -164,7 +168,7 @@ def differences(saved: dict[str, Any], config: TrainConfig, steps_done: int) -> 
 
     # Steps may follow the end of the schedule.
     if earlier.schedule_steps == config.schedule_steps:
-        may_change |= {"steps", "extra_steps"}
+        may_change.add("steps")
 
     # The number of steps may change too, if both schedules are wsd and neither has begun to fall.
     both_wsd = earlier.schedule == config.schedule == "wsd"
@@ -174,12 +178,27 @@ def differences(saved: dict[str, Any], config: TrainConfig, steps_done: int) -> 
     if both_wsd and whole_warmup and not_falling:
         may_change.add("steps")
 
-    before = flatten_dict(to_json(earlier), sep=".")  # names as flags spell them
+    before, now = settings_by_flag(earlier), settings_by_flag(config)
     lines = []
-    for name, now in flatten_dict(to_json(config), sep=".").items():
-        if now != before[name] and name.split(".")[0] not in may_change:
-            lines.append(f"{name}: the run has {before[name]}, you asked for {now}")
+    for name, value in now.items():
+        if value != before[name] and name.split(".")[0] not in may_change:
+            lines.append(f"{name}: the run has {before[name]}, you asked for {value}")
     return lines
+
+
+def settings_by_flag(config: TrainConfig) -> dict[str, Any]:
+    """The settings under the names of their flags. The steps say how many --extend has added."""
+    settings = flatten_dict(to_json(config), sep=".")
+    del settings["extra_steps"]
+    return settings | {"steps": describe_steps(config)}
+
+
+def describe_steps(config: TrainConfig) -> str:
+    """The number of steps, and how many of them --extend has added."""
+    steps = counted(config.steps, "step")
+    if config.extra_steps:
+        steps += f" (the last {config.extra_steps:,} of them by --extend)"
+    return steps
 
 
 def newest(folder: Path, load: Callable[[Path, int], Any], log: Callable[[str], None]) -> Any:

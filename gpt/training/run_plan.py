@@ -71,7 +71,10 @@ def describe(
     if minutes is None:
         lines += describe_length(config, dataset)
     else:
-        lines.append(f"run            as many steps as about {minutes:g} minutes allow")
+        lines.append(
+            f"run            as many steps as take about {minutes:g} min; reading the text, "
+            "compiling and writing samples are not counted"
+        )
     if model.param_dtype == "bfloat16":
         # With 8 significant bits, neighbouring numbers differ by 1/256 to 1/128 of their value.
         lines.append(
@@ -112,7 +115,7 @@ def describe_length(config: TrainConfig, dataset: Dataset | None) -> list[str]:
         )
     if config.extra_steps:
         lines.append(
-            f"extended       the last {config.extra_steps:,} steps are trained at the schedule's "
+            f"extended       by {counted(config.extra_steps, 'step')}, trained at the schedule's "
             f"last learning rate, {config.min_learning_rate:g}"
         )
     return lines

@@ -141,5 +141,5 @@ def require_installed(names: Iterable[str]) -> None:
         require(
             importlib.util.find_spec(PACKAGES[name]) is not None,
             f"--log-to {name} needs {PACKAGES[name]}, which is not installed: pip install "
-            f"'gpt-jax[{name}]', or train without it (metrics.jsonl has the same data)",
+            f"-e '.[{name}]', or train without it (metrics.jsonl has the same data)",
         )

@@ -39,6 +39,7 @@ from gpt.training.resume import (
 from gpt.training.run_plan import describe_length
 from gpt.training.stop_signal import StopSignal
 from gpt.training.train_state import TrainState, checkpoint_trees
+from gpt.wording import counted
 
 MEASURED_SECONDS = 3.0  # of steps, for --minutes
 PROFILE_AFTER = 3  # steps: the first ones still wait for data and memory
@@ -173,6 +174,7 @@ def settle_steps(run: Run) -> Run:
     It trains a few steps on a state that is thrown away. The schedule is part of the compiled step,
     which is compiled again: neither compilation counts.
     """
+    run.console.print("measuring      a few steps, to see how many to take")
     run, make_step, _ = compile_run(run)
     config = run.config
     state = initial_state(config, run.mesh, run.start, log=lambda note: None)
@@ -195,8 +197,9 @@ def settle_steps(run: Run) -> Run:
     n_steps = int(broadcast_one_to_all(np.int32(n_steps)))
     warmup = min(config.warmup_steps, n_steps // 10)
     run.console.print(
-        f"settled        {n_steps:,} steps, the first {warmup:,} to warm up: a step takes "
-        f"{step_seconds * 1e3:,.0f} ms, and --minutes is {run.args.minutes:g}"
+        f"settled        {counted(n_steps, 'step')}, the first {warmup:,} to warm up: a step takes "
+        f"{step_seconds * 1e3:,.0f} ms, and --minutes is {run.args.minutes:g}; the step is now "
+        "compiled again, with this schedule"
     )
     config = replace(config, steps=n_steps, warmup_steps=warmup)
     run.console.print(*describe_length(config, run.dataset), sep="\n")

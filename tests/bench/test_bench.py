@@ -192,7 +192,7 @@ def test_int8_weights_are_counted_as_such(planted, capsys):
     table, result, _ = output(capsys, "--batch-sizes", "2", "--quantize", "int8")
     n_bytes = flops.weight_bytes(CONFIG, int8=True)
     assert (result["weights"], result["weight_bytes"]) == ("int8", n_bytes)
-    assert f"{n_bytes / 1e6:.1f} MB of int8 weights" in table
+    assert f"{n_bytes / 1e3:.1f} kB of int8 weights" in table
     (cell,) = result["cells"]
     assert (cell["prompt_length"], cell["new_tokens"]) == (32, 32)
     assert cell["decode"]["bytes_per_step"] == flops.decode_bytes(CONFIG, 2, 47, int8=True)
@@ -290,7 +290,7 @@ def test_what_does_not_fit_is_refused_before_it_is_tried(monkeypatch):
     """A batch, or floats and int8 together while the weights are quantized."""
     memory = [10**6]
     monkeypatch.setattr(hardware, "memory", lambda: (memory[0], "this machine's memory"))
-    with pytest.raises(UserError, match=r"5000 rows of 64 tokens.* kB.*--batch-sizes"):
+    with pytest.raises(UserError, match=r"5,000 rows of 64 tokens.* MB.*--batch-sizes"):
         measure.require_memory(CONFIG, measure.Cell(5000, 32, 32))
 
     small = measure.Cell(1, 4, 4, int8=True)

@@ -102,7 +102,7 @@ def test_files_come_and_go_byte_for_byte(tmp_path):
     files = {
         "tokenizer_config_json": b'{"chat_template": "{{ x }}",\n "b": 1}',
         "special_tokens_map_json": {"eos_token": "<|eot_id|>"},
-        "generation_config_json": {"eos_token_id": [401, 402], "temperature": 0.6},
+        "generation_config_json": {"eos_token_id": [401, N_VOCAB - 1], "temperature": 0.6},
         "chat_template.jinja": b"{% for m in messages %}\r\n{% endfor %}",
         "tokenizer_json": make("Llama 3"),
     }
@@ -112,7 +112,9 @@ def test_files_come_and_go_byte_for_byte(tmp_path):
     c = standins.LLAMA | {"vocab_size": N_VOCAB, "num_hidden_layers": 1} | ids
     folder_with(standins.write(tmp_path / "in", c), **files)
     done = call("gpt/convert/__main__", "import", tmp_path / "in", tmp_path / "run")
-    assert done.code == 0 and "each of '<|eot_id|>', '<|end_of_text|>', " in done.err
+    assert done.code == 0, done.err
+    assert "each of '<|eot_id|>', '<|end_of_text|>', " in done.err
+    assert f", id {N_VOCAB - 1} ends a text" in done.err
     assert gpt.load(tmp_path / "run").tokenizer.eot_token == ends[0]
     done = call("gpt/convert/__main__", "export", tmp_path / "run", tmp_path / "out")
     assert done.code == 0, done.err

@@ -58,7 +58,7 @@ def test_text_is_described_and_what_is_not_text_is_listed(load, text, tmp_path):
     assert tokenizer.decode([*dataset.train[:], *dataset.val[:]]) == TEXT
     assert "1 file (1 text), 600 bytes" in lines[0] and "--data PATH" not in lines[0]
     assert lines[1] == "skipped        1 file that is not text: photo.jpg (it holds zero bytes)"
-    assert "540 to train on and 60 held out, of 1 document," in lines[2]
+    assert "540 to train on and 60 held out, of 1 document (" in lines[2]
     assert str(kept(tmp_path)[0]) in lines[2] and "1.2 kB" in lines[2]
 
 
@@ -128,7 +128,7 @@ def test_changed_text_is_refused_by_the_name_of_the_file(load, text):
 def test_a_trial_leaves_nothing_and_uses_what_is_kept(load, text, tmp_path, monkeypatch):
     lines = []
     _, trial = load([text], keep=False, log=lines.append)
-    assert "made again when training starts, 0.0 MB" in lines[-1]
+    assert "made again when training starts, 1.2 kB" in lines[-1]
     assert not (tmp_path / "store").exists() and len(trial.train) == 540
     load([text])
     monkeypatch.setattr(prepare, "fill", None)

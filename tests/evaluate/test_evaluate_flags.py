@@ -15,7 +15,7 @@ from programs import call
         "--tasks a --num-fewshot -1": "--num-fewshot is -1: expected zero or more",
         "--tasks a --include-path nowhere": "--include-path nowhere: no such folder",
         "--tasks a --json nowhere/a.json": "--json nowhere/a.json: folder",
-        "--tasks a": "lm-eval, which is not installed: pip install 'gpt-jax[eval]'",
+        "--tasks a": "lm-eval, which is not installed: pip install -e '.[eval]'",
     }.items(),
 )
 def test_what_is_refused(flags, message, monkeypatch):

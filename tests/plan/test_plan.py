@@ -103,10 +103,10 @@ def test_the_command_line_plans_what_is_predicted(tmp_path):
     check_gathers(found)
     assert "8 (virtual, of this CPU): data 2 x fsdp 2 x tensor 2" in found.said
     for name, program in found.programs.items():
-        assert re.search(rf"^{name} +given [\d.]+ MB", found.said, re.MULTILINE)
+        assert re.search(rf"^{name} +given [\d.]+ [kM]B", found.said, re.MULTILINE)
         assert program["kernels"] is program["expected_seconds"] is None
     assert len(found.programs) == 4
-    gathered = re.search(r"sends over fsdp: ([\d.]+) MB \(.*all-gather", found.said)
+    gathered = re.search(r"sends over fsdp: ([\d.]+) [kM]B \(.*all-gather", found.said)
     assert float(gathered[1]) > 0
 
 

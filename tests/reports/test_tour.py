@@ -117,7 +117,6 @@ def test_whole_partial_and_mixed_tokens():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--prompt", "a"], "--out"),
         (["--out", "no/such/a.html"], "does not exist"),
         (["--prompt", "a" * 40, "--out", "{folder}/a.html"], "at most the model's context of 16"),
         (["--temperature", "-1", "--out", "a.html"], "temperature is -1"),
