@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gpt import checkpoint, flops
+from gpt import checkpoint
 from gpt.config import ModelConfig
 from gpt.digest import named_leaves
 from gpt.errors import UserError, one_line, require
@@ -243,12 +243,6 @@ def match_tensors(
 
     UserError lists the tensors that are missing, unexpected, of another shape or not floats.
     """
-    # Before anything is computed from config.json's sizes: a damaged one may ask for 2^31 layers.
-    require(
-        config.n_layers <= len(stored) and flops.parameters(config) < 2**40,
-        f"config.json describes {config.n_layers:,} layers and {flops.parameters(config):,} "
-        f"weights, which {len(stored):,} tensors cannot hold",
-    )
     tensors = {}
     for name, tensor in stored.items():
         if name != HEAD:

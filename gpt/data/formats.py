@@ -26,7 +26,6 @@ from gpt.errors import UserError, one_line, require
 
 PIECE = 2**20  # most characters in a piece, and bytes of text read at once
 HEAD = 2**16  # bytes read to recognize a format
-LONGEST_RECORD = 2**28  # bytes of one line of JSON
 ROWS = 256  # of a table read at once
 MIN_SHARE = 0.9  # a file is text if at least this share of its first characters is valid UTF-8
 
@@ -300,7 +299,7 @@ def decode(block: bytes, position: int, bad: BadDocuments) -> str:
 
 def read_json_lines(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[tuple[str, bool]]:
     """A document from the field `column` of the object on each line."""
-    for number, line in enumerate(iter(lambda: stream.readline(LONGEST_RECORD), b""), 1):
+    for number, line in enumerate(stream, 1):
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if not line.strip():
             continue

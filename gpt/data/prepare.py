@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +80,7 @@ class Counts:
     documents: int = 0
     bad_documents: int = 0
     first_bad: str = ""
-    characters: int = 0
-    held_out_characters: int = 0
+    characters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     text_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     sha256: dict[str, str] = field(default_factory=dict)
@@ -92,10 +90,8 @@ class Counts:
         self.groups += 1
         for split, text, last in group:
             self.documents += last
-            self.characters += len(text)
+            self.characters[split] += len(text)
             self.text_bytes[split] += len(text.encode())
-            if split == "val":
-                self.held_out_characters += len(text)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,9 +181,9 @@ def fill(job: Job, folder: Path) -> dict[str, Any]:
         hold_out = HoldOut(HELD_OUT_DOCUMENTS if job.held_out is None else job.held_out)
 
     results = run_tasks(job, hold_out, folder)
-    characters = sum(result.characters for result in results)
+    characters = sum(sum(result.characters.values()) for result in results)
     if 0 < hold_out.share < 1:
-        share = sum(result.held_out_characters for result in results) / max(characters, 1)
+        share = sum(result.characters["val"] for result in results) / max(characters, 1)
         if not hold_out.share / 5 <= share <= hold_out.share * 4:
             # One document is a large part of the text: whole documents are a poor sample.
             remove_shards(folder)
@@ -262,7 +258,12 @@ def run_tasks(job: Job, hold_out: HoldOut, folder: Path) -> list[Counts]:
             tasks.append(Task(len(tasks), folder, files, size, job.reading, hold_out))
             files = []
             size = 0
+
     total = sum(task.size for task in tasks)
+    workers = min(job.workers, len(tasks))
+    if workers > 1 and total >= WORTH_WORKERS:
+        return run_in_workers(job, tasks, workers)
+
     done = 0
 
     def add(n_bytes: int) -> None:
@@ -271,24 +272,24 @@ def run_tasks(job: Job, hold_out: HoldOut, folder: Path) -> list[Counts]:
         if job.progress:
             job.progress(done, total)
 
-    workers = min(job.workers, len(tasks))
-    if workers == 1 or total < WORTH_WORKERS:
-        return [run_task(task, job.tokenizer, THREADS, add) for task in tasks]
+    return [run_task(task, job.tokenizer, THREADS, add) for task in tasks]
 
-    # A worker ends when this end of the pipe is closed, so none outlives this process or continues
-    # after another one has failed.
+
+def run_in_workers(job: Job, tasks: list[Task], workers: int) -> list[Counts]:
+    """What each task found, in processes that end with this one."""
+    total = sum(task.size for task in tasks)
+    folder = tasks[0].folder
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    pipe, ours = context.Pipe(duplex=False)
-    counter = context.Value("q", 0)
+    done = context.Array("q", len(tasks), lock=False)  # bytes of each task's files
     threads = max(1, THREADS // workers)
-    pool = ProcessPoolExecutor(workers, context, start_worker, (folder, threads, counter, pipe))
+    pool = ProcessPoolExecutor(workers, context, start_worker, (folder, threads, done))
     try:
         futures = [pool.submit(run_in_worker, task) for task in tasks]
         waiting = set(futures)
         while waiting:
             finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
             if job.progress:
-                job.progress(counter.value, total)
+                job.progress(sum(done), total)
             for future in finished:
                 future.result()
         pool.shutdown()
@@ -299,30 +300,30 @@ def run_tasks(job: Job, hold_out: HoldOut, folder: Path) -> list[Counts]:
             "command to continue, with fewer --workers to need less memory"
         ) from None
     finally:
-        ours.close()
+        # After a failure none of the others continues.
+        for process in multiprocessing.active_children():
+            process.terminate()
         pool.shutdown(cancel_futures=True)
 
 
-def start_worker(folder: Path, threads: int, counter: Any, pipe: Connection) -> None:
+def start_worker(folder: Path, threads: int, done: Any) -> None:
     """Load a worker's tokenizer, and make the worker end when the first process does."""
     global in_worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process gets it and ends the workers
-    in_worker = (tokenizers.load(folder / "tokenizer.json"), threads, counter)
+    in_worker = (tokenizers.load(folder / "tokenizer.json"), threads, done)
 
     def end_with_parent() -> None:
-        with contextlib.suppress(EOFError, OSError):
-            pipe.recv()
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def run_in_worker(task: Task) -> Counts:
-    tokenizer, threads, counter = in_worker
+    tokenizer, threads, done = in_worker
 
     def add(n_bytes: int) -> None:
-        with counter.get_lock():
-            counter.value += n_bytes
+        done[task.number] += n_bytes
 
     return run_task(task, tokenizer, threads, add)
 
