@@ -79,7 +79,10 @@ def generate(model, args: Args, prompts: list, interrupted=lambda: False) -> Non
     except (KeyboardInterrupt, UserError):
         output.flush(end_line=sys.stdout.isatty())
         raise
-    terminal.note(terminal.describe_end(list(completions.values()), model.config.context_length))
+    speculates = settings.speculate > 0
+    terminal.note(
+        terminal.describe_end(list(completions.values()), model.config.context_length, speculates)
+    )
 
 
 def converse(model, args: Args) -> None:

@@ -47,8 +47,8 @@ class Args:
     """Complete each line that you type. Ctrl-C ends the completion, Ctrl-D the program."""
     settings: Annotated[tyro.conf.UseAppendAction[Settings], tyro.conf.arg(name="")] = DEFAULT
     draft: Annotated[Path | None, optional("RUN")] = None
-    """The folder of a smaller model with the same tokenizer, which proposes the tokens of
-    --speculate."""
+    """Folder of a smaller model with the same tokenizer, which proposes the tokens of --speculate
+    in place of looking them up."""
     beam_width: int = 1
     """Above 1: search for the likeliest texts, following this many at once, instead of sampling;
     --num-samples are then the best ones found."""

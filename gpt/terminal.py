@@ -174,17 +174,21 @@ def json_piece(piece, with_top: bool) -> str:
     return json.dumps(values) + "\n"
 
 
-def describe_end(completions: Sequence, context_length: int) -> str:
-    """How long prefill and decode took, why the completions ended, and how to get more."""
+def describe_end(completions: Sequence, context_length: int, speculates: bool = False) -> str:
+    """How long prefill and decode took, why the completions ended, and how to get more.
+    `speculates`: also how many tokens were proposed."""
     slowest = max(completions, key=lambda completion: completion.decode_seconds)
     counts = Counter(completion.finish_reason or "Ctrl-C" for completion in completions)
     line = f"prefill {slowest.prefill_seconds * 1e3:.1f} ms, decode {slowest.decode_seconds:.2f} s"
     if slowest.tokens_per_second:
         line += f", {slowest.tokens_per_second:.0f} tokens/s per row"
-    n_proposed = sum(completion.proposed for completion in completions)
-    if n_proposed:
+    if speculates:
+        n_proposed = sum(completion.proposed for completion in completions)
         n_accepted = sum(completion.accepted for completion in completions)
-        line += f", {n_accepted} of {n_proposed} proposed tokens accepted"
+        if n_proposed > 0:
+            line += f", {n_accepted} of {n_proposed} proposed tokens accepted"
+        else:
+            line += ", 0 tokens proposed because too few would have been right"
     reasons = [f"{reason} ({n} times)" if n > 1 else reason for reason, n in counts.items()]
     line += f" (compilation left out); stopped by {', '.join(reasons)}"
     if "length" in counts:

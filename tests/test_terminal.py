@@ -110,8 +110,10 @@ def test_the_end_is_told_in_words():
         "decode 0.70 s (compilation left out); stopped by eos (2 times), length; "
         "--max-new-tokens for more"
     )
-    speculative = terminal.describe_end([completion("eos", proposed=6)] * 2, 64)
+    speculative = terminal.describe_end([completion("eos", proposed=6)] * 2, 64, speculates=True)
     assert "20 tokens/s per row, 6 of 12 proposed tokens accepted (comp" in speculative
+    unforeseen = terminal.describe_end([completion("eos")], 64, speculates=True)
+    assert "20 tokens/s per row, 0 tokens proposed because" in unforeseen
     assert terminal.describe_end([completion(None)], 64).endswith("stopped by Ctrl-C")
 
 

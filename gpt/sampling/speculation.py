@@ -1,23 +1,23 @@
 """Speculative decoding: several tokens for one reading of the weights, and exactly the same text.
 
-A decode step reads all weights to draw one token for each row; to draw five from the same reading
-takes little longer. So tokens are proposed, read together with the last one, and what the model
-draws after each of them says which to keep: those before the first that differs, and the token
-that was drawn in place of that one. Proposals are looked up in the text so far, or drawn by a
-smaller model (draft.py). With three proposals, two of which are right:
+A decode step reads all weights to draw one token for each row; drawing five from the same reading
+takes little longer. So tokens are proposed and read together with the last one, and the model draws
+a token after each of them. Proposals are kept up to the first that is not what was drawn, and the
+token that was drawn in its place is kept too. Proposals are looked up in the text so far, or drawn
+by a smaller model (draft.py). With three proposals, two of which are right:
 
     text so far         a b c d e f . . . a b c            "a b c" was there before
-    proposed                                      d e f
-    read in one step                            c d e f
-    drawn after each                              d e x y
-    kept                                          d e x    three tokens for one reading
+    proposed                                    d e f
+    read in one step                          c d e f
+    drawn after each                            d e x y
+    kept                                        d e x      three tokens for one reading
 
 The token drawn at a position depends on the text before it, the seed, the sample and the position,
 and on nothing else: a proposal is accepted exactly when plain decoding would have drawn it. (Up to
 rounding: a step that reads several tokens adds the same numbers in another order.)
 
-A proposal that is refused has cost the reading of a token. So every row keeps count of how often
-its proposals are right, whether they are read or not, and where they would not pay, none is read.
+Reading a proposal that is refused takes time for nothing. So every row keeps count of how often its
+proposals are right, whether they are read or not; while they would not pay, none is read.
 Shape letters: see gpt/model/transformer.py; C as in decode_loop.py; N proposals, T = N + 1 tokens
 read, R tokens of the text that are looked through.
 """
@@ -43,10 +43,10 @@ from gpt.sampling.decode_loop import DecodeState, SampledTokens
 from gpt.sampling.sampler import SamplingParams
 from gpt.sharding import constrain, platform
 
-LONGEST_MATCH = 4  # last tokens of the text that are looked up; more would not be worth more
-WEIGHT = 1 / 16  # of the newest token in `agreement_B`
-RETRIAL = 1 / 1024  # is added to the agreement of an idle draft at each step
-N_JUDGED = 16  # last tokens of the text that give the first `agreement_B`
+LONGEST_MATCH = 4  # last tokens of the text that are looked up; longer matches count as this long
+NEWEST_WEIGHT = 1 / 16  # of the newest token in the moving average `agreement_B`
+IDLE_GAIN = 1 / 1024  # added to the agreement of a draft at each step in which it does not run
+N_JUDGED = 16  # last tokens of the prompt, from which `agreement_B` starts
 
 
 @jax.tree_util.register_dataclass
@@ -54,8 +54,8 @@ N_JUDGED = 16  # last tokens of the text that give the first `agreement_B`
 class Record:
     """How often proposals are right.
 
-    `agreement_B`: the share of recent tokens that were proposed, or would have been. `proposed_B`,
-    `accepted_B`: proposals that were read, and those that were right.
+    `agreement_B`: the share of recent tokens that were proposed, or would have been, as a moving
+    average. `proposed_B`, `accepted_B`: proposals that were read, and those that were right.
     """
 
     agreement_B: jax.Array
@@ -69,8 +69,8 @@ class Speculation:
     """What the device carries for proposals from one chunk to the next.
 
     `text_BR`: the last R tokens of each row, prompt included, the newest on the right; NO_TOKEN
-    before the first. `limit_B`: proposals that a row may have in a step. `draft_cache`: that
-    of the model that proposes; None without one, or until it has read what the model has.
+    before the first. `limit_B`: proposals that a row may have in a step. `draft_cache`: keys and
+    values of the draft; None without a draft, and while it does not run.
     """
 
     text_BR: jax.Array
@@ -80,8 +80,8 @@ class Speculation:
 
 
 class ChunkShape(NamedTuple):
-    """What a chunk is compiled for: its steps, the proposals of each, the likeliest tokens that it
-    reports, and the draft that proposes, None where they are looked up."""
+    """What a chunk is compiled for: `size` steps, `n_proposals` in each, the `top` likeliest tokens
+    to report, and the draft that proposes (None: proposals are looked up)."""
 
     size: int
     n_proposals: int
@@ -101,8 +101,8 @@ def run_chunk(
     chunk: int,
     top: int,
 ) -> tuple[DecodeState, Speculation, SampledTokens]:
-    """Up to `chunk` steps for the rows that have not ended, with as many proposals as will pay.
-    `speculation` is None the first time."""
+    """Up to `chunk` steps for the rows that have not ended, with proposals if these will pay.
+    `state` and `speculation`, which is None for the first chunk, are consumed."""
     limit_B = np.array([row.settings.speculate for row in rows], np.int32)
     active_B = np.array([not row.has_ended for row in rows])
     if speculation is None:
@@ -142,23 +142,23 @@ def run_chunk(
 def choose_n_proposals(
     limit_B: np.ndarray, agreement_B: np.ndarray, draft_cost: float = 0.0
 ) -> int:
-    """Proposals to read in each step: the largest limit of a row, or 0 if the rows would gain too
-    little by them.
+    """Proposals to read in each step: the largest limit of a row, or 0 if the rows would gain less
+    time than that costs.
 
-    `limit_B`: 0 for a row that has ended. `draft_cost`: what a step of the draft costs, as a share
+    `limit_B`: 0 for a row that has ended. `draft_cost`: the time of a step of the draft, as a share
     of a plain step of the model.
     """
     N = int(limit_B.max())
     n_rows = int(np.sum(limit_B > 0))
     if n_rows == 0:
         return 0
-    # If the share p of the tokens is proposed, a step gains 1 + p + ... + p^N tokens.
+    # If each proposal is right with probability p, a step gains 1 + p + ... + p^N tokens.
     is_allowed_BN = np.arange(N) < limit_B[:, None]
     gain_B = np.sum(is_allowed_BN * agreement_B[:, None] ** np.arange(1, N + 1), axis=1)
     if platform() == "cpu":
-        # Each token read takes time to compute. The others would wait for the row that gains least,
-        # so that row decides. The cost, in plain steps, is that of small models; large ones cost
-        # less.
+        # Each token read takes time to compute, and the row that gains least waits longest for its
+        # text, so that row decides. The cost, in plain steps, was measured with small models; large
+        # ones cost less.
         gain = gain_B[limit_B > 0].min()
         cost = 1.5 + n_rows * N / 16
     else:
@@ -176,9 +176,9 @@ def start(
     remaining_B: jax.Array, text_BR: jax.Array, limit_B: jax.Array, has_draft: bool
 ) -> Speculation:
     """Before the first chunk: `agreement_B` is the share of the last N_JUDGED tokens of the text
-    that would have been proposed; with a draft, which is trusted until it has been tried, 1."""
-    # From the state, so that the result lies where the state does: else the second chunk, which is
-    # given the result of the first, would compile anew.
+    that would have been proposed. It is 1 for a draft, which is trusted until it has been tried."""
+    # Computed from the state, so that it is placed on the devices as the state is: otherwise the
+    # second chunk, which is given the result of the first, would compile anew.
     limit_B = jnp.where(remaining_B > 0, limit_B, 0)
     R = text_BR.shape[1]
 
@@ -199,11 +199,11 @@ def start(
 
 
 def look_up(text_BR: jax.Array, n: int) -> jax.Array:
-    """proposals_BN: the `n` tokens that followed the last tokens of the text where they stood
-    before. NO_TOKEN in a row whose last token is new.
+    """proposals_BN: the `n` tokens that followed the last tokens of the text where these stood
+    before; NO_TOKEN in a row whose last token is new.
 
-    Of several places the one with the longest match counts, and of those the latest. Where the text
-    ends before `n` tokens have followed, it is taken to go on in the same period.
+    Of several such places the longest match is taken, and of equally long ones the latest. Where
+    fewer than `n` tokens follow, the text is taken to repeat with the same period.
     """
     R = text_BR.shape[1]
     # How many tokens that end at each place equal the last ones of the text.
@@ -237,18 +237,21 @@ def speculate_chunk(
     active_B: jax.Array,
     shape: ChunkShape,
 ) -> tuple[DecodeState, Speculation, SampledTokens]:
-    """As `decode_chunk`, with `n_proposals` read in each step: a row may gain one token more than
-    that. 0 decodes plainly, and counts what would have been right. `weights`: the model's, and the
-    draft's."""
+    """As `decode_chunk`, with `n_proposals` read in each step, in which a row gains at most one
+    token more than that. With 0 it decodes plainly and counts how many proposals would have been
+    right. `weights`: the model's and the draft's. `state` and `speculation` are consumed."""
     params, draft_params = weights
     size, n_proposals, top, draft_config = shape
     state = replace(state, remaining_B=jnp.where(active_B, state.remaining_B, 0))
 
     def step(state: DecodeState, speculation: Speculation):
+        draft_rests = draft_config is not None and n_proposals == 0
+
+        # Propose. A plain step looks up one token, to count whether it would have been right.
         draft_cache = speculation.draft_cache
         if draft_config is None:
             proposals_BN = look_up(speculation.text_BR, max(n_proposals, 1))
-        elif n_proposals == 0:
+        elif draft_rests:
             proposals_BN = jnp.full((len(active_B), 1), NO_TOKEN)
         else:
             proposals_BN, draft_cache = drafting.propose(
@@ -256,19 +259,24 @@ def speculate_chunk(
             )
         is_allowed_BN = jnp.arange(proposals_BN.shape[1]) < speculation.limit_B[:, None]
         proposals_BN = jnp.where(is_allowed_BN, proposals_BN, NO_TOKEN)
+
+        # Read and draw.
         if n_proposals == 0:
             state, new = decode_loop.decode_and_sample(config, params, state, sampling, top)
         else:
             state, new = read_and_accept(config, params, state, sampling, proposals_BN, top)
         if draft_cache is not None:
             draft_cache = replace(draft_cache, length_B=state.cache.length_B)
-        accounted = take_account(speculation, proposals_BN, new.tokens_BC)
-        if draft_config is not None and n_proposals == 0:
-            # Nothing is known of a draft that does not run: it is tried again after some time.
-            agreement_B = speculation.record.agreement_B + RETRIAL
-            record = replace(speculation.record, agreement_B=agreement_B)
-            accounted = replace(accounted, record=record)
-        return state, replace(accounted, draft_cache=draft_cache), new
+
+        # Keep count.
+        record = count_right(speculation.record, proposals_BN, new.tokens_BC)
+        if draft_rests:
+            # Whether it would have been right is unknown, so it is tried again after some time.
+            agreement_B = speculation.record.agreement_B + IDLE_GAIN
+            record = replace(record, agreement_B=agreement_B)
+        text_BR = append(speculation.text_BR, new.tokens_BC)
+        speculation = replace(speculation, text_BR=text_BR, record=record, draft_cache=draft_cache)
+        return state, speculation, new
 
     state, speculation, sampled = decode_loop.run_steps(
         step, state, speculation, size, width=n_proposals + 1, top=top
@@ -334,34 +342,34 @@ def read_and_accept(
     return state, replace(sampled, tokens_BC=jnp.where(is_kept_BT, drawn_BT, NO_TOKEN))
 
 
-def take_account(
-    speculation: Speculation, proposals_BN: jax.Array, tokens_BT: jax.Array
-) -> Speculation:
-    """`speculation` after a step in which the rows gained `tokens_BT`, NO_TOKEN after the last."""
-    record = speculation.record
+def count_right(record: Record, proposals_BN: jax.Array, tokens_BT: jax.Array) -> Record:
+    """`record` after a step in which each row gained `tokens_BT`, NO_TOKEN after its last."""
     N, T = proposals_BN.shape[1], tokens_BT.shape[1]
     is_kept_BT = tokens_BT != NO_TOKEN
-    n_kept_B1 = jnp.sum(is_kept_BT, axis=1, keepdims=True)
     is_right_BN = is_kept_BT[:, :N] & (tokens_BT[:, :N] == proposals_BN)
 
     agreement_B = record.agreement_B
     for is_kept_B, is_right_B in zip(is_kept_BT.T[:N], is_right_BN.T, strict=True):
-        newer_B = (1 - WEIGHT) * agreement_B + WEIGHT * is_right_B
+        newer_B = (1 - NEWEST_WEIGHT) * agreement_B + NEWEST_WEIGHT * is_right_B
         agreement_B = jnp.where(is_kept_B, newer_B, agreement_B)
     record = replace(record, agreement_B=agreement_B)
     if T > 1:  # else it was a plain step, which read no proposal
-        was_read_BN = (proposals_BN != NO_TOKEN) & (n_kept_B1 > 0)
+        was_running_B1 = is_kept_BT[:, :1]
+        was_read_BN = (proposals_BN != NO_TOKEN) & was_running_B1
         record = replace(
             record,
             proposed_B=record.proposed_B + jnp.sum(was_read_BN, axis=1),
             accepted_B=record.accepted_B + jnp.sum(is_right_BN, axis=1),
         )
+    return record
 
-    # The text moves to the left by what it has gained.
-    longer = jnp.concatenate([speculation.text_BR, tokens_BT], axis=1)
-    place_BR = n_kept_B1 + jnp.arange(speculation.text_BR.shape[1])
-    text_BR = jnp.take_along_axis(longer, place_BR, axis=1)
-    return replace(speculation, text_BR=text_BR, record=record)
+
+def append(text_BR: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """The last R tokens of each row after it has gained `tokens_BT`, NO_TOKEN after its last."""
+    n_gained_B1 = jnp.sum(tokens_BT != NO_TOKEN, axis=1, keepdims=True)
+    longer = jnp.concatenate([text_BR, tokens_BT], axis=1)
+    place_BR = n_gained_B1 + jnp.arange(text_BR.shape[1])
+    return jnp.take_along_axis(longer, place_BR, axis=1)
 
 
 def constrain_rows(speculation: Speculation) -> Speculation:
