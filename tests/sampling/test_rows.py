@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from byte_models import make_model
 
+from gpt.compile_log import compilations
 from gpt.config import ModelConfig
 from gpt.sampling import generate, speculation
 from gpt.sampling.settings import Settings
@@ -83,17 +84,20 @@ def test_rows_do_not_see_each_other_in_random_batches(n_batches):
 
 
 @pytest.mark.parametrize(
-    ("n_batches", "has_draft"),
+    ("n_batches", "has_draft", "share_proposing"),
     [
-        (10, False),
-        pytest.param(300, False, marks=pytest.mark.slow),
-        pytest.param(300, True, marks=pytest.mark.slow),
+        (10, False, 0.8),
+        (3, True, 1.0),
+        pytest.param(300, False, 0.8, marks=pytest.mark.slow),
+        pytest.param(300, True, 0.8, marks=pytest.mark.slow),
     ],
 )
-def test_speculation_changes_nothing_in_random_batches(n_batches, has_draft, monkeypatch):
+def test_speculation_changes_nothing_in_random_batches(
+    n_batches, has_draft, share_proposing, monkeypatch
+):
     """Proposals are what plain decoding gave, with errors in them, or those of a draft, which is
-    the model with noise on its weights: all, some or none of those of a step are right. Chunks with
-    and without proposals take turns."""
+    the model with noise on its weights: all, some or none of those of a step are right. This share
+    of the chunks proposes; the program of these and that of the others are compiled once."""
     model = make_model(CONFIG)
     noise = np.random.default_rng(0)
     drafted = model.with_draft(
@@ -107,6 +111,7 @@ def test_speculation_changes_nothing_in_random_batches(n_batches, has_draft, mon
     )
     allowed = 4e-5 * max(1, float(model.logits("a text").std()))
     n_proposed = n_accepted = n_exempt = 0
+    n_compiled = len(compilations.each)
     for number in range(n_batches):
         rng = np.random.default_rng(number)
         rows = [random_row(rng) for _ in range(B)]
@@ -120,7 +125,9 @@ def test_speculation_changes_nothing_in_random_batches(n_batches, has_draft, mon
 
         hints[0] += [256] * (45 - len(hints[0]))  # one length: one program
         monkeypatch.setattr(
-            speculation, "choose_n_proposals", lambda *_, rng=rng: 3 * int(rng.random() < 0.8)
+            speculation,
+            "choose_n_proposals",
+            lambda *_, rng=rng: 3 * int(rng.random() < share_proposing),
         )
         limits = [3, *rng.integers(4, size=B - 1).tolist()]
         settings = [
@@ -136,4 +143,6 @@ def test_speculation_changes_nothing_in_random_batches(n_batches, has_draft, mon
             n_proposed += c.proposed
             n_accepted += c.accepted
     assert 0.3 * n_proposed < n_accepted < 0.8 * n_proposed
+    compiled = [program.name for program in compilations.each[n_compiled:]]
+    assert compiled.count("speculate_chunk") == (1 if share_proposing == 1 else 2)
     assert n_exempt <= max(1, n_batches * B // 1000)

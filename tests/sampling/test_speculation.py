@@ -11,9 +11,14 @@ from byte_models import CONFIG, make_model
 from gpt.compile_log import compilations
 from gpt.data.tokenizers import IdTokenizer
 from gpt.errors import UserError
+from gpt.model import int8
 from gpt.sampling import generate, speculation
 from gpt.sampling.completion import NO_TOKEN
 from gpt.sampling.settings import Settings
+
+# Prompt and new tokens fill a cache that need not grow: its programs are compiled once.
+PROMPT = string.ascii_letters[:33]
+SETTINGS = Settings(max_new_tokens=31, temperature=1, ignore_eos=True, speculate=4)
 
 
 @pytest.mark.parametrize(
@@ -62,24 +67,38 @@ def test_a_draft_that_fails_rests():
     """It knows nothing of the model."""
     model = make_model(dataclasses.replace(CONFIG, n_layers=1))
     stranger = make_model(dataclasses.replace(CONFIG, n_layers=1, n_heads=1, d_model=8))
-    settings = Settings(max_new_tokens=60, temperature=1, ignore_eos=True, speculate=4)
-    plain = generate.complete(model, ["abc"], dataclasses.replace(settings, speculate=0))[0]
-    found = generate.complete(model.with_draft(stranger), ["abc"], settings)[0]
+    plain = generate.complete(model, [PROMPT], dataclasses.replace(SETTINGS, speculate=0))[0]
+    found = generate.complete(model.with_draft(stranger), [PROMPT], SETTINGS)[0]
     assert found.token_ids == plain.token_ids
     assert found.accepted < 0.2 * found.proposed
     assert found.proposed == 64  # those of the first 16 steps
 
 
 def test_a_draft_that_is_the_model_is_always_right(monkeypatch):
-    """Its cache follows what has been kept, so it draws what the model draws."""
+    """Its cache follows what has been kept, so it draws what the model draws. The second time
+    nothing compiles."""
     monkeypatch.setattr(speculation, "choose_n_proposals", lambda *_: 4)
     model = make_model(dataclasses.replace(CONFIG, n_layers=1))
-    settings = Settings(max_new_tokens=31, temperature=1, ignore_eos=True, speculate=4)
-    prompt = string.ascii_letters[:33]  # with the new tokens it fills a cache that need not grow
-    plain = generate.complete(model, [prompt], dataclasses.replace(settings, speculate=0))[0]
-    found = generate.complete(model.with_draft(model), [prompt], settings)[0]
+    plain = generate.complete(model, [PROMPT], dataclasses.replace(SETTINGS, speculate=0))[0]
+    for turn in range(2):
+        before = compilations.programs
+        found = generate.complete(model.with_draft(model), [PROMPT], SETTINGS)[0]
+        assert found.token_ids == plain.token_ids
+        assert found.accepted == found.proposed == 24  # of 30 tokens, 5 for each reading
+        assert turn == 0 or compilations.programs == before
+
+
+def test_int8_weights_draw_the_same_text(monkeypatch):
+    """Some proposals are right and some wrong."""
+    monkeypatch.setattr(speculation, "choose_n_proposals", lambda *_: 4)
+    model = make_model(dataclasses.replace(CONFIG, n_layers=1))
+    model = dataclasses.replace(model, params=int8.quantize(model.params))
+    plain = generate.complete(model, [PROMPT], dataclasses.replace(SETTINGS, speculate=0))[0]
+    hint = [*PROMPT.encode(), *plain.token_ids]
+    hint[40] ^= 1
+    found = generate.complete(model, [PROMPT], SETTINGS, hints=[hint])[0]
     assert found.token_ids == plain.token_ids
-    assert found.accepted == found.proposed == 24  # of 30 tokens, 5 for each reading
+    assert 12 < found.accepted < found.proposed
 
 
 def test_a_text_foreseen_takes_fewer_steps_and_a_new_one_no_proposals(monkeypatch):
@@ -92,21 +111,19 @@ def test_a_text_foreseen_takes_fewer_steps_and_a_new_one_no_proposals(monkeypatc
         return honest(*args)
 
     monkeypatch.setattr(speculation, "speculate_chunk", counted)
-    # Weights that are bound to a device, as loaded ones are, and a cache that need not grow.
+    # Weights that are bound to a device, as loaded ones are.
     model = dataclasses.replace(model, params=jax.device_put(model.params, jax.devices()[0]))
-    settings = Settings(max_new_tokens=31, temperature=1, ignore_eos=True, speculate=4)
-    prompt = string.ascii_letters[:33]
-    plain = generate.complete(model, [prompt], dataclasses.replace(settings, speculate=0))[0]
+    plain = generate.complete(model, [PROMPT], dataclasses.replace(SETTINGS, speculate=0))[0]
     assert (plain.proposed, plain.accepted) == (0, 0) and chunks == []
 
-    hint = [*prompt.encode(), *plain.token_ids]
+    hint = [*PROMPT.encode(), *plain.token_ids]
     for turn in range(2):
         before = compilations.programs
-        foreseen = generate.complete(model, [prompt], settings, hints=[hint])[0]
+        foreseen = generate.complete(model, [PROMPT], SETTINGS, hints=[hint])[0]
         assert foreseen.token_ids == plain.token_ids
         assert foreseen.accepted == foreseen.proposed == 24  # of 30 tokens, 5 for each reading
         assert turn == 0 or compilations.programs == before
     assert chunks == [4, 4]
-    new = generate.complete(model, [prompt], settings, hints=[range(len(hint))])[0]
+    new = generate.complete(model, [PROMPT], SETTINGS, hints=[range(len(hint))])[0]
     assert new.token_ids == plain.token_ids and new.proposed == 0
     assert chunks == [4, 4, 0, 0]
