@@ -19,7 +19,7 @@ import tyro
 
 from gpt import cli, terminal
 from gpt.config import BY_PLATFORM, DTYPES, ONE_DEVICE, Dtype, MeshConfig, Quantize, optional
-from gpt.errors import positive, require, require_file_path
+from gpt.errors import not_negative, positive, require, require_file_path
 from gpt.presets import preset
 
 PROMPT_LENGTHS = [128, 512]
@@ -54,6 +54,15 @@ class Args:
     """Data type to compute in."""
     quantize: Annotated[Quantize | None, optional("{int8}")] = None
     """Keep matrices and tables as int8."""
+    speculate: int = 0
+    """Also decode text with and without this many proposals in each step, as sample.py does with
+    --speculate."""
+    draft: Annotated[Path | None, optional("RUN")] = None
+    """With --speculate: the folder of a smaller model, which proposes in place of looking up."""
+    prompt_file: Annotated[
+        Path | None, optional("FILE", "what the model itself writes without a prompt")
+    ] = None
+    """With --speculate: the text that is continued, cut into prompts of the measured lengths."""
     mesh: MeshConfig = ONE_DEVICE
     verbose: bool = False
     """Show compilation, decode steps driven from the host, and peak memory too."""
@@ -84,6 +93,8 @@ def main(argv: list[str]) -> int:
 
     cli.prepare_jax(cache=False)  # programs found on disk would hide what compiling costs
     result = measure_training(args) if args.train else measure_sampling(args)
+    if args.speculate > 0:
+        measure_speculation(args, result)
 
     from rich.console import Console
 
@@ -95,6 +106,9 @@ def main(argv: list[str]) -> int:
     Console(width=report.WIDTH).print(report.card(result, args.verbose))
     rows = [report.cell_row(cell, args.verbose) for cell in result["cells"]]
     Console(width=report.TABLE_WIDTH).print(report.make_table(rows))
+    if args.speculate > 0:
+        rows = [report.speculation_row(cell) for cell in result["cells"]]
+        Console(width=report.TABLE_WIDTH).print(report.make_table(rows))
     if args.plot:
         report.draw_roofline(result, args.plot)
     if not sys.stdout.isatty():
@@ -110,6 +124,7 @@ def check(args: Args) -> None:
     )
     positive("--repeats", args.repeats)
     positive("--grad-accum", args.grad_accum)
+    not_negative("--speculate", args.speculate)
     require(
         args.new_tokens is None or args.new_tokens >= 2,
         f"--new-tokens {args.new_tokens}: expected at least 2, since decoding begins with the "
@@ -129,6 +144,7 @@ def check(args: Args) -> None:
             "--new-tokens": args.new_tokens,
             "--prompt-lengths": args.prompt_lengths,
             "--quantize": args.quantize,
+            "--speculate": args.speculate,
         }
         given = [flag for flag, value in for_sampling.items() if value]
         require(not given, f"--train measures a preset's training step: drop {' and '.join(given)}")
@@ -136,6 +152,13 @@ def check(args: Args) -> None:
         args.train or args.grad_accum == 1,
         "--grad-accum needs --train: add it, or drop --grad-accum",
     )
+    require(
+        args.speculate == 0 or args.checkpoint is not None,
+        "--speculate needs a trained model, since random weights write nothing that could be "
+        "foreseen: give a run's folder",
+    )
+    for flag, path in (("--draft", args.draft), ("--prompt-file", args.prompt_file)):
+        require(path is None or args.speculate > 0, f"{flag} needs --speculate: add --speculate 4")
     require(
         args.compare is not None or args.fail_if_slower is None,
         "--fail-if-slower needs --compare: add it, or drop --fail-if-slower",
@@ -171,6 +194,45 @@ def measure_sampling(args: Args) -> dict:
             )
             add_cell(args, result, measured)
     return result
+
+
+def measure_speculation(args: Args, result: dict) -> None:
+    """Decode with and without proposals in every cell of `result`, to which the figures are
+    added."""
+    from gpt.bench import measure
+    from gpt.sampling.language_model import load
+
+    options = {"dtype": args.dtype, "mesh": args.mesh, "quantize": args.quantize}
+    model = load(args.checkpoint, **options)
+    if args.draft is not None:
+        model = model.with_draft(load(args.draft, **options))
+    for cell in result["cells"]:
+        n_rows, n_tokens = cell["batch"], cell["prompt_length"]
+        terminal.note(f"batch {n_rows}, prompt {n_tokens}: {args.speculate} proposals")
+        prompts = choose_prompts(args, model, n_rows, n_tokens)
+        cell["speculation"] = measure.measure_speculation(
+            model, prompts, cell, args.speculate, args.repeats, result["ceilings"]
+        )
+    result["speculation_prompts"] = str(args.prompt_file or "written by the model")
+
+
+def choose_prompts(args: Args, model, n_rows: int, n_tokens: int) -> list[list[int]]:
+    """Token ids of text as a user would continue it: successive pieces of --prompt-file, or what
+    the model writes without a prompt, by a seed for each row."""
+    from gpt.sampling.settings import Settings
+
+    if args.prompt_file is None:
+        settings = Settings(max_new_tokens=n_tokens, ignore_eos=True, num_samples=n_rows)
+        return [one.token_ids for one in model.generate([""], settings)]
+    text = terminal.read_text("--prompt-file", args.prompt_file)
+    ids = model.tokenizer.encode_ordinary(text)
+    require(
+        len(ids) >= n_rows * n_tokens,
+        f"--prompt-file {args.prompt_file} has {len(ids):,} tokens: expected at least "
+        f"{n_rows * n_tokens:,}, {n_tokens} for each of {n_rows} rows; give a longer text or "
+        "smaller --batch-sizes or --prompt-lengths",
+    )
+    return [ids[row * n_tokens : (row + 1) * n_tokens] for row in range(n_rows)]
 
 
 def measure_training(args: Args) -> dict:

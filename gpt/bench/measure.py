@@ -1,15 +1,15 @@
 """What is timed, and how: prefill and decode of a cell, and the training step.
 
 Sampling: prompts are read by `engine.prefill`, then `decode_chunk` draws the tokens, once in chunks
-as `generate` does, once token by token from the host. Training: `compile_steps` on random tokens
-that are already on the devices.
+as `generate` does, once token by token from the host. Speculation: `generate` itself, on text.
+Training: `compile_steps` on random tokens that are already on the devices.
 """
 
 import dataclasses
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -25,6 +25,7 @@ from gpt.errors import require
 from gpt.hardware import timed
 from gpt.sampling import engine, generate
 from gpt.sampling.decode_loop import DecodeState, decode_chunk, find_full_rows, start_decoding
+from gpt.sampling.language_model import LanguageModel
 from gpt.sampling.settings import Settings
 from gpt.training import train_state, train_step
 from gpt.wording import counted
@@ -213,6 +214,49 @@ def step_cost(config: ModelConfig, cell: Cell) -> tuple[int, int]:
     filled = cell.prompt_length + (cell.new_tokens - 2) // 2
     n_bytes = flops.decode_bytes(config, cell.batch, filled, cell.int8)
     return n_bytes, cell.batch * flops.forward_flops(config, 1, filled, 1)
+
+
+def measure_speculation(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    cell: dict,
+    n_proposals: int,
+    repeats: int,
+    ceilings: dict,
+) -> dict:
+    """Decoding after `prompts` with and without proposals, in turns, as JSON values: medians of
+    `repeats` turns, after one that compiles. `cell`: the figures of the same sizes."""
+    plain = Settings(max_new_tokens=cell["new_tokens"], ignore_eos=True)
+    proposing = dataclasses.replace(plain, speculate=n_proposals)
+    plain_seconds, seconds = [], []
+    for turn in range(repeats + 1):
+        without = generate.complete(model, prompts, plain)
+        completions = generate.complete(model, prompts, proposing)
+        if turn > 0:
+            plain_seconds.append(max(one.decode_seconds for one in without))
+            seconds.append(max(one.decode_seconds for one in completions))
+
+    # The first token of a row belongs to the prefill. Each turn draws the same tokens.
+    n_drawn_B = np.array([len(one.token_ids) - 1 for one in completions])
+    n_accepted_B = np.array([one.accepted for one in completions])
+    n_read_B = n_drawn_B - n_accepted_B
+    n_drawn = int(n_drawn_B.sum())
+    n_bytes = cell["decode"]["bytes_per_step"]
+    mbu_of_a_step = n_bytes / statistics.median(seconds) / ceilings["read_bytes_per_second"]
+    return {
+        "proposals": n_proposals,
+        "tokens_per_second": n_drawn / statistics.median(seconds),
+        "plain_tokens_per_second": n_drawn / statistics.median(plain_seconds),
+        "speedup": statistics.median(np.divide(plain_seconds, seconds).tolist()),
+        "tokens_per_reading": n_drawn / int(n_read_B.sum()),
+        "proposed": sum(one.proposed for one in completions),
+        "accepted": int(n_accepted_B.sum()),
+        # A reading of the weights serves all rows, and the slowest row decides how many there are.
+        "mbu": int(n_read_B.max()) * mbu_of_a_step,
+        "effective_mbu": int(n_drawn_B.max()) * mbu_of_a_step,
+        "seconds_of_repeats": seconds,
+        "plain_seconds_of_repeats": plain_seconds,
+    }
 
 
 def random_batch(config: TrainConfig, mesh: Mesh) -> jax.Array:

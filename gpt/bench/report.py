@@ -75,6 +75,15 @@ def card(result: dict, verbose: bool = False) -> Panel:
             "MFU, model FLOPs utilization: FLOP/s as a share of the measured matrix-product rate.",
             "MBU, memory bandwidth utilization: bytes/s as a share of the measured reading rate.",
         ]
+    if "speculation" in cells[0]:
+        lines += [
+            "",
+            f"Second table: {cells[0]['speculation']['proposals']} proposals in each step and "
+            f"plain decoding, in turns. Prompts: {result['speculation_prompts']}.",
+            "tokens per reading: what a row gains by a step, which reads the weights once.",
+            "effective MBU: the MBU at which plain decoding would give as many tokens/s.",
+            "",
+        ]
     lines += [
         f"± is half the range of {result['repeats']} repeats; ! marks more than {WIDE_SPREAD:.0%}: "
         "measure again on a quiet machine.",
@@ -134,6 +143,23 @@ def cell_row(cell: dict, verbose: bool = False) -> Row:
         host_driven = " / ".join(f"{p:.2f}" for p in percentiles)
         details.insert(0, ("host-driven\np50 / p90 / p99 ms", host_driven))
     return row + details if verbose else row
+
+
+def speculation_row(cell: dict) -> Row:
+    """The columns of the table that compares decoding with and without proposals."""
+    found = cell["speculation"]
+    accepted = f"{found['accepted']:,} of {found['proposed']:,}"
+    return [
+        ("\nbatch", str(cell["batch"])),
+        ("prompt\ntokens", str(cell["prompt_length"])),
+        ("plain decode\ntokens/s", f"{found['plain_tokens_per_second']:,.0f}"),
+        ("with proposals\ntokens/s", f"{found['tokens_per_second']:,.0f}"),
+        ("\nspeedup", f"{found['speedup']:.2f}"),
+        ("proposals\naccepted", accepted),
+        ("tokens per\nreading", f"{found['tokens_per_reading']:.2f}"),
+        ("\nMBU", f"{found['mbu']:.0%}"),
+        ("effective\nMBU", f"{found['effective_mbu']:.0%}"),
+    ]
 
 
 def milliseconds(repeats: Sequence[float]) -> str:

@@ -4,6 +4,7 @@ clock is a fake, and planted functions move it."""
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +15,7 @@ from gpt.compile_log import compilations
 from gpt.config import ModelConfig
 from gpt.errors import UserError
 from gpt.presets import PRESETS
-from gpt.sampling import engine
+from gpt.sampling import engine, language_model
 from gpt.sharding import on_mesh
 
 CONFIG = ModelConfig(50, context_length=64, n_layers=1, n_heads=2, d_model=8).computing_in(
@@ -198,6 +199,43 @@ def test_int8_weights_are_counted_as_such(planted, capsys):
     assert cell["decode"]["bytes_per_step"] == flops.decode_bytes(CONFIG, 2, 47, int8=True)
 
 
+def test_speculation_of_known_times(planted, tmp_path, monkeypatch, capsys):
+    """Two rows gain 20 tokens each after the first: plainly in 20 steps and 4 seconds, and with
+    proposals, of which they accept 15 and 10, in the 10 steps and 2 seconds of the slower one."""
+    prompts_given = []
+
+    def complete(model, prompts, settings):
+        prompts_given.append(prompts)
+        accepted = (15, 10) if settings.speculate == 3 else (0, 0)
+        return [
+            SimpleNamespace(
+                token_ids=[1] * settings.max_new_tokens,
+                decode_seconds=2.0 if settings.speculate else 4.0,
+                proposed=2 * n,
+                accepted=n,
+            )
+            for n in accepted
+        ]
+
+    monkeypatch.setattr(measure.generate, "complete", complete)
+    loaded = SimpleNamespace(tokenizer=SimpleNamespace(encode_ordinary=lambda text: list(text)))
+    monkeypatch.setattr(language_model, "load", lambda path, **options: loaded)
+    (tmp_path / "text").write_text("abcdefgh")
+    argv = ["run", "--repeats", "1", "--batch-sizes", "2", "--prompt-lengths", "3"]
+    argv += ["--new-tokens", "21", "--speculate", "3", "--prompt-file", str(tmp_path / "text")]
+    assert bench.main(argv) == 0
+    table, line = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
+    (cell,) = json.loads(line)["cells"]
+    found, step_bytes = cell["speculation"], cell["decode"]["bytes_per_step"]
+    assert prompts_given == [[["a", "b", "c"], ["d", "e", "f"]]] * 4
+    assert (found["plain_tokens_per_second"], found["tokens_per_second"]) == (10, 20)
+    assert (found["speedup"], found["proposed"], found["accepted"]) == (2, 50, 25)
+    assert found["tokens_per_reading"] == pytest.approx(40 / 15)
+    assert found["mbu"] == pytest.approx(10 * step_bytes / 2 / 1e6)
+    assert found["effective_mbu"] == pytest.approx(20 * step_bytes / 2 / 1e6)
+    assert "25 of 50" in table and "2.67" in table and "3 proposals in each step" in table
+
+
 @pytest.mark.parametrize(
     ("context", "given", "expected"),
     [
@@ -228,6 +266,8 @@ def test_lengths_fit_the_context(context, given, expected):
         ({"fail_if_slower": "5%"}, "needs --compare"),
         ({"grad_accum": 2}, "--grad-accum needs --train"),
         ({"train": True, "plot": Path("x.png")}, "--train measures .* drop --plot"),
+        ({"speculate": 4, "preset": "tiny"}, "--speculate needs a trained model"),
+        ({"draft": Path("run")}, "--draft needs --speculate: add --speculate 4"),
     ],
 )
 def test_bad_input_is_one_line(given, message):

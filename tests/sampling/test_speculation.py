@@ -75,17 +75,18 @@ def test_a_draft_that_fails_rests():
 
 
 def test_a_draft_that_is_the_model_is_always_right(monkeypatch):
-    """Its cache follows what has been kept, so it draws what the model draws. The second time
-    nothing compiles."""
+    """Its cache follows what has been kept, so it draws what the model draws. The second time fewer
+    of its proposals are allowed than it makes, and nothing compiles."""
     monkeypatch.setattr(speculation, "choose_n_proposals", lambda *_: 4)
     model = make_model(dataclasses.replace(CONFIG, n_layers=1))
     plain = generate.complete(model, [PROMPT], dataclasses.replace(SETTINGS, speculate=0))[0]
-    for turn in range(2):
+    for limit, n_accepted in ((4, 24), (2, 20)):  # of 30 tokens, 5 or 3 for each reading
         before = compilations.programs
-        found = generate.complete(model.with_draft(model), [PROMPT], SETTINGS)[0]
+        settings = dataclasses.replace(SETTINGS, speculate=limit)
+        found = generate.complete(model.with_draft(model), [PROMPT], settings)[0]
         assert found.token_ids == plain.token_ids
-        assert found.accepted == found.proposed == 24  # of 30 tokens, 5 for each reading
-        assert turn == 0 or compilations.programs == before
+        assert found.accepted == found.proposed == n_accepted
+        assert limit == 4 or compilations.programs == before
 
 
 def test_int8_weights_draw_the_same_text(monkeypatch):
