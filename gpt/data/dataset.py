@@ -166,9 +166,8 @@ def find_origins(paths: Sequence[Path], options: DataOptions) -> list[Origin]:
     for group, weight, share in groups:
         shards = token_files.find_shards(expand(group))
         prepared = [path for path in group if token_files.is_prepared(path)]
-        others = len(group) > 1 and (prepared or (shards and len(shards) < len(group)))
         require(
-            not others,
+            len(group) == 1 or not prepared,
             "--data names prepared tokens beside other paths: give each a weight, as in "
             "--data A=0.7 B=0.3, or name one alone",
         )

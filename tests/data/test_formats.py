@@ -239,6 +239,8 @@ def test_a_bad_byte_is_named_by_its_place_or_its_line_left_out(tmp_path, monkeyp
     bad = BadDocuments(path, True)
     (text,) = read(path, bad=bad)
     assert bad.count == 1 and "line 1499 é\nline 1501 é\n" in text
+    path.write_bytes(b"\xef\xbb\xbfone\n")
+    assert read(path) == ["one\n"]
     path.write_bytes(b"\xef\xbb\xbfcaf\xe9 here\n")
     with pytest.raises(UserError, match="byte 6: 0xe9"):
         read(path)

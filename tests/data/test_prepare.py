@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from gpt.data import formats, prepare, token_files, tokenizers
@@ -190,8 +191,11 @@ def test_workers_change_no_byte_and_end_with_their_parent(tmp_path, monkeypatch)
     killed = subprocess.Popen([*argv, tmp_path / "two", "2"])
     while not list(tmp_path.glob(".unfinished-two/*.bin")):
         time.sleep(0.05)
+    workers = psutil.Process(killed.pid).children()
     killed.send_signal(signal.SIGKILL)
     killed.wait()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert len(workers) >= 2 and not alive
     assert not (tmp_path / "two").exists()
     subprocess.run([*argv, tmp_path / "two", "2"], check=True, timeout=60)
     assert content(tmp_path / "one") == content(tmp_path / "two")
