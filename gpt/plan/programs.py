@@ -16,6 +16,8 @@ from gpt import flops, sharding
 from gpt.config import ModelConfig, TrainConfig
 from gpt.model import kv_cache, transformer
 from gpt.sampling import decode_loop, engine, generate, sampler
+from gpt.sampling.decode_loop import DecodeState
+from gpt.sampling.sampler import SamplingParams
 from gpt.sampling.settings import Settings
 from gpt.training import train_step
 
@@ -45,28 +47,11 @@ def planned(config: TrainConfig, mesh: Mesh) -> list[PlannedProgram]:
     decode_flops = n_rows * one_token / mesh.size
     decode_bytes = flops.decode_bytes(c, ROWS, c.context_length) / mesh.shape["tensor"]
 
-    # What the programs of sampling are given: weights as sampling keeps them, not stacked, and a
-    # cache of the whole context.
-    shapes = jax.eval_shape(transformer.unstack, transformer.abstract(c))
-    axes = transformer.logical_axes(c, stacked=False)
-    shardings = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING_RULES)
-    weights = sharding.with_shardings(shapes, shardings)
-    cache = jax.eval_shape(lambda: kv_cache.grow(kv_cache.empty(c, n_rows), c.context_length))
+    weights = abstract_weights(c, mesh)
+    state, sampling = abstract_state(c, mesh, n_rows)
     tokens_BT = jax.ShapeDtypeStruct((n_rows, n_prompt), jnp.int32)
     count_B = jax.ShapeDtypeStruct((n_rows,), jnp.int32)
     active_B = jax.ShapeDtypeStruct((n_rows,), jnp.bool_)
-    state = decode_loop.DecodeState(
-        cache=cache,
-        token_B=count_B,
-        remaining_B=count_B,
-        seen_BV=jax.ShapeDtypeStruct((n_rows, c.vocab_size), jnp.bool_),
-        dropped_B=count_B,
-        eot=jax.ShapeDtypeStruct((1,), jnp.int32),
-    )
-    no_bias_V = np.zeros(c.vocab_size, np.float32)
-    sampling = generate.sampling_params([Settings()] * n_rows, [no_bias_V] * n_rows)
-    if mesh.devices.flat[0].platform != "cpu":
-        sampling = sampler.with_known_stages(sampling)  # as where such devices are
 
     def compile_sampling(function, *args, **static) -> jax.stages.Compiled:
         with sharding.on_mesh(mesh):
@@ -74,7 +59,7 @@ def planned(config: TrainConfig, mesh: Mesh) -> list[PlannedProgram]:
             return function.lower(c, weights, *placed, **static).compile()
 
     prefill = partial(compile_sampling, engine.prefill, tokens_BT, count_B)
-    decode = partial(compile_sampling, engine.decode_step, cache, count_B, active_B)
+    decode = partial(compile_sampling, engine.decode_step, state.cache, count_B, active_B)
     loop = partial(
         compile_sampling, decode_loop.decode_chunk, state, sampling, active_B, size=chunk
     )
@@ -86,6 +71,33 @@ def planned(config: TrainConfig, mesh: Mesh) -> list[PlannedProgram]:
         PlannedProgram("decode step", decode, decode_flops, decode_bytes),
         PlannedProgram("decode loop", loop, chunk * decode_flops, chunk * decode_bytes),
     ]
+
+
+def abstract_weights(c: ModelConfig, mesh: Mesh) -> dict:
+    """Shapes of the weights as sampling keeps them on `mesh`, not stacked."""
+    shapes = jax.eval_shape(transformer.unstack, transformer.abstract(c))
+    axes = transformer.logical_axes(c, stacked=False)
+    shardings = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING_RULES)
+    return sharding.with_shardings(shapes, shardings)
+
+
+def abstract_state(c: ModelConfig, mesh: Mesh, n_rows: int) -> tuple[DecodeState, SamplingParams]:
+    """Shapes of the state of decoding `n_rows` with a cache of the whole context, and how sampling
+    draws on `mesh` by default."""
+    count_B = jax.ShapeDtypeStruct((n_rows,), jnp.int32)
+    state = DecodeState(
+        cache=jax.eval_shape(lambda: kv_cache.grow(kv_cache.empty(c, n_rows), c.context_length)),
+        token_B=count_B,
+        remaining_B=count_B,
+        seen_BV=jax.ShapeDtypeStruct((n_rows, c.vocab_size), jnp.bool_),
+        dropped_B=count_B,
+        eot=jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
+    no_bias_V = np.zeros(c.vocab_size, np.float32)
+    sampling = generate.sampling_params([Settings()] * n_rows, [no_bias_V] * n_rows)
+    if mesh.devices.flat[0].platform != "cpu":
+        sampling = sampler.with_known_stages(sampling)  # as where such devices are
+    return state, sampling
 
 
 def count_rows(mesh: Mesh) -> int:
