@@ -23,7 +23,10 @@ from gpt.errors import require, require_file_path
 class Command:
     """Which runs to report on, and where to write it."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="RUN ...", help_behavior_hint=""),
+    ]
     """Folders of runs, as train.py made them."""
     out: Annotated[Path | None, optional("FILE", "report.html in the first run's folder")] = None
     """The HTML file to write."""

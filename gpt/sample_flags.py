@@ -110,6 +110,8 @@ USED_BY = {
 def parse_args(argv: list[str], description: str) -> tuple[Args, str]:
     """The flags, and the mode that they ask for; UserError for flags that exclude each other or
     have no effect."""
+    if len(argv) > 1 and not argv[0].startswith("-") and not argv[1].startswith("-"):
+        raise UserError(f"{argv[1]!r} has no flag before it: a text to continue is --prompt TEXT")
     args = cli.parse(Args, argv, program="sample.py", description=description, guesses=GUESSES)
     each(positive, args, "window stride show_probs beam_width")
     # Of two biases for the same token only the last would be left.

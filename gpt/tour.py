@@ -15,7 +15,7 @@ from rich import filesize
 
 from gpt import cli, terminal
 from gpt.config import BY_PLATFORM, DTYPES, Dtype, Weights, optional
-from gpt.errors import require, require_file_path
+from gpt.errors import UserError, require, require_file_path
 from gpt.sampling.settings import Settings
 
 EXAMPLE_PROMPT = "Tom is going to fish at the river bank."
@@ -84,6 +84,13 @@ def main(argv: list[str]) -> None:
             f"{command.checkpoint} came without a tokenizer and cannot read text: expected token "
             'ids, as in --prompt-ids "1 2 3"',
         )
+    if prompt == EXAMPLE_PROMPT:
+        try:
+            model.tokenizer.encode_ordinary(prompt)
+        except UserError:
+            raise UserError(
+                f"this model cannot read the example, {prompt!r}: give a text with --prompt"
+            ) from None
     record = tour_recorder.record_tour(model, prompt, command.settings)
     page = tour.build_tour(record, model, command.checkpoint.name)
     out.write_text(page, encoding="utf-8", errors="replace")

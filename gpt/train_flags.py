@@ -12,6 +12,7 @@ from gpt.data.options import DataOptions
 from gpt.errors import above_zero, each, not_negative, positive, require, require_file_path
 from gpt.presets import PRESETS
 
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 # The flag, or what to do, for names that other programs have.
 GUESSES = {
     "--learning-rate": "lr max-lr",
@@ -122,7 +123,7 @@ class Args:
     compiler: v5e:16x16, h100:8."""
     json: Annotated[Path | None, optional("FILE")] = None
     """With --devices or --topology: also write the plan to this file."""
-    log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    log_to: Annotated[tuple[Tracker, ...], tyro.conf.arg(help_behavior_hint="")] = ()
     """Also send metrics, samples and settings to DIR/tensorboard, Weights & Biases or Trackio."""
     eval_tasks: Annotated[str | None, optional("NAME,NAME,...")] = None
     """Tasks of lm-eval to evaluate the model on while it trains (docs/evaluate.md)."""

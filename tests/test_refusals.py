@@ -44,6 +44,7 @@ TRAIN = {
 }
 SAMPLE = {
     "no checkpoint named": ([], "CHECKPOINT"),
+    "a prompt without its flag": (["RUN", "the"], "'the' has no flag before it: "),
     "a missing folder": (["gone"], "no folder gone"),
     "a remote run": (["hf://who/run"], "hf://who/run is an address"),
     "a pickle": (["nano.pt"], "no checkpoint in nano.pt: expected a run's folder"),

@@ -27,7 +27,10 @@ from gpt.errors import positive, require
 class Prepare:
     """Tokenize text of any format into a folder that train.py --data takes."""
 
-    sources: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="SOURCE ...")]
+    sources: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="SOURCE ...", help_behavior_hint=""),
+    ]
     """Files, folders and patterns of text."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """The folder to make."""

@@ -46,9 +46,10 @@ def describe(
     flops_per_token = flops.train_flops_per_token(model)
     tokens_per_step = config.batch_size * config.sequence_length
     lines = [
-        f"model          {model.n_layers} blocks, width {model.d_model}, MLP {model.ff_width}, "
-        f"{model.n_heads} heads ({model.kv_heads} key/value heads), context "
-        f"{model.context_length}, vocabulary {model.vocab_size:,}",
+        f"model          {counted(model.n_layers, 'block')}, width {model.d_model}, MLP "
+        f"{model.ff_width}, {counted(model.n_heads, 'head')} "
+        f"({counted(model.kv_heads, 'key/value head')}), context {model.context_length}, "
+        f"vocabulary {model.vocab_size:,}",
         f"choices        positions {model.positions}, norm {model.norm} {model.norm_place}, mlp "
         f"{model.mlp}, schedule {config.schedule}",
         f"parameters     {flops.parameters(model):,}",

@@ -15,7 +15,7 @@ from programs import call
 from reports.made_up import random_record
 
 from gpt.config import ModelConfig
-from gpt.data.tokenizers import IdTokenizer
+from gpt.data.tokenizers import CharTokenizer, IdTokenizer
 from gpt.errors import UserError
 from gpt.model import transformer
 from gpt.reports import tour, tour_recorder
@@ -89,6 +89,13 @@ def test_a_model_without_a_tokenizer_takes_ids(trained, tmp_path, monkeypatch):
         done = call("gpt/tour", "run", *argv, "--out", tmp_path / "b.html")
         assert done.code == 2 and "came without a tokenizer" in done.err
         assert done.err.endswith('--prompt-ids "1 2 3"\n') and done.err.count("\n") == 1
+
+
+def test_a_model_of_other_characters_than_the_examples_asks_for_a_prompt(trained, monkeypatch):
+    model = dataclasses.replace(language_model.load(trained[1]), tokenizer=CharTokenizer("今天"))
+    monkeypatch.setattr(language_model, "load", lambda *_: model)
+    done = call("gpt/tour", trained[1])
+    assert done.code == 2 and done.err.startswith("error: this model cannot read the example, ")
 
 
 def test_prefill_and_each_step_say_what_they_read_and_wrote(toured):
