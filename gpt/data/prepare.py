@@ -32,7 +32,7 @@ from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError, require
 
 TASK_BYTES = 2**26  # of the files of one task, unless one file is larger
-GROUP = 2**23  # characters that are encoded at once, and then noted in the journal
+GROUP = 2**22  # characters that are encoded at once, and then noted in the journal
 WORTH_WORKERS = 2**25  # for fewer bytes, starting processes takes longer than it saves
 MIN_DOCUMENTS = 20  # with at least this many, whole documents are held out
 HELD_OUT_DOCUMENTS = 0.05  # share of many documents

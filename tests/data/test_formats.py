@@ -9,9 +9,11 @@ import lzma
 
 import pytest
 
-from gpt.data import formats
+from gpt.data import formats, tokenizers
 from gpt.data.formats import BadDocuments, NotText, read_pieces, recognize
 from gpt.data.options import Reading
+from gpt.data.prepare import Job, tokenize
+from gpt.data.sources import find, open_text
 from gpt.errors import UserError
 
 DOCS = ["eins", "zwei\nzeilen é 今天 🙂", '{"text": "quoted"}', "  spaced\r\n", "x" * 300]
@@ -94,6 +96,21 @@ def test_any_of_them_may_be_compressed(form, compression, tmp_path):
     path = write(tmp_path / "data.txt", form, compression)
     assert recognize(path, PLAIN) == (f"{form}, {compression}" if compression else form)
     assert read(path) == DOCS
+
+
+def test_every_format_gives_the_same_tokens(tmp_path):
+    """To the byte: many documents, of which some are held out."""
+    docs = [f"{i} {doc}" for i in range(20) for doc in DOCS]
+    byte = tokenizers.create("byte", lambda: [], 0)
+    found = set()
+    for form in WRITERS:
+        path = write(tmp_path / "data", form, docs=docs)
+        folder = tmp_path / form
+        job = Job(open_text(find([path]), PLAIN), byte, PLAIN, 0.3)
+        tokenize(job, folder, "f", {})
+        found.add(tuple(file.read_bytes() for file in sorted(folder.glob("*.bin"))))
+    (shards,) = found
+    assert len(shards) == 2
 
 
 @pytest.mark.parametrize("form", [*WRITERS, "gzip", "zstd", "bzip2", "xz"])
