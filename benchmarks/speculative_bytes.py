@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from gpt import cli
+from gpt.wording import counted
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> int:
             f"{n}: {read / (n + 1) / n_rows / 1e6:,.1f}" for n in range(command.speculate + 1)
         ]
         print(
-            f"{command.preset} on {command.topology}, {n_rows} row(s): a plain step moves "
+            f"{command.preset} on {command.topology}, {counted(n_rows, 'row')}: a plain step moves "
             f"{plain / 1e6:,.1f} MB ({plain / n_rows / 1e6:,.1f} a token) in "
             f"{plain_seconds * 1e3:.3f} ms, one with {command.speculate} proposals "
             f"{read / 1e6:,.1f} MB in {seconds * 1e3:.3f} ms; MB a token by accepted proposals: "
