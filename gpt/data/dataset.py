@@ -6,6 +6,7 @@ again (token_store.py).
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,12 +85,12 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
             chosen = choose_tokenizer(origins, tokenizer, vocab_size, options, kept, is_sample)
 
         keys = [stat_key(origin, chosen, options) for origin in origins]
-        if is_sample and not all(kept.recall(key) for key in keys if key):
+        if is_sample and not all(kept.recall_folder(key) for key in keys if key):
             return chosen, estimate_tokens(texts, chosen, options, log)
 
         # Identify all origins first: text that has changed is refused before it is tokenized.
         for origin, key in zip(origins, keys, strict=True):
-            identify(origin, chosen, options, kept.recall(key), log)
+            identify(origin, chosen, options, kept.recall_folder(key), log)
         fingerprint = origins[0].fingerprint
         if len(origins) > 1:
             weights = [origin.weight for origin in origins]
@@ -108,7 +109,7 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
                 text = open_text(origin.text, options)
                 job = prepare.Job(text, chosen, options, origin.held_out, progress=progress)
                 prepare.tokenize(job, origin.folder, origin.fingerprint, origin.files)
-                kept.remember(key, origin.folder)
+                kept.remember(key, origin.folder.name)
             if origin.folder:
                 origin.splits = token_files.open_shards(origin.folder, chosen, options.verify_data)
                 is_kept = keep or origin.folder.parent != kept.new
@@ -217,9 +218,9 @@ def choose_tokenizer(
     )
     stats = [file.stat for text in texts for file in text.files]
     key = [VERSION, name, vocab_size, options.document_settings, stats]
-    known = kept.recall_tokenizer(key)
+    known = kept.recall(key)
     if known:
-        return known
+        return tokenizers.load(known)
 
     def documents() -> Iterator[str]:
         for text in texts:
@@ -231,7 +232,7 @@ def choose_tokenizer(
 
     chosen = tokenizers.create(name, documents, vocab_size)
     if not is_sample:
-        kept.remember_tokenizer(key, chosen)
+        kept.remember(key, json.dumps(tokenizers.to_json(chosen)))
     return chosen
 
 

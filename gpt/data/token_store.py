@@ -5,7 +5,6 @@ made: files that still look so are not read again.
 """
 
 import contextlib
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gpt.data import tokenizers
 from gpt.data.prepare import UNFINISHED
 from gpt.data.token_files import is_prepared
-from gpt.data.tokenizers import Tokenizer, sha256_of
+from gpt.data.tokenizers import sha256_of
 from gpt.errors import UserError
 
 
@@ -41,36 +39,27 @@ class TokenStore(contextlib.AbstractContextManager):
         return kept if is_prepared(kept) else self.new / kept.name
 
     def recall(self, key: Any) -> Path | None:
-        """The folder of the tokens that were made from `key`, if it exists."""
+        """The file with what was remembered by the JSON value `key`, if it exists."""
         path = self.kept / "starts" / sha256_of(key)
-        if not path.is_file():
-            return None
-        folder = self.kept / path.read_text().strip()
-        return folder if is_prepared(folder) else None
+        return path if path.is_file() else None
 
-    def remember(self, key: Any, folder: Path) -> None:
-        """Let `recall` find the folder by the JSON value `key`."""
-        if self.keep:
-            self._write(sha256_of(key), folder.name)
+    def recall_folder(self, key: Any) -> Path | None:
+        """The folder of the tokens that were made from `key`, if it exists."""
+        file = self.recall(key)
+        if file and is_prepared(self.kept / file.read_text()):
+            return self.kept / file.read_text()
+        return None
 
-    def recall_tokenizer(self, key: Any) -> Tokenizer | None:
-        """The tokenizer that was made from `key`, if it is kept."""
-        path = self.kept / "starts" / f"{sha256_of(key)}.tokenizer.json"
-        return tokenizers.load(path) if path.is_file() else None
-
-    def remember_tokenizer(self, key: Any, tokenizer: Tokenizer) -> None:
-        """Let `recall_tokenizer` find the tokenizer by the JSON value `key`."""
-        if self.keep:
-            content = json.dumps(tokenizers.to_json(tokenizer))
-            self._write(f"{sha256_of(key)}.tokenizer.json", content)
-
-    def _write(self, name: str, content: str) -> None:
+    def remember(self, key: Any, content: str) -> None:
+        """Let `recall` find the content by `key`, if new tokens are kept."""
+        if not self.keep:
+            return
         starts = self.kept / "starts"
         try:
             starts.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=starts, delete=False) as file:
                 file.write(content)
-            Path(file.name).replace(starts / name)
+            Path(file.name).replace(starts / sha256_of(key))
         except OSError as error:
             raise UserError(f"cannot write tokens to {self.kept}: {error}") from None
 
