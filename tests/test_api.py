@@ -80,6 +80,9 @@ def test_mistakes_are_user_errors(trained, tmp_path, model):
         gpt.load(tmp_path / "gone")
     with pytest.raises(gpt.UserError, match="no checkpoint of step 3"):
         gpt.load(trained[1], step=3)
+    for name in ("dtype", "weights", "quantize", "prefix"):
+        with pytest.raises(gpt.UserError, match=f"{name} is 'int4': expected one of "):
+            gpt.load(trained[1], **{name: "int4"})
     with pytest.raises(gpt.UserError, match="exceeds the model's context of 16"):
         model.generate("x" * 30)
     with pytest.raises(gpt.UserError, match="temperature is -1"):

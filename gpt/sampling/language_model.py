@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -162,6 +162,15 @@ def load(
     """
     run = Path(run).expanduser()
     checkpoint.require_run(run)
+    for name, value, kind in (
+        ("dtype", dtype, Dtype),
+        ("weights", weights, Weights),
+        ("quantize", quantize, Quantize),
+        ("prefix", prefix, Prefix),
+    ):
+        words = get_args(kind)
+        expected = f"expected one of {', '.join(words)}"
+        require(value is None or value in words, f"{name} is {value!r}: {expected}")
     dtype = dtype or hardware.default_dtype()
     devices = sharding.make_decoding_mesh(mesh)
 
