@@ -76,7 +76,7 @@ def main() -> int:
     all_agree = True
     for sizes in SIZES:
         n_tokens, width = sizes[0], sizes[3]
-        if kernel is None or not fits(n_tokens, width):
+        if kernel is None or not fits(n_tokens, width, jnp.bfloat16):
             print(f"no fused kernel on {platform} for {sizes}")
             continue
         pairs = compare(kernel, inputs(*sizes))

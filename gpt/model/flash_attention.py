@@ -2,8 +2,9 @@
 
 The scores of all pairs of tokens, which the plain form writes to memory and reads back, never leave
 the chip (Dao et al. 2022, FlashAttention). A kernel is used where query t stands at slot t, in
-training and when a prompt is read into an empty cache, in bfloat16 and without dropout of weights.
-That is decided while a program is traced, by the devices that it is for; a CPU has no such kernel.
+training and when a prompt is read into an empty cache, without dropout of weights; on accelerators
+in bfloat16. That is decided while a program is traced, by the devices that it is for. A CPU has no
+such kernel, and long sequences are computed in blocks there (blockwise_attention.py).
 Shape letters: see transformer.py.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from gpt.model import attention
+from gpt.model import attention, blockwise_attention
 from gpt.sharding import fitting, mesh_in_force, platform, target_device
 
 try:  # what jax.nn.dot_product_attention calls: it knows our layout, and is not public
@@ -61,9 +62,9 @@ def attend_token(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
 def kernel_for(q_BTNH: jax.Array | jax.ShapeDtypeStruct) -> Kernel | None:
     """The platform's kernel for queries of this shape and type, if it has one."""
     kernel, fits = KERNELS.get(platform(), (None, None))
-    if kernel is None or q_BTNH.dtype != jnp.bfloat16:
+    if kernel is None or not fits(q_BTNH.shape[1], q_BTNH.shape[3], q_BTNH.dtype):
         return None
-    return kernel if fits(q_BTNH.shape[1], q_BTNH.shape[3]) else None
+    return kernel
 
 
 def spread(kernel: Kernel, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *of_rows):
@@ -118,8 +119,8 @@ def cache_by_cudnn(q_BTNH, k_BKSH, v_BKSH, n_B: jax.Array | None = None) -> jax.
     return mix_BNTH.swapaxes(1, 2)
 
 
-def fits_cudnn(n_tokens: int, width: int) -> bool:
-    """Whether cuDNN takes heads of this width: on NVIDIA GPUs from Ampere on.
+def fits_cudnn(n_tokens: int, width: int, dtype: jnp.dtype) -> bool:
+    """Whether cuDNN takes heads of this width: in bfloat16, on NVIDIA GPUs from Ampere on.
 
     The name decides, since nothing else is known of a GPU that is not in this machine. For such a
     one JAX allows only the widths that every GPU takes.
@@ -128,7 +129,8 @@ def fits_cudnn(n_tokens: int, width: int) -> bool:
     widest = 256 if HOPPER_OR_LATER.search(kind) and jax.default_backend() == "gpu" else 128
     of_nvidia = kind.startswith(("NVIDIA", "GeForce", "A100"))
     is_ampere_or_later = of_nvidia and BEFORE_AMPERE.search(kind) is None
-    return width % 8 == 0 and width <= widest and is_ampere_or_later
+    width_fits = width % 8 == 0 and width <= widest
+    return dtype == jnp.bfloat16 and width_fits and is_ampere_or_later
 
 
 def by_splash(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
@@ -146,10 +148,15 @@ def by_splash(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Ar
     return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH).swapaxes(1, 2)
 
 
-def fits_splash(n_tokens: int, width: int) -> bool:
-    """Whole tiles, and products in the type of their factors: it compiles for nothing else."""
+def fits_splash(n_tokens: int, width: int, dtype: jnp.dtype) -> bool:
+    """Whole tiles, and products in bfloat16: it compiles for nothing else."""
+    whole_tiles = n_tokens % TILES[-1] == 0
     precision = jax.config.jax_default_matmul_precision
-    return n_tokens % TILES[-1] == 0 and precision in (None, "default", "bfloat16")
+    return whole_tiles and dtype == jnp.bfloat16 and precision in (None, "default", "bfloat16")
 
 
-KERNELS = {"gpu": (by_cudnn, fits_cudnn), "tpu": (by_splash, fits_splash)}
+KERNELS = {
+    "cpu": (blockwise_attention.attend, blockwise_attention.fits),
+    "gpu": (by_cudnn, fits_cudnn),
+    "tpu": (by_splash, fits_splash),
+}

@@ -15,6 +15,7 @@ from rich import filesize
 from gpt import flops, hardware
 from gpt.config import AUTO, TrainConfig
 from gpt.errors import UserError, is_out_of_memory, require
+from gpt.model import blockwise_attention
 from gpt.training import fused_loss
 from gpt.training.loss import count_chunks
 
@@ -136,8 +137,10 @@ def expected_need(config: TrainConfig, mesh: Mesh) -> Need:
     products = 2 * model.d_model + flops.qkv_width(model) + mixed + flops.mlp_inputs_width(model)
     everything = 2 * model.d_model + products + 2 * model.ff_width
     everything_bytes = everything * item_bytes
-    may_be_fused = model.compute_dtype == "bfloat16" and not model.dropout
-    if is_cpu(mesh) or config.attention == "plain" or not may_be_fused:
+    may_be_fused = model.compute_dtype == "bfloat16"
+    if is_cpu(mesh):
+        may_be_fused = config.sequence_length >= blockwise_attention.SHORTEST
+    if config.attention == "plain" or model.dropout or not may_be_fused:
         # Without fused attention: scores, weights, and the weights that are mixed with.
         everything_bytes += model.n_heads * config.sequence_length * (8 + item_bytes)
     of_block = {"none": everything_bytes, "products": products * item_bytes, "blocks": 0}

@@ -197,7 +197,8 @@ def require_fit(config: TrainConfig, mesh: Mesh) -> list[str]:
             kernel is not None and model.dropout == 0,
             "--attention fused: no kernel fits; there is one on NVIDIA GPUs from Ampere on and on "
             "TPUs, for --dtype bfloat16, --model.dropout 0 and heads whose width is a multiple of "
-            "8, up to 128 (256 on Hopper)",
+            "8, up to 128 (256 on Hopper); on a CPU for sequences of 256 tokens or more, a "
+            "multiple of 4, and --model.dropout 0",
         )
     n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = config.batch_size // config.grad_accum

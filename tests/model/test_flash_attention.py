@@ -14,7 +14,7 @@ from programs import program
 from gpt import sharding
 from gpt.config import MeshConfig, ModelConfig, TrainConfig
 from gpt.errors import UserError
-from gpt.model import attention, flash_attention, transformer
+from gpt.model import attention, blockwise_attention, flash_attention, transformer
 from gpt.sampling import engine
 from gpt.sharding import AXES
 from gpt.training import loss, train_step
@@ -35,7 +35,9 @@ def seen(monkeypatch):
 
     here = flash_attention.platform()
     monkeypatch.setitem(
-        flash_attention.KERNELS, here, (kernel, lambda n_tokens, width: width % 8 == 0)
+        flash_attention.KERNELS,
+        here,
+        (kernel, lambda n_tokens, width, dtype: width % 8 == 0 and dtype == jnp.bfloat16),
     )
     return asked
 
@@ -49,6 +51,30 @@ def test_splash_attention_is_attention(monkeypatch):
     arrays = parity.inputs(T=256, N=2, K=1, H=24, B=1)
     assert parity.agree(parity.compare(flash_attention.by_splash, arrays))
     assert not parity.agree(parity.compare(lambda q, k, v: parity.plain(q * 1.05, k, v), arrays))
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_attention_in_blocks_is_attention(n_kv_heads):
+    """The form of a CPU: values and gradients, and no query reads a later slot."""
+    rng = np.random.default_rng(0)
+    q_BTNH, weight_BTNH = jnp.asarray(rng.normal(size=(2, 2, 256, 4, 8)), jnp.float32)
+    k_BKSH, v_BKSH = jnp.asarray(rng.normal(size=(2, 2, n_kv_heads, 256, 8)), jnp.float32)
+    assert flash_attention.kernel_for(q_BTNH) is blockwise_attention.attend
+    results = []
+    for attend in (flash_attention.attend, attention.attend):
+
+        @jax.jit
+        def mix_of(q, k, v, attend=attend):
+            return attend(q, k, v, None, None)
+
+        mix, gradient = jax.vjp(mix_of, q_BTNH, k_BKSH, v_BKSH)
+        results.append([mix, *gradient(weight_BTNH)])
+        mix = mix_of(q_BTNH, k_BKSH, v_BKSH)
+        changed = mix_of(q_BTNH, k_BKSH.at[:, :, 200:].set(9.0), v_BKSH)
+        assert np.array_equal(mix[:, :200], changed[:, :200])
+        assert not np.allclose(mix[:, 200:], changed[:, 200:])
+    for ours, plain in zip(*results, strict=True):
+        assert np.abs(ours - plain).max() <= 2e-6 * np.abs(plain).max()
 
 
 def test_training_and_prefill_choose_the_kernel(seen):
@@ -100,7 +126,7 @@ def test_the_plain_form_is_taken(why, seen, monkeypatch):
 )
 def test_a_tpu_needs_whole_tiles_and_no_higher_precision(n_tokens, precision, fits):
     with jax.default_matmul_precision(precision):
-        assert flash_attention.fits_splash(n_tokens, 64) == fits
+        assert flash_attention.fits_splash(n_tokens, 64, jnp.bfloat16) == fits
 
 
 def test_dropout_keeps_from_the_kernel_only_where_it_is_on(seen):
@@ -152,12 +178,12 @@ def test_cudnn_is_chosen_by_the_gpu_that_is_compiled_for(kind, fits, fits_wide_h
     mesh = AbstractMesh((1, 1, 1), AXES, axis_types=types, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         assert flash_attention.platform() == "gpu"
-        assert flash_attention.fits_cudnn(1024, 64) == fits
-        assert not flash_attention.fits_cudnn(1024, 60)
+        assert flash_attention.fits_cudnn(1024, 64, jnp.bfloat16) == fits
+        assert not flash_attention.fits_cudnn(1024, 60, jnp.bfloat16)
         # JAX allows wider heads by the GPU that it finds, and here it finds none.
-        assert not flash_attention.fits_cudnn(1024, 256)
+        assert not flash_attention.fits_cudnn(1024, 256, jnp.bfloat16)
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-        assert flash_attention.fits_cudnn(1024, 256) == fits_wide_heads
+        assert flash_attention.fits_cudnn(1024, 256, jnp.bfloat16) == fits_wide_heads
 
 
 @pytest.mark.parametrize("n_times", [1, 2])

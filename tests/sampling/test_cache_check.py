@@ -154,7 +154,7 @@ def test_the_fused_kernel_is_checked_where_there_is_one(monkeypatch):
         monkeypatch.setitem(
             flash_attention.KERNELS,
             flash_attention.platform(),
-            (noting, lambda n_tokens, width: n_tokens % 128 == 0),
+            (noting, lambda n_tokens, width, dtype: n_tokens % 128 == 0),
         )
         (fused,) = cache_check.run_checks(unused_model(config))
         assert fused.passed == passed

@@ -105,7 +105,7 @@ def test_what_is_given_is_kept():
 
 @pytest.mark.parametrize("remat", ["none", "products", "blocks"])
 def test_the_expected_need_is_near_the_compiled_one(mesh, remat):
-    model = dataclasses.replace(MODEL, vocab_size=2048, context_length=128, d_model=64, n_layers=6)
+    model = dataclasses.replace(MODEL, vocab_size=2048, context_length=256, d_model=64, n_layers=6)
     config = dataclasses.replace(
         CONFIG, model=model, batch_size=16, remat=remat, unroll=remat == "none"
     )

@@ -1,0 +1,110 @@
+"""Causal attention on a CPU: in blocks of queries, with its gradient written out.
+
+A block of queries reads the slots up to its last query alone: the rest would be masked. The
+backward pass computes the weights again from the logarithm of each query's sum, and the softmax's
+gradient from sums over the width of a head instead of over all slots (Dao et al. 2022,
+FlashAttention, appendix B.4): long sums are slow on a CPU, which adds up a row number by number.
+Shape letters: see transformer.py; C queries of a block, here S is the slots that they read.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from gpt.model.attention import MASKED
+
+N_BLOCKS = 4  # more would skip more, and take longer to compile
+SHORTEST = 256  # tokens of a sequence for which this is faster than plain attention
+
+product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def fits(n_tokens: int, width: int, dtype: jnp.dtype) -> bool:
+    """Whether a sequence is long enough, and its blocks are equal; for heads of every width and
+    every type."""
+    return n_tokens >= SHORTEST and n_tokens % N_BLOCKS == 0
+
+
+def split(T: int) -> list[slice]:
+    """The queries of each block."""
+    C = T // N_BLOCKS
+    return [slice(start, start + C) for start in range(0, T, C)]
+
+
+@jax.custom_vjp
+def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
+    """As attention.attend where query t stands at slot t, for a length that `fits`."""
+    mix_BTNH, _ = forward(q_BTNH, k_BKSH, v_BKSH)
+    return mix_BTNH
+
+
+def scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, block: slice) -> jax.Array:
+    """Masked float32 scores [B, K, G, C, S] of a block of scaled queries."""
+    q_BKGCH, k_BKSH = q_BKGTH[:, :, :, block], k_BKSH[:, :, : block.stop]
+    scores_BKGCS = product("BKGCH,BKSH->BKGCS", q_BKGCH, k_BKSH)
+    visible_CS = jnp.arange(block.stop) <= jnp.arange(block.start, block.stop)[:, None]
+    return jnp.where(visible_CS, scores_BKGCS, MASKED)
+
+
+def forward(q_BTNH, k_BKSH, v_BKSH):
+    """The mix, and what the backward pass needs."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BKSH.shape[1]
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    q_BKGTH = (q_BKGTH / math.sqrt(H)).astype(q_BTNH.dtype)
+    mixes, log_sums = [], []
+    for block in split(T):
+        scores_BKGCS = scores(q_BKGTH, k_BKSH, block)
+        max_BKGC1 = scores_BKGCS.max(-1, keepdims=True)
+        weights_BKGCS = jnp.exp(scores_BKGCS - max_BKGC1)
+        sum_BKGC1 = weights_BKGCS.sum(-1, keepdims=True)
+        weights_BKGCS = weights_BKGCS.astype(v_BKSH.dtype)
+        mix_BKGCH = product("BKGCS,BKSH->BKGCH", weights_BKGCS, v_BKSH[:, :, : block.stop])
+        mixes.append(mix_BKGCH / sum_BKGC1)
+        log_sums.append(max_BKGC1 + jnp.log(sum_BKGC1))
+    mix_BKGTH = jnp.concatenate(mixes, axis=3)
+    log_sum_BKGT1 = jnp.concatenate(log_sums, axis=3)
+    mix_BTNH = mix_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(v_BKSH.dtype)
+    return mix_BTNH, (q_BKGTH, k_BKSH, v_BKSH, mix_BKGTH, log_sum_BKGT1)
+
+
+def backward(kept, grad_BTNH):
+    """Gradients with respect to q_BTNH, k_BKSH and v_BKSH.
+
+    With weights P = softmax(scores) and the gradient dP with respect to them, the gradient with
+    respect to the scores is P * (dP - sum over slots of P * dP). That sum is mix . grad.
+    """
+    q_BKGTH, k_BKSH, v_BKSH, mix_BKGTH, log_sum_BKGT1 = kept
+    B, K, G, T, H = q_BKGTH.shape
+    grad_BKGTH = grad_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
+    row_sum_BKGT1 = (mix_BKGTH * grad_BKGTH).sum(-1, keepdims=True)
+
+    q_grads = []
+    k_grad_BKSH = jnp.zeros(k_BKSH.shape, jnp.float32)
+    v_grad_BKSH = jnp.zeros(v_BKSH.shape, jnp.float32)
+    for block in split(T):
+        q_BKGCH, grad_BKGCH = q_BKGTH[:, :, :, block], grad_BKGTH[:, :, :, block]
+        scores_BKGCS = scores(q_BKGTH, k_BKSH, block)
+        weights_BKGCS = jnp.exp(scores_BKGCS - log_sum_BKGT1[:, :, :, block])
+        weight_grads_BKGCS = product("BKGCH,BKSH->BKGCS", grad_BKGCH, v_BKSH[:, :, : block.stop])
+        score_grads_BKGCS = weights_BKGCS * (weight_grads_BKGCS - row_sum_BKGT1[:, :, :, block])
+
+        score_grads_BKGCS = score_grads_BKGCS.astype(q_BKGTH.dtype)
+        weights_BKGCS = weights_BKGCS.astype(q_BKGTH.dtype)
+        q_grads.append(product("BKGCS,BKSH->BKGCH", score_grads_BKGCS, k_BKSH[:, :, : block.stop]))
+        of_keys_BKSH = product("BKGCS,BKGCH->BKSH", score_grads_BKGCS, q_BKGCH)
+        of_values_BKSH = product("BKGCS,BKGCH->BKSH", weights_BKGCS, grad_BKGCH)
+        k_grad_BKSH = k_grad_BKSH.at[:, :, : block.stop].add(of_keys_BKSH)
+        v_grad_BKSH = v_grad_BKSH.at[:, :, : block.stop].add(of_values_BKSH)
+    q_grad_BKGTH = jnp.concatenate(q_grads, axis=3) / math.sqrt(H)
+    q_grad_BTNH = q_grad_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+    return (
+        q_grad_BTNH.astype(q_BKGTH.dtype),
+        k_grad_BKSH.astype(k_BKSH.dtype),
+        v_grad_BKSH.astype(v_BKSH.dtype),
+    )
+
+
+attend.defvjp(forward, backward)
