@@ -73,7 +73,7 @@ def many(platform, n_devices):
         ("gpt2-large", "gpu", 1, 30, "none", 128),
         ("gpt2-large", "gpu", 1, 24, "products", 128),
         ("gpt2-large", "tpu", 16, 16, "blocks", 32),  # too little in any case: one row
-        ("gpt2", "cpu", 1, 24, "blocks", 32),
+        ("gpt2", "cpu", 1, 24, "blocks", 16),
     ],
 )
 def test_what_is_left_open_is_decided_by_memory(
