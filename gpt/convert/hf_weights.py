@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from gpt import checkpoint
@@ -273,7 +274,7 @@ def read_params(
     """All weights as stacked arrays on the first device; UserError if one is not finite."""
     weights = weights_of(config, family)
     leaves = named_leaves(transformer.abstract(config))
-    params: dict[str, Any] = {}
+    params: dict[str, jax.Array] = {}
     # For a moment there are two copies of an array, and one of its tensors. The largest come first,
     # while memory is empty.
     for path in sorted(leaves, key=lambda path: -math.prod(leaves[path].shape)):
@@ -285,12 +286,8 @@ def read_params(
                 require(finite, f"{weight.name} holds NaN or infinity: these weights are damaged")
                 in_layer = array if weight.layer is None else array[weight.layer]
                 in_layer[: weight.shape[0]] = weight.from_tensor(tensor)
-        *parents, key = path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[key] = jax.block_until_ready(jax.device_put(array))
-    return params
+        params[path] = jax.block_until_ready(jax.device_put(array))
+    return unflatten_dict(params, sep="/")
 
 
 # ---------------------------------------------------------------- writing

@@ -228,7 +228,7 @@ def choose_tokenizer(
             if is_sample:
                 yield from sample(opened, options)[0]
             else:
-                yield from (text for text, _ in opened.pieces(options))
+                yield from (piece for piece, _ in opened.pieces(options))
 
     chosen = tokenizers.create(name, documents, vocab_size)
     if not is_sample:
