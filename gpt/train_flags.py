@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gpt import cli
+from gpt import cli, terminal
 from gpt.config import TrainConfig, optional
 from gpt.data.options import DataOptions
 from gpt.errors import above_zero, each, not_negative, positive, require, require_file_path
@@ -228,6 +228,9 @@ def parse_args(argv: list[str], description: str) -> Args:
         args.resume is None or first not in PRESETS,
         f"--resume takes all settings from the run: drop the preset {first}",
     )
+    names_no_text = args.data is None and not args.resume and not args.plans_absent
+    if names_no_text and terminal.has_piped_text():
+        terminal.note("note: standard input is not read; --data - takes the text from it")
     if args.data and Path("-") in args.data:
         kept = cli.keep_stdin()
         args = replace(args, data=tuple(kept if one == Path("-") else one for one in args.data))

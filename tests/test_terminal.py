@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt import cli, sample_flags, terminal
+from gpt import cli, sample_flags, terminal, train_flags
 from gpt.errors import UserError
 
 
@@ -207,15 +207,23 @@ def test_text_that_is_piped_in_without_being_asked_for_is_left_with_a_note(capsy
     """A shell's loop or script may be what is there. /dev/null holds nothing, and stays silent."""
     read, write = os.pipe()
     os.write(write, b"def ")
-    for stdin, argv, said in (
-        (read, ["run"], "note: standard input is not read; --prompt-file - takes"),
-        (read, ["run", "--prompt", "def "], ""),
-        (os.open(os.devnull, os.O_RDONLY), ["run"], ""),
+
+    def sample(argv):
+        sample_flags.read_inputs(sample_flags.parse_args(argv, "")[0])
+
+    def train(argv):
+        train_flags.parse_args(argv, "")
+
+    for stdin, main, argv, said in (
+        (read, sample, ["run"], "note: standard input is not read; --prompt-file - takes"),
+        (read, sample, ["run", "--prompt", "def "], ""),
+        (read, train, [], "note: standard input is not read; --data - takes"),
+        (read, train, ["--data", "my.txt"], ""),
+        (os.open(os.devnull, os.O_RDONLY), sample, ["run"], ""),
     ):
         with open(stdin, closefd=False) as stream:
             monkeypatch.setattr(sys, "stdin", stream)
-            args, _ = sample_flags.parse_args(argv, "")
-            sample_flags.read_inputs(args)
+            main(argv)
         err = capsys.readouterr().err
         assert err.startswith(said) if said else err == ""
     assert os.read(read, 9) == b"def "

@@ -19,6 +19,7 @@ from tiktoken_ext import openai_public
 
 from gpt.data.hf_tokenizer import FILE, KIND, PAIR, HFTokenizer, open_file, open_pair
 from gpt.errors import UserError, require
+from gpt.wording import counted
 
 FORMAT = "gpt tokenizer"
 VERSION = 1
@@ -151,8 +152,8 @@ class CharTokenizer(Tokenizer):
                 names += f" and {len(unknown) - 20} more"
             raise UserError(
                 f"this model was not trained on these characters: {names}. It knows "
-                f"{len(self.characters)}: leave the others out, or train a model that knows every "
-                "character, with --tokenizer byte or bpe"
+                f"{counted(len(self.characters), 'other')}: leave these out, or train a model that "
+                "knows every character, with --tokenizer byte or bpe"
             ) from None
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
