@@ -83,8 +83,8 @@ def compare(name: str, model, prompts: list, settings, command: Command) -> None
             done = model.generate(prompts, chosen)
             texts[way] = [one.token_ids for one in done]
             if turn == 0:
-                loops = [p for p in compilations.each[before:] if p.name in LOOPS]
-                compile_seconds[way] = sum(p.seconds for p in loops) / max(len(loops), 1)
+                loops = [p.seconds for p in compilations.each[before:] if p.name in LOOPS]
+                compile_seconds[way] = statistics.mean(loops) if loops else None
             else:
                 n_tokens = sum(len(one.token_ids) - 1 for one in done)
                 rates[way].append(n_tokens / max(one.decode_seconds for one in done))
@@ -94,13 +94,18 @@ def compare(name: str, model, prompts: list, settings, command: Command) -> None
     n_accepted = sum(one.accepted for one in done)
     n_readings = sum(len(one.token_ids) - 1 for one in done) - n_accepted
     same = sum(a == b for a, b in zip(texts["plain"], texts["speculative"], strict=True))
+    compiled = ""  # by an earlier case
+    if None not in compile_seconds.values():
+        compiled = (
+            f"; a loop compiled in {compile_seconds['plain']:.1f} and "
+            f"{compile_seconds['speculative']:.1f} s"
+        )
     print(
-        f"{name}, {len(prompts)} rows: {statistics.median(rates['plain']):,.0f} and "
+        f"{name}, rows {len(prompts)}: {statistics.median(rates['plain']):,.0f} and "
         f"{statistics.median(rates['speculative']):,.0f} tokens/s, ratio {ratio:.2f} ({low:.2f} to "
         f"{high:.2f}); {1 + n_accepted / n_readings:.2f} tokens per reading; {n_accepted} of "
         f"{sum(one.proposed for one in done)} proposals accepted; {same} of {len(done)} texts the "
-        f"same; a loop compiled in {compile_seconds['plain']:.1f} and "
-        f"{compile_seconds['speculative']:.1f} s",
+        f"same{compiled}",
         flush=True,
     )
 

@@ -34,7 +34,9 @@ def require_usable(model, draft) -> None:
     )
 
 
-def keep_up(draft, cache: kv.KVCache | None, rows: Sequence[Row], state: DecodeState) -> kv.KVCache:
+def catch_up(
+    draft, cache: kv.KVCache | None, rows: Sequence[Row], state: DecodeState
+) -> kv.KVCache:
     """The draft's cache before a chunk: with as many slots as the model's, and the same tokens.
     The draft reads them again at the start, after a slide, and after chunks without proposals."""
     length_B = np.asarray(state.cache.length_B)

@@ -127,7 +127,7 @@ def run_chunk(
     with compilations.of(capacity=state.cache.capacity, top=top, proposals=n_proposals):
         draft_cache = None
         if draft is not None and n_proposals > 0:
-            draft_cache = drafting.keep_up(draft, speculation.draft_cache, rows, state)
+            draft_cache = drafting.catch_up(draft, speculation.draft_cache, rows, state)
         return speculate_chunk(
             model.config,
             (model.params, draft_params),
