@@ -85,7 +85,11 @@ def main(argv: list[str]) -> None:
         job = prepare.Job(
             text, tokenizer, command.reading, held_out, command.workers or THREADS, report
         )
-        prepare.tokenize(job, command.out, fingerprint, files)
+        try:
+            prepare.tokenize(job, command.out, fingerprint, files)
+        except KeyboardInterrupt:
+            console.print("stopped        to go on: repeat the command")
+            raise
     seconds = time.monotonic() - start
     console.print(token_files.describe(command.out))
     speed = filesize.decimal(int(source.size / max(seconds, 1e-3)))

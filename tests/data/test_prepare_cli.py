@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import standin_tokenizers
-from programs import call, snapshot
+from programs import call, program, snapshot
 
 from gpt.data import tokenizers
 from gpt.data.dataset import load_dataset
@@ -63,6 +63,17 @@ def test_what_cannot_be_prepared_is_one_line(argv, message, lines, tmp_path, mon
     done = prepare(*argv)
     assert done.code == 2 and message in done.err.splitlines()[-1]
     assert snapshot(tmp_path) == before
+
+
+def test_ctrl_c_says_how_to_go_on(lines, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gpt.data.prepare.tokenize", stop)
+    argv = ["prepare", lines, "--text-column", "content", "--tokenizer", "byte", "--out", "x"]
+    with pytest.raises(KeyboardInterrupt):
+        program("gpt/data/__main__").main([str(word) for word in argv])
+    assert "to go on: repeat the command" in capsys.readouterr().err
 
 
 def test_a_command_is_needed():
