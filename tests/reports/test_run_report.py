@@ -97,9 +97,9 @@ def test_damaged_settings_are_noted(finished):
 def test_names_and_samples_cannot_become_part_of_the_page(tmp_path):
     evil = "<script>alert(1)</script>&\u202e\x1b[2J 今天 \ud800"
     folder = write_run(tmp_path / "_<img onerror=x>$^$1", text=evil)
-    done = call("gpt/report", folder, "--out", tmp_path / "a.html")
+    done = call("gpt/report", folder)
     assert done.code == 0, done.err
-    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    page = (folder / "report.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt;&amp;\\u202e\\x1b[2J 今天 ?" in page
     assert "<img" not in page and "<script" not in page
     assert "</span>_&lt;img onerror=x&gt;$^$1</th>" in page
@@ -134,7 +134,7 @@ def test_a_short_run_has_whole_steps_and_a_linear_scale(tmp_path):
         (["--out", "a.html"], "no run given"),
         (["nowhere", "--out", "a.html"], "no folder nowhere: expected a run's folder"),
         (["{empty}", "--out", "a.html"], "holds neither metrics.jsonl nor a checkpoint"),
-        (["{empty}"], "--out"),
+        (["{empty}"], "holds neither metrics.jsonl nor a checkpoint"),
         (["{empty}", "--out", "no/such/a.html"], "does not exist"),
     ],
 )
