@@ -149,12 +149,13 @@ def speculation_row(cell: dict) -> Row:
     """The columns of the table that compares decoding with and without proposals."""
     found = cell["speculation"]
     accepted = f"{found['accepted']:,} of {found['proposed']:,}"
+    speedups = np.divide(found["plain_seconds_of_repeats"], found["seconds_of_repeats"]).tolist()
     return [
         ("\nbatch", str(cell["batch"])),
         ("prompt\ntokens", str(cell["prompt_length"])),
         ("plain decode\ntokens/s", f"{found['plain_tokens_per_second']:,.0f}"),
         ("with proposals\ntokens/s", f"{found['tokens_per_second']:,.0f}"),
-        ("\nspeedup", f"{found['speedup']:.2f}"),
+        ("\nspeedup", f"{statistics.median(speedups):.2f} {spread(speedups)}"),
         ("proposals\naccepted", accepted),
         ("tokens per\nreading", f"{found['tokens_per_reading']:.2f}"),
         ("\nMBU", f"{found['mbu']:.0%}"),
@@ -163,11 +164,15 @@ def speculation_row(cell: dict) -> Row:
 
 
 def milliseconds(repeats: Sequence[float]) -> str:
-    """The median, and half the range as a share of it; ! if that is wide."""
-    median = statistics.median(repeats)
-    spread = (max(repeats) - min(repeats)) / 2 / median
-    mark = "!" if spread > WIDE_SPREAD else ""
-    return f"{median * 1e3:.2f} ±{spread:.0%}{mark}"
+    """The median of seconds, and their spread."""
+    return f"{statistics.median(repeats) * 1e3:.2f} {spread(repeats)}"
+
+
+def spread(repeats: Sequence[float]) -> str:
+    """Half the range as a share of the median; ! if that is wide."""
+    share = (max(repeats) - min(repeats)) / 2 / statistics.median(repeats)
+    mark = "!" if share > WIDE_SPREAD else ""
+    return f"±{share:.0%}{mark}"
 
 
 # --- the roofline (Williams et al. 2009, section 3): min(peak FLOP/s, bytes/s x FLOP per byte) ---
