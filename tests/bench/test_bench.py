@@ -305,13 +305,13 @@ def test_training_figures_of_known_times(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "measured"),
     [
-        ([], [(16, 1)]),
+        ([], [(32, 1)]),
         (["--batch-sizes", "8,32"], [(8, 1), (32, 1)]),
         (["--batch-sizes", "32", "--grad-accum", "4"], [(32, 4)]),
     ],
 )
 def test_a_batch_is_one_micro_batch_unless_told_otherwise(argv, measured, monkeypatch):
-    """With this much memory the preset trains with 32 micro-batches of 16."""
+    """With this much memory the preset trains with 16 micro-batches of 32."""
     monkeypatch.setattr(hardware, "memory", lambda: (24 * 10**9, "a machine"))
     configs = []
 
