@@ -75,7 +75,7 @@ def test_windows_that_exceed_memory_are_refused_and_smaller_ones_are_not(monkeyp
     model = make_model(dataclasses.replace(CONFIG, context_length=4096), loudness=5.0)
     need = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) + 20_000_000
     monkeypatch.setattr(hardware, "memory", lambda: (need, "a small machine"))
-    with pytest.raises(UserError, match=r"4,096 tokens take .* score in smaller ones \(--window\)"):
+    with pytest.raises(UserError, match=r"4,096 tokens take .* score in smaller ones \(window\)"):
         model.score(random_ids(4000))
     score = model.score(random_ids(100), window=32)
     assert (score.context, score.stride) == (32, 16)
