@@ -84,27 +84,36 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
     weights = matrices(c, mesh)
     rows = Bytes(mesh.shape)
 
-    # Where rows alone are split, gradients are added up over all micro-batches before they move.
-    if mesh.shape["data"] == math.prod(mesh.shape.values()):
-        n_entries = sum(entries for entries, _ in weights.values())
+    # Over data gradients move once, added up over all micro-batches, with one exception: see
+    # train_step.mean_gradients.
+    if tpu and mesh.shape["tensor"] > 1 and config.remat != "blocks":
+        data, batch = ("data",), BATCH
+    else:
+        data, batch = (), ("fsdp",)
+        n_entries = sum(n // fsdp if is_split else n for n, is_split in weights.values())
         rows.move("reduce", ("data",), n_entries * kept)
-        return rows
 
     # Blocks: matrices are gathered for use, and their gradients scattered.
     for name, (entries, is_split) in weights.items():
         if name.startswith("blocks/") and is_split:
             rows.move("gather", ("fsdp",), count_gathers(config, tpu) * entries * item)
             rows.move("reduce", ("fsdp",), n_micro_batches * entries * item)
-            rows.move("reduce", ("data",), n_micro_batches * entries / fsdp * item)
+            rows.move("reduce", data, n_micro_batches * entries / fsdp * item)
         elif name.startswith(("blocks/", "final_norm")):
-            rows.move("reduce", BATCH, n_micro_batches * entries * item)
+            rows.move("reduce", batch, n_micro_batches * entries * item)
 
-    # Lookup: the embedding is gathered in the type it is kept in; its gradient is summed whole.
+    # Lookup: the embedding is gathered in the type it is kept in; its gradient is summed whole. If
+    # it is computed for each part of data alone, the gradients of the tokens, in float32, and their
+    # ids are gathered instead.
     for name in ("tokens", "positions"):
         entries, is_split = weights.get(name, (0, False))
         if is_split:
             rows.move("gather", ("fsdp",), entries * kept)
-        rows.move("reduce", BATCH, n_micro_batches * entries * kept)
+        if name == "tokens" and is_split and mesh.shape["data"] > 1 and not data:
+            n_rows = config.batch_size // mesh.shape["data"]
+            rows.move("gather", ("fsdp",), n_rows * config.sequence_length * 4 * (c.d_model + 1))
+        else:
+            rows.move("reduce", batch, n_micro_batches * entries * kept)
 
     # Loss: the table is gathered in the type of the products.
     entries, is_split = weights["tokens" if c.tied else "head"]
@@ -113,7 +122,7 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
         rows.move("gather", ("fsdp",), n_gathers * n_micro_batches * entries * item)
         rows.move("reduce", ("fsdp",), n_micro_batches * entries * kept)
         loss_item = ITEM_BYTES["float32"] if tpu else item
-        rows.move("reduce", ("data",), n_micro_batches * entries / fsdp * loss_item)
+        rows.move("reduce", data, n_micro_batches * entries / fsdp * loss_item)
 
     if mesh.shape["tensor"] > 1:
         add_tensor_parallelism(rows, config, item, kept, tpu)

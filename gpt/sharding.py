@@ -74,31 +74,35 @@ def spec(*axes: str | None, rules: dict = RULES) -> PartitionSpec:
 
 
 def fitting(mesh, shape: tuple[int, ...], axes: tuple, rules: dict = RULES) -> PartitionSpec:
-    """As `spec`, for an array of that shape on that mesh: split only where it divides."""
+    """As `spec`, for an array of that shape on that mesh: split only where it divides, and over
+    axes that no `shard_map` has split already."""
     kept = []
     for size, names in zip(shape, spec(*axes, rules=rules), strict=True):
         mesh_axes = () if names is None else np.atleast_1d(names)
+        mesh_axes = tuple(str(axis) for axis in mesh_axes if axis not in mesh.manual_axes)
         n_parts = math.prod(mesh.shape[axis] for axis in mesh_axes)
-        kept.append(names if size % n_parts == 0 else None)
+        kept.append(mesh_axes if mesh_axes and size % n_parts == 0 else None)
     return PartitionSpec(*kept)
 
 
 def mesh_in_force() -> AbstractMesh | None:
     """The mesh that is traced for and over which the compiler splits arrays; None where there is
-    one device, a mesh that is not ours, such as pmap's, or inside a `shard_map`, where each device
-    sees its own part alone."""
+    one device, a mesh that is not ours, such as pmap's, or inside a `shard_map` that leaves the
+    compiler no axis to split."""
     mesh = jax.sharding.get_abstract_mesh()
     is_ours = set(AXES) <= set(mesh.axis_names)
-    is_split_already = mesh.manual_axes != ()
-    return mesh if is_ours and mesh.size > 1 and not is_split_already else None
+    n_parts = math.prod(mesh.shape[axis] for axis in mesh.auto_axes)
+    return mesh if is_ours and n_parts > 1 else None
 
 
 def split_over(axis: str) -> tuple[str, ...]:
     """The axes of the mesh in force over which the compiler splits an axis of that name."""
-    if mesh_in_force() is None:
+    mesh = mesh_in_force()
+    if mesh is None:
         return ()
     names = RULES[axis]
-    return (names,) if isinstance(names, str) else names
+    names = (names,) if isinstance(names, str) else names
+    return tuple(name for name in names if name in mesh.auto_axes)
 
 
 def count_parts(axis: str) -> int:
@@ -116,8 +120,12 @@ def target_device():
 
 def platform() -> str:
     """The platform of the devices that the program being traced is for: cpu, gpu, tpu."""
-    name = target_device().platform
-    return "gpu" if name == "cuda" else name  # as topologies of absent devices call it
+    return platform_of(target_device())
+
+
+def platform_of(device) -> str:
+    """The platform of a device: cpu, gpu, tpu."""
+    return "gpu" if device.platform == "cuda" else device.platform  # cuda: where it is absent
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -82,9 +82,14 @@ def spread(kernel: Kernel, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Arr
         k_BKSH, v_BKSH = (jnp.repeat(a, groups, axis=1) for a in (k_BKSH, v_BKSH))
         kv_spec = fitting(mesh, k_BKSH.shape, ("batch", "heads", None, None))
     row_specs = [fitting(mesh, array_B.shape, ("batch",)) for array_B in of_rows]
-    specs = {"in_specs": (q_spec, kv_spec, kv_spec, *row_specs), "out_specs": q_spec}
-    # A kernel does not say over which axes of the mesh its result varies: hence no check.
-    return jax.shard_map(kernel, check_vma=False, **specs)(q_BTNH, k_BKSH, v_BKSH, *of_rows)
+    on_device = jax.shard_map(
+        kernel,
+        in_specs=(q_spec, kv_spec, kv_spec, *row_specs),
+        out_specs=q_spec,
+        axis_names=set(mesh.auto_axes),
+        check_vma=False,  # a kernel does not say over which axes of the mesh its result varies
+    )
+    return on_device(q_BTNH, k_BKSH, v_BKSH, *of_rows)
 
 
 def by_cudnn(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:

@@ -74,6 +74,7 @@ def losses_and_gradients(
         on_device,
         in_specs=(x_spec, table_spec, target_spec),
         out_specs=((replicated, replicated), (x_spec, table_spec)),
+        axis_names=set(mesh.auto_axes),
         check_vma=False,
     )(x_MD, table_VD, target_M)
 

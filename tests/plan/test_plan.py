@@ -37,7 +37,7 @@ AXES = ("data", "fsdp", "tensor")
 def plan(tmp_path, where: str, sizes: tuple[int, int, int], *flags: str) -> SimpleNamespace:
     """What train.py says and writes, in a process of its own, as JAX fixes its devices when it
     starts; and what each program moves, as compiled and as predicted."""
-    mesh = SimpleNamespace(shape=dict(zip(AXES, sizes, strict=True)))
+    mesh = SimpleNamespace(shape=dict(zip(AXES, sizes, strict=True)), manual_axes=())
     file, is_virtual = tmp_path / "plan.json", where.isdigit()
     words = ["gpt2", "--dry-run", "--devices" if is_virtual else "--topology", where, *flags]
     words += ["--json", str(file)]
@@ -101,6 +101,10 @@ def test_the_command_line_plans_what_is_predicted(tmp_path):
     found = plan(tmp_path, "8", (2, 2, 2), *SMALL, "--grad-accum", "2")
     check_collectives(found)
     check_gathers(found)
+    # Gradients cross data once, not in each of the two micro-batches.
+    moved, predicted = found.moved["training step"], found.predicted["training step"]
+    assert moved["reduce", ("data",)] == pytest.approx(predicted["reduce", ("data",)], rel=0.05)
+    assert moved["reduce", ("data", "fsdp")] == 0
     assert "8 (virtual, of this CPU): data 2 x fsdp 2 x tensor 2" in found.said
     for name, program in found.programs.items():
         assert re.search(rf"^{name} +given [\d.]+ [kM]B", found.said, re.MULTILINE)
