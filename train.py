@@ -156,6 +156,8 @@ def main(argv: list[str]) -> int:
         args = resume.with_settings_of_run(args, cli.flags_given(argv))
     if args.init_from:
         args = resume.with_model_of_source(args, out, cli.flags_given(argv))
+    if args.train.deterministic:
+        cli.make_deterministic()
     console = metrics.make_console(quiet=not distributed.is_first())
     with (
         stop_signal.StopSignal(console.print, console.show_cursor) as stop,

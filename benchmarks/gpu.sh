@@ -12,7 +12,8 @@
 # 2. Training: tokens per second and MFU of gpt2 at 8, 16 and 32 rows.
 # 3. Prefill and decode of gpt2 at 1, 8, 32 and 128 rows, with the default flags, with loops and
 #    branches inside CUDA graphs, and without CUDA graphs.
-# 4. Exact resume: a run stopped and continued, compared with one that was not.
+# 4. Exact resume: a run stopped and continued, compared with one that was not, as it is and with
+#    --deterministic.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -61,7 +62,9 @@ step decode-whole-graphs 90 env XLA_FLAGS="$(graphs +WHILE,+CONDITIONAL)" \
 step decode-no-graphs 90 env XLA_FLAGS="$(graphs '')" \
   "${decode[@]}" --json "$out/gpu-decode-no-graphs.json"
 
-step resume 60 "$python" train.py tiny --steps 40 --verify-resume --out "$run/resume"
+for flag in --no-deterministic --deterministic; do
+  step "resume$flag" 60 "$python" train.py tiny --steps 40 --verify-resume "$flag" --out "$run/resume"
+done
 
 if ((${#failed[@]} > 0)); then
   echo "did not succeed: ${failed[*]}"

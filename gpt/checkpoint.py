@@ -232,7 +232,10 @@ def read_record(folder: str | Path, step: int) -> dict[str, Any]:
     path = step_dir(folder, step)
     require(path.is_dir(), f"no checkpoint of step {step} in {folder}: it has {steps(folder)}")
     with _raising_damaged(path):
-        record = dict(ocp.checkpointables_metadata(path).custom_metadata)
+        # Not read by orbax, which would start JAX's backend: --deterministic, which may be among
+        # these settings, must be known before.
+        text = (path / "_CHECKPOINT_METADATA").read_text(encoding="utf-8")
+        record = json.loads(text)["custom_metadata"]
     if record.pop("sha256", None) != _sha256(record):
         raise Damaged(f"{path} is damaged: its metadata differ from their digest")
     maker = "a later" if record.get("format", 0) > FORMAT else "an earlier"

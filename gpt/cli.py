@@ -371,6 +371,34 @@ def prepare_jax(cache: bool = True) -> None:
         _keep_freed_memory()
 
 
+# By xla.proto the first rules out operations whose result depends on the order of their threads,
+# and kernels that are chosen by timing them; the second only spells the latter out.
+DETERMINISTIC_FLAGS = {"--xla_gpu_deterministic_ops": "true", "--xla_gpu_autotune_level": "0"}
+
+
+def make_deterministic() -> None:
+    """Have XLA's programs for GPUs give the same result from run to run, by adding to XLA_FLAGS;
+    call this before JAX starts its backend, which reads them once.
+
+    UserError if XLA_FLAGS says otherwise.
+    """
+    told = os.environ.get("JAX_PLATFORMS")
+    rules_out_gpus = told and not re.search("cuda|rocm|gpu", told)
+    if rules_out_gpus or importlib.util.find_spec("jax_plugins") is None:
+        return
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    given = dict(word.split("=", 1) for word in flags if "=" in word)
+    for flag, value in DETERMINISTIC_FLAGS.items():
+        found = given.get(flag, value)
+        require(
+            found == value,
+            f"--deterministic sets {flag}={value}, and XLA_FLAGS has {flag}={found}: drop one of "
+            "them",
+        )
+        flags.append(f"{flag}={value}")
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+
+
 def prepare_absent() -> None:
     """Set JAX up to compile for devices that are not here; call this before JAX is imported.
 

@@ -307,6 +307,9 @@ class TrainConfig:
     attention: Attention = "auto"
     """How training computes attention. plain: by matrix products. fused: by a kernel of the
     accelerator; an error if none fits. auto: fused if a kernel fits, else plain."""
+    deterministic: bool = False
+    """On GPUs: the same result from run to run, by XLA's flags, which cost speed. On CPUs and TPUs
+    it is the same anyway."""
     dtype: Annotated[Dtype | None, optional(DTYPES, BY_PLATFORM)] = None
     """Data type to compute in."""
     seed: int = 0

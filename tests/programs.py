@@ -65,6 +65,7 @@ def keep_compiled() -> None:
 
 # Settings that change nothing in the compiled steps: runs that differ in them share their steps.
 NOT_COMPILED = {
+    "deterministic": False,
     "tokenizer": "byte",
     "log_every": 1,
     "eval_every": 1,

@@ -306,6 +306,58 @@ def test_whether_jax_will_run_on_the_cpu(told, plugin, expected, monkeypatch):
     assert cli._only_cpu() is expected
 
 
+OURS = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
+
+
+@pytest.mark.parametrize(
+    ("environment", "plugin", "expected"),
+    [
+        ({}, "jax_plugins", OURS),
+        ({"XLA_FLAGS": "--xla_dump_to=x"}, "jax_plugins", f"--xla_dump_to=x {OURS}"),
+        ({"JAX_PLATFORMS": "cuda,cpu"}, "jax_plugins", OURS),
+        ({"JAX_PLATFORMS": "cpu"}, "jax_plugins", None),
+        ({}, "libtpu", None),
+    ],
+)
+def test_determinism_is_asked_of_xla_where_a_gpu_may_be(environment, plugin, expected, monkeypatch):
+    """Beside the user's own flags. Other platforms need none."""
+    monkeypatch.setattr(cli.os, "environ", dict(environment))
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name == plugin or None)
+    cli.make_deterministic()
+    assert cli.os.environ.get("XLA_FLAGS") == expected
+
+
+def test_flags_that_contradict_determinism_are_refused(monkeypatch):
+    environment = {"XLA_FLAGS": "--xla_dump_to=x --xla_gpu_autotune_level=4"}
+    monkeypatch.setattr(cli.os, "environ", environment)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name == "jax_plugins" or None)
+    with pytest.raises(UserError, match="XLA_FLAGS has --xla_gpu_autotune_level=4: drop one"):
+        cli.make_deterministic()
+
+
+BEFORE_THE_BACKEND = """
+import sys
+import train
+from gpt import cli
+
+def make_deterministic():
+    from jax._src import xla_bridge
+    print(xla_bridge.backends_are_initialized())
+    sys.exit()
+
+cli.make_deterministic = make_deterministic
+train.main(sys.argv[1:])
+"""
+
+
+def test_xla_is_asked_before_jax_starts_its_backend(finished):
+    """Which reads the flags once. The settings of a run that continues are read before."""
+    words = [sys.executable, "-c", BEFORE_THE_BACKEND, "--resume", finished, "--deterministic"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False\n", done.stderr
+
+
 FAULTS = """
 import ctypes, resource
 from gpt.cli import prepare_jax

@@ -175,6 +175,17 @@ def test_a_run_is_resumed_by_its_folder_alone(text, trained, finished):
     assert checkpoint.read_metadata(finished, 12)["model"]["compute_dtype"] is None  # still open
 
 
+def test_a_deterministic_run_stays_so(finished, text, monkeypatch):
+    """Resumed, as it was saved. It may also be asked for later: nothing else changes."""
+    asked = []
+    monkeypatch.setattr(cli, "make_deterministic", lambda: asked.append(True))
+    shutil.rmtree(checkpoint.step_dir(finished, 12))
+    done = call("train", *TINY, "--data", text, "--out", finished, "--deterministic")
+    assert done.code == 0 and "the same from run to run without the flag too" in done.err, done.err
+    assert call("train", "--resume", finished, "--extend", "1").code == 0
+    assert asked == [True, True]
+
+
 def test_what_a_run_does_beside_training_is_resumed_too(finished, monkeypatch):
     honest = checkpoint.read_metadata
     flags = {"log_to": ["trackio"], "eval_tasks": "mine", "eval_tasks_path": str(finished)}

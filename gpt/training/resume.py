@@ -27,6 +27,7 @@ MAY_CHANGE = {
     "attention",
     "remat",
     "unroll",
+    "deterministic",
     "log_every",
     "eval_every",
     "eval_tokens",

@@ -4,10 +4,11 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import jax
 from jax.sharding import Mesh
 from rich import filesize
 
-from gpt import flops, hardware
+from gpt import flops, hardware, sharding
 from gpt.config import TrainConfig, flags_to_export
 from gpt.data.token_files import Dataset
 from gpt.errors import is_out_of_memory, require
@@ -69,6 +70,8 @@ def describe(
         f"recomputes     {RECOMPUTED[config.remat]}; a step is expected to take about "
         f"{filesize.decimal(expected_need(config, mesh).total)} of each device",
     ]
+    if config.deterministic:
+        lines.append(f"deterministic  {describe_determinism(mesh)}")
     if minutes is None:
         lines += describe_length(config, dataset)
     else:
@@ -89,6 +92,16 @@ def describe(
             f"with {' '.join(min(gpt2, llama, key=len))} it would"
         )
     return lines
+
+
+def describe_determinism(mesh: Mesh) -> str:
+    """What --deterministic does for a run on `mesh`."""
+    platform = sharding.platform_of(mesh.devices.flat[0])
+    if platform != "gpu":
+        return f"results on a {platform.upper()} are the same from run to run without the flag too"
+    if jax.default_backend() != "gpu":
+        return "the plan leaves XLA's flags for this out: they need a GPU when it compiles"
+    return "by XLA's flags, which cost speed; --verify-resume shows whether they suffice"
 
 
 def describe_length(config: TrainConfig, dataset: Dataset | None) -> list[str]:
