@@ -20,6 +20,7 @@ from gpt import sharding
 from gpt.config import ModelConfig, TrainConfig
 from gpt.flops import ITEM_BYTES
 from gpt.model import transformer
+from gpt.training import train_step
 from gpt.training.loss import KEPT_LOGITS, count_chunks
 
 Row = tuple[str, tuple[str, ...]]
@@ -84,11 +85,10 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
     weights = matrices(c, mesh)
     rows = Bytes(mesh.shape)
 
-    # Over data gradients move once, added up over all micro-batches, with one exception: see
-    # train_step.mean_gradients.
-    if tpu and mesh.shape["tensor"] > 1 and config.remat != "blocks":
-        data, batch = ("data",), BATCH
-    else:
+    # Over data gradients move once, added up over all micro-batches, or in each of them.
+    crosses_data_once = train_step.crosses_data_once(config, mesh.shape, "tpu" if tpu else "cpu")
+    data, batch = ("data",), BATCH
+    if crosses_data_once:
         data, batch = (), ("fsdp",)
         n_entries = sum(n // fsdp if is_split else n for n, is_split in weights.values())
         rows.move("reduce", ("data",), n_entries * kept)
@@ -109,7 +109,7 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
         entries, is_split = weights.get(name, (0, False))
         if is_split:
             rows.move("gather", ("fsdp",), entries * kept)
-        if name == "tokens" and is_split and mesh.shape["data"] > 1 and not data:
+        if name == "tokens" and is_split and crosses_data_once:
             n_rows = config.batch_size // mesh.shape["data"]
             rows.move("gather", ("fsdp",), n_rows * config.sequence_length * 4 * (c.d_model + 1))
         else:

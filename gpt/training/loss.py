@@ -44,14 +44,12 @@ def token_losses(
     # chunk s % n_chunks. So each device of a table that is split over several holds its share of
     # every chunk, and no rows are sent. With 8 rows, 2 chunks and stripes of 2 rows, chunk 0 has
     # rows 0, 1, 4, 5 and chunk 1 has rows 2, 3, 6, 7. On one device a chunk is a single stripe.
-    C = V // n_chunks
-    n_parts = sharding.count_parts("vocab")
-    stripe = C // math.gcd(C, n_parts)
+    stripe = V // n_chunks // math.gcd(V // n_chunks, sharding.count_parts("vocab"))
 
     def deal(x: jax.Array) -> jax.Array:
-        """[V, ...] as [n_chunks, C, ...]."""
+        """[V, ...] as [n_chunks, V / n_chunks, ...]."""
         stripes = x.reshape(-1, n_chunks, stripe, *x.shape[1:]).swapaxes(0, 1)
-        return stripes.reshape(n_chunks, C, *x.shape[1:])
+        return stripes.reshape(n_chunks, V // n_chunks, *x.shape[1:])
 
     def add_chunk(sums, chunk):
         """One step of the online softmax (Milakov & Gimelshein 2018)."""
@@ -65,15 +63,10 @@ def token_losses(
         logit_sum_M += jnp.where(ids_C < config.vocab_size, logits_MC, 0).sum(-1)
 
         # The target's logit, where this chunk has its row.
-        if n_parts > 1:
-            # In a `shard_map` over data XLA's partitioner cannot look up in logits whose tokens
-            # and vocabulary are both split.
-            is_target_MC = ids_C == target_M[:, None]
-            target_logit_M += jnp.where(is_target_MC, logits_MC, 0).sum(-1)
-        else:
-            in_chunk_M = target_M // C == chunk_number
-            logit_M = jnp.take_along_axis(logits_MC, (target_M % C)[:, None], axis=-1)[:, 0]
-            target_logit_M += jnp.where(in_chunk_M, logit_M, 0)
+        in_chunk_M = target_M // stripe % n_chunks == chunk_number
+        place_M = target_M // (n_chunks * stripe) * stripe + target_M % stripe
+        logit_M = jnp.take_along_axis(logits_MC, place_M[:, None], axis=-1)[:, 0]
+        target_logit_M = target_logit_M + jnp.where(in_chunk_M, logit_M, 0)
         return (new_max_M, running_sum_M, target_logit_M, logit_sum_M), None
 
     if len(x_MD) * V > KEPT_LOGITS:

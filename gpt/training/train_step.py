@@ -1,20 +1,20 @@
 """One optimizer step and one evaluation step: pure functions, compiled for a mesh.
 
 How gradients are averaged over devices: over `data` each device averages over its own rows of all
-micro-batches, and one all-reduce at the end of the step averages over the devices. Over `fsdp` and
-`tensor` no line here says so: the loss is a mean over all rows, so the gradient with respect to the
-weights is a sum over devices, and in each micro-batch the compiler inserts the reduce-scatter
-(over `fsdp`) or the all-reduces that compute it. Over `fsdp` this too could wait for the end of the
-step, but then each device would hold a gradient of all weights, and `fsdp` is for weights that do
-not fit: for gpt2 on eight H100s (four micro-batches, compiled) 1.6 GB of temporaries instead of
-1.0, for 0.9 GB sent instead of 3.7.
+micro-batches, and one all-reduce at the end of the step averages over the devices (where that is
+possible: `crosses_data_once`). Over `fsdp` and `tensor` no line here says so: the loss is a mean
+over all rows, so the gradient with respect to the weights is a sum over devices, and in each
+micro-batch the compiler inserts the reduce-scatter (over `fsdp`) or the all-reduces that compute
+it. Over `fsdp` this too could wait for the end of the step, but then each device would hold a
+gradient of all weights, and `fsdp` is for weights that do not fit: for gpt2 on eight H100s (four
+micro-batches, compiled) 1.6 GB of temporaries instead of 1.0, for 0.9 GB sent instead of 3.7.
 
 Shape letters: see gpt/model/transformer.py; A micro-batches of one step, U = T + 1 tokens.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -78,17 +78,12 @@ def mean_gradients(
     """The mean cross-entropy in nats per token over all micro-batches, and the gradient of what
     training minimizes.
 
-    Over `data` each device averages over its own rows of all micro-batches, and only those averages
-    are sent. Not on TPUs that keep activations on a mesh with `tensor` too: inside a `shard_map`
-    their compiler splits what is kept over `tensor`, and sends more to gather it than is saved
-    (jax 0.10.2, v5e:4x4: 227 MB instead of 139 in a micro-batch, to save 72).
+    Where it can, each device averages over its own rows of all micro-batches, and only those
+    averages are sent over `data`.
     """
     key_AB = dropout_keys(config, step, *tokens_ABU.shape[:2])
     mesh = sharding.mesh_in_force()
-    if mesh is None or mesh.shape["data"] == 1:
-        return gradients_of_rows(config, params, tokens_ABU, key_AB)
-    keeps_activations = config.remat != "blocks"
-    if sharding.platform() == "tpu" and mesh.shape["tensor"] > 1 and keeps_activations:
+    if mesh is None or not crosses_data_once(config, mesh.shape, sharding.platform()):
         return gradients_of_rows(config, params, tokens_ABU, key_AB)
 
     def mean_over_devices(params, tokens_ABU, key_AB):
@@ -107,6 +102,21 @@ def mean_gradients(
         axis_names=ours,
         check_vma=False,  # it would have each gradient summed over the devices at once
     )(params, tokens_ABU, key_AB)
+
+
+def crosses_data_once(config: TrainConfig, sizes: Mapping[str, int], platform: str) -> bool:
+    """Whether gradients are sent over `data` at the end of a step alone, on a mesh of these sizes.
+
+    XLA (jax 0.10.2 and 0.12.0.1) stands in the way of two cases. Inside a `shard_map` over `data`
+    its partitioner aborts on lookups if `fsdp` and `tensor` are both left to it. TPUs that keep
+    activations on a mesh with `tensor` split them over it and gather them again: 227 MB instead of
+    139 in a micro-batch of a small model on v5e:4x4, to save 72.
+    """
+    if sizes["fsdp"] > 1 and sizes["tensor"] > 1:
+        return False
+    if platform == "tpu" and sizes["tensor"] > 1 and config.remat != "blocks":
+        return False
+    return sizes["data"] > 1
 
 
 def gradients_of_rows(
