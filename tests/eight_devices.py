@@ -41,6 +41,7 @@ MESHES = {
     "tensor": (1, 1, 4),
     "all": (2, 2, 2),
     "rows and heads": (4, 1, 2),
+    "rows and width": (2, 4, 1),
     "more devices than heads": (1, 1, 8),
 }
 MODEL = ModelConfig(300, context_length=16, n_layers=2, n_heads=4, d_model=32, dropout=0.1)

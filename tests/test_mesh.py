@@ -67,7 +67,11 @@ def test_a_run_on_a_mesh_is_a_run_anywhere(text, eight):
 @pytest.mark.parametrize("n_kv_heads", [None, 2])
 def test_every_mesh_trains_as_one_device(n_kv_heads):
     """Losses and an evaluation; of each array a device has the part that its sharding says."""
-    names = ["tensor"] if n_kv_heads else ["data", "fsdp", "tensor", "all", "rows and heads"]
+    names = (
+        ["tensor"]
+        if n_kv_heads
+        else ["data", "fsdp", "tensor", "all", "rows and heads", "rows and width"]
+    )
     one, *meshes = on_eight(*(("train", name, n_kv_heads) for name in ["one", *names]))
     assert len(set(one["losses"])) == 20
     for name, mesh in zip(names, meshes, strict=True):
