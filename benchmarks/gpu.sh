@@ -9,9 +9,11 @@
 #
 # 1. Numbers in bfloat16: fused attention against the plain form, and a trained model whose cached
 #    answers are compared with uncached ones.
-# 2. Training: tokens per second and MFU of gpt2 at 8, 16 and 32 rows.
-# 3. Prefill and decode of gpt2 at 1, 8, 32 and 128 rows, with the default flags, with loops and
-#    branches inside CUDA graphs, and without CUDA graphs.
+# 2. Training: tokens per second and MFU of gpt2 at 8, 16 and 32 rows, without recomputation and
+#    with each block recomputed.
+# 3. Prefill and greedy decode of gpt2 at 1, 8, 32 and 128 rows, and sampling with top-p from the
+#    small model of step 1, with the default flags, with loops and branches inside CUDA graphs, and
+#    without CUDA graphs.
 # 4. Exact resume: a run stopped and continued, compared with one that was not, as it is and with
 #    --deterministic.
 set -uo pipefail
@@ -49,10 +51,11 @@ step device 60 "$python" -c 'import jax; print(jax.__version__, jax.devices()[0]
 
 step parity 60 "$python" benchmarks/parity.py
 step tiny 90 "$python" train.py tiny --steps 200 --dtype bfloat16 --out "$run/tiny" --sample-every 0
-step check 60 "$python" sample.py "$run/tiny" --check --dtype bfloat16
+step check 120 "$python" sample.py "$run/tiny" --check --dtype bfloat16
 
-step train-gpt2 180 "$python" -m gpt.bench --train --preset gpt2 --batch-sizes 8,16,32 \
-  --repeats 5 --json "$out/gpu-train-gpt2.json"
+train=("$python" -m gpt.bench --train --preset gpt2 --batch-sizes 8,16,32 --repeats 5)
+step train-gpt2 120 "${train[@]}" --remat none --json "$out/gpu-train-gpt2.json"
+step train-gpt2-blocks 90 "${train[@]}" --remat blocks --json "$out/gpu-train-gpt2-blocks.json"
 
 decode=("$python" -m gpt.bench --preset gpt2 --batch-sizes 1,8,32,128 --prompt-lengths 128
   --new-tokens 64 --repeats 5)
@@ -61,6 +64,12 @@ step decode-whole-graphs 90 env XLA_FLAGS="$(graphs +WHILE,+CONDITIONAL)" \
   "${decode[@]}" --json "$out/gpu-decode-whole-graphs.json"
 step decode-no-graphs 90 env XLA_FLAGS="$(graphs '')" \
   "${decode[@]}" --json "$out/gpu-decode-no-graphs.json"
+
+# Whole calls with top-p, of the small model.
+top_p=("$python" benchmarks/sampling.py "$run/tiny" --repeats 5)
+step top-p 60 "${top_p[@]}"
+step top-p-whole-graphs 60 env XLA_FLAGS="$(graphs +WHILE,+CONDITIONAL)" "${top_p[@]}"
+step top-p-no-graphs 60 env XLA_FLAGS="$(graphs '')" "${top_p[@]}"
 
 for flag in --no-deterministic --deterministic; do
   step "resume$flag" 60 "$python" train.py tiny --steps 40 --verify-resume "$flag" --out "$run/resume"

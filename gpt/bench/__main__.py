@@ -18,7 +18,7 @@ from typing import Annotated
 import tyro
 
 from gpt import cli, terminal
-from gpt.config import BY_PLATFORM, DTYPES, ONE_DEVICE, Dtype, MeshConfig, Quantize, optional
+from gpt.config import BY_PLATFORM, DTYPES, ONE_DEVICE, Dtype, MeshConfig, Quantize, Remat, optional
 from gpt.errors import not_negative, positive, require, require_file_path
 from gpt.presets import preset
 
@@ -48,6 +48,8 @@ class Args:
     """Measure the training step of the preset, by batch size, instead of sampling."""
     grad_accum: int = 1
     """With --train: micro-batches into which each batch is split."""
+    remat: Annotated[Remat | None, optional("{none,products,blocks}", "the preset's")] = None
+    """With --train: what the backward pass computes again."""
     repeats: int = 5
     """How often each cell is measured, after one run that compiles."""
     dtype: Annotated[Dtype | None, optional(DTYPES, BY_PLATFORM)] = None
@@ -152,6 +154,7 @@ def check(args: Args) -> None:
         args.train or args.grad_accum == 1,
         "--grad-accum needs --train: add it, or drop --grad-accum",
     )
+    require(args.train or args.remat is None, "--remat needs --train: add it, or drop --remat")
     require(
         args.speculate == 0 or args.checkpoint is not None,
         "--speculate needs a trained model, since random weights write nothing that could be "
@@ -255,6 +258,8 @@ def measure_training(args: Args) -> dict:
     for batch_size in parse_sizes("--batch-sizes", args.batch_sizes or micro_batch):
         terminal.note(f"batch {batch_size}: compiling the training step")
         sized = dataclasses.replace(config, batch_size=batch_size, grad_accum=args.grad_accum)
+        if args.remat is not None:
+            sized = dataclasses.replace(sized, remat=args.remat, unroll=args.remat == "none")
         add_cell(args, result, measure.measure_train_step(sized, mesh, args.repeats, ceilings))
     return result
 

@@ -265,6 +265,7 @@ def test_lengths_fit_the_context(context, given, expected):
         ({"checkpoint": Path("run"), "preset": "tiny"}, "--preset exclude each other"),
         ({"fail_if_slower": "5%"}, "needs --compare"),
         ({"grad_accum": 2}, "--grad-accum needs --train"),
+        ({"remat": "none"}, "--remat needs --train"),
         ({"train": True, "plot": Path("x.png")}, "--train measures .* drop --plot"),
         ({"speculate": 4, "preset": "tiny"}, "--speculate needs a trained model"),
         ({"draft": Path("run")}, "--draft needs --speculate: add --speculate 4"),
