@@ -8,7 +8,7 @@ The same command again continues the run where it stopped, and so does --resume 
 
 import os
 import sys
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,22 +28,20 @@ if TYPE_CHECKING:
 def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     """From text to a trained model in `out`; the exit code."""
     from gpt import distributed, hardware, sharding
-    from gpt.training import memory_plan, resume, run_plan, trainer, verify
+    from gpt.training import resume, run_plan, settle, trainer, verify
 
-    dtype = hardware.default_dtype()
-    log = cache(console.print)  # prints each note once
-    with distributed.exit_together():  # of several processes, all start or none does
+    dtype = hardware.default_dtype()  # before the text is read: there may be no device
+    note_once = cache(console.print)
+    with distributed.fail_together():  # of several processes, all start or none does
         # Where the weights come from: fresh, from another run, or from where this one stopped.
-        start = resume.find_starting_point(args, out, log)
+        start = resume.find_starting_point(args, out, note_once)
 
         # Text to tokens. A run that continues keeps its tokenizer, and its text must be the same.
         tokenizer, dataset = trainer.load_text(args, start, cli.cache_folder() / "tokens", console)
-        config = args.train.completed(tokenizer.n_vocab, dtype)
 
-        # The devices, what `auto` chooses for them, and whether the run is possible.
-        mesh = sharding.make_mesh(config.mesh)
-        config = resume.keep_choices(args, config, mesh, start)
-        config = memory_plan.choose(config, mesh, args.memory_bytes)
+        # The devices, the settings that `auto` chooses for them, and whether the run is possible.
+        mesh = sharding.make_mesh(args.train.mesh)
+        config = settle.settle_config(args, start, tokenizer.n_vocab, dtype, mesh)
         run = trainer.Run(args, out, start, config, mesh, tokenizer, dataset, console, stop)
         trainer.require_possible(run)
         console.print(*run_plan.describe(config, mesh, dataset, run.minutes), sep="\n")
@@ -54,12 +52,12 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
         console.print(f"dry run        nothing is kept; the run would be in {out}")
         return 0
     if args.verify_resume:
-        return verify.verify_resume(run, fit, log)
+        return verify.verify_resume(run, fit, note_once)
 
     # How many steps, if the time is given; weights and optimizer state, on the mesh.
     if run.minutes:
-        run = trainer.settle_steps(run)
-    state = resume.initial_state(run.config, mesh, start, log)
+        run = settle.settle_steps(run)
+    state = resume.initial_state(run.config, mesh, start, note_once)
     if state.step < run.config.steps:
         code = fit(run, state, run.config.steps)
     else:
@@ -74,28 +72,30 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
 
 def fit(run: "Run", state: "TrainState", until: int) -> int:
     """Train from `state` until step `until`, or until a signal; the exit code."""
-    from gpt.training import trainer
-    from gpt.training.train_step import evaluate
+    from gpt.training import settle, trainer
+    from gpt.training.evaluation import evaluate
+    from gpt.training.recorder import Recorder, is_due
 
     first_step = int(state.step)
     if first_step:
         run.console.print(f"continues      from step {first_step:,}")
 
     tasks = None
+    tasks_every = run.args.eval_tasks_every
     if run.args.eval_tasks is not None and not run.args.is_trial:
         from gpt.evaluate.in_training import load_tasks
 
         tasks = load_tasks(run)
 
-    # One program for a step and one for an evaluation. If memory is short, compiling them settles
-    # `auto` anew, so the run comes back with its settings.
-    run, train_step, eval_step = trainer.compile_run(run)
+    # Compiles the training step. If that takes more memory than there is, `auto` chooses again, so
+    # the run comes back with other settings.
+    run, train_step, eval_step = settle.compile_run(run)
     # From here on a signal no longer ends the run at once but after the next step.
     run.stop.defer(first_step)
     config = run.config
     trainer.take_over_folder(run, first_step)  # not before: a refused run leaves it alone
 
-    with trainer.Recorder(run, state, until) as recorder:
+    with Recorder(run, state, until) as recorder:
         recorder.try_save(state)
         for step, batch in recorder.batches():
             state, metrics = train_step(state, batch)
@@ -103,12 +103,10 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
             recorder.note_step(step, state, metrics)
 
             ending = step == until or run.stop.must_end_after(step)
-            evaluates = trainer.is_due(config, step, config.eval_every)
-            saves = trainer.is_due(config, step, config.save_every)
-            samples = trainer.is_due(config, step, config.sample_every)
-            evaluates_tasks = tasks is not None and trainer.is_due(
-                config, step, run.args.eval_tasks_every
-            )
+            evaluates = is_due(config, step, config.eval_every)
+            saves = is_due(config, step, config.save_every)
+            samples = is_due(config, step, config.sample_every)
+            evaluates_tasks = tasks is not None and is_due(config, step, tasks_every)
             if not (ending or evaluates or saves or samples or evaluates_tasks):
                 continue
             # A step whose update was skipped is not saved, so another one must follow.
@@ -125,11 +123,13 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
             if evaluates_tasks:
                 from gpt.evaluate.in_training import evaluate_tasks
 
-                recorder.tasks(step, partial(evaluate_tasks, run, tasks, weights))
+                with recorder.attempt("evaluation on tasks", step):
+                    recorder.log.tasks(step, evaluate_tasks(run, tasks, weights))
             if samples:
-                from gpt.sampling.language_model import write_sample
+                from gpt.evaluate.in_training import write_sample
 
-                recorder.sample(step, partial(write_sample, run, weights))
+                with recorder.attempt("sample", step):
+                    recorder.log.sample(step, write_sample(run, weights))
             if ending:
                 break
     return trainer.finish(run)

@@ -41,7 +41,7 @@ class SaveFailed(UserError):
     """A checkpoint could not be written; the message says why. Earlier ones are intact."""
 
 
-def steps(folder: str | Path) -> list[int]:
+def saved_steps(folder: str | Path) -> list[int]:
     """The steps saved in a run's folder, ascending, without partly written ones."""
     found = (Path(folder) / "checkpoints").glob("*")
     return sorted(int(path.name) for path in found if path.name.isdecimal() and path.is_dir())
@@ -61,7 +61,7 @@ def require_run(folder: str | Path) -> None:
     else:
         advice = advice_on_pickles(folder)
     require(
-        bool(steps(folder)),
+        bool(saved_steps(folder)),
         f"no checkpoint in {folder}: expected a run's folder made by train.py{advice}",
     )
 
@@ -97,7 +97,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         resumed: int | None = None,
         low_memory: bool = False,
     ):
-        found = steps(folder)
+        found = saved_steps(folder)
         self.folder = folder
         self.latest = max(found, default=None) if resumed is None else resumed
         self.abandoned = [s for s in found if self.latest is not None and s > self.latest]
@@ -201,7 +201,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 self._orbax.wait()  # or it would raise the same error at the next save
             self._discard_partial()
             self._orbax.reload()
-            self.latest = max(steps(self.folder), default=None)
+            self.latest = max(saved_steps(self.folder), default=None)
             kept = "no earlier checkpoint exists"
             if self.latest is not None:
                 kept = f"the last good one is step {self.latest}"
@@ -230,7 +230,9 @@ def read_record(folder: str | Path, step: int) -> dict[str, Any]:
     """All that `save` wrote beside the arrays: format, step, loss, metadata, and the shape, dtype
     and digest of each array by tree and name. Damaged if any of it has changed."""
     path = step_dir(folder, step)
-    require(path.is_dir(), f"no checkpoint of step {step} in {folder}: it has {steps(folder)}")
+    require(
+        path.is_dir(), f"no checkpoint of step {step} in {folder}: it has {saved_steps(folder)}"
+    )
     with _raising_damaged(path):
         # Not read by orbax, which would start JAX's backend: --deterministic, which may be among
         # these settings, must be known before.
@@ -299,7 +301,7 @@ def latest_good(folder: str | Path, load: Callable[[int], Any]) -> tuple[int, An
     """
     require_run(folder)
     damaged: list[str] = []
-    for step in reversed(steps(folder)):
+    for step in reversed(saved_steps(folder)):
         try:
             return step, load(step), damaged
         except Damaged as error:

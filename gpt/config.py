@@ -12,15 +12,15 @@ from gpt import errors
 from gpt.errors import UserError, above_zero, each, fraction, not_negative, positive, require
 
 Dtype = Literal["float32", "bfloat16"]
-Positions = Literal["learned", "sinusoidal", "rope", "none"]
-Norm = Literal["layer", "rms"]
+PositionKind = Literal["learned", "sinusoidal", "rope", "none"]
+NormKind = Literal["layer", "rms"]
 NormPlace = Literal["pre", "post"]
-Mlp = Literal["relu", "gelu", "gelu_tanh", "relu2", "swiglu"]
+MlpKind = Literal["relu", "gelu", "gelu_tanh", "relu2", "swiglu"]
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "linear", "wsd"]
 Remat = Literal["auto", "none", "products", "blocks"]
-Attention = Literal["auto", "plain", "fused"]
-AUTO = "auto"  # chosen by the memory of a device: memory_plan.choose
+AttentionKind = Literal["auto", "plain", "fused"]
+AUTO = "auto"  # of grad_accum and remat: chosen by the memory of a device, see memory_plan.choose
 Quantize = Literal["int8"]
 Weights = Literal["ema", "raw"]  # the average over the run, or the weights as they are
 VOCAB_MULTIPLE = 128  # accelerators tile by 128, and sharded tables need a divisor
@@ -56,7 +56,7 @@ class ModelConfig:
     """Width of one head."""
     d_ff: Annotated[int | None, optional("INT", "4 x d_model; swiglu 8/3 x d_model")] = None
     """Width of the MLP."""
-    positions: Positions = "learned"
+    positions: PositionKind = "learned"
     """How positions are encoded: `learned` adds a learned table, `sinusoidal` the waves of Vaswani
     et al. 2017, `rope` rotates queries and keys (Su et al. 2021), `none` leaves it to the causal
     mask. All refuse text longer than the context: a table has no entry there, and the others were
@@ -72,13 +72,13 @@ class ModelConfig:
     rope_low and rope_high, in proportion."""
     rope_context: int = 8192
     """Scaled RoPE: the context, in tokens, that the model was first trained with."""
-    norm: Norm = "layer"
+    norm: NormKind = "layer"
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019)."""
     norm_place: NormPlace = "pre"
     """pre: before each sublayer and at the end (GPT-2); post: after each sum (Vaswani et al.)."""
     norm_epsilon: float = 1e-5
     """Added to the variance before the square root."""
-    mlp: Mlp = "gelu_tanh"
+    mlp: MlpKind = "gelu_tanh"
     """Activation of the MLP; swiglu has a third matrix, its gate (Shazeer 2020)."""
     qk_norm: bool = False
     """Normalize each head's queries and keys, before RoPE (Dehghani et al. 2023)."""
@@ -304,7 +304,7 @@ class TrainConfig:
     unroll: bool = False
     """Compile the blocks one after another instead of one program for all: compiling takes longer,
     and a CPU that does not recompute trains faster."""
-    attention: Attention = "auto"
+    attention: AttentionKind = "auto"
     """How training computes attention. plain: by matrix products. fused: by a kernel of the
     accelerator; an error if none fits. auto: fused if a kernel fits, else plain."""
     deterministic: bool = False
@@ -375,8 +375,8 @@ class TrainConfig:
         return self.seq_len or self.model.context_length
 
     def completed(self, vocab_size: int, dtype: Dtype) -> "TrainConfig":
-        """The config with everything decided that was left open: the vocabulary by the tokenizer,
-        the context by `seq_len`, and types by `dtype` where none was given."""
+        """The config with what it left open filled in: the tokenizer's vocabulary, the context of
+        `seq_len`, and `dtype` where no type was given. Settings that are `auto` stay so."""
         dtype = self.dtype or dtype
         model = dataclasses.replace(
             self.model, vocab_size=vocab_size, context_length=self.sequence_length

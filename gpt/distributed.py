@@ -226,7 +226,7 @@ def all_or_none(otherwise: Exception) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exit_together() -> Iterator[None]:
+def fail_together() -> Iterator[None]:
     """Like `all_or_none`, where an error ends the run: the processes disconnect first."""
     try:
         with all_or_none(UserError("another process of this run reported an error")):

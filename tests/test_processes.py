@@ -125,7 +125,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(who, number, code, text, tmp
         wait(trainers, 60)
     assert [t.returncode for t in trainers] == [code] * 2, trainers[0].err + trainers[1].err
     assert "stopped        to go on: " in trainers[0].err
-    (saved,) = checkpoint.steps(folder)
+    (saved,) = checkpoint.saved_steps(folder)
     assert saved == read_lines(folder)[-1]["step"] > 5
     assert int(arrays(folder, saved)["optimizer/step"]) == saved
 
@@ -143,7 +143,7 @@ def test_when_one_dies_or_hangs_the_other_ends_too(who, how, text, tmp_path):
         wait([other], 3 * HEARTBEAT + 30)
         assert time.monotonic() - began < 3 * HEARTBEAT + 30
     assert other.returncode not in (0, 2, 130, 143), other.err
-    assert checkpoint.steps(folder)
+    assert checkpoint.saved_steps(folder)
 
 
 @pytest.mark.slow

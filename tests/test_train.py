@@ -36,7 +36,7 @@ from gpt.data import tokenizers
 from gpt.errors import UserError
 from gpt.presets import PRESETS
 from gpt.sampling.language_model import load
-from gpt.training import resume, run_plan, train_step, trainer
+from gpt.training import resume, run_plan, settle, train_state, train_step
 from gpt.training.metrics import read_metrics
 
 
@@ -75,7 +75,7 @@ def test_a_run_leaves_what_the_next_command_needs(trained):
     assert {p.name for p in folder.iterdir()} == {
         "checkpoints", "metrics.jsonl", "samples.jsonl", "tokenizer.json", "loss.png"
     }  # fmt: skip
-    assert checkpoint.steps(folder) == [8, 12]
+    assert checkpoint.saved_steps(folder) == [8, 12]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert tokenizers.load(folder / "tokenizer.json").name == "byte"
     assert sample_command(folder) in done.err
@@ -137,7 +137,7 @@ def test_a_crashed_run_continues_to_the_bit(text, trained, tmp_path, interrupt):
     interrupt(11, crash)
     with pytest.raises(RuntimeError, match="the power went"):
         call("train", *argv)
-    assert checkpoint.steps(tmp_path / "run") == [4, 8]
+    assert checkpoint.saved_steps(tmp_path / "run") == [4, 8]
     assert read_lines(tmp_path / "run")[-1]["step"] > 8
     interrupt(0, None)
     assert call("train", *argv).code == 0
@@ -161,7 +161,7 @@ def test_a_real_process_saves_before_it_leaves(text, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 143 and "Traceback" not in err
-    (saved,) = checkpoint.steps(tmp_path)
+    (saved,) = checkpoint.saved_steps(tmp_path)
     assert read_lines(tmp_path)[-1]["step"] == saved > 0
 
 
@@ -254,7 +254,7 @@ def test_the_same_command_on_a_finished_run(text, finished):
 def test_minutes_settle_the_steps_and_the_schedule(text, tmp_path, monkeypatch):
     """With a second for each step."""
     clock = itertools.count()
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(settle, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     argv = [*SHAPE, *EVERY, "--minutes", "0.19", "--eval-tokens", "192", "--data", text]
     argv += ["--out", tmp_path / "run"]
     done = call("train", *argv)
@@ -322,7 +322,7 @@ def test_overwrite_starts_afresh_and_removes_only_what_a_run_wrote(text, finishe
     interrupt(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     done = call("train", *TINY, "--data", text, "--out", finished, "--overwrite")
     assert done.code == 143, done.err
-    assert checkpoint.steps(finished) == [3]
+    assert checkpoint.saved_steps(finished) == [3]
     assert [x["step"] for x in read_lines(finished)] == [1, 2, 3]
     for place in (finished, finished / "checkpoints"):
         assert (place / "notes.txt").read_text() == "mine"
@@ -372,14 +372,14 @@ def test_a_stopped_run_is_proven_to_equal_one_that_is_not(verify, tmp_path):
 
 def test_what_a_stop_loses_is_noticed(verify, tmp_path, monkeypatch):
     """As if the second moments were not saved, or the noise came from a stream of its own."""
-    honest = resume.load_state
+    honest = train_state.load_state
 
     def forgetful(like, folder, at):
         loaded = honest(like, folder, at)
         forget = lambda a: a * np.float32(1 + 1e-6) if a.ndim else a  # noqa: E731
         return dataclasses.replace(loaded, opt_state=jax.tree.map(forget, loaded.opt_state))
 
-    monkeypatch.setattr(resume, "load_state", forgetful)
+    monkeypatch.setattr(train_state, "load_state", forgetful)
     done = call("train", *verify, tmp_path / "run")
     assert done.code == 1
     assert "NOT verified" in done.err and "differs, " in done.err and "Traceback" not in done.err

@@ -11,7 +11,7 @@ from programs import TINY, arrays, call, read_lines, same_bits, snapshot
 
 from gpt import checkpoint
 from gpt.errors import UserError
-from gpt.sampling import language_model
+from gpt.evaluate import in_training
 from gpt.training import run_dir
 
 
@@ -40,14 +40,14 @@ def test_a_sample_that_does_not_fit_in_memory_is_a_note(text, trained, tmp_path,
     def write_sample(run, weights):
         raise left.pop(0)
 
-    monkeypatch.setattr(language_model, "write_sample", write_sample)
+    monkeypatch.setattr(in_training, "write_sample", write_sample)
     flags = ["--sample-every", "4", "--keep", "3"]
     done = call("train", *TINY, *flags, "--data", text, "--out", tmp_path / "run")
     assert done.code == 0, done.err
     for step, error in errors.items():
         assert f"note: no sample at step {step}: {error}\n" in done.err
     assert "--- sample ---" not in done.err and "Traceback" not in done.err
-    assert checkpoint.steps(tmp_path / "run") == [4, 8, 12]
+    assert checkpoint.saved_steps(tmp_path / "run") == [4, 8, 12]
     assert read_lines(tmp_path / "run") == read_lines(trained[1])
 
 
@@ -57,11 +57,11 @@ def test_a_sample_that_crashes_does_not_cost_the_checkpoint_of_its_step(
     def write_sample(run, weights):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(language_model, "write_sample", write_sample)
+    monkeypatch.setattr(in_training, "write_sample", write_sample)
     argv = [*TINY, "--sample-every", "4", "--data", text, "--out", tmp_path / "run"]
     with pytest.raises(ZeroDivisionError):
         call("train", *argv)
-    assert checkpoint.steps(tmp_path / "run") == [4]
+    assert checkpoint.saved_steps(tmp_path / "run") == [4]
     assert [line["step"] for line in read_lines(tmp_path / "run")] == [1, 2, 3, 4, 4]
 
 

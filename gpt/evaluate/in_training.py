@@ -1,19 +1,45 @@
-"""--eval-tasks: lm-eval's tasks on a model in training."""
+"""What a model writes while it is trained, and how it does on the tasks of --eval-tasks."""
 
 import contextlib
 import importlib.util
 import io
 
-from gpt import distributed
+from gpt import distributed, sharding
 from gpt.errors import require
-from gpt.sampling import language_model
+from gpt.sampling.language_model import ONE_DEVICE, LanguageModel, for_decoding
+
+
+def language_model_of(run, weights: dict) -> LanguageModel | None:
+    """The model of a run in training. `run` has `config`, `tokenizer` and `mesh`, on which the
+    stacked `weights` lie.
+
+    If several processes train, the first one has it on one of its devices, and None is returned in
+    the others.
+    """
+    weights = distributed.copy_to_first_process(weights)
+    if weights is None:
+        return None
+    mesh = run.mesh
+    if distributed.is_multi_process():
+        mesh = sharding.make_decoding_mesh(ONE_DEVICE)
+    config = run.config.model
+    params = for_decoding(config, mesh, None, weights)
+    mesh = mesh if mesh.size > 1 else None
+    return LanguageModel(config.for_sampling(), params, run.tokenizer, step=0, mesh=mesh)
+
+
+def write_sample(run, weights: dict, n_tokens: int = 200) -> str | None:
+    """What a model in training writes without a prompt; None where `language_model_of` is None.
+    Raises UserError if the model or its cache does not fit."""
+    model = language_model_of(run, weights)
+    return None if model is None else str(model.generate(max_new_tokens=n_tokens))
 
 
 def load_tasks(run) -> list:
     """The tasks of a run with their data; none in processes that do not evaluate. UserError in all
     processes if they cannot be loaded."""
     args = run.args
-    with distributed.exit_together():
+    with distributed.fail_together():
         require(
             importlib.util.find_spec("lm_eval") is not None,
             "--eval-tasks are those of lm-eval, which is not installed: "
@@ -32,7 +58,7 @@ def load_tasks(run) -> list:
 def evaluate_tasks(run, tasks: list, weights: dict) -> dict[str, float] | None:
     """The figures of the stacked `weights` of a run on its tasks; None in processes that do not
     evaluate."""
-    model = language_model.in_training(run, weights)
+    model = language_model_of(run, weights)
     if model is None:
         return None
     from gpt.evaluate import harness

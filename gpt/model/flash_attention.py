@@ -34,14 +34,14 @@ def attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
     kernel = kernel_for(q_BTNH)
     if kernel is None or pos_BT is not None or drop is not None:
         return attention.attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
-    return spread(kernel, q_BTNH, k_BKSH, v_BKSH)
+    return on_each_device(kernel, q_BTNH, k_BKSH, v_BKSH)
 
 
 def attend_prompt(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
     """As `attend`, for a prompt whose keys and values become the cache: cuDNN reads them in the
     cache's layout, so that they are written once."""
     if cudnn is not None and pos_BT is None and kernel_for(q_BTNH) is by_cudnn:
-        return spread(cache_by_cudnn, q_BTNH, k_BKSH, v_BKSH)
+        return on_each_device(cudnn_on_cache_layout, q_BTNH, k_BKSH, v_BKSH)
     return attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
 
 
@@ -54,7 +54,7 @@ def attend_token(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
     if cudnn is not None and len(q_BTNH) > 1 and kernel_for(q_BTNH) is by_cudnn:
         # The position of a full row is one past the last slot.
         n_B = jnp.minimum(pos_BT[:, 0] + 1, k_BKSH.shape[2])
-        return spread(cache_by_cudnn, q_BTNH, k_BKSH, v_BKSH, n_B)
+        return on_each_device(cudnn_on_cache_layout, q_BTNH, k_BKSH, v_BKSH, n_B)
     mix_B1NH = attention.attend(q_BTNH[:, :1], k_BKSH, v_BKSH, pos_BT[:, :1], drop)
     return jnp.broadcast_to(mix_B1NH, q_BTNH.shape)
 
@@ -67,7 +67,9 @@ def kernel_for(q_BTNH: jax.Array | jax.ShapeDtypeStruct) -> Kernel | None:
     return kernel
 
 
-def spread(kernel: Kernel, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *of_rows):
+def on_each_device(
+    kernel: Kernel, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *of_rows
+):
     """`kernel` on each device's rows and heads: the compiler cannot split a kernel by itself.
 
     `of_rows`: what else the kernel takes, with an entry for each row.
@@ -100,7 +102,7 @@ def by_cudnn(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Arr
     )
 
 
-def cache_by_cudnn(q_BTNH, k_BKSH, v_BKSH, n_B: jax.Array | None = None) -> jax.Array:
+def cudnn_on_cache_layout(q_BTNH, k_BKSH, v_BKSH, n_B: jax.Array | None = None) -> jax.Array:
     """As `by_cudnn`, on keys and values in the cache's layout, which jax.nn would transpose.
 
     With `n_B` all queries of row b see its first `n_B[b]` slots, instead of those up to their own.

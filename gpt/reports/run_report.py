@@ -80,7 +80,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         records = [*read_metrics(path), *read_metrics(folder / "evaluations.jsonl")]
         records.sort(key=lambda record: record["step"])
         require(
-            bool(records or checkpoint.steps(folder)),
+            bool(records or checkpoint.saved_steps(folder)),
             f"{folder} holds neither metrics.jsonl nor a checkpoint: expected a run's folder",
         )
         # The last line of each process, by the step from which it continued.
@@ -116,7 +116,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def read_settings(folder: Path) -> tuple[dict[str, Any], str]:
     """The settings of a run, and a note if some are missing."""
-    if not checkpoint.steps(folder):
+    if not checkpoint.saved_steps(folder):
         return {}, "it has no checkpoint yet, and its settings are stored there"
     try:
         _, metadata, _ = checkpoint.latest_good(

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt import checkpoint, distributed, hardware, sharding
+from gpt import checkpoint, hardware, sharding
 from gpt.config import (
     ONE_DEVICE,
     Dtype,
@@ -212,32 +212,6 @@ def load(
         advice = "" if prefix else "; --prefix none leaves it out"
         notes.append(f"every prompt and scored text follows {name!r}{advice}")
     return replace(model, notes=(*model.notes, *notes))
-
-
-def in_training(run, weights: dict) -> LanguageModel | None:
-    """The model of a run in training. `run` has `config`, `tokenizer` and `mesh`, on which the
-    stacked `weights` lie.
-
-    If several processes train, the first one has it on one of its devices, and None is returned in
-    the others.
-    """
-    weights = distributed.copy_to_first_process(weights)
-    if weights is None:
-        return None
-    mesh = run.mesh
-    if distributed.is_multi_process():
-        mesh = sharding.make_decoding_mesh(ONE_DEVICE)
-    config = run.config.model
-    params = for_decoding(config, mesh, None, weights)
-    mesh = mesh if mesh.size > 1 else None
-    return LanguageModel(config.for_sampling(), params, run.tokenizer, step=0, mesh=mesh)
-
-
-def write_sample(run, weights: dict, n_tokens: int = 200) -> str | None:
-    """What a model in training writes without a prompt. The arguments are those of `in_training`,
-    and it is None where that is. Raises UserError if the model or its cache does not fit."""
-    model = in_training(run, weights)
-    return None if model is None else str(model.generate(max_new_tokens=n_tokens))
 
 
 def choose_tree(run: str | Path, metadata: dict[str, Any], weights: Weights | None) -> str:

@@ -38,7 +38,7 @@ class Axes(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def mean_losses(
+def objective_and_loss(
     config: TrainConfig, x_MD: jax.Array, table_VD: jax.Array, target_M: jax.Array
 ) -> Means:
     """What training minimizes (see loss.objective) and the plain cross-entropy in nats, means over
@@ -59,8 +59,8 @@ def _backward(config, gradients, cotangents):
 def losses_and_gradients(
     config: TrainConfig, x_MD: jax.Array, table_VD: jax.Array, target_M: jax.Array
 ) -> tuple[Means, tuple[jax.Array, jax.Array]]:
-    """`mean_losses`, and the gradients of the first of them with respect to `x_MD` and `table_VD`,
-    each in the type of its array."""
+    """`objective_and_loss`, and the gradients of the first of them with respect to `x_MD` and
+    `table_VD`, each in the type of its array."""
     axes = Axes(*map(sharding.split_over, ("batch", "vocab", "embed")))
     on_device = functools.partial(device_losses, config, axes, len(x_MD))
     mesh = sharding.mesh_in_force()
@@ -79,7 +79,7 @@ def losses_and_gradients(
     )(x_MD, table_VD, target_M)
 
 
-mean_losses.defvjp(losses_and_gradients, _backward)
+objective_and_loss.defvjp(losses_and_gradients, _backward)
 
 
 def device_losses(

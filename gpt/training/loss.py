@@ -120,7 +120,7 @@ def objective(config: TrainConfig, params: dict, tokens_BU: jax.Array, key_B=Non
     options = {"attend": attend_of(config), "remat": config.remat, "unroll": config.unroll}
     if sharding.platform() != "cpu":
         model, x_MD, target_M = hidden_states(config.model, params, tokens_BU, key_B, **options)
-        return fused_loss.mean_losses(config, x_MD, model.head_table, target_M)
+        return fused_loss.objective_and_loss(config, x_MD, model.head_table, target_M)
 
     loss_BT, log_total_BT, uniform_BT = sequence_losses(
         config.model, params, tokens_BU, key_B, **options

@@ -65,29 +65,23 @@ def least_need(config: TrainConfig, mesh: Mesh) -> Need:
     return Need(state // weight_shards, weights // weight_shards + block_inputs)
 
 
-def choose(
-    config: TrainConfig,
-    mesh: Mesh,
-    limit: float | None = None,
-    after: TrainConfig | None = None,
-) -> TrainConfig | None:
-    """`config` with what it leaves to `auto` decided: the first of its `candidates` expected to fit
-    in `limit` bytes (default: what a device here has), or the last if none is.
+def choose(config: TrainConfig, mesh: Mesh, limit: float | None = None) -> TrainConfig:
+    """`config` with what it leaves to `auto` decided: the first of `likely_to_fit`."""
+    return likely_to_fit(config, mesh, limit)[0]
 
-    `after`: a candidate that did not fit when it was compiled; only later ones are considered.
-    None if there are no later ones.
-    """
-    found = candidates(config, mesh)
-    if after is not None:
-        found = found[found.index(after) + 1 :] if after in found else []
-    if limit is None and len(found) > 1:
+
+def likely_to_fit(config: TrainConfig, mesh: Mesh, limit: float | None = None) -> list[TrainConfig]:
+    """Those of `candidates` that are expected to fit in `limit` bytes (default: what a device here
+    has), fastest first, and the last one in any case."""
+    *others, last = candidates(config, mesh)
+    if not others:
+        return [last]
+    if limit is None:
         limit, _ = hardware.memory()
     # Expectations are inexact, and a CPU's memory is used by other programs too.
     usable_share = 0.5 if is_cpu(mesh) else 0.9
-    for candidate in found[:-1]:
-        if expected_need(candidate, mesh).total <= limit * usable_share:
-            return candidate
-    return found[-1] if found else None
+    fitting = [one for one in others if expected_need(one, mesh).total <= limit * usable_share]
+    return [*fitting, last]
 
 
 def candidates(config: TrainConfig, mesh: Mesh) -> list[TrainConfig]:

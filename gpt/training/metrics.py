@@ -105,15 +105,20 @@ class RunLog:
             f"step {step:,}  validation loss {loss:.4f}, {bits_per_byte:.4f} bits per byte"
         )
 
-    def tasks(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write and show the figures of an evaluation on tasks, such as hellaswag/acc."""
+    def tasks(self, step: int, figures: Mapping[str, float] | None) -> None:
+        """Write and show the figures of an evaluation on tasks, such as hellaswag/acc; nothing if
+        another process has them."""
+        if figures is None:
+            return
         self._write({"step": step} | figures)
         shown = [f"{name} {value:.4f}" for name, value in figures.items() if "/" in name]
         self.console.print(f"step {step:,}  {', '.join(shown)}")
 
-    def sample(self, step: int, text: str) -> None:
+    def sample(self, step: int, text: str | None) -> None:
         """Show what the model wrote at `step`, and keep it in samples.jsonl, where samples that an
-        earlier process wrote from this step on are dropped."""
+        earlier process wrote from this step on are dropped; nothing if another process has it."""
+        if text is None:
+            return
         self.console.print(f"--- sample ---\n{text}\n---")
         if self.out is not None:
             path = self.out / "samples.jsonl"

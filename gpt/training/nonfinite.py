@@ -27,7 +27,7 @@ def explain_divergence(
     `first_step`: the first of `n_steps` bad ones, which trained on `tokens_ABU`.
     """
     where = locate_first_nonfinite(config, params, tokens_ABU, first_step - 1)
-    saved = checkpoint.steps(out)
+    saved = checkpoint.saved_steps(out)
     last_good = "no checkpoint was saved"
     if saved:
         last_good = f"the last good checkpoint is step {saved[-1]}"

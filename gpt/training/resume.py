@@ -11,12 +11,13 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from gpt import checkpoint
-from gpt.config import AUTO, ModelConfig, TrainConfig, from_json, to_json
+from gpt.config import ModelConfig, TrainConfig, from_json, to_json
 from gpt.data import tokenizers
 from gpt.data.options import DataOptions
 from gpt.data.token_files import Dataset
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import require
+from gpt.training import train_state
 from gpt.training.train_state import TrainState, abstract_state, make_state, start_ema
 from gpt.wording import counted
 
@@ -61,7 +62,7 @@ def find_starting_point(args: Any, out: Path, log: Callable[[str], None]) -> Sta
 
     `log` is told of each damaged checkpoint that is passed over.
     """
-    resuming = bool(checkpoint.steps(out)) and not (args.overwrite or args.verify_resume)
+    resuming = bool(checkpoint.saved_steps(out)) and not (args.overwrite or args.verify_resume)
     source = out if resuming else args.init_from
     if source is None:
         return StartingPoint()
@@ -92,15 +93,15 @@ def with_flags(config: Any, asked: Any, flags_given: set[str], prefix: str = "")
 def with_settings_of_run(args: Any, flags_given: set[str]):
     """`args` with the settings and the text of the run that --resume names, except for those that
     were given as flags."""
-    about = newest(args.resume, checkpoint.read_metadata, log=lambda note: None)
+    metadata = newest(args.resume, checkpoint.read_metadata, log=lambda note: None)
     require(
-        "source" not in about,
+        "source" not in metadata,
         f"{args.resume} was imported and has no training to continue: train on from its weights "
         f"with --init-from {args.resume} --out ANOTHER",
     )
-    saved = from_json(TrainConfig, about["train"])
+    saved = from_json(TrainConfig, metadata["train"])
     train = with_flags(saved, args.train, flags_given)
-    model = from_json(ModelConfig, about["model"])  # types that the run left open stay open
+    model = from_json(ModelConfig, metadata["model"])  # types that the run left open stay open
     train = dataclasses.replace(
         train,
         model=with_flags(model, args.train.model, flags_given, "model."),
@@ -112,11 +113,11 @@ def with_settings_of_run(args: Any, flags_given: set[str]):
             steps=saved.steps + args.extend,
             extra_steps=saved.extra_steps + args.extend,
         )
-    paths = tuple(Path(path) for path in about["data"]["paths"])
+    paths = tuple(Path(path) for path in metadata["data"]["paths"])
     text = with_flags(
-        DataOptions.from_json(about["data"].get("options", {})), args.text, flags_given
+        DataOptions.from_json(metadata["data"].get("options", {})), args.text, flags_given
     )
-    kept = {name: about["flags"][name] for name in KEPT_FLAGS if name not in flags_given}
+    kept = {name: metadata["flags"][name] for name in KEPT_FLAGS if name not in flags_given}
     if kept.get("eval_tasks_path"):
         kept["eval_tasks_path"] = Path(kept["eval_tasks_path"])
     data = args.data or paths or None
@@ -138,25 +139,6 @@ def require_same_settings(start: StartingPoint, config: TrainConfig) -> None:
         "--out, --overwrite to start afresh, or train on from its weights: "
         f"--init-from {start.source} --out ANOTHER",
     )
-
-
-def keep_choices(args: Any, config: TrainConfig, mesh: Mesh, start: StartingPoint) -> TrainConfig:
-    """`config` with its `auto` settings, and the steps that --minutes settled, taken from the saved
-    run, so that continuing is exact. A grad_accum that does not fit this mesh stays `auto`."""
-    if not start.resuming:
-        return config
-    saved = from_json(TrainConfig, start.metadata["train"])
-    if args.minutes:
-        config = dataclasses.replace(config, steps=saved.steps, warmup_steps=saved.warmup_steps)
-    if config.steps == saved.schedule_steps:
-        # The command that began the run also continues what --extend has added.
-        config = dataclasses.replace(config, steps=saved.steps, extra_steps=saved.extra_steps)
-    if config.remat == AUTO:
-        config = dataclasses.replace(config, remat=saved.remat, unroll=saved.unroll)
-    n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.grad_accum == AUTO and config.batch_size % (saved.grad_accum * n_shards) == 0:
-        config = dataclasses.replace(config, grad_accum=saved.grad_accum)
-    return config
 
 
 def differences(saved: dict[str, Any], config: TrainConfig, steps_done: int) -> list[str]:
@@ -219,7 +201,7 @@ def initial_state(
         return make_state(config, mesh)
     like = abstract_state(config, mesh)
     if start.resuming:
-        return newest(start.source, partial(load_state, like), log)
+        return newest(start.source, partial(train_state.load_state, like), log)
 
     def load_weights(folder: Path, step: int) -> dict:
         """The averaged weights, where the other run kept an average."""
@@ -232,18 +214,7 @@ def initial_state(
     return dataclasses.replace(state, params=params, ema_params=start_ema(config, params))
 
 
-def load_state(like: TrainState, folder: Path, step: int) -> TrainState:
-    """The whole state saved at `step`, with the shapes and shardings of `like`."""
-    counted = {"opt_state": like.opt_state, "step": like.step}
-    counted = checkpoint.restore(folder, step, "optimizer", counted)
-    params = checkpoint.restore(folder, step, "params", like.params)
-    ema_params = {}
-    if like.ema_params:
-        ema_params = checkpoint.restore(folder, step, "ema_params", like.ema_params)
-    return TrainState(params, counted["opt_state"], counted["step"], ema_params)
-
-
-def describe_run(
+def checkpoint_metadata(
     args: Any,
     config: TrainConfig,
     tokenizer: Tokenizer,

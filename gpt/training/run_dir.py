@@ -46,10 +46,10 @@ def reserve(out: Path, is_trial: bool) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as stack:
-        with distributed.exit_together():
+        with distributed.fail_together():
             if distributed.is_first():
                 stack.enter_context(lock_run(out))
-        with distributed.exit_together():
+        with distributed.fail_together():
             require(
                 out.is_dir(),
                 f"--out {out} is not seen by all processes of the run: choose a folder on storage "
@@ -97,7 +97,7 @@ def lock_run(out: Path) -> Iterator[None]:
 
 def remove_run(out: Path) -> None:
     """Remove what a run wrote in its folder, and nothing else."""
-    for step in checkpoint.steps(out):
+    for step in checkpoint.saved_steps(out):
         shutil.rmtree(checkpoint.step_dir(out, step))
     for pattern in WRITTEN:
         for path in out.glob(pattern):

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from gpt import sharding
+from gpt import checkpoint, sharding
 from gpt.config import TrainConfig
 from gpt.model import transformer
 from gpt.training.optimizer import make_optimizer
@@ -76,3 +77,14 @@ def checkpoint_trees(state: TrainState) -> dict[str, dict]:
     if state.ema_params:
         trees["ema_params"] = state.ema_params
     return trees
+
+
+def load_state(like: TrainState, folder: Path, step: int) -> TrainState:
+    """The whole state saved at `step`, with the shapes and shardings of `like`."""
+    counted = {"opt_state": like.opt_state, "step": like.step}
+    counted = checkpoint.restore(folder, step, "optimizer", counted)
+    params = checkpoint.restore(folder, step, "params", like.params)
+    ema_params = {}
+    if like.ema_params:
+        ema_params = checkpoint.restore(folder, step, "ema_params", like.ema_params)
+    return TrainState(params, counted["opt_state"], counted["step"], ema_params)

@@ -1,4 +1,4 @@
-"""One optimizer step and one evaluation step: pure functions, compiled for a mesh.
+"""One optimizer step, a pure function, and its compilation for a mesh.
 
 How gradients are averaged over devices: over `data` each device averages over its own rows of all
 micro-batches, and one all-reduce at the end of the step averages over the devices (where that is
@@ -13,7 +13,6 @@ Shape letters: see gpt/model/transformer.py; A micro-batches of one step, U = T 
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -24,12 +23,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt import sharding
 from gpt.config import TrainConfig
-from gpt.data import batches
-from gpt.data.token_files import Tokens
 from gpt.errors import require
 from gpt.model import flash_attention, transformer
 from gpt.training import memory_plan
-from gpt.training.loss import attend_of, objective, sequence_losses
+from gpt.training.evaluation import eval_step
+from gpt.training.loss import objective
 from gpt.training.optimizer import make_optimizer, make_schedule
 from gpt.training.train_state import TrainState, abstract_state, shardings_of
 
@@ -176,34 +174,6 @@ def update_ema(config: TrainConfig, ema_params: dict, params: dict, step: jax.Ar
 def count_updates(opt_state: optax.OptState) -> jax.Array:
     """Updates that the optimizer has made, int32: steps less those that were skipped."""
     return optax.tree.get_all_with_path(opt_state, "count")[0][1]
-
-
-def eval_step(config: TrainConfig, params: dict, tokens_BU: jax.Array, weight_BT: jax.Array):
-    """Summed loss in nats, and summed weight, of the targets of `tokens_BU`."""
-    losses_BT, *_ = sequence_losses(config.model, params, tokens_BU, attend=attend_of(config))
-    return jnp.sum(losses_BT * weight_BT), jnp.sum(weight_BT)
-
-
-def evaluate(
-    config: TrainConfig, params: dict, eval_step: Callable, val: Tokens
-) -> tuple[float, float]:
-    """The loss on held-out text in nats per token, and in bits per byte.
-
-    It reads the same windows each time, at most `config.eval_tokens` tokens. Bits per byte take the
-    bytes per token of the whole held-out text, so on a part of it they are an estimate.
-    """
-    rows = config.batch_size // config.grad_accum
-    total_loss = total_weight = 0.0
-    for tokens, weights in batches.evaluation_windows(
-        val, config.sequence_length, config.eval_tokens, rows
-    ):
-        # Wait for each: on a CPU steps with collectives must not pile up.
-        loss, weight = jax.device_get(eval_step(params, tokens, weights))
-        total_loss += loss
-        total_weight += weight
-    nats_per_token = float(total_loss / total_weight)
-    bits_per_byte = nats_per_token / math.log(2) * len(val) / val.n_bytes
-    return nats_per_token, bits_per_byte
 
 
 def require_fit(config: TrainConfig, mesh: Mesh) -> list[str]:

@@ -78,17 +78,17 @@ def save_with_losses(folder, losses, best):
 
 def test_the_latest_are_kept_and_those_of_lowest_loss(tmp_path):
     save_with_losses(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: None}, best=1)
-    assert checkpoint.steps(tmp_path) == [2, 5]
+    assert checkpoint.saved_steps(tmp_path) == [2, 5]
     save_with_losses(tmp_path, {6: 1.5, 7: 2.5}, best=2)  # by another process
-    assert checkpoint.steps(tmp_path) == [2, 6, 7]
+    assert checkpoint.saved_steps(tmp_path) == [2, 6, 7]
 
     # A loss that was changed on disk does not count.
     path = checkpoint.step_dir(tmp_path, 6) / "_CHECKPOINT_METADATA"
     path.write_text(path.read_text().replace("1.5", "0.5"))
     save_with_losses(tmp_path, {8: 2.6}, best=1)
-    assert checkpoint.steps(tmp_path) == [2, 8]
+    assert checkpoint.saved_steps(tmp_path) == [2, 8]
     save_with_losses(tmp_path, {9: 0.5}, best=1)
-    assert checkpoint.steps(tmp_path) == [9]
+    assert checkpoint.saved_steps(tmp_path) == [9]
 
 
 def test_saving_the_latest_step_again_does_nothing(mine):
@@ -109,9 +109,13 @@ def test_a_save_that_is_tried_leaves_nothing(tmp_path):
 def test_steps_past_the_resumed_one_are_replaced(tmp_path):
     save(tmp_path, 1, 2, 3)
     with CheckpointManager(tmp_path, keep=2, resumed=1) as writer:
-        assert checkpoint.steps(tmp_path) == [1, 2, 3]  # nothing is lost before there is a new one
+        assert checkpoint.saved_steps(tmp_path) == [
+            1,
+            2,
+            3,
+        ]  # nothing is lost before there is a new one
         writer.save(2, state(20), {"step": 20})
-    assert checkpoint.steps(tmp_path) == [1, 2]
+    assert checkpoint.saved_steps(tmp_path) == [1, 2]
     assert checkpoint.read_metadata(tmp_path, 2) == {"step": 20}
 
 
@@ -348,7 +352,7 @@ def test_a_save_that_fails_or_is_killed_harms_nothing_and_leaves_nothing(tmp_pat
 
     # Killed in the middle of a save; as it may have been quick, a partly written one is made sure.
     (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir()
-    killed = checkpoint.steps(tmp_path)
+    killed = checkpoint.saved_steps(tmp_path)
     assert killed in ([3], [4], [3, 4])
     assert newest_metadata(tmp_path)[::2] == (killed[-1], [])
     save(tmp_path, 6)

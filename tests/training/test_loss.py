@@ -121,7 +121,7 @@ def test_bfloat16_logits_cost_little(name, learned):
 
         def objective(arrays):
             x = arrays["x"].astype(x_type)
-            return fused_loss.mean_losses(config, x, arrays["table"], target_M)
+            return fused_loss.objective_and_loss(config, x, arrays["table"], target_M)
 
         return values_and_gradient(objective)(arrays)
 

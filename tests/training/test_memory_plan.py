@@ -88,10 +88,10 @@ def test_what_is_left_open_is_decided_by_memory(
     assert memory_plan.choose(chosen, mesh) == chosen
 
     # What does not fit when it is compiled makes room for the next, down to the thriftiest.
-    tried = []
-    while chosen is not None:
-        tried.append(memory_plan.expected_need(chosen, mesh).total)
-        chosen = memory_plan.choose(config, mesh, limit, after=chosen)
+    tried = [
+        memory_plan.expected_need(one, mesh).total
+        for one in memory_plan.likely_to_fit(config, mesh, limit)
+    ]
     assert tried[-1] == min(tried) and len(tried) == len(set(tried))
 
 

@@ -20,7 +20,7 @@ from gpt.config import MeshConfig, ModelConfig, TrainConfig
 from gpt.model import layers
 from gpt.training import memory_plan, train_state, train_step
 from gpt.training.nonfinite import locate_first_nonfinite
-from gpt.training.trainer import Recorder
+from gpt.training.recorder import Recorder
 
 MODEL = ModelConfig(100, context_length=8, n_layers=4, n_heads=2, d_model=16, dropout=0.1)
 CONFIG = TrainConfig(
@@ -214,7 +214,7 @@ def test_a_planted_nan_is_reported_with_its_step_and_layer(text, tmp_path, plant
     assert f"error: step {AT}: " in error and "3 steps in a row; " in error
     assert f"in the weights of block {LAYER} of 0 to 1 (blocks/mlp/up/kernel)" in error
     assert "the last good checkpoint is step 4" in error
-    assert checkpoint.steps(run) == [4] and "step 8 is not saved" in done.err
+    assert checkpoint.saved_steps(run) == [4] and "step 8 is not saved" in done.err
     lines = [line for line in read_lines(run) if "loss" in line]
     assert [line["skipped"] for line in lines] == [0] * (AT - 1) + [1, 2, 3]
     assert [line["loss"] is None for line in lines] == [False] * (AT - 1) + [True] * 3
@@ -246,7 +246,7 @@ def test_a_run_does_not_end_with_a_bad_step(text, tmp_path, plant):
     plant({12})
     done = call("train", *RUN, "--data", text, "--out", tmp_path)
     assert done.code == 1 and "error: step 12: " in done.err and "1 step in a row" in done.err
-    assert checkpoint.steps(tmp_path) == [4, 8]
+    assert checkpoint.saved_steps(tmp_path) == [4, 8]
 
 
 def test_a_signal_at_a_skipped_step_waits_for_one_that_can_be_saved(
@@ -264,4 +264,4 @@ def test_a_signal_at_a_skipped_step_waits_for_one_that_can_be_saved(
     monkeypatch.setattr(Recorder, "note_step", step)
     done = call("train", *RUN, "--save-every", "10", "--data", text, "--out", tmp_path)
     assert done.code == 143 and "not saved" not in done.err
-    assert checkpoint.steps(tmp_path) == [AT + 1]
+    assert checkpoint.saved_steps(tmp_path) == [AT + 1]

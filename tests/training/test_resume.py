@@ -121,7 +121,7 @@ def test_a_full_disk_stops_the_run_and_harms_no_checkpoint(text, trained, mounte
     error = done.err[done.err.index("error: ") :]
     assert "the checkpoint of step 12 could not be saved" in error and error.count("\n") == 1
     assert "the last good one is step 8" in error and "--keep-going" in error
-    assert checkpoint.steps(disk / "run") == [4, 8]
+    assert checkpoint.saved_steps(disk / "run") == [4, 8]
     mount("-o", "remount,size=64m", disk)
     assert call("train", *argv).code == 0
     assert {path.name for path in (disk / "run/checkpoints").iterdir()} == {"4", "8", "12"}
@@ -168,7 +168,7 @@ def test_who_goes_on_unsaved_has_what_could_be_saved(text, trained, mounted, mon
     assert done.code == 0, done.err
     assert "the checkpoint of step 8 could not be saved" in done.err
     assert "the last good one is step 4" in done.err and "training goes on" in done.err
-    assert checkpoint.steps(disk / "run") == [4, 12]
+    assert checkpoint.saved_steps(disk / "run") == [4, 12]
     assert same_bits(arrays(disk / "run", 12), arrays(trained[1], 12))
     assert all(line in read_lines(trained[1]) for line in read_lines(disk / "run"))
 

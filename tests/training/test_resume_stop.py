@@ -11,10 +11,10 @@ import pytest
 from programs import ROOT, TINY, arrays, call, read_lines, same_bits, snapshot
 
 from gpt import checkpoint, cli
-from gpt.sampling import language_model
-from gpt.training import train_step, trainer
+from gpt.evaluate import in_training
+from gpt.training import evaluation, train_step, trainer
+from gpt.training.recorder import Recorder
 from gpt.training.stop_signal import StopSignal
-from gpt.training.trainer import Recorder
 
 
 def before(monkeypatch, owner, name, action):
@@ -32,8 +32,8 @@ def before(monkeypatch, owner, name, action):
 
 PHASES = {  # the function that is interrupted, and the step that is saved
     "training": (Recorder, "note_step", 1),
-    "evaluating": (train_step, "evaluate", 5),
-    "sampling": (language_model, "write_sample", 8),
+    "evaluating": (evaluation, "evaluate", 5),
+    "sampling": (in_training, "write_sample", 8),
     "saving": (Recorder, "save", 5),
     "at its end": (trainer, "save_loss_curve", 12),
 }
@@ -57,7 +57,7 @@ def test_a_signal_in_any_phase_saves_at_the_next_step(
     assert done.code == 128 + number, done.err
     assert cli.command("train.py", "--resume", str(tmp_path / "run")) + "\n" in done.err
     assert "Ctrl-C again stops at once" in done.err and "Traceback" not in done.err
-    assert checkpoint.steps(tmp_path / "run")[-1] == saved
+    assert checkpoint.saved_steps(tmp_path / "run")[-1] == saved
     assert read_lines(tmp_path / "run") == [x for x in read_lines(trained[1]) if x["step"] <= saved]
     monkeypatch.undo()
     assert call("train", "--resume", tmp_path / "run").code == 0
@@ -113,7 +113,7 @@ import os, signal, sys, time
 sys.path.insert(0, "tests")
 from gpt import cli
 import programs
-from gpt.training import trainer
+from gpt.training import recorder
 
 train = programs.program("train")
 
@@ -125,7 +125,7 @@ def stuck(*arguments, **named):
     jax.jit(lambda x: jax.lax.fori_loop(0, 10**9, lambda i, x: x @ x / 2, x))(
         jax.numpy.eye(500)).block_until_ready()
 
-trainer.Recorder.save = stuck
+recorder.Recorder.save = stuck
 cli.run(train.main)
 """
 
@@ -140,6 +140,6 @@ def test_a_second_ctrl_c_stops_at_once_and_harms_nothing(text, trained, finished
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert same_bits(arrays(finished, 8), good)
     assert call("train", *argv).code == 0
-    assert checkpoint.steps(finished) == [8, 12]
+    assert checkpoint.saved_steps(finished) == [8, 12]
     assert same_bits(arrays(finished, 12), arrays(trained[1], 12))
     assert read_lines(finished) == read_lines(trained[1])

@@ -1,0 +1,40 @@
+"""The loss on held-out text, on the same windows each time."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from gpt.config import TrainConfig
+from gpt.data import batches
+from gpt.data.token_files import Tokens
+from gpt.training.loss import attend_of, sequence_losses
+
+
+def eval_step(config: TrainConfig, params: dict, tokens_BU: jax.Array, weight_BT: jax.Array):
+    """Summed loss in nats, and summed weight, of the targets of `tokens_BU`."""
+    losses_BT, *_ = sequence_losses(config.model, params, tokens_BU, attend=attend_of(config))
+    return jnp.sum(losses_BT * weight_BT), jnp.sum(weight_BT)
+
+
+def evaluate(
+    config: TrainConfig, params: dict, eval_step: Callable, val: Tokens
+) -> tuple[float, float]:
+    """The loss on held-out text in nats per token, and in bits per byte.
+
+    It reads the same windows each time, at most `config.eval_tokens` tokens. Bits per byte take the
+    bytes per token of the whole held-out text, so on a part of it they are an estimate.
+    """
+    rows = config.batch_size // config.grad_accum
+    total_loss = total_weight = 0.0
+    for tokens, weights in batches.evaluation_windows(
+        val, config.sequence_length, config.eval_tokens, rows
+    ):
+        # Wait for each: on a CPU steps with collectives must not pile up.
+        loss, weight = jax.device_get(eval_step(params, tokens, weights))
+        total_loss += loss
+        total_weight += weight
+    nats_per_token = float(total_loss / total_weight)
+    bits_per_byte = nats_per_token / math.log(2) * len(val) / val.n_bytes
+    return nats_per_token, bits_per_byte

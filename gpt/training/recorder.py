@@ -1,0 +1,207 @@
+"""Batches for the training loop, and a record of what comes of them: numbers, checkpoints, samples.
+
+It holds the details that the loop leaves out: metrics that are read one step late, steps with
+non-finite numbers, several processes, traces.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from gpt import checkpoint, distributed, hardware, sharding
+from gpt.config import TrainConfig
+from gpt.data import batches
+from gpt.errors import UserError, is_out_of_memory
+from gpt.training import train_step
+from gpt.training.metrics import RunLog
+from gpt.training.resume import checkpoint_metadata
+from gpt.training.train_state import TrainState, checkpoint_trees
+from gpt.training.trainer import PROFILE_AFTER, Run
+
+
+class Recorder(contextlib.ExitStack):
+    """Supplies the batches of a run from `state` until step `until`, and records their results.
+
+    Numbers of a step are read one step late, while the device computes the next one. Use it in
+    `with`.
+    """
+
+    def __init__(self, run: Run, state: TrainState, until: int):
+        super().__init__()
+        config = run.config
+        is_first = distributed.is_first()  # of several processes, the one that writes
+        self.run = run
+        self.until = until
+        self.first_step = int(state.step)
+        self.unread = None  # the last step and its metrics, until they are read
+        self.skipped = self.first_step - int(train_step.count_updates(state.opt_state))
+        self.n_bad = 0  # steps that were skipped one after another, up to the last one read
+        self.n_profiled = run.args.profile if is_first else 0
+        self.metadata = checkpoint_metadata(run.args, config, run.tokenizer, run.dataset, run.start)
+
+        self.checkpoints = self.enter_context(
+            checkpoint.CheckpointManager(
+                run.out, config.keep, config.keep_best, resumed=self.first_step or None
+            )
+        )
+        self.log = RunLog(
+            run.out if is_first else None,
+            self.first_step,
+            config,
+            run.console,
+            peak_flops=hardware.matmul_rate(config.model.compute_dtype) * run.mesh.size,
+            log_to=run.args.log_to,
+        )
+        self.callback(self.log.close)
+        self.trace = self.enter_context(contextlib.ExitStack())
+
+    def batches(self) -> Iterator[tuple[int, jax.Array]]:
+        """Each step that is to be made, counted from 1, and its tokens [A, B, T+1]."""
+        read = functools.partial(read_batch, self.run)
+        ready = batches.prefetch(read, self.first_step, self.until)
+        with contextlib.closing(ready):
+            for step, tokens in enumerate(ready, self.first_step + 1):
+                yield step, tokens
+                self.log.timer.resume()
+
+    def note_step(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> None:
+        """`step`, which gave `state` and `metrics`, has been handed to the device."""
+        self._profile(step, metrics)
+        self._read_last_step(state)
+        self.unread = step, metrics
+        if self.n_bad + 1 >= self.run.config.max_bad_steps:
+            # If this step is bad, it is the last one allowed. It is read before another one changes
+            # the weights that will be inspected.
+            self._read_last_step(state)
+
+    def catch_up(self, state: TrainState) -> bool:
+        """Wait for the last step, and stop the clock until the next one. Returns whether its update
+        was applied; if not, this must neither be the last step nor be saved."""
+        self._read_last_step(state)
+        self.log.timer.pause()
+        return self.n_bad == 0
+
+    def _read_last_step(self, state: TrainState) -> None:
+        """Log the last step, if it is unread. Raise Failed if too many steps in a row were skipped,
+        or the run's last step was: no good step can follow it."""
+        if self.unread is None:
+            return
+        config = self.run.config
+        step, metrics = self.unread
+        self.unread = None
+        self.log.write_step(step, jax.block_until_ready(metrics))
+
+        skipped = int(metrics["skipped"])
+        self.n_bad = self.n_bad + 1 if skipped > self.skipped else 0
+        self.skipped = skipped
+        if self.n_bad and (self.n_bad >= config.max_bad_steps or step == config.steps):
+            from gpt.training import nonfinite
+
+            self.checkpoints.wait()
+            first_bad = step - self.n_bad + 1
+            tokens = read_batch(self.run, first_bad - 1)
+            raise nonfinite.explain_divergence(
+                config, first_bad, self.n_bad, self.run.out, state.params, tokens
+            )
+
+    def _profile(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Trace the steps that --profile asks for. `metrics` is ready when `step` is computed."""
+        begin = self.first_step + PROFILE_AFTER
+        end = begin + self.n_profiled
+        if begin < end and step in (begin, end):
+            jax.block_until_ready(metrics)
+            folder = self.run.out / "profile"
+            if step == begin:
+                self.trace.enter_context(jax.profiler.trace(folder))
+            else:
+                self.trace.close()
+                self.run.console.print(f"profile        steps {begin + 1} to {end}: xprof {folder}")
+
+    def try_save(self, state: TrainState) -> None:
+        """Before the first save of a run, save the state and remove it again, so that a save that
+        cannot succeed is noticed before hours of training."""
+        if self.checkpoints.latest is None:
+            self.log.timer.pause()
+            with self._explaining_a_failed_save(goes_on=self.run.config.keep_going):
+                self.checkpoints.try_save(checkpoint_trees(state), self.metadata | {"step": 0})
+            self.log.timer.resume()
+
+    def save(self, step: int, state: TrainState, val_loss: float | None, wait: bool) -> None:
+        """Save a checkpoint in the background; with `wait` return when it is on disk.
+
+        `val_loss`: nats per token, which the best checkpoints are chosen by. With `keep_going` a
+        checkpoint that cannot be written is noted, and training goes on; else it is a UserError.
+        """
+        if self.n_bad:
+            # More bad steps may follow, and these weights must not replace good ones.
+            self.run.console.print(f"note: step {step} is not saved: its update was skipped")
+            return
+        with self._explaining_a_failed_save(goes_on=True):
+            # The previous save may have failed. Try anyway: the disk may have room again.
+            self.checkpoints.wait()
+        with self._explaining_a_failed_save(goes_on=self.run.config.keep_going and not wait):
+            self.checkpoints.save(
+                step,
+                checkpoint_trees(state),
+                self.metadata | {"step": step},
+                loss=val_loss,
+                wait=wait or self.checkpoints.failed,
+            )
+
+    @contextlib.contextmanager
+    def _explaining_a_failed_save(self, goes_on: bool) -> Iterator[None]:
+        """Turn SaveFailed into a note if training `goes_on`, else into a UserError."""
+        try:
+            yield
+        except checkpoint.SaveFailed as error:
+            if not goes_on:
+                raise UserError(
+                    f"{error}; give the same command again when this is mended, or train on "
+                    "unsaved: --keep-going"
+                ) from None
+            self.run.console.print(f"note: {error}; training goes on")
+
+    @contextlib.contextmanager
+    def attempt(self, what: str, step: int) -> Iterator[None]:
+        """If memory runs out in `with`, print a note that there is no `what`; training goes on."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, UserError) and not is_out_of_memory(error):
+                raise
+            self.run.console.print(f"note: no {what} at step {step:,}: {error}")
+
+
+def read_batch(run: Run, index: int) -> jax.Array:
+    """Batch `index`, counted from 0, on its devices: int32 [grad_accum, rows, T+1].
+
+    Step n of a run, counted from 1, trains on batch n - 1. Each process reads only the rows that
+    its own devices hold.
+    """
+    config = run.config
+    A = config.grad_accum
+    B = config.batch_size // A
+    T = config.sequence_length
+
+    @functools.cache  # some devices hold the same rows
+    def read(first: int, end: int) -> np.ndarray:
+        rows = np.arange(A)[:, None] * B + np.arange(first, end)  # in the whole batch
+        found = batches.batch(
+            run.dataset.train, config.seed, index, config.batch_size, T, rows.ravel()
+        )
+        return found.reshape(A, end - first, T + 1)
+
+    def part_of_device(where: tuple[slice, ...]) -> np.ndarray:
+        first, end, _ = where[1].indices(B)
+        return read(first, end)
+
+    sharded = sharding.rows(run.mesh, axis=1)
+    return jax.make_array_from_callback((A, B, T + 1), sharded, part_of_device)
+
+
+def is_due(config: TrainConfig, step: int, every: int) -> bool:
+    """Whether `step` is the last one or a multiple of `every`; never if `every` is 0."""
+    return every > 0 and (step == config.steps or step % every == 0)

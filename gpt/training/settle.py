@@ -1,0 +1,124 @@
+"""Settings that a run decides by itself: what is left to `auto`, and the steps of --minutes."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import broadcast_one_to_all
+from jax.sharding import Mesh
+
+from gpt.compile_log import Stopwatch
+from gpt.config import AUTO, TrainConfig, from_json
+from gpt.errors import UserError, is_out_of_memory
+from gpt.training import memory_plan, train_step
+from gpt.training.recorder import read_batch
+from gpt.training.resume import StartingPoint, initial_state
+from gpt.training.run_plan import describe_length
+from gpt.training.trainer import Run, require_same_choices
+from gpt.wording import counted
+
+MEASURED_SECONDS = 3.0  # of steps, for --minutes
+
+
+def settle_config(
+    args: Any, start: StartingPoint, n_vocab: int, dtype: str, mesh: Mesh
+) -> TrainConfig:
+    """The settings of the run that `args` ask for, with nothing left open but the steps of
+    --minutes: the vocabulary is the tokenizer's, the types are the device's, and `auto` chooses by
+    the memory of a device."""
+    config = args.train.completed(n_vocab, dtype)
+    config = keep_choices(args, config, mesh, start)
+    return memory_plan.choose(config, mesh, args.memory_bytes)
+
+
+def keep_choices(args: Any, config: TrainConfig, mesh: Mesh, start: StartingPoint) -> TrainConfig:
+    """`config` with its `auto` settings, and the steps that --minutes settled, taken from the saved
+    run, so that continuing is exact. A grad_accum that does not fit this mesh stays `auto`."""
+    if not start.resuming:
+        return config
+    saved = from_json(TrainConfig, start.metadata["train"])
+    if args.minutes:
+        config = replace(config, steps=saved.steps, warmup_steps=saved.warmup_steps)
+    if config.steps == saved.schedule_steps:
+        # The command that began the run also continues what --extend has added.
+        config = replace(config, steps=saved.steps, extra_steps=saved.extra_steps)
+    if config.remat == AUTO:
+        config = replace(config, remat=saved.remat, unroll=saved.unroll)
+    n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.grad_accum == AUTO and config.batch_size % (saved.grad_accum * n_shards) == 0:
+        config = replace(config, grad_accum=saved.grad_accum)
+    return config
+
+
+def compile_run(run: Run) -> tuple[Run, Callable, Callable]:
+    """The training step and the evaluation step, see train_step.compile_steps.
+
+    If the step takes more memory than expected and `auto` has another choice, that one is compiled.
+    The returned run has the config that was compiled. Raises UserError if no choice fits.
+    """
+    asked = run.args.train
+    open_config = replace(
+        run.config, grad_accum=asked.grad_accum, remat=asked.remat, unroll=asked.unroll
+    )
+    choices = [run.config]
+    likely = memory_plan.likely_to_fit(open_config, run.mesh)
+    if run.config in likely:
+        choices += likely[likely.index(run.config) + 1 :]
+    for config in choices:
+        if config != run.config:
+            run.console.print(
+                "note: a step takes more memory than expected; it is compiled again with "
+                f"--remat {config.remat} --grad-accum {config.grad_accum}"
+            )
+        try:
+            with Stopwatch() as watch:
+                compiled = train_step.compile_steps(config, run.mesh)
+            break
+        except Exception as error:
+            out_of_memory = isinstance(error, UserError) or is_out_of_memory(error)
+            if not out_of_memory or config == choices[-1]:
+                raise
+    require_same_choices(config)
+    run.console.print(f"compiled       in {watch.compile_seconds:.1f} s")
+    return replace(run, config=config), *compiled
+
+
+def settle_steps(run: Run) -> Run:
+    """`run` with the number of steps, and so the schedule, that takes about --minutes.
+
+    It trains a few steps on a state that is thrown away. The schedule is part of the compiled step,
+    which is compiled again: neither compilation counts.
+    """
+    run.console.print("measuring      a few steps, to see how many to take")
+    run, train_step, _ = compile_run(run)
+    config = run.config
+    state = initial_state(config, run.mesh, run.start, log=lambda note: None)
+    seconds = []
+    measured = 0.0  # their sum in the first process, for all processes
+    while len(seconds) < 4 or (measured < MEASURED_SECONDS and len(seconds) < 50):
+        tokens = read_batch(run, len(seconds))
+        begun = time.perf_counter()
+        state, metrics = train_step(state, tokens)
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - begun)
+        measured = float(broadcast_one_to_all(np.float32(sum(seconds))))
+    step_seconds = float(np.median(seconds[1:]))  # the first still waits for memory
+
+    # Evaluating a token takes a third of training on it.
+    n_val = min(config.eval_tokens or len(run.dataset.val), len(run.dataset.val))
+    tokens_per_step = config.batch_size * config.sequence_length
+    evaluation = n_val / (3 * tokens_per_step) / config.eval_every  # in steps, for each step
+    n_steps = max(int(60 * run.args.minutes / (step_seconds * (1 + evaluation))), 1)
+    n_steps = int(broadcast_one_to_all(np.int32(n_steps)))
+    warmup = min(config.warmup_steps, n_steps // 10)
+    run.console.print(
+        f"settled        {counted(n_steps, 'step')}, the first {warmup:,} to warm up: a step takes "
+        f"{step_seconds * 1e3:,.0f} ms, and --minutes is {run.args.minutes:g}; the step is now "
+        "compiled again, with this schedule"
+    )
+    config = replace(config, steps=n_steps, warmup_steps=warmup)
+    run.console.print(*describe_length(config, run.dataset), sep="\n")
+    return replace(run, config=config)
