@@ -1,8 +1,4 @@
-"""What the training loop in train.py uses: text, batches, recording, saving, ending.
-
-It holds the details that the loop leaves out: metrics that are read one step late, steps with
-non-finite numbers, several processes, traces.
-"""
+"""A run outside its loop: its parts, its text, whether it is possible, its folder, its end."""
 
 import os
 from dataclasses import dataclass
