@@ -87,7 +87,7 @@ def generate(model, args: Args, prompts: list, interrupted=lambda: False) -> Non
 
 def converse(model, args: Args) -> None:
     """Complete each line that is typed, until there are no more."""
-    from gpt.sampling.generate import require_usable
+    from gpt.sampling.prompts import require_usable
 
     require_usable(model, [args.settings], args.show_probs or 0)
     for i, line in enumerate(terminal.read_lines()):

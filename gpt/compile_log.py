@@ -6,6 +6,7 @@ version, and a test sees to it that a compilation is noticed.
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -72,6 +73,31 @@ class Compilations:
 compilations = Compilations()
 jax.monitoring.register_event_duration_secs_listener(compilations.on_duration)
 jax.monitoring.register_event_listener(compilations.on_event)
+
+
+class RecompilationCheck:
+    """Warns of programs that decoding compiles for a shape at which it has already run.
+
+    The first chunk at a shape may compile, those after it should not.
+    """
+
+    def __init__(self):
+        self.shapes_seen = set()
+        self.n_programs = 0
+
+    def begin(self) -> None:
+        """Before a chunk."""
+        self.n_programs = compilations.programs
+
+    def end(self, shape: tuple, capacity: int) -> None:
+        """After a chunk. `shape`: all that its programs depend on; `capacity`: of the cache."""
+        if shape in self.shapes_seen and compilations.programs > self.n_programs:
+            warnings.warn(
+                f"a program was compiled in the middle of decoding at an unchanged shape "
+                f"(capacity {capacity}): this costs time and should not happen; please report it",
+                stacklevel=3,
+            )
+        self.shapes_seen.add(shape)
 
 
 @dataclass

@@ -26,6 +26,8 @@ from gpt.hardware import timed
 from gpt.sampling import engine, generate
 from gpt.sampling.decode_loop import DecodeState, decode_chunk, find_full_rows, start_decoding
 from gpt.sampling.language_model import LanguageModel
+from gpt.sampling.prompts import pad_prompts
+from gpt.sampling.sampler import sampling_params
 from gpt.sampling.settings import Settings
 from gpt.training import train_state, train_step
 from gpt.wording import counted
@@ -172,10 +174,10 @@ def read_prompts(config: ModelConfig, params: dict, cell: Cell, times: Times):
     """Prefill and sample the first token: the state to decode from, and how to sample."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(config.vocab_size, size=(cell.batch, cell.prompt_length))
-    tokens_BT, n_B = generate.pad_prompts(prompts, config.context_length)
+    tokens_BT, n_B = pad_prompts(prompts, config.context_length)
     greedy = [Settings(temperature=0)] * cell.batch
     no_bias_BV = np.zeros((cell.batch, config.vocab_size), np.float32)
-    sampling = generate.sampling_params(greedy, no_bias_BV)
+    sampling = sampling_params(greedy, no_bias_BV)
 
     prefill, (cache, logits_BV) = timed(engine.prefill, config, params, tokens_BT, n_B)
     state = DecodeState(

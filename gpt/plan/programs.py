@@ -94,7 +94,7 @@ def abstract_state(c: ModelConfig, mesh: Mesh, n_rows: int) -> tuple[DecodeState
         eot=jax.ShapeDtypeStruct((1,), jnp.int32),
     )
     no_bias_V = np.zeros(c.vocab_size, np.float32)
-    sampling = generate.sampling_params([Settings()] * n_rows, [no_bias_V] * n_rows)
+    sampling = sampler.sampling_params([Settings()] * n_rows, [no_bias_V] * n_rows)
     if mesh.devices.flat[0].platform != "cpu":
         sampling = sampler.with_known_stages(sampling)  # as where such devices are
     return state, sampling

@@ -20,7 +20,8 @@ from gpt.errors import require
 from gpt.model import kv_cache as kv
 from gpt.model import transformer
 from gpt.model.attention import attend
-from gpt.sampling import engine, generate, sampler
+from gpt.sampling import engine, sampler
+from gpt.sampling.prompts import Prompt, read_prompt
 from gpt.sampling.sampler import SamplingParams
 from gpt.sampling.settings import Settings
 
@@ -97,7 +98,7 @@ class TourRecord:
         return np.concatenate(rows, axis=1).transpose(0, 2, 1, 3)
 
 
-def record_tour(model, prompt: generate.Prompt, settings: Settings) -> TourRecord:
+def record_tour(model, prompt: Prompt, settings: Settings) -> TourRecord:
     """Read `prompt`, text or token ids, and sample up to `settings.max_new_tokens` after it.
 
     `model`: as `gpt.load` returns it, on one device. UserError if the text exceeds the model's
@@ -105,7 +106,7 @@ def record_tour(model, prompt: generate.Prompt, settings: Settings) -> TourRecor
     """
     config, params = model.config, model.params
     context = config.context_length
-    read = generate.read_prompt(model, prompt)
+    read = read_prompt(model, prompt)
     T = len(read.ids)
     require(
         len(read.ids) <= context,
@@ -120,8 +121,8 @@ def record_tour(model, prompt: generate.Prompt, settings: Settings) -> TourRecor
     calls, sampled = [call], []
 
     # Sample a token and read it, until the last one.
-    bias_BV = [generate.logit_bias(model, settings)]
-    sampling = generate.sampling_params([settings], bias_BV, [read])
+    bias_BV = [sampler.logit_bias(model, settings)]
+    sampling = sampler.sampling_params([settings], bias_BV, [read])
     names = active_settings(settings)
     seen_V = np.zeros(config.vocab_size, bool)
     seen_V[read.ids] = True

@@ -24,9 +24,9 @@ from gpt.config import ModelConfig
 from gpt.errors import positive, require
 from gpt.model import kv_cache as kv
 from gpt.model.attention import MASKED
-from gpt.sampling import engine, generate, sampler
+from gpt.sampling import engine, sampler
 from gpt.sampling.completion import Completion, Row
-from gpt.sampling.generate import Prompt
+from gpt.sampling.prompts import Prompt, make_rows, pad_prompts
 from gpt.sampling.sampler import SamplingParams
 from gpt.sampling.settings import Settings
 from gpt.sharding import on_mesh
@@ -173,7 +173,7 @@ def search(model, prompts: Sequence[Prompt], settings: BeamSettings) -> list[lis
     UserError if a prompt exceeds the context, if every token is forbidden, or if the model gives no
     numbers.
     """
-    rows = generate.make_rows(model, prompts, settings.as_settings(), beam_width=settings.width)
+    rows = make_rows(model, prompts, settings.as_settings(), beam_width=settings.width)
     prefill_timer, decode_timer = Stopwatch(), Stopwatch()
     sizes = {"prompts": len(rows), "width": settings.width}
 
@@ -207,7 +207,7 @@ def start(model, rows: Sequence[Row], settings: BeamSettings) -> tuple[SearchSta
     shared = settings.as_settings()
     rules = Rules(
         max_tokens_P=np.array([min(row.max_tokens, row.room) for row in rows], np.int32),
-        sampling=generate.sampling_params([shared], [generate.logit_bias(model, shared)]),
+        sampling=sampler.sampling_params([shared], [sampler.logit_bias(model, shared)]),
         end_ids=np.array(model.special_ids.ends, np.int32),
         length_penalty=float(settings.length_penalty),
         n_best=settings.n_best,
@@ -215,7 +215,7 @@ def start(model, rows: Sequence[Row], settings: BeamSettings) -> tuple[SearchSta
         is_exact=settings.early_stopping == "never",
     )
     prompts = [row.prompt.ids for row in rows]
-    tokens_PT, n_P = generate.pad_prompts(prompts, config.context_length, may_slide=False)
+    tokens_PT, n_P = pad_prompts(prompts, config.context_length, may_slide=False)
     with compilations.of(bucket=tokens_PT.shape[1]):
         cache, logits_PV = engine.prefill_in_pieces(config, model.params, tokens_PT, n_P)
     longest = int((n_P + rules.max_tokens_P).max()) - 1  # the last token of a text is not read

@@ -29,6 +29,7 @@ from gpt.model import int8, transformer
 from gpt.sampling import beam_search, generate, scoring
 from gpt.sampling import draft as drafting
 from gpt.sampling.completion import Completion, Piece
+from gpt.sampling.prompts import pad_prompts, read_prompt
 from gpt.sampling.settings import Prefix, Settings
 from gpt.sampling.special_ids import SpecialIds, find_special_ids
 
@@ -103,10 +104,8 @@ class LanguageModel:
 
     def logits(self, text: str | Sequence[int]) -> np.ndarray:
         """float32 logits [T, V] of the next token after each token of a text (or of token ids)."""
-        prompt = generate.read_prompt(self, text)
-        tokens_BT, n_B = generate.pad_prompts(
-            [prompt.ids], self.config.context_length, may_slide=False
-        )
+        prompt = read_prompt(self, text)
+        tokens_BT, n_B = pad_prompts([prompt.ids], self.config.context_length, may_slide=False)
         with sharding.on_mesh(self.mesh):
             logits_BTV = forward(self.config, self.params, tokens_BT)
         return np.asarray(logits_BTV)[0, : n_B[0]]

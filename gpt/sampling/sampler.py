@@ -10,7 +10,7 @@ repetition penalty, temperature, top-k, top-p over what top-k kept, min-p over w
 at a threshold are all kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -18,7 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt.errors import require
 from gpt.model.attention import MASKED
+from gpt.sampling.completion import PromptTokens
+from gpt.sampling.settings import Settings
 from gpt.sharding import platform
 
 BLOCK = 256  # tokens whose probabilities are summed before one of them is looked up
@@ -44,6 +47,55 @@ class SamplingParams:
     seed: jax.Array
     sample: jax.Array
     stages: frozenset[str] | None = field(default=None, metadata={"static": True})
+
+
+def sampling_params(
+    settings: Sequence[Settings],
+    bias_BV: Sequence[np.ndarray],
+    prompts: Sequence[PromptTokens] | None = None,
+    samples: Sequence[int] | None = None,
+) -> SamplingParams:
+    """The settings of each row as arrays. `bias_BV`: see logit_bias. The numbers of the `samples`
+    and the ids of the `prompts` enter the noise: without the latter all prompts of one length would
+    share one random number per step."""
+
+    def column(name: str, dtype) -> jax.Array:
+        return jnp.array([getattr(one, name) for one in settings], dtype)
+
+    seed = column("seed", jnp.uint32)
+    if prompts is not None:
+        seed ^= jnp.array([prompt.checksum for prompt in prompts], jnp.uint32)
+    vocab_size = len(bias_BV[0])
+    params = SamplingParams(
+        bias_BV=jnp.asarray(np.stack(bias_BV)),
+        repetition_penalty=column("repetition_penalty", jnp.float32),
+        temperature=column("temperature", jnp.float32),
+        top_k=jnp.array([min(one.top_k, vocab_size) for one in settings], jnp.int32),
+        top_p=column("top_p", jnp.float32),
+        min_p=column("min_p", jnp.float32),
+        seed=seed,
+        sample=jnp.array(samples or [0] * len(settings), jnp.uint32),
+    )
+    # A CPU finds out while it decodes which steps are needed, and so has one program for all.
+    return params if platform() == "cpu" else with_known_stages(params)
+
+
+def logit_bias(model, settings: Settings) -> np.ndarray:
+    """What is added to each logit: the user's bias, and a mask on ids without a token, and on those
+    that end a text if they are ignored. Raises UserError if this leaves no token."""
+    vocab_size = model.config.vocab_size
+    bias_V = np.zeros(vocab_size, np.float32)
+    for token, value in settings.logit_bias.items():
+        require(
+            0 <= token < vocab_size,
+            f"logit_bias names token {token}: expected 0 to {vocab_size - 1}",
+        )
+        bias_V[token] = min(max(value, MASKED), -MASKED)
+    bias_V[list(model.special_ids.unused)] = MASKED
+    if settings.ignore_eos:
+        bias_V[list(model.special_ids.ends)] = MASKED
+    require(bias_V.max() > MASKED, "logit_bias forbids every token: expected one that may follow")
+    return bias_V
 
 
 def needed_stages(sampling: SamplingParams) -> dict[str, jax.Array]:

@@ -24,7 +24,7 @@ from gpt.model import kv_cache as kv
 from gpt.model import transformer
 from gpt.sampling import engine, sampler
 from gpt.sampling.completion import require_number
-from gpt.sampling.generate import require_memory
+from gpt.sampling.prompts import require_memory
 from gpt.sharding import on_mesh
 
 ROWS = 8  # windows read together; the remaining ones, and those in several pieces, one by one

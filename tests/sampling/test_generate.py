@@ -13,7 +13,8 @@ from gpt.compile_log import compilations
 from gpt.data.tokenizers import IdTokenizer
 from gpt.errors import UserError
 from gpt.model import transformer
-from gpt.sampling import beam_search, decode_loop, engine, generate
+from gpt.sampling import beam_search, decode_loop, engine, generate, sampler
+from gpt.sampling.prompts import pad_prompts, read_prompt, require_room
 from gpt.sampling.settings import Settings
 
 PROMPTS = ["", "x", "a prompt of some forty bytes, give or take", "今天的天气很"]
@@ -64,10 +65,10 @@ def test_prompts_of_one_length_draw_independently():
     again = generate.complete(flat, prompts[::-1], Settings(2, temperature=1.0))
     assert [c.token_ids for c in again] == drawn[::-1]
     after_eot = dataclasses.replace(flat, prefix="eos")
-    assert generate.read_prompt(after_eot, "a").ids == [256, ord("a")]
-    checksums = [generate.read_prompt(m, "a").checksum for m in (flat, after_eot)]
-    assert checksums[0] == checksums[1] != generate.read_prompt(flat, "").checksum == 0
-    assert generate.read_prompt(flat, "").ids == [256]  # it starts from end-of-text
+    assert read_prompt(after_eot, "a").ids == [256, ord("a")]
+    checksums = [read_prompt(m, "a").checksum for m in (flat, after_eot)]
+    assert checksums[0] == checksums[1] != read_prompt(flat, "").checksum == 0
+    assert read_prompt(flat, "").ids == [256]  # it starts from end-of-text
 
 
 def test_greedy_takes_the_likeliest_of_a_full_pass(model):
@@ -106,7 +107,7 @@ def test_nothing_compiles_over_200_decode_steps():
 
 def test_prompts_read_in_pieces_equal_prompts_read_at_once(model):
     ids = [[1, 2, 3], list(range(100)), list(range(40)), list(range(64))]
-    tokens_BT, n_B = generate.pad_prompts(ids, CONFIG.context_length)
+    tokens_BT, n_B = pad_prompts(ids, CONFIG.context_length)
     whole, logits_BV = engine.prefill_in_pieces(CONFIG, model.params, tokens_BT, n_B)
     pieces, again_BV = engine.prefill_in_pieces(CONFIG, model.params, tokens_BT, n_B, 32)
     assert np.array_equal(whole.length_B, pieces.length_B)
@@ -163,7 +164,7 @@ def test_chunks_of_fixed_length_give_the_same_text(monkeypatch):
         Settings(max_new_tokens=70, min_p=0.05, stop=("e",)),
     ]
     expected = generate.complete(model, PROMPTS, settings, top=2)
-    for module in (generate, decode_loop):
+    for module in (sampler, decode_loop):
         monkeypatch.setattr(module, "platform", lambda: "gpu")
     found = generate.complete(model, PROMPTS, settings, top=2)
     for one, other in zip(found, expected, strict=True):
@@ -385,10 +386,10 @@ def test_room_is_counted_for_each_device(monkeypatch):
     shared = flops.cache_bytes(CONFIG, 8, 32) + 9 * 8 * CONFIG.vocab_size
     need = (8 * 16 // 4 + 10) * 4 + shared // 4
     monkeypatch.setattr(hardware, "memory", lambda: (need, "a small device"))
-    generate.require_room(sharded, 8, longest=3)
+    require_room(sharded, 8, longest=3)
     monkeypatch.setattr(hardware, "memory", lambda: (need - 1, "a small device"))
     with pytest.raises(UserError, match="8 rows of 32 tokens"):
-        generate.require_room(sharded, 8, longest=3)
+        require_room(sharded, 8, longest=3)
 
 
 def test_one_row_may_fail_after_its_neighbours_have_ended(model):

@@ -13,6 +13,7 @@ from gpt.config import ModelConfig
 from gpt.data.hf_tokenizer import HFTokenizer
 from gpt.errors import UserError
 from gpt.sampling import beam_search, generate
+from gpt.sampling.prompts import read_prompt
 from gpt.sampling.settings import Settings
 from gpt.sampling.special_ids import find_special_ids
 
@@ -89,7 +90,7 @@ def test_texts_follow_what_the_tokenizer_puts_before_them():
     ids = model.tokenizer.encode_ordinary("the cat")
 
     def read(prompt, prefix=None):
-        return generate.read_prompt(dataclasses.replace(model, prefix=prefix), prompt).ids
+        return read_prompt(dataclasses.replace(model, prefix=prefix), prompt).ids
 
     assert read("the cat") == [bos, *ids] and read("") == [bos]
     assert read(ids) == ids and read([]) == [bos]

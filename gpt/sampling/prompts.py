@@ -1,0 +1,159 @@
+"""Prompts before the device is used: read as token ids, made rows of a batch, and checked for room.
+
+Shape letters: see gpt/model/transformer.py.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from rich import filesize
+
+from gpt import flops, hardware
+from gpt.data.tokenizers import without_lone_surrogates
+from gpt.errors import require
+from gpt.sampling import engine
+from gpt.sampling.completion import PromptTokens, Row, split_end
+from gpt.sampling.sampler import logit_bias
+from gpt.sampling.settings import Settings
+from gpt.wording import counted
+
+Prompt = str | Sequence[int]
+
+
+class PaddedPrompts(NamedTuple):
+    """Prompts as one array: the `n_B[b]` first ids of each row of `tokens_BT` are real."""
+
+    tokens_BT: np.ndarray
+    n_B: np.ndarray
+
+
+def make_rows(
+    model,
+    prompts: Sequence[Prompt],
+    settings: Settings | Sequence[Settings],
+    top: int = 0,
+    beam_width: int = 1,
+) -> list[Row]:
+    """A row for each sample of each prompt, with nothing generated yet, those of a prompt together.
+
+    Raises UserError unless they can be completed by this model on this machine. `beam_width`: texts
+    that beam search follows for each row.
+    """
+    require(len(prompts) > 0, "there are no prompts: expected at least one, which may be empty")
+    if isinstance(settings, Settings):
+        settings = [settings] * len(prompts)
+    require(
+        len(settings) == len(prompts),
+        f"{len(settings)} settings for {len(prompts)} prompts: expected one for each",
+    )
+    require_usable(model, settings, top)
+    read = [read_prompt(model, prompt) for prompt in prompts]
+
+    # Keys and values of the last token are not kept.
+    pairs = list(zip(read, settings, strict=True))
+    longest = max(len(prompt.ids) + one.max_new_tokens - 1 for prompt, one in pairs)
+    n_rows = sum(one.num_samples for one in settings) * beam_width
+    n_read = 1 + max(one.speculate for one in settings)
+    require_room(model, n_rows, longest, n_read)
+    return [
+        Row(model, prompt, sample, one)
+        for prompt, one in pairs
+        for sample in range(one.num_samples)
+    ]
+
+
+def require_usable(model, settings: Sequence[Settings], top: int = 0) -> None:
+    """Raise UserError if this model cannot complete any prompt with these settings."""
+    config = model.config
+    require(
+        0 <= top <= config.vocab_size,
+        f"show_probs is {top}: expected 0 to {config.vocab_size}, the size of the vocabulary",
+    )
+    for one in settings:
+        logit_bias(model, one)
+        require(
+            one.on_context_full != "slide" or config.context_length > 1,
+            "a context of one token cannot slide: choose stop",
+        )
+    require_room(model, sum(one.num_samples for one in settings), longest=1)
+
+
+def read_prompt(model, prompt: Prompt) -> PromptTokens:
+    """A prompt, text or token ids, as both, after what stands before it (`model.prefix`)."""
+    tokenizer, vocab_size = model.tokenizer, model.config.vocab_size
+    if isinstance(prompt, str):
+        text, unfinished = without_lone_surrogates(prompt), b""
+        own_ids = tokenizer.encode_ordinary(text)
+    else:
+        for token in prompt:
+            require(
+                isinstance(token, (int, np.integer)) and 0 <= token < vocab_size,
+                f"token id {token!r} in the prompt: expected an integer from 0 to {vocab_size - 1}",
+            )
+        own_ids = [int(token) for token in prompt]
+        text, unfinished = split_end(tokenizer.decode_bytes(own_ids))
+    are_ids = len(own_ids) > 0 and not isinstance(prompt, str)
+    before = model.special_ids.prefix(model.prefix, are_ids, is_needed=not own_ids)
+    require(
+        bool(before or own_ids),
+        "the prompt is empty, and no end-of-text stands before it: give at least one token",
+    )
+    return PromptTokens(text, own_ids, before + own_ids, unfinished)
+
+
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], context_length: int, may_slide: bool = True
+) -> PaddedPrompts:
+    """The prompts, padded on the right to their bucket.
+
+    Raises UserError if one is too long; `may_slide`: whether to advise to let the context slide.
+    """
+    n_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(n_B.argmax())
+    advice = ", or let the context slide (on_context_full slide)" if may_slide else ""
+    require(
+        n_B[longest] <= context_length,
+        f"prompt {longest + 1} has {n_B[longest]} tokens, which exceeds the model's context of "
+        f"{context_length}: shorten it{advice}",
+    )
+    tokens_BT = np.zeros((len(prompts), engine.bucket(int(n_B[longest]), context_length)), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, : len(prompt)] = prompt
+    return PaddedPrompts(tokens_BT, n_B)
+
+
+def require_room(model, n_rows: int, longest: int, n_read: int = 1) -> None:
+    """Raise UserError if weights, KV cache and per-token buffers of `n_rows` of up to `longest`
+    tokens exceed the memory of a device. `n_read`: tokens of a row that a step reads."""
+    config = model.config
+    slots = engine.bucket(min(longest, config.context_length), config.context_length)
+    # Per token read and token of the vocabulary: bias, logit, and whether it was seen.
+    shared = flops.cache_bytes(config, n_rows, slots) + 9 * n_rows * n_read * config.vocab_size
+    if model.draft is not None:
+        shared += flops.cache_bytes(model.draft.config, n_rows, slots)
+    require_memory(
+        model,
+        shared,
+        f"{counted(n_rows, 'row')} of {slots:,} tokens",
+        "ask for fewer samples, beams or prompts",
+    )
+
+
+def require_memory(model, shared: int, what: str, advice: str) -> None:
+    """Raise UserError if the weights, and `shared` bytes that all devices hold together, exceed the
+    memory of a device."""
+    weights = 0  # on the first device: its part of those that are split, the whole of the others
+    draft_params = None if model.draft is None else model.draft.params
+    for leaf in jax.tree.leaves((model.params, draft_params)):
+        shape = leaf.sharding.shard_shape(leaf.shape) if hasattr(leaf, "sharding") else leaf.shape
+        weights += int(np.prod(shape)) * leaf.dtype.itemsize
+    n_devices = model.mesh.size if model.mesh else 1
+    need = weights + shared // n_devices
+    have, source = hardware.memory()
+    require(
+        need <= have,
+        f"{what} take {filesize.decimal(need)} with the weights, and {source} is "
+        f"{filesize.decimal(have)}: {advice}",
+    )
