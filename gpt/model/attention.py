@@ -26,7 +26,7 @@ MASKED = -1e30  # finite, so that no difference of scores is ever NaN
 def visible(pos_BT: jax.Array | None, n_queries: int, n_slots: int) -> jax.Array:
     """True where a query may look: at slots up to its own position. [B or 1, T, S].
 
-    `pos_BT` None means that query t stands at slot t.
+    `pos_BT`: of the queries; for None see Positions.
     """
     pos = jnp.arange(n_queries)[None] if pos_BT is None else pos_BT
     return jnp.arange(n_slots) <= pos[:, :, None]
@@ -117,8 +117,9 @@ class Attention(nnx.Module):
         if past is None:
             k_BKSH, v_BKSH = k_BKTH, v_BKTH
         else:
-            past = kv.write(past, (k_BKTH, v_BKTH), positions.pos_BT)
-            k_BKSH, v_BKSH = past
+            k_BKSH = kv.write(past[0], k_BKTH, positions.pos_BT)
+            v_BKSH = kv.write(past[1], v_BKTH, positions.pos_BT)
+            past = k_BKSH, v_BKSH
 
         k_BKSH, v_BKSH = k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype)
         mix_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, positions.pos_BT, drop)

@@ -35,7 +35,7 @@ def split(T: int) -> list[slice]:
 
 @jax.custom_vjp
 def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
-    """As attention.attend where query t stands at slot t, for a length that `fits`."""
+    """As attention.attend where `pos_BT` is None, for a length that `fits`."""
     mix_BTNH, _ = forward(q_BTNH, k_BKSH, v_BKSH)
     return mix_BTNH
 

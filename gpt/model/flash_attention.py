@@ -1,10 +1,10 @@
 """Fused attention: a kernel of the platform in place of the plain einsums, where it does the same.
 
 The scores of all pairs of tokens, which the plain form writes to memory and reads back, never leave
-the chip (Dao et al. 2022, FlashAttention). A kernel is used where query t stands at slot t, in
-training and when a prompt is read into an empty cache, without dropout of weights; on accelerators
-in bfloat16. That is decided while a program is traced, by the devices that it is for. A CPU has no
-such kernel, and long sequences are computed in blocks there (blockwise_attention.py).
+the chip (Dao et al. 2022, FlashAttention). A kernel is used where `pos_BT` is None (see
+positions.Positions), in training and when a prompt is read, without dropout of weights; on
+accelerators in bfloat16. That is decided while a program is traced, by the devices that it is for.
+A CPU has no such kernel, and long sequences are computed in blocks there (blockwise_attention.py).
 Shape letters: see transformer.py.
 """
 

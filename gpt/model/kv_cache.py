@@ -14,7 +14,7 @@ from gpt.sharding import constrain
 
 AXES = ("batch", "kv_heads", None, None)
 # Rows and heads are batched; the slot, axis 2, is what an index names.
-APPEND = jax.lax.ScatterDimensionNumbers(
+WRITE = jax.lax.ScatterDimensionNumbers(
     update_window_dims=(3,),
     inserted_window_dims=(2,),
     scatter_dims_to_operand_dims=(2,),
@@ -53,24 +53,19 @@ def empty(config: ModelConfig, batch_size: int) -> KVCache:
     return KVCache(layers, layers, jnp.zeros(batch_size, jnp.int32))
 
 
-def append(cache_BKSH: jax.Array, new_BKTH: jax.Array, pos_BT: jax.Array) -> jax.Array:
-    """`cache_BKSH` with `new_BKTH` at slots `pos_BT`; positions past the end are dropped.
+def write(cache_BKSH: jax.Array, new_BKTH: jax.Array, pos_BT: jax.Array | None) -> jax.Array:
+    """One layer's cached keys, or values, with `new_BKTH` at slots `pos_BT`; those past the end are
+    dropped. Where `pos_BT` is None (see Positions), the cache is empty and `new_BKTH` becomes it.
 
     This form of scatter updates in place under donation and needs no communication when rows and
     heads are sharded; the more obvious spellings copy the cache or gather it.
     """
     new = new_BKTH.astype(cache_BKSH.dtype)
-    index = jnp.broadcast_to(pos_BT[:, None, :, None], (*new.shape[:3], 1))
-    out = jax.lax.scatter(cache_BKSH, index, new, APPEND, mode="drop", unique_indices=True)
-    return constrain(out, *AXES)
-
-
-def write(past: tuple, new: tuple, pos_BT: jax.Array | None) -> tuple:
-    """One layer's keys and values with `new` at `pos_BT`; None: the past is empty, `new` is all."""
     if pos_BT is None:
-        pairs = zip(past, new, strict=True)
-        return tuple(constrain(n.astype(p.dtype), *AXES) for p, n in pairs)
-    return tuple(append(p, n, pos_BT) for p, n in zip(past, new, strict=True))
+        return constrain(new, *AXES)
+    index = jnp.broadcast_to(pos_BT[:, None, :, None], (*new.shape[:3], 1))
+    out = jax.lax.scatter(cache_BKSH, index, new, WRITE, mode="drop", unique_indices=True)
+    return constrain(out, *AXES)
 
 
 def grow(cache: KVCache, capacity: int) -> KVCache:

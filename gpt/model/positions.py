@@ -16,8 +16,12 @@ from gpt.config import ModelConfig
 class Positions:
     """The positions of the tokens of one forward pass, as attention needs them.
 
-    `pos_BT` None: token t of each row stands at position t. `rope`: cosines and sines of RoPE's
-    angles, computed once for all layers; None for a model that has no RoPE.
+    `pos_BT`: the position of each token in its row, which is also its slot in the KV cache. It is
+    None where token t of each row stands at position t: without a cache, or with an empty one, into
+    which whole prompts are read. Attention is then plainly causal (query t sees keys 0 to t), which
+    fused kernels can do, and the new keys and values become the cache (`kv_cache.write`).
+    `rope`: cosines and sines of RoPE's angles, computed once for all layers; None for a model that
+    has no RoPE.
     """
 
     pos_BT: jax.Array | None

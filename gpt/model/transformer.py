@@ -97,6 +97,8 @@ class GPT(nnx.Module):
         draw, dtype = normal(config.init_std), config.param_dtype
         token_key, position_key, block_key, head_key = jax.random.split(rngs.params.key[...], 4)
 
+        # Tables of weights, a row for each token and each position, under the names that they have
+        # in checkpoints. Token ids are `tokens_BT`, and the positions of a batch `Positions`.
         self.tokens = weight(draw(token_key, (V, D), dtype), ("vocab", "embed"))
         learned = config.positions == "learned"
         table_SD = draw(position_key, (config.context_length, D), dtype) if learned else None
@@ -147,9 +149,7 @@ class GPT(nnx.Module):
                 "a KV cache needs unstacked weights, and these are stacked: "
                 "pass transformer.unstack(params)"
             )
-        # An empty cache has no slots yet: the tokens of a prompt stand at 0, 1, ... as without one,
-        # and their keys and values become the cache.
-        pos_BT = None
+        pos_BT = None  # see Positions; an empty cache has no slots yet
         if cache is not None and cache.capacity:
             pos_BT = cache.length_B[:, None] + jnp.arange(T)
         positions = positions_of(config, pos_BT, T)

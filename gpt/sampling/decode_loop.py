@@ -1,5 +1,18 @@
 """Decoding on the device: one token per row and step, several steps per call.
 
+One step, end to end. `decode_chunk` is the program, `run_steps` its loop, `decode_and_sample` the
+body of the loop:
+1. `engine.decode_step` binds the weights to the model (`transformer.bind`) and calls `GPT.hidden`
+   with `token_B`, the token that each row drew last. It is not in the cache yet: that holds
+   `length_B` tokens of each row, so this one stands at position `length_B`.
+2. In each layer (`loop_blocks`, `Block`), `Attention` computes the token's query, key and value.
+   `kv_cache.write` puts the key and the value at slot `length_B`, and `attend_token` mixes the
+   values of all slots up to that one.
+3. `GPT.unembed` gives logits_BV of the next token, and `KVCache.advanced` adds 1 to the length of
+   each row that still runs.
+4. `sampler.sample` draws the next token of each row, which becomes `token_B` of the next step.
+Before the first step, `start_decoding` draws a token from the logits of the prefill.
+
 There is one program of `sample_first` for each batch size, and one of `decode_chunk` for each
 batch size and cache capacity: lengths, settings, and which rows have ended are traced. (On an
 accelerator there is one for each set of sampling stages too, see sampler.py.)

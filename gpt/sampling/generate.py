@@ -75,6 +75,8 @@ def _stream(
     chunk: int,
     top: int,
 ) -> Iterator[Piece]:
+    """`stream` after its checks, which a generator would put off until its first piece is asked
+    for."""
     prefill_timer, decode_timer = Stopwatch(), Stopwatch()
     with prefill_timer, on_mesh(model.mesh):
         state, sampled = start(model, rows, padded, sampling, top)
@@ -108,9 +110,10 @@ def _stream(
         # Up to `chunk` more tokens for each row that has not ended. The device is at work on them
         # while the text of the last ones is handed out, so that counts as time of decoding.
         with decode_timer:
-            capacity, any_full = state.cache.capacity, bool(full_B.any())
-            draft_has_read = speculation is not None and speculation.draft_cache is not None
             recompilations.begin()
+            capacity = state.cache.capacity
+            must_make_room = bool(full_B.any())
+            draft_has_read = speculation is not None and speculation.draft_cache is not None
             with on_mesh(model.mesh), compilations.of(batch=len(rows)):
                 state = make_room(model, state, rows, full_B)
                 if speculates:
@@ -125,7 +128,7 @@ def _stream(
                         )
                 record = speculation.record if speculates else None
                 found = sampled, find_full_rows(state), record
-            shape = capacity, any_full, draft_has_read, sampled.tokens_BC.shape
+            shape = capacity, must_make_room, draft_has_read, sampled.tokens_BC.shape
             recompilations.end(shape, state.cache.capacity)
             yield from pieces
             sampled, full_B, record = jax.device_get(found)

@@ -186,7 +186,7 @@ def test_gradients_of_a_kernel_that_narrows_are_those_of_a_plain_product():
 def test_what_lies_past_the_end_is_dropped():
     new_BKTH = jnp.broadcast_to(jnp.array([5, 7])[:, None], (2, 1, 2, 3))
     pos_BT = jnp.array([[3, 4], [1, 2]])
-    filled_BKSH = kv.append(jnp.zeros((2, 1, 4, 3)), new_BKTH, pos_BT)
+    filled_BKSH = kv.write(jnp.zeros((2, 1, 4, 3)), new_BKTH, pos_BT)
     assert np.array_equal(filled_BKSH[:, 0, :, 0], [[0, 0, 0, 5], [0, 5, 7, 0]])
 
 
