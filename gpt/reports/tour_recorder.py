@@ -244,10 +244,9 @@ def active_settings(settings: Settings) -> tuple[str, ...]:
     active = {
         "penalty": s.repetition_penalty != 1 or bool(s.logit_bias) or s.ignore_eos,
         "temperature": s.temperature not in (0, 1),
-        "top-k": filters and s.top_k > 0,
-        "top-p": filters and s.top_p < 1,
-        "min-p": filters and s.min_p > 0,
     }
+    for name, one in sampler.FILTERS.items():
+        active[name.replace("_", "-")] = filters and getattr(s, name) != one.off
     return tuple(name for name, is_active in active.items() if is_active)
 
 
@@ -258,13 +257,14 @@ def sample_recording(logits_BV, rows: SamplingParams, seen_BV, position_B, names
     token_B = sampler.sample(logits_BV, rows, seen_BV, position_B)
     adjusted_BV = sampler.adjust_logits(logits_BV, rows, seen_BV)
 
-    # Turn the filters on one after the other.
-    off = {"top_k": rows.top_k * 0, "top_p": rows.top_p * 0 + 1, "min_p": rows.min_p * 0}
-    filters = replace(rows, **off)
+    # Turn the filters off, then on one after the other.
+    filters = rows
+    for field, one in sampler.FILTERS.items():
+        filters = replace(filters, **{field: jnp.full_like(getattr(rows, field), one.off)})
     stages = [logits_BV]
     for name in names:
         field = name.replace("-", "_")
-        if field in off:
+        if field in sampler.FILTERS:
             filters = replace(filters, **{field: getattr(rows, field)})
         if name == "penalty":
             stages.append(adjusted_BV)

@@ -13,6 +13,7 @@ at a threshold are all kept.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,14 +102,14 @@ def logit_bias(model, settings: Settings) -> np.ndarray:
 def needed_stages(sampling: SamplingParams) -> dict[str, jax.Array]:
     """For each stage of sampling, whether some row needs it."""
     adjusts = jnp.any(sampling.bias_BV != 0) | jnp.any(sampling.repetition_penalty != 1)
-    return {
+    needed = {
         "adjust": adjusts,
         "greedy": jnp.any(sampling.temperature == 0),
         "draw": jnp.any(sampling.temperature > 0),
-        "top_k": jnp.any(sampling.top_k > 0),
-        "top_p": jnp.any(sampling.top_p < 1),
-        "min_p": jnp.any(sampling.min_p > 0),
     }
+    for name, one in FILTERS.items():
+        needed[name] = jnp.any(getattr(sampling, name) != one.off)
+    return needed
 
 
 def do_if_needed(
@@ -213,6 +214,22 @@ def keep_min_p(min_p_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
     return jnp.where(logits_BV >= jnp.log(min_p_B)[:, None], logits_BV, MASKED)
 
 
+class Filter(NamedTuple):
+    """A setting that forbids tokens: `keep(setting_B, logits_BV)` masks those that it does not
+    keep. At the value `off` it keeps all of them."""
+
+    keep: Callable[[jax.Array, jax.Array], jax.Array]
+    off: float
+
+
+# By the name of the setting, in the order in which they are applied.
+FILTERS = {
+    "top_k": Filter(keep_top_k, off=0),
+    "top_p": Filter(keep_top_p, off=1),
+    "min_p": Filter(keep_min_p, off=0),
+}
+
+
 def filter_logits(logits_BV: jax.Array, sampling: SamplingParams) -> jax.Array:
     """Logits divided by the temperature, with all masked that may not be drawn; the largest is 0.
 
@@ -223,12 +240,8 @@ def filter_logits(logits_BV: jax.Array, sampling: SamplingParams) -> jax.Array:
     x_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature_B1
     x_BV = jnp.where(logits_BV > MASKED, x_BV, MASKED)  # forbidden at any temperature
 
-    for stage, keep, setting_B in (
-        ("top_k", keep_top_k, sampling.top_k),
-        ("top_p", keep_top_p, sampling.top_p),
-        ("min_p", keep_min_p, sampling.min_p),
-    ):
-        x_BV = do_if_needed(stage, sampling, partial(keep, setting_B), x_BV, x_BV)
+    for name, one in FILTERS.items():
+        x_BV = do_if_needed(name, sampling, partial(one.keep, getattr(sampling, name)), x_BV, x_BV)
     return x_BV
 
 
