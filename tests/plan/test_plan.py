@@ -53,7 +53,7 @@ def plan(tmp_path, where: str, sizes: tuple[int, int, int], *flags: str) -> Simp
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     else:
         environment.pop("JAX_DEFAULT_MATMUL_PRECISION")
-        environment.pop("XLA_FLAGS", None)
+        environment["XLA_FLAGS"] = f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"
     command = [sys.executable, ROOT / "train.py", *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr
@@ -130,13 +130,34 @@ def test_plans_of_other_meshes(tmp_path, sizes, flags):
     check_gathers(found)
 
 
+def factors_of_products(text: str) -> set[str]:
+    """The types of the factors of all matrix products in a program of XLA."""
+    types = {}  # of each instruction; a tuple has several
+    for name, result in re.findall(
+        r"^ *(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ", text, re.MULTILINE
+    ):
+        types[name] = re.findall(r"(\w+)\[", result)
+    found = set()
+    for factors in re.findall(r" dot\(([^()]*)\)", text):
+        for factor in factors.split(", "):
+            name, _, element = factor.lstrip("%").partition("#")
+            found.add(types[name][int(element or 0)])
+    return found
+
+
 @needs_cuda
-def test_gpus_run_what_is_predicted(tmp_path):
-    """Each program has kernels, a time, and lines of ours. Attention is cuDNN's, and decoding keeps
-    no copy of the cache and never waits for the host to see what it has computed."""
-    found = plan(tmp_path, "h100:8", (1, 8, 1), *SMALL, "--seq-len", "1024", "--grad-accum", "1")
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (8, 1, 1), (4, 1, 2)])
+def test_gpus_run_what_is_predicted(tmp_path, sizes):
+    """Each program has kernels, a time, and lines of ours. Attention is cuDNN's, products have
+    factors in bfloat16, and decoding keeps no copy of the cache and never waits for the host to see
+    what it has computed."""
+    found = plan(tmp_path, "h100:8", sizes, *SMALL, "--seq-len", "1024", "--grad-accum", "1")
     check_collectives(found)
     check_gathers(found)
+    (dumped,) = tmp_path.glob("*train_step*.before_optimizations.txt")
+    text = dumped.read_text()
+    assert factors_of_products(text) == {"bf16"}
+    assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text
     for program in found.programs.values():
         assert program["kernels"] > 0 and program["moved_bytes"] > 0 and program["flops"] > 0
         assert program["expected_seconds"] >= program["floor_seconds"] > 0
@@ -144,13 +165,20 @@ def test_gpus_run_what_is_predicted(tmp_path):
     for name in ("prefill", "decode step"):
         longest = [kernel["name"] for kernel in found.programs[name]["top"]]
         assert any("dot_product_attention" in kernel for kernel in longest)
-    cache = 2 * 2 * 8 * 1024 * 64 * 2  # of two blocks, on one device
+    cache = 2 * 2 * 8 * 1024 * 64 * 2 // sizes[2]  # of two blocks, on one device
     assert found.programs["decode step"]["temporary_bytes"] < cache / 4
     for name in ("prefill", "decode step", "decode loop"):
         program = found.programs[name]
         assert program["data_dependent_loops"] == program["conditionals"] == 0
     assert "h100:8" in found.said and "not measured" in found.said
     assert found.said.count(" of 60.0 GB: fits") == 4
+
+
+@needs_cuda
+def test_decoding_on_a_gpu_converts_no_matrix(tmp_path):
+    """At GPT-2's width all temporaries of a step together are smaller than one of its matrices."""
+    found = plan(tmp_path, "h100:1", (1, 1, 1), "--model.n-layers", "2", "--grad-accum", "64")
+    assert found.programs["decode step"]["temporary_bytes"] < 768 * 3072 * 2
 
 
 @needs_tpu
