@@ -58,8 +58,8 @@ def leave_out_residuals() -> None:
     from gpt.model import transformer
 
     class Bare(transformer.Block):
-        def __call__(self, x_BTD, past, key_B, positions, attend):
-            drop = self.weights_drop(key_B)
+        def __call__(self, x_BTD, past, dropout_key_B, positions, attend):
+            drop = self.weights_drop(dropout_key_B)
             x_BTD, past = self.attention(self.attention_norm(x_BTD), past, positions, attend, drop)
             return self.mlp(self.mlp_norm(x_BTD)), past
 

@@ -117,9 +117,9 @@ def train_by_pmap() -> dict:
     optimizer, params = make_optimizer(CONFIG), train_state.fresh_state(CONFIG).params
 
     @partial(jax.pmap, axis_name="devices")
-    def update(params, moments, tokens_BU, key_B):
+    def update(params, moments, tokens_BU, dropout_key_B):
         gradient = jax.value_and_grad(partial(objective, CONFIG), has_aux=True)
-        (_, loss), grads = gradient(params, tokens_BU, key_B)
+        (_, loss), grads = gradient(params, tokens_BU, dropout_key_B)
         loss, grads = jax.lax.pmean((loss, grads), "devices")
         updates, moments = optimizer.update(grads, moments, params)
         return optax.apply_updates(params, updates), moments, loss
@@ -130,8 +130,8 @@ def train_by_pmap() -> dict:
     params, moments = copied(params), copied(optimizer.init(params))
     losses = []
     for n in range(20):
-        keys_AB = train_step.dropout_keys(CONFIG, jnp.int32(n), 2, 8)
-        params, moments, loss = update(params, moments, tokens(n).swapaxes(0, 1), keys_AB.T)
+        dropout_key_AB = train_step.dropout_keys(CONFIG, jnp.int32(n), 2, 8)
+        params, moments, loss = update(params, moments, tokens(n).swapaxes(0, 1), dropout_key_AB.T)
         losses.append(float(loss[0]))
     return {"losses": losses}
 

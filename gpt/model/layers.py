@@ -52,20 +52,20 @@ def exact_products(compute_dtype: str | None) -> AbstractContextManager:
 DROPOUT_SITES = {"attention_weights": 0, "attention": 1, "mlp": 2, "embedding": 3}
 
 
-def dropout(x: jax.Array, key_B: jax.Array | None, rate: float, *, site: str) -> jax.Array:
+def dropout(x: jax.Array, dropout_key_B: jax.Array | None, rate: float, *, site: str) -> jax.Array:
     """Inverted dropout with a key per row, so that no batch split or mesh changes a row's mask.
 
     `site` names the place in a block, each of which has random bits of its own. No keys, no
     dropout.
     """
-    if key_B is None or rate == 0:
+    if dropout_key_B is None or rate == 0:
         return x
 
     def draw_kept(key: jax.Array) -> jax.Array:
         site_key = jax.random.fold_in(key, DROPOUT_SITES[site])
         return jax.random.bernoulli(site_key, 1 - rate, x.shape[1:])
 
-    kept = jax.vmap(draw_kept)(key_B)
+    kept = jax.vmap(draw_kept)(dropout_key_B)
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 

@@ -43,41 +43,47 @@ class Block(nnx.Module):
         self.mlp_norm = NORMS[config.norm](config, config.d_model)
         self.mlp = MLP(config, mlp_key)
 
-    def weights_drop(self, key_B: jax.Array | None) -> Drop | None:
+    def weights_drop(self, dropout_key_B: jax.Array | None) -> Drop | None:
         """Dropout of attention weights; None where there is none, which a fused kernel needs."""
-        if key_B is None or self.dropout == 0:
+        if dropout_key_B is None or self.dropout == 0:
             return None
-        return functools.partial(dropout, key_B=key_B, rate=self.dropout, site="attention_weights")
+        return functools.partial(
+            dropout, dropout_key_B=dropout_key_B, rate=self.dropout, site="attention_weights"
+        )
 
     def __call__(
         self,
         x_BTD: jax.Array,
         past: tuple[jax.Array, jax.Array] | None,
-        key_B: jax.Array | None,
+        dropout_key_B: jax.Array | None,
         positions: Positions,
         attend: Attend,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """The residual stream after this block, and the layer's keys and values, if kept."""
-        drop = self.weights_drop(key_B)
+        drop = self.weights_drop(dropout_key_B)
         y_BTD, past = self.attention(self.attention_norm(x_BTD), past, positions, attend, drop)
-        x_BTD = x_BTD + dropout(y_BTD, key_B, self.dropout, site="attention")
+        x_BTD = x_BTD + dropout(y_BTD, dropout_key_B, self.dropout, site="attention")
         x_BTD = constrain(x_BTD, "batch", None, None)
 
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
-        x_BTD = x_BTD + dropout(y_BTD, key_B, self.dropout, site="mlp")
+        x_BTD = x_BTD + dropout(y_BTD, dropout_key_B, self.dropout, site="mlp")
         return constrain(x_BTD, "batch", None, None), past
 
 
 class PostNormBlock(Block):
     """The norm after each sum (Vaswani et al. 2017, section 3.1)."""
 
-    def __call__(self, x_BTD, past, key_B, positions, attend):
-        y_BTD, past = self.attention(x_BTD, past, positions, attend, self.weights_drop(key_B))
-        x_BTD = self.attention_norm(x_BTD + dropout(y_BTD, key_B, self.dropout, site="attention"))
+    def __call__(self, x_BTD, past, dropout_key_B, positions, attend):
+        y_BTD, past = self.attention(
+            x_BTD, past, positions, attend, self.weights_drop(dropout_key_B)
+        )
+        x_BTD = self.attention_norm(
+            x_BTD + dropout(y_BTD, dropout_key_B, self.dropout, site="attention")
+        )
         x_BTD = constrain(x_BTD, "batch", None, None)
 
         y_BTD = self.mlp(x_BTD)
-        x_BTD = self.mlp_norm(x_BTD + dropout(y_BTD, key_B, self.dropout, site="mlp"))
+        x_BTD = self.mlp_norm(x_BTD + dropout(y_BTD, dropout_key_B, self.dropout, site="mlp"))
         return constrain(x_BTD, "batch", None, None), past
 
 
@@ -130,7 +136,7 @@ class GPT(nnx.Module):
         tokens_BT: jax.Array,
         cache: kv.KVCache | None = None,
         *,
-        key_B: jax.Array | None = None,
+        dropout_key_B: jax.Array | None = None,
         attend: Attend = flash_attention.attend,
         remat: str = "blocks",
         unroll: bool = False,
@@ -140,8 +146,9 @@ class GPT(nnx.Module):
         Without a cache, token t of each row stands at position t. With one (unstacked weights
         alone), row b's tokens continue at position `cache.length_B[b]`; the returned cache holds
         their keys and values, its lengths unchanged: the caller knows how many of the T tokens are
-        real. `key_B`, one key per row, turns dropout on. `remat` and `unroll`: see `scan_blocks`.
-        Returns x_BTD in the compute type. ValueError for a cache and stacked weights.
+        real. `dropout_key_B`, one key per row, turns dropout on. `remat`, `unroll`: see
+        `scan_blocks`. Returns x_BTD in the compute type. ValueError for a cache and stacked
+        weights.
         """
         config, T = self.config, tokens_BT.shape[1]
         if self.stacked and cache is not None:
@@ -153,23 +160,23 @@ class GPT(nnx.Module):
         if cache is not None and cache.capacity:
             pos_BT = cache.length_B[:, None] + jnp.arange(T)
         positions = positions_of(config, pos_BT, T)
-        keys_LB = None
-        if key_B is not None:
+        dropout_keys_LB = None
+        if dropout_key_B is not None:
             split_row = functools.partial(jax.random.split, num=config.n_layers)
-            keys_LB = jax.vmap(split_row, out_axes=1)(key_B)
+            dropout_keys_LB = jax.vmap(split_row, out_axes=1)(dropout_key_B)
 
-        def apply_block(block: Block, x_BTD, past, key_B):
-            return block(x_BTD, past, key_B, positions, attend)
+        def apply_block(block: Block, x_BTD, past, dropout_key_B):
+            return block(x_BTD, past, dropout_key_B, positions, attend)
 
         with exact_products(config.compute_dtype):
             x_BTD = self.embed(tokens_BT, pos_BT)
-            x_BTD = dropout(x_BTD, key_B, config.dropout, site="embedding")
+            x_BTD = dropout(x_BTD, dropout_key_B, config.dropout, site="embedding")
             if self.stacked:
                 x_BTD = scan_blocks(
-                    apply_block, self.blocks, x_BTD, keys_LB, remat=remat, unroll=unroll
+                    apply_block, self.blocks, x_BTD, dropout_keys_LB, remat=remat, unroll=unroll
                 )
             else:
-                x_BTD, cache = loop_blocks(apply_block, self.blocks, x_BTD, cache, keys_LB)
+                x_BTD, cache = loop_blocks(apply_block, self.blocks, x_BTD, cache, dropout_keys_LB)
         if self.final_norm is not None:
             x_BTD = self.final_norm(x_BTD)
         return x_BTD, cache
@@ -218,7 +225,7 @@ def table_logits(config: ModelConfig, x_MD: jax.Array, rows_CD, ids_C: jax.Array
 
 
 def scan_blocks(
-    apply_block, blocks: Block, x_BTD, keys_LB, *, remat: str, unroll: bool
+    apply_block, blocks: Block, x_BTD, dropout_keys_LB, *, remat: str, unroll: bool
 ) -> jax.Array:
     """The residual stream after stacked blocks, for training: one program for all layers.
 
@@ -230,15 +237,15 @@ def scan_blocks(
     """
 
     def body(x_BTD, block_and_key):
-        block, key_B = block_and_key
-        x_BTD, _ = apply_block(block, x_BTD, None, key_B)
+        block, dropout_key_B = block_and_key
+        x_BTD, _ = apply_block(block, x_BTD, None, dropout_key_B)
         return x_BTD, None
 
     if remat != "none":
         policy = keep_products if remat == "products" else None
         # Inside a loop nothing can merge the two computations; written out, the compiler would.
         body = jax.checkpoint(body, prevent_cse=unroll, policy=policy)
-    x_BTD, _ = jax.lax.scan(body, x_BTD, (blocks, keys_LB), unroll=unroll)
+    x_BTD, _ = jax.lax.scan(body, x_BTD, (blocks, dropout_keys_LB), unroll=unroll)
     return x_BTD
 
 
@@ -249,13 +256,13 @@ def keep_products(primitive, *avals, **params) -> bool:
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
 
 
-def loop_blocks(apply_block, blocks: nnx.List, x_BTD, cache: kv.KVCache | None, keys_LB):
+def loop_blocks(apply_block, blocks: nnx.List, x_BTD, cache: kv.KVCache | None, dropout_keys_LB):
     """The residual stream after a list of blocks, for decoding, and the cache they have written."""
     written = []
     for i, block in enumerate(blocks):
         past = None if cache is None else (cache.k[i], cache.v[i])
-        key_B = None if keys_LB is None else keys_LB[i]
-        x_BTD, past = apply_block(block, x_BTD, past, key_B)
+        dropout_key_B = None if dropout_keys_LB is None else dropout_keys_LB[i]
+        x_BTD, past = apply_block(block, x_BTD, past, dropout_key_B)
         written.append(past)
     if cache is not None:
         k, v = zip(*written, strict=True)

@@ -84,7 +84,7 @@ def hidden_states(
     config: ModelConfig,
     params: dict,
     tokens_BU: jax.Array,
-    key_B: jax.Array | None = None,
+    dropout_key_B: jax.Array | None = None,
     *,
     attend: Attend = flash_attention.attend,
     remat: str = "blocks",
@@ -94,7 +94,9 @@ def hidden_states(
     that are to be predicted from them."""
     inputs_BT, targets_BT = tokens_BU[:, :-1], tokens_BU[:, 1:]
     model = transformer.bind(config, params)
-    x_BTD, _ = model.hidden(inputs_BT, key_B=key_B, attend=attend, remat=remat, unroll=unroll)
+    x_BTD, _ = model.hidden(
+        inputs_BT, dropout_key_B=dropout_key_B, attend=attend, remat=remat, unroll=unroll
+    )
     return model, x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.ravel()
 
 
@@ -104,14 +106,14 @@ def attend_of(config: TrainConfig) -> Attend:
 
 
 def sequence_losses(
-    config: ModelConfig, params: dict, tokens_BU: jax.Array, key_B=None, **options
+    config: ModelConfig, params: dict, tokens_BU: jax.Array, dropout_key_B=None, **options
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`token_losses`, each [B, T], of sequences of T + 1 tokens; `options`: of `hidden_states`."""
-    losses = token_losses(*hidden_states(config, params, tokens_BU, key_B, **options))
+    losses = token_losses(*hidden_states(config, params, tokens_BU, dropout_key_B, **options))
     return tuple(loss_M.reshape(len(tokens_BU), -1) for loss_M in losses)
 
 
-def objective(config: TrainConfig, params: dict, tokens_BU: jax.Array, key_B=None):
+def objective(config: TrainConfig, params: dict, tokens_BU: jax.Array, dropout_key_B=None):
     """What training minimizes, a mean over tokens, and the plain cross-entropy in nats.
 
     (1-e) of the loss on the target plus e of the mean over the vocabulary (label smoothing,
@@ -119,11 +121,13 @@ def objective(config: TrainConfig, params: dict, tokens_BU: jax.Array, key_B=Non
     """
     options = {"attend": attend_of(config), "remat": config.remat, "unroll": config.unroll}
     if sharding.platform() != "cpu":
-        model, x_MD, target_M = hidden_states(config.model, params, tokens_BU, key_B, **options)
+        model, x_MD, target_M = hidden_states(
+            config.model, params, tokens_BU, dropout_key_B, **options
+        )
         return fused_loss.objective_and_loss(config, x_MD, model.head_table, target_M)
 
     loss_BT, log_total_BT, uniform_BT = sequence_losses(
-        config.model, params, tokens_BU, key_B, **options
+        config.model, params, tokens_BU, dropout_key_B, **options
     )
     objective_BT = loss_BT
     smoothing = config.label_smoothing

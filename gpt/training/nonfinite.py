@@ -45,16 +45,16 @@ def locate_first_nonfinite(
     in the weights, then forward through the layers, then backward in the gradients."""
     model = config.model
     last_layer = model.n_layers - 1
-    key_AB = dropout_keys(config, jnp.int32(index), *tokens_ABU.shape[:2])
+    dropout_key_AB = dropout_keys(config, jnp.int32(index), *tokens_ABU.shape[:2])
 
     bad_weights = nonfinite_parts(params)
     if bad_weights:
         return f"the first bad value is in the weights of {bad_weights[0]}"
 
-    if not output_is_finite(model, params, tokens_ABU, key_AB, 0):
+    if not output_is_finite(model, params, tokens_ABU, dropout_key_AB, 0):
         return "the first bad value is in the output of the embedding"
     for layer in range(model.n_layers):
-        if not output_is_finite(model, params, tokens_ABU, key_AB, layer + 1):
+        if not output_is_finite(model, params, tokens_ABU, dropout_key_AB, layer + 1):
             return f"the first bad value is in the output of block {layer} of 0 to {last_layer}"
     loss, grads = jax.jit(mean_gradients, static_argnums=0)(
         config, params, tokens_ABU, jnp.int32(index)
@@ -85,7 +85,9 @@ def nonfinite_parts(tree: dict) -> list[str]:
 
 
 @partial(jax.jit, static_argnums=0)
-def output_is_finite(config: ModelConfig, params: dict, tokens_ABU, key_AB, n_blocks) -> jax.Array:
+def output_is_finite(
+    config: ModelConfig, params: dict, tokens_ABU, dropout_key_AB, n_blocks
+) -> jax.Array:
     """Whether the residual stream is finite after the first `n_blocks` blocks.
 
     The weights of the others are taken as zero: such a block passes on what is bad and adds nothing
@@ -97,8 +99,10 @@ def output_is_finite(config: ModelConfig, params: dict, tokens_ABU, key_AB, n_bl
     partial_params = params | {"blocks": blocks}
 
     def micro_batch_is_finite(micro_batch):
-        tokens_BU, key_B = micro_batch
-        x_BTD, _ = transformer.bind(config, partial_params).hidden(tokens_BU[:, :-1], key_B=key_B)
+        tokens_BU, dropout_key_B = micro_batch
+        x_BTD, _ = transformer.bind(config, partial_params).hidden(
+            tokens_BU[:, :-1], dropout_key_B=dropout_key_B
+        )
         return jnp.isfinite(x_BTD).all()
 
-    return jax.lax.map(micro_batch_is_finite, (tokens_ABU, key_AB)).all()
+    return jax.lax.map(micro_batch_is_finite, (tokens_ABU, dropout_key_AB)).all()

@@ -79,13 +79,13 @@ def mean_gradients(
     Where it can, each device averages over its own rows of all micro-batches, and only those
     averages are sent over `data`.
     """
-    key_AB = dropout_keys(config, step, *tokens_ABU.shape[:2])
+    dropout_key_AB = dropout_keys(config, step, *tokens_ABU.shape[:2])
     mesh = sharding.mesh_in_force()
     if mesh is None or not crosses_data_once(config, mesh.shape, sharding.platform()):
-        return gradients_of_rows(config, params, tokens_ABU, key_AB)
+        return gradients_of_rows(config, params, tokens_ABU, dropout_key_AB)
 
-    def mean_over_devices(params, tokens_ABU, key_AB):
-        own_mean = gradients_of_rows(config, params, tokens_ABU, key_AB)
+    def mean_over_devices(params, tokens_ABU, dropout_key_AB):
+        own_mean = gradients_of_rows(config, params, tokens_ABU, dropout_key_AB)
         return jax.lax.pmean(own_mean, "data")
 
     # The compiler splits what is left over the other axes. Those of size 1 are not left to it:
@@ -99,7 +99,7 @@ def mean_gradients(
         out_specs=replicated,
         axis_names=ours,
         check_vma=False,  # it would have each gradient summed over the devices at once
-    )(params, tokens_ABU, key_AB)
+    )(params, tokens_ABU, dropout_key_AB)
 
 
 def crosses_data_once(config: TrainConfig, sizes: Mapping[str, int], platform: str) -> bool:
@@ -118,22 +118,22 @@ def crosses_data_once(config: TrainConfig, sizes: Mapping[str, int], platform: s
 
 
 def gradients_of_rows(
-    config: TrainConfig, params: dict, tokens_ABU: jax.Array, key_AB: jax.Array | None
+    config: TrainConfig, params: dict, tokens_ABU: jax.Array, dropout_key_AB: jax.Array | None
 ) -> tuple[jax.Array, dict]:
-    """The mean loss and gradient over these rows alone; `key_AB`: the dropout key of each.
+    """The mean loss and gradient over these rows alone; `dropout_key_AB`: the dropout key of each.
 
     Sums over micro-batches are kept in float32.
     """
     A = len(tokens_ABU)
 
-    def share_of_loss(params, tokens_BU, key_B):
-        minimized, loss = objective(config, params, tokens_BU, key_B)
+    def share_of_loss(params, tokens_BU, dropout_key_B):
+        minimized, loss = objective(config, params, tokens_BU, dropout_key_B)
         return minimized / A, loss / A
 
     gradient = jax.value_and_grad(share_of_loss, has_aux=True)
     if A == 1:
-        key_B = None if key_AB is None else key_AB[0]
-        (_, loss), grads = gradient(params, tokens_ABU[0], key_B)
+        dropout_key_B = None if dropout_key_AB is None else dropout_key_AB[0]
+        (_, loss), grads = gradient(params, tokens_ABU[0], dropout_key_B)
         return loss, grads
 
     def add_micro_batch(total, micro_batch):
@@ -141,7 +141,9 @@ def gradients_of_rows(
         return jax.tree.map(jnp.add, total, (loss, grads)), None
 
     zero_grads = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    total, _ = jax.lax.scan(add_micro_batch, (jnp.zeros(()), zero_grads), (tokens_ABU, key_AB))
+    total, _ = jax.lax.scan(
+        add_micro_batch, (jnp.zeros(()), zero_grads), (tokens_ABU, dropout_key_AB)
+    )
     return total
 
 

@@ -133,7 +133,7 @@ def test_dropout_keeps_from_the_kernel_only_where_it_is_on(seen):
     """Evaluation and sampling give no keys."""
     forward = functools.partial(transformer.forward, dataclasses.replace(CONFIG, dropout=0.5))
     params = transformer.abstract(CONFIG)
-    jax.eval_shape(forward, params, TOKENS, key_B=jax.random.split(jax.random.key(1), 2))
+    jax.eval_shape(forward, params, TOKENS, dropout_key_B=jax.random.split(jax.random.key(1), 2))
     assert not seen
     jax.eval_shape(forward, params, TOKENS)
     assert seen

@@ -141,7 +141,9 @@ def test_dropout_belongs_to_the_row(stacked, params):
     config = dataclasses.replace(SMALL, dropout=0.3)
     params = params if stacked else transformer.unstack(params)
     keys = jax.random.split(jax.random.key(7), 4)
-    dropped = jax.jit(lambda ids, keys: transformer.forward(config, params, ids, key_B=keys))
+    dropped = jax.jit(
+        lambda ids, keys: transformer.forward(config, params, ids, dropout_key_B=keys)
+    )
     out = np.asarray(dropped(TOKENS, keys))
     order = np.array([2, 0, 3, 1])
     assert np.abs(out[order] - dropped(TOKENS[order], keys[order])).max() < 1e-5
