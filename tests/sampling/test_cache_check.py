@@ -50,7 +50,13 @@ def position_off_by_one(honest):
 
 def one_stale_slot(honest):
     """The token at slot 15 is never written."""
-    return lambda cache, new, pos: honest(cache, new, pos + 999 * (pos == 15))
+
+    def write(cache, new, pos):
+        if pos is not None:
+            pos = pos + 999 * (pos == 15)
+        return honest(cache, new, pos)
+
+    return write
 
 
 def mask_one_too_wide(honest):
@@ -99,7 +105,7 @@ def speculation_with_noise_of_the_next_position(honest):
 
 BUGS = {
     position_off_by_one: (transformer.GPT, "embed", cache_check.check_cached),
-    one_stale_slot: (kv_cache, "append", cache_check.check_cached),
+    one_stale_slot: (kv_cache, "write", cache_check.check_cached),
     mask_one_too_wide: (attention, "visible", cache_check.check_cached),
     first_rows_length_for_all: (kv_cache.KVCache, "advanced", cache_check.check_ragged),
     mask_one_too_wide_everywhere: (attention, "visible", cache_check.check_causality),
