@@ -118,6 +118,7 @@ MISSING = re.compile(r"Missing from .*?: (\S+) (.*?)\.? \(required\)")
 NO_VALUE = re.compile(r"Missing value for argument '(.*?)'\. Expected (\d+)")
 NO_CHOICE = re.compile(r"invalid choice '(.*?)' for argument '(.*?)'\. .*? of (\(.*\))")
 NO_PAIR = re.compile(r"Error parsing (--\S+): Failed to parse key-value pairs")
+TOO_FEW = re.compile(r"Error parsing (--\S+): no type matching .* did not match .* count (\d+)")
 NO_NUMBER = re.compile(r"Error parsing (--\S+): (is .*: expected .*)")  # as _parse_number says it
 
 
@@ -140,6 +141,8 @@ def reword(problem: str) -> str:
         return f"{subject}: expected one of {', '.join(choices)}{guess}"
     if found := NO_PAIR.match(problem):
         return f"{found[1]} needs two numbers after it, the first an integer"
+    if found := TOO_FEW.match(problem):
+        return f"{found[1]} needs {found[2]} values after it"
     if found := NO_NUMBER.match(problem):
         return f"{found[1]} {found[2]}"
     return problem.rstrip(".")
@@ -157,7 +160,9 @@ def suggest(flag: str, known: list[str], guesses: dict[str, str]) -> str:
         return f": {meant}"
     if meant is None:
         # `n-layers` is enough for `--model.n-layers`, and so is the beginning of a flag.
-        by_last_word = {one.removeprefix("--").rpartition(".")[2]: one for one in known}
+        # Of two with the same last word, --data is meant and not --mesh.data.
+        nested_first = sorted(known, key=lambda one: -one.count("."))
+        by_last_word = {one.removeprefix("--").rpartition(".")[2]: one for one in nested_first}
         begin_alike = [word for word in by_last_word if word.startswith(name)]
         close = begin_alike or difflib.get_close_matches(name, by_last_word, n=2, cutoff=0.8)
         meant = " or ".join(by_last_word[word] for word in close[:3])

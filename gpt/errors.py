@@ -5,6 +5,7 @@ Knows nothing of the rest of the project.
 
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -50,6 +51,16 @@ def check_names(config: object, prefix: str = "") -> None:
         value = getattr(config, name)
         good = not names or value in names or (value is None and type(None) in kinds)
         require(good, f"{prefix}{name} is {value!r}: expected one of {', '.join(names)}")
+
+
+def check_numbers(config: object) -> None:
+    """Raise UserError unless the int and float fields of a dataclass hold such numbers."""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if kind is int:
+            require(isinstance(value, Integral), f"{name} is {value!r}: expected an integer")
+        if kind is float:
+            require(isinstance(value, Real), f"{name} is {value!r}: expected a number")
 
 
 def is_of(value: Any, kind: Any) -> bool:

@@ -28,13 +28,17 @@ class Command:
         tyro.conf.arg(metavar="RUN ...", help_behavior_hint=""),
     ]
     """Folders of runs, as train.py made them."""
-    out: Annotated[Path | None, optional("FILE", "report.html in the first run's folder")] = None
+    out: Annotated[Path | None, optional("FILE", "report.html in the folder of the run")] = None
     """The HTML file to write."""
 
 
 def main(argv: list[str]) -> None:
     command = cli.parse(Command, argv, program="python -m gpt.report", description=__doc__)
     require(bool(command.runs), "no run given: expected one or more folders made by train.py")
+    require(
+        len(command.runs) == 1 or command.out is not None,
+        "a report on several runs is in none of their folders: add --out FILE",
+    )
     out = command.out or command.runs[0] / "report.html"
     if command.out:
         require_file_path("--out", out)

@@ -91,6 +91,9 @@ def test_mistakes_are_user_errors(trained, tmp_path, model):
         model.generate("a", gpt.Settings(), seed=3)
     with pytest.raises(gpt.UserError, match=r"no setting temp: did you mean temperature.*top_k, "):
         model.generate("x", temp=1)
+    for wrong, said in (({"seed": [1, 2]}, "an integer"), ({"temperature": "hot"}, "a number")):
+        with pytest.raises(gpt.UserError, match=f"expected {said}"):
+            model.generate("x", **wrong)
     with pytest.raises(gpt.UserError, match="no setting voice; the settings are width, n_best, "):
         model.search("x", voice=2)
     with pytest.raises(gpt.UserError, match=r"exceeds the model's context of 16: shorten it$"):

@@ -102,6 +102,7 @@ def test_the_flag_of_another_program_is_told_apart(guessed, meant):
 def test_nothing_absurd_is_suggested():
     assert refusal("--file-system", "x") == "there is no flag --file-system; see train.py --help"
     assert cli.suggest("--topk", ["--top-k", "--stop"], {}) == ": did you mean --top-k?"
+    assert cli.suggest("--dat", ["--data", "--mesh.data"], {}) == ": did you mean --data?"
 
 
 def test_every_guess_names_a_flag(capsys):

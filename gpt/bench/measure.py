@@ -146,7 +146,7 @@ def measure_cell(
         "bytes_per_step": n_bytes,
         "flops_per_step": n_flops,
         "mbu": n_bytes / seconds / ceilings["read_bytes_per_second"],
-        "host_seconds_per_step": p50 - seconds,
+        "host_seconds_per_step": max(p50 - seconds, 0.0),  # below zero by noise alone
         "seconds_per_step_of_repeats": times.step,
     }
     return {

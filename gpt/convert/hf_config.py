@@ -237,10 +237,15 @@ def to_hf_config(config: ModelConfig) -> tuple[dict[str, Any], Family]:
     """
     gpt2, llama = flags_to_export(config)
     if not gpt2:
-        activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.mlp)
+        names = [theirs for theirs, ours in ACTIVATIONS.items() if ours == config.mlp]
+        require(
+            bool(names),
+            f"the activation {config.mlp} cannot be exported: ACTIVATIONS in "
+            "gpt/convert/hf_config.py has no name for it in transformers",
+        )
         values = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "use_cache": True}
         values |= {theirs: getattr(config, ours) for theirs, (ours, _, _) in GPT2_FIELDS.items()}
-        values |= {"n_ctx": config.context_length, "activation_function": activation}
+        values |= {"n_ctx": config.context_length, "activation_function": names[0]}
         values |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
         return values, GPT2
     if not llama:

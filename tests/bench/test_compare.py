@@ -90,7 +90,7 @@ def test_a_changed_machine_is_the_first_thing_said(files, capsys):
     assert first.startswith("the machine CHANGED between the runs: ")
     assert "reading memory 0.80x as fast" in first and second.startswith("no verdict: ")
     assert "1.3" in "".join(table) and not {"slower", "verdict"} & {*" ".join(table).split()}
-    with pytest.raises(UserError, match=r"CHANGED.*no verdict"):
+    with pytest.raises(UserError, match="the machine has changed between"):
         bench.main(["--compare", old, str(new), "--fail-if-slower", "5%"])
 
     new.write_text(json.dumps(slower | {"device": "another"}))

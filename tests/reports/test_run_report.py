@@ -136,6 +136,7 @@ def test_a_short_run_has_whole_steps_and_a_linear_scale(tmp_path):
         (["{empty}", "--out", "a.html"], "holds neither metrics.jsonl nor a checkpoint"),
         (["{empty}"], "holds neither metrics.jsonl nor a checkpoint"),
         (["{empty}", "--out", "no/such/a.html"], "does not exist"),
+        (["{empty}", "{empty}"], "add --out FILE"),
     ],
 )
 def test_mistakes_are_one_line(argv, message, tmp_path, monkeypatch):
