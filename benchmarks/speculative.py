@@ -6,12 +6,12 @@
 Texts of 200 tokens in float32, with 1 row and with 8.
 - RUN, a model trained on Python source (as `train.py tiny` makes one), continues source that fills
   half of its context, at temperature 0 and at 0.8, until the context is full.
-- A Llama form of 135 M parameters with random weights draws random text, of which nothing can be
-  foreseen, and text that repeats itself, because a bias leaves it one token.
+- A Llama form of 135 M parameters with random weights draws random text, which cannot be
+  predicted, and text that repeats itself, because a bias allows only one token.
 - The large model continues source in the same way, and the draft proposes. In place of GPT-2's
   published weights, `bash benchmarks/speculative_models.sh` trains a model of gpt2's size with a
   vocabulary of 4,096, and two layers that learn to imitate it from what it writes. After so short a
-  training its text is easier to foresee than GPT-2's.
+  training its text is easier to predict than GPT-2's.
 
 With and without --speculate take turns. Seconds are those of decoding, without compilation:
 medians, and the middle half of the repeats. Compilation: of the loop alone, both programs fresh.

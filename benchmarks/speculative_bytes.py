@@ -7,7 +7,7 @@ Compiles the decode loop by XLA for the GPU, which need not be in this machine, 
 moves and how long it takes is counted as in `train.py --dry-run --topology` (docs/parallelism.md).
 A row that accepts n proposals gains n + 1 tokens from a step.
 
-Needs XLA's compiler for GPUs, as an environment with `pip install 'gpt-jax[cuda]'` has it.
+Needs XLA's compiler for GPUs, which `pip install -e '.[cuda]'` installs.
 """
 
 import sys

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Makes the models with which benchmarks/speculative.py measures a draft, where they are not there yet:
-# runs/gpt2-python, of gpt2's size but with a vocabulary of 4,096 and a context of 256, trained on
+# Makes the models with which benchmarks/speculative.py measures a draft, unless they exist, and
+# measures: runs/gpt2-python, of gpt2's size but with a vocabulary of 4,096 and a context of 256, trained on
 # Python's source; and runs/gpt2-draft, two layers that learn to imitate it from what it writes.
 # About 50 minutes on two quiet cores.
 set -euo pipefail

@@ -305,8 +305,9 @@ class TrainConfig:
     """Compile the blocks one after another instead of one program for all: compiling takes longer,
     and a CPU that does not recompute trains faster."""
     attention: AttentionKind = "auto"
-    """How training computes attention. plain: by matrix products. fused: by a kernel of the
-    accelerator; an error if none fits. auto: fused if a kernel fits, else plain."""
+    """How training computes attention. plain: by matrix products over all tokens. fused: by a
+    kernel of the accelerator, on a CPU in blocks of queries; an error if it does not fit. auto:
+    fused if it fits, else plain."""
     deterministic: bool = False
     """On GPUs: the same result from run to run, by XLA's flags, which cost speed. On CPUs and TPUs
     it is the same anyway."""
@@ -376,7 +377,7 @@ class TrainConfig:
 
     def completed(self, vocab_size: int, dtype: Dtype) -> "TrainConfig":
         """The config with what it left open filled in: the tokenizer's vocabulary, the context of
-        `seq_len`, and `dtype` where no type was given. Settings that are `auto` stay so."""
+        `seq_len`, and `dtype` where no type was given. Settings that are `auto` remain `auto`."""
         dtype = self.dtype or dtype
         model = dataclasses.replace(
             self.model, vocab_size=vocab_size, context_length=self.sequence_length
