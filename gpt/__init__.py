@@ -14,8 +14,8 @@ import sys
 from importlib import import_module
 
 if sys.argv[:1] == ["-m"]:
-    # This is `python -m gpt.bench` or the like, whose own imports come next. Without the
-    # environment the first of them would fail, where this one says what to type.
+    # This is `python -m gpt.bench` or the like, whose own imports come next. Outside the project's
+    # environment the first of them would fail with a traceback; gpt.cli says what to type.
     import gpt.cli  # noqa: F401
 
 MODULES = {

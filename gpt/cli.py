@@ -376,19 +376,19 @@ def prepare_jax(cache: bool = True) -> None:
         _keep_freed_memory()
 
 
-# By xla.proto the first rules out operations whose result depends on the order of their threads,
-# and kernels that are chosen by timing them; the second only spells the latter out.
+# According to xla.proto the first flag rules out operations whose result depends on the order of
+# their threads, and choosing kernels by timing them; the second states the latter explicitly.
 DETERMINISTIC_FLAGS = {"--xla_gpu_deterministic_ops": "true", "--xla_gpu_autotune_level": "0"}
 
 
 def make_deterministic() -> None:
-    """Have XLA's programs for GPUs give the same result from run to run, by adding to XLA_FLAGS;
-    call this before JAX starts its backend, which reads them once.
+    """Add to XLA_FLAGS what makes programs for GPUs give the same result from run to run. Call this
+    before JAX starts its backend, which reads the flags once.
 
     UserError if XLA_FLAGS says otherwise.
     """
-    told = os.environ.get("JAX_PLATFORMS")
-    rules_out_gpus = told and not re.search("cuda|rocm|gpu", told)
+    platforms = os.environ.get("JAX_PLATFORMS")
+    rules_out_gpus = platforms and not re.search("cuda|rocm|gpu", platforms)
     if rules_out_gpus or importlib.util.find_spec("jax_plugins") is None:
         return
     flags = os.environ.get("XLA_FLAGS", "").split()

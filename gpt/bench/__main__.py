@@ -157,8 +157,8 @@ def check(args: Args) -> None:
     require(args.train or args.remat is None, "--remat needs --train: add it, or drop --remat")
     require(
         args.speculate == 0 or args.checkpoint is not None,
-        "--speculate needs a trained model, since random weights write nothing that could be "
-        "foreseen: give a run's folder",
+        "--speculate needs a trained model, since what random weights write cannot be predicted: "
+        "give a run's folder",
     )
     for flag, path in (("--draft", args.draft), ("--prompt-file", args.prompt_file)):
         require(path is None or args.speculate > 0, f"{flag} needs --speculate: add --speculate 4")

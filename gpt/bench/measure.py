@@ -230,7 +230,8 @@ def measure_speculation(
     `repeats` turns, after one that compiles. `cell`: the figures of the same sizes."""
     plain = Settings(max_new_tokens=cell["new_tokens"], ignore_eos=True)
     proposing = dataclasses.replace(plain, speculate=n_proposals)
-    plain_seconds, seconds = [], []
+    plain_seconds = []
+    seconds = []
     for turn in range(repeats + 1):
         without = generate.complete(model, prompts, plain)
         completions = generate.complete(model, prompts, proposing)

@@ -207,11 +207,11 @@ def open_text(source: Source, reading: Reading) -> Text:
         notes += [f"not used       {file.name}: it is about the data" for file in about]
 
     if skipped:
-        are = "is" if len(skipped) == 1 else "are"
-        many = f"{counted(len(skipped), 'file')} that {are}"
+        verb = "is" if len(skipped) == 1 else "are"
+        what = f"{counted(len(skipped), 'file')} that {verb}"
         listed = ", ".join(f"{file.name} ({reason})" for file, reason in skipped[:5])
         more = ", ..." if len(skipped) > 5 else ""
-        notes.append(f"skipped        {many} not text: {listed}{more}")
+        notes.append(f"skipped        {what} not text: {listed}{more}")
         n_skipped = sum(file.size for file, _ in skipped)
         n_used = sum(file.size for file in used)
         require(

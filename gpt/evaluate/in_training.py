@@ -5,8 +5,9 @@ import importlib.util
 import io
 
 from gpt import distributed, sharding
+from gpt.config import ONE_DEVICE
 from gpt.errors import require
-from gpt.sampling.language_model import ONE_DEVICE, LanguageModel, for_decoding
+from gpt.sampling.language_model import LanguageModel, for_decoding
 
 
 def language_model_of(run, weights: dict) -> LanguageModel | None:

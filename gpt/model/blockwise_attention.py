@@ -1,10 +1,10 @@
 """Causal attention on a CPU: in blocks of queries, with its gradient written out.
 
-A block of queries reads the slots up to its last query alone: the rest would be masked. The
+A block of queries reads only the slots up to its last query: the others would be masked. The
 backward pass computes the weights again from the logarithm of each query's sum, and the softmax's
 gradient from sums over the width of a head instead of over all slots (Dao et al. 2022,
-FlashAttention, appendix B.4): long sums are slow on a CPU, which adds up a row number by number.
-Shape letters: see transformer.py; C queries of a block, here S is the slots that they read.
+FlashAttention, appendix B.4): sums over all slots are long, and slow on a CPU.
+Shape letters: see transformer.py; C queries of a block; S is the slots that a block reads.
 """
 
 import math
@@ -22,8 +22,8 @@ product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def fits(n_tokens: int, width: int, dtype: jnp.dtype) -> bool:
-    """Whether a sequence is long enough, and its blocks are equal; for heads of every width and
-    every type."""
+    """Whether a sequence is long enough, and divides into equal blocks. Heads of every width and
+    type fit."""
     return n_tokens >= SHORTEST and n_tokens % N_BLOCKS == 0
 
 
@@ -42,7 +42,8 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array
 
 def scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, block: slice) -> jax.Array:
     """Masked float32 scores [B, K, G, C, S] of a block of scaled queries."""
-    q_BKGCH, k_BKSH = q_BKGTH[:, :, :, block], k_BKSH[:, :, : block.stop]
+    q_BKGCH = q_BKGTH[:, :, :, block]
+    k_BKSH = k_BKSH[:, :, : block.stop]
     scores_BKGCS = product("BKGCH,BKSH->BKGCS", q_BKGCH, k_BKSH)
     visible_CS = jnp.arange(block.stop) <= jnp.arange(block.start, block.stop)[:, None]
     return jnp.where(visible_CS, scores_BKGCS, MASKED)
@@ -85,7 +86,8 @@ def backward(kept, grad_BTNH):
     k_grad_BKSH = jnp.zeros(k_BKSH.shape, jnp.float32)
     v_grad_BKSH = jnp.zeros(v_BKSH.shape, jnp.float32)
     for block in split(T):
-        q_BKGCH, grad_BKGCH = q_BKGTH[:, :, :, block], grad_BKGTH[:, :, :, block]
+        q_BKGCH = q_BKGTH[:, :, :, block]
+        grad_BKGCH = grad_BKGTH[:, :, :, block]
         scores_BKGCS = scores(q_BKGTH, k_BKSH, block)
         weights_BKGCS = jnp.exp(scores_BKGCS - log_sum_BKGT1[:, :, :, block])
         weight_grads_BKGCS = product("BKGCH,BKSH->BKGCS", grad_BKGCH, v_BKSH[:, :, : block.stop])
@@ -94,10 +96,10 @@ def backward(kept, grad_BTNH):
         score_grads_BKGCS = score_grads_BKGCS.astype(q_BKGTH.dtype)
         weights_BKGCS = weights_BKGCS.astype(q_BKGTH.dtype)
         q_grads.append(product("BKGCS,BKSH->BKGCH", score_grads_BKGCS, k_BKSH[:, :, : block.stop]))
-        of_keys_BKSH = product("BKGCS,BKGCH->BKSH", score_grads_BKGCS, q_BKGCH)
-        of_values_BKSH = product("BKGCS,BKGCH->BKSH", weights_BKGCS, grad_BKGCH)
-        k_grad_BKSH = k_grad_BKSH.at[:, :, : block.stop].add(of_keys_BKSH)
-        v_grad_BKSH = v_grad_BKSH.at[:, :, : block.stop].add(of_values_BKSH)
+        k_grad_of_block_BKSH = product("BKGCS,BKGCH->BKSH", score_grads_BKGCS, q_BKGCH)
+        v_grad_of_block_BKSH = product("BKGCS,BKGCH->BKSH", weights_BKGCS, grad_BKGCH)
+        k_grad_BKSH = k_grad_BKSH.at[:, :, : block.stop].add(k_grad_of_block_BKSH)
+        v_grad_BKSH = v_grad_BKSH.at[:, :, : block.stop].add(v_grad_of_block_BKSH)
     q_grad_BKGTH = jnp.concatenate(q_grads, axis=3) / math.sqrt(H)
     q_grad_BTNH = q_grad_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
     return (

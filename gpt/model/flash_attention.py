@@ -1,4 +1,4 @@
-"""Fused attention: a kernel of the platform in place of the plain einsums, where it does the same.
+"""Fused attention: a kernel of the platform in place of the plain einsums, where one fits.
 
 The scores of all pairs of tokens, which the plain form writes to memory and reads back, never leave
 the chip (Dao et al. 2022, FlashAttention). A kernel is used where `pos_BT` is None (see
@@ -68,22 +68,22 @@ def kernel_for(q_BTNH: jax.Array | jax.ShapeDtypeStruct) -> Kernel | None:
 
 
 def on_each_device(
-    kernel: Kernel, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *of_rows
+    kernel: Kernel, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *per_row
 ):
     """`kernel` on each device's rows and heads: the compiler cannot split a kernel by itself.
 
-    `of_rows`: what else the kernel takes, with an entry for each row.
+    `per_row`: further arrays that the kernel takes, with an entry for each row.
     """
     mesh = mesh_in_force()
     if mesh is None:
-        return kernel(q_BTNH, k_BKSH, v_BKSH, *of_rows)
+        return kernel(q_BTNH, k_BKSH, v_BKSH, *per_row)
     q_spec = fitting(mesh, q_BTNH.shape, ("batch", None, "heads", None))
     kv_spec = fitting(mesh, k_BKSH.shape, ("batch", "kv_heads", None, None))
     if kv_spec[1] != q_spec[2]:  # too few key/value heads for the devices: one for each query head
         groups = q_BTNH.shape[2] // k_BKSH.shape[1]
         k_BKSH, v_BKSH = (jnp.repeat(a, groups, axis=1) for a in (k_BKSH, v_BKSH))
         kv_spec = fitting(mesh, k_BKSH.shape, ("batch", "heads", None, None))
-    row_specs = [fitting(mesh, array_B.shape, ("batch",)) for array_B in of_rows]
+    row_specs = [fitting(mesh, array_B.shape, ("batch",)) for array_B in per_row]
     on_device = jax.shard_map(
         kernel,
         in_specs=(q_spec, kv_spec, kv_spec, *row_specs),
@@ -91,7 +91,7 @@ def on_each_device(
         axis_names=set(mesh.auto_axes),
         check_vma=False,  # a kernel does not say over which axes of the mesh its result varies
     )
-    return on_device(q_BTNH, k_BKSH, v_BKSH, *of_rows)
+    return on_device(q_BTNH, k_BKSH, v_BKSH, *per_row)
 
 
 def by_cudnn(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
@@ -129,13 +129,13 @@ def cudnn_on_cache_layout(q_BTNH, k_BKSH, v_BKSH, n_B: jax.Array | None = None) 
 def fits_cudnn(n_tokens: int, width: int, dtype: jnp.dtype) -> bool:
     """Whether cuDNN takes heads of this width: in bfloat16, on NVIDIA GPUs from Ampere on.
 
-    The name decides, since nothing else is known of a GPU that is not in this machine. For such a
-    one JAX allows only the widths that every GPU takes.
+    The name decides, since nothing else is known of a GPU that is not in this machine. For
+    programs compiled for such a GPU, JAX allows only the widths that every GPU takes.
     """
     kind = target_device().device_kind
     widest = 256 if HOPPER_OR_LATER.search(kind) and jax.default_backend() == "gpu" else 128
-    of_nvidia = kind.startswith(("NVIDIA", "GeForce", "A100"))
-    is_ampere_or_later = of_nvidia and BEFORE_AMPERE.search(kind) is None
+    is_nvidia = kind.startswith(("NVIDIA", "GeForce", "A100"))
+    is_ampere_or_later = is_nvidia and BEFORE_AMPERE.search(kind) is None
     width_fits = width % 8 == 0 and width <= widest
     return dtype == jnp.bfloat16 and width_fits and is_ampere_or_later
 

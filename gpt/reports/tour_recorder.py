@@ -118,7 +118,8 @@ def record_tour(model, prompt: Prompt, settings: Settings) -> TourRecord:
     # Prefill, then room in the cache for all that follows.
     call, cache = call_model(config, params, kv.empty(config, 1), read.ids)
     cache = engine.grow(cache, engine.bucket(T + n_new - 1, context))
-    calls, sampled = [call], []
+    calls = [call]
+    sampled = []
 
     # Sample a token and read it, until the last one.
     bias_BV = [sampler.logit_bias(model, settings)]
@@ -245,8 +246,8 @@ def active_settings(settings: Settings) -> tuple[str, ...]:
         "penalty": s.repetition_penalty != 1 or bool(s.logit_bias) or s.ignore_eos,
         "temperature": s.temperature not in (0, 1),
     }
-    for name, one in sampler.FILTERS.items():
-        active[name.replace("_", "-")] = filters and getattr(s, name) != one.off
+    for name, token_filter in sampler.FILTERS.items():
+        active[name.replace("_", "-")] = filters and getattr(s, name) != token_filter.off
     return tuple(name for name, is_active in active.items() if is_active)
 
 
@@ -259,8 +260,9 @@ def sample_recording(logits_BV, rows: SamplingParams, seen_BV, position_B, names
 
     # Turn the filters off, then on one after the other.
     filters = rows
-    for field, one in sampler.FILTERS.items():
-        filters = replace(filters, **{field: jnp.full_like(getattr(rows, field), one.off)})
+    for field, token_filter in sampler.FILTERS.items():
+        off_B = jnp.full_like(getattr(rows, field), token_filter.off)
+        filters = replace(filters, **{field: off_B})
     stages = [logits_BV]
     for name in names:
         field = name.replace("-", "_")

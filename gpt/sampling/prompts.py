@@ -1,4 +1,4 @@
-"""Prompts before the device is used: read as token ids, made rows of a batch, and checked for room.
+"""Prompts become token ids and rows of a batch, and are checked before the device is used.
 
 Shape letters: see gpt/model/transformer.py.
 """

@@ -107,8 +107,8 @@ def needed_stages(sampling: SamplingParams) -> dict[str, jax.Array]:
         "greedy": jnp.any(sampling.temperature == 0),
         "draw": jnp.any(sampling.temperature > 0),
     }
-    for name, one in FILTERS.items():
-        needed[name] = jnp.any(getattr(sampling, name) != one.off)
+    for name, token_filter in FILTERS.items():
+        needed[name] = jnp.any(getattr(sampling, name) != token_filter.off)
     return needed
 
 
@@ -240,8 +240,9 @@ def filter_logits(logits_BV: jax.Array, sampling: SamplingParams) -> jax.Array:
     x_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature_B1
     x_BV = jnp.where(logits_BV > MASKED, x_BV, MASKED)  # forbidden at any temperature
 
-    for name, one in FILTERS.items():
-        x_BV = do_if_needed(name, sampling, partial(one.keep, getattr(sampling, name)), x_BV, x_BV)
+    for name, token_filter in FILTERS.items():
+        keep = partial(token_filter.keep, getattr(sampling, name))
+        x_BV = do_if_needed(name, sampling, keep, x_BV, x_BV)
     return x_BV
 
 

@@ -16,8 +16,9 @@ The token drawn at a position depends on the text before it, the seed, the sampl
 and on nothing else: a proposal is accepted exactly when plain decoding would have drawn it. (Up to
 rounding: a step that reads several tokens adds the same numbers in another order.)
 
-Reading a proposal that is refused takes time for nothing. So every row keeps count of how often its
-proposals are right, whether they are read or not; while they would not pay, none is read.
+Reading a proposal that is then refused wastes time. So every row keeps count of how often its
+proposals are right, whether they are read or not, and none is read while they would cost more time
+than they save.
 Shape letters: see gpt/model/transformer.py; C as in decode_loop.py; N proposals, T = N + 1 tokens
 read, R tokens of the text that are looked through.
 """
@@ -274,7 +275,7 @@ def speculate_chunk(
         # Keep count.
         record = count_right(speculation.record, proposals_BN, new.tokens_BC)
         if draft_rests:
-            # Whether it would have been right is unknown, so it is tried again after some time.
+            # Whether the draft would have been right is unknown: it is tried again after some time.
             agreement_B = speculation.record.agreement_B + IDLE_GAIN
             record = replace(record, agreement_B=agreement_B)
         text_BR = append(speculation.text_BR, new.tokens_BC)

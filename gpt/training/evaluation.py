@@ -19,12 +19,13 @@ def eval_step(config: TrainConfig, params: dict, tokens_BU: jax.Array, weight_BT
 
 
 def evaluate(
-    config: TrainConfig, params: dict, eval_step: Callable, val: Tokens
+    config: TrainConfig, params: dict, compiled_step: Callable, val: Tokens
 ) -> tuple[float, float]:
     """The loss on held-out text in nats per token, and in bits per byte.
 
-    It reads the same windows each time, at most `config.eval_tokens` tokens. Bits per byte take the
-    bytes per token of the whole held-out text, so on a part of it they are an estimate.
+    `compiled_step`: `eval_step` as train_step.compile_steps compiled it. At most
+    `config.eval_tokens` tokens are read. Bits per byte are computed with the bytes per token of the
+    whole held-out text, so if only a part of it is read, they are an estimate.
     """
     rows = config.batch_size // config.grad_accum
     total_loss = total_weight = 0.0
@@ -32,7 +33,7 @@ def evaluate(
         val, config.sequence_length, config.eval_tokens, rows
     ):
         # Wait for each: on a CPU steps with collectives must not pile up.
-        loss, weight = jax.device_get(eval_step(params, tokens, weights))
+        loss, weight = jax.device_get(compiled_step(params, tokens, weights))
         total_loss += loss
         total_weight += weight
     nats_per_token = float(total_loss / total_weight)

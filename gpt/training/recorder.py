@@ -1,7 +1,7 @@
-"""Batches for the training loop, and a record of what comes of them: numbers, checkpoints, samples.
+"""What the training loop takes and leaves: batches in; metrics, checkpoints and samples out.
 
-It holds the details that the loop leaves out: metrics that are read one step late, steps with
-non-finite numbers, several processes, traces.
+The details that the loop need not show are here: metrics are read one step late, skipped steps are
+counted, a failed save is explained, and of several processes one writes.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from gpt.training.trainer import PROFILE_AFTER, Run
 class Recorder(contextlib.ExitStack):
     """Supplies the batches of a run from `state` until step `until`, and records their results.
 
-    Numbers of a step are read one step late, while the device computes the next one. Use it in
-    `with`.
+    The metrics of a step are read one step late, while the device computes the next one. Use it in
+    `with`: the end of the block waits for the last save and closes the log.
     """
 
     def __init__(self, run: Run, state: TrainState, until: int):
@@ -166,7 +166,8 @@ class Recorder(contextlib.ExitStack):
 
     @contextlib.contextmanager
     def attempt(self, what: str, step: int) -> Iterator[None]:
-        """If memory runs out in `with`, print a note that there is no `what`; training goes on."""
+        """Turn a UserError or a lack of memory inside `with` into a note that there is no `what` at
+        this step; training goes on."""
         try:
             yield
         except Exception as error:

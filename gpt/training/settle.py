@@ -26,9 +26,9 @@ MEASURED_SECONDS = 3.0  # of steps, for --minutes
 def settle_config(
     args: Any, start: StartingPoint, n_vocab: int, dtype: str, mesh: Mesh
 ) -> TrainConfig:
-    """The settings of the run that `args` ask for, with nothing left open but the steps of
-    --minutes: the vocabulary is the tokenizer's, the types are the device's, and `auto` chooses by
-    the memory of a device."""
+    """The settings of the run that `args` ask for, complete except for the steps of --minutes: the
+    vocabulary of the tokenizer, `dtype` where no type was given, and what `auto` chooses by the
+    memory of a device."""
     config = args.train.completed(n_vocab, dtype)
     config = keep_choices(args, config, mesh, start)
     return memory_plan.choose(config, mesh, args.memory_bytes)
@@ -97,7 +97,7 @@ def settle_steps(run: Run) -> Run:
     config = run.config
     state = initial_state(config, run.mesh, run.start, log=lambda note: None)
     seconds = []
-    measured = 0.0  # their sum in the first process, for all processes
+    measured = 0.0  # their sum in the first process, which decides for all
     while len(seconds) < 4 or (measured < MEASURED_SECONDS and len(seconds) < 50):
         tokens = read_batch(run, len(seconds))
         begun = time.perf_counter()

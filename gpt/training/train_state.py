@@ -81,10 +81,10 @@ def checkpoint_trees(state: TrainState) -> dict[str, dict]:
 
 def load_state(like: TrainState, folder: Path, step: int) -> TrainState:
     """The whole state saved at `step`, with the shapes and shardings of `like`."""
-    counted = {"opt_state": like.opt_state, "step": like.step}
-    counted = checkpoint.restore(folder, step, "optimizer", counted)
+    wanted = {"opt_state": like.opt_state, "step": like.step}
+    found = checkpoint.restore(folder, step, "optimizer", wanted)
     params = checkpoint.restore(folder, step, "params", like.params)
     ema_params = {}
     if like.ema_params:
         ema_params = checkpoint.restore(folder, step, "ema_params", like.ema_params)
-    return TrainState(params, counted["opt_state"], counted["step"], ema_params)
+    return TrainState(params, found["opt_state"], found["step"], ema_params)

@@ -2,12 +2,12 @@
 
 How gradients are averaged over devices: over `data` each device averages over its own rows of all
 micro-batches, and one all-reduce at the end of the step averages over the devices (where that is
-possible: `crosses_data_once`). Over `fsdp` and `tensor` no line here says so: the loss is a mean
-over all rows, so the gradient with respect to the weights is a sum over devices, and in each
+possible: `crosses_data_once`). Over `fsdp` and `tensor` it is left to the compiler: the loss is a
+mean over all rows, so the gradient with respect to the weights is a sum over devices, and in each
 micro-batch the compiler inserts the reduce-scatter (over `fsdp`) or the all-reduces that compute
-it. Over `fsdp` this too could wait for the end of the step, but then each device would hold a
-gradient of all weights, and `fsdp` is for weights that do not fit: for gpt2 on eight H100s (four
-micro-batches, compiled) 1.6 GB of temporaries instead of 1.0, for 0.9 GB sent instead of 3.7.
+it. Over `fsdp` the sum could also wait for the end of the step, but then each device would hold a
+gradient of all weights, and `fsdp` is for weights that do not fit: gpt2 on eight H100s (four
+micro-batches, compiled) would send 0.9 GB instead of 3.7, but need 1.6 GB of temporaries, not 1.0.
 
 Shape letters: see gpt/model/transformer.py; A micro-batches of one step, U = T + 1 tokens.
 """
@@ -88,27 +88,27 @@ def mean_gradients(
         own_mean = gradients_of_rows(config, params, tokens_ABU, dropout_key_AB)
         return jax.lax.pmean(own_mean, "data")
 
-    # The compiler splits what is left over the other axes. Those of size 1 are not left to it:
-    # cuDNN's attention takes part in no splitting.
-    ours = {axis for axis, size in mesh.shape.items() if axis == "data" or size == 1}
+    # The compiler splits arrays over the axes that are not named here. Axes of size 1 are named
+    # too, because it cannot split cuDNN's attention.
+    manual_axes = {axis for axis, size in mesh.shape.items() if axis == "data" or size == 1}
     replicated = PartitionSpec()
     by_row = PartitionSpec(None, "data")
     return jax.shard_map(
         mean_over_devices,
         in_specs=(replicated, by_row, by_row),
         out_specs=replicated,
-        axis_names=ours,
+        axis_names=manual_axes,
         check_vma=False,  # it would have each gradient summed over the devices at once
     )(params, tokens_ABU, dropout_key_AB)
 
 
 def crosses_data_once(config: TrainConfig, sizes: Mapping[str, int], platform: str) -> bool:
-    """Whether gradients are sent over `data` at the end of a step alone, on a mesh of these sizes.
+    """Whether gradients are sent over `data` only at the end of a step, on a mesh of these sizes.
 
-    XLA (jax 0.10.2 and 0.12.0.1) stands in the way of two cases. Inside a `shard_map` over `data`
-    its partitioner aborts on lookups if `fsdp` and `tensor` are both left to it. TPUs that keep
-    activations on a mesh with `tensor` split them over it and gather them again: 227 MB instead of
-    139 in a micro-batch of a small model on v5e:4x4, to save 72.
+    Two cases are left out because of XLA (jax 0.10.2 and 0.12.0.1). Inside a `shard_map` over
+    `data` its partitioner aborts on lookups if both `fsdp` and `tensor` are left to it. For TPUs
+    it splits activations that are kept over `tensor` and gathers them again: in a micro-batch of a
+    small model on v5e:4x4 it sends 227 MB instead of 139, which costs more than the 72 MB saved.
     """
     if sizes["fsdp"] > 1 and sizes["tensor"] > 1:
         return False

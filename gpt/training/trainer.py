@@ -1,4 +1,4 @@
-"""A run outside its loop: its parts, its text, whether it is possible, its folder, its end."""
+"""A run before and after its loop: its text, its folder, and whether it is possible."""
 
 import os
 from dataclasses import dataclass
@@ -18,13 +18,9 @@ from gpt.errors import require
 from gpt.training import memory_plan, run_dir, trackers, train_step
 from gpt.training.loss_curve import save_loss_curve
 from gpt.training.metrics import read_metrics
-from gpt.training.resume import (
-    StartingPoint,
-    require_same_settings,
-)
+from gpt.training.resume import StartingPoint, require_same_settings
 from gpt.training.stop_signal import StopSignal
 
-MEASURED_SECONDS = 3.0  # of steps, for --minutes
 PROFILE_AFTER = 3  # steps: the first ones still wait for data and memory
 
 
@@ -104,7 +100,8 @@ def require_possible(run: Run) -> None:
 
 
 def require_same_everywhere(run: Run) -> None:
-    """Raise UserError in all processes of the run unless they were given the same."""
+    """Raise UserError in all processes of the run unless all have the same settings and text, and
+    find the same checkpoints."""
     source = run.start.source
     found = checkpoint.saved_steps(source) if source else []
     distributed.require_same(
