@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         return figures["moved_bytes"] / CHUNK, figures["expected_seconds"] / CHUNK
 
     for n_rows in (1, 8):
-        state, sampling = programs.abstract_state(config, mesh, n_rows)
+        state, sampling = programs.abstract_decoding(config, mesh, n_rows)
         active_B = jax.ShapeDtypeStruct((n_rows,), jnp.bool_)
         text_BR = jax.ShapeDtypeStruct((n_rows, config.context_length), jnp.int32)
         proposing = jax.eval_shape(

@@ -48,7 +48,7 @@ def planned(config: TrainConfig, mesh: Mesh) -> list[PlannedProgram]:
     decode_bytes = flops.decode_bytes(c, ROWS, c.context_length) / mesh.shape["tensor"]
 
     weights = abstract_weights(c, mesh)
-    state, sampling = abstract_state(c, mesh, n_rows)
+    state, sampling = abstract_decoding(c, mesh, n_rows)
     tokens_BT = jax.ShapeDtypeStruct((n_rows, n_prompt), jnp.int32)
     count_B = jax.ShapeDtypeStruct((n_rows,), jnp.int32)
     active_B = jax.ShapeDtypeStruct((n_rows,), jnp.bool_)
@@ -81,9 +81,11 @@ def abstract_weights(c: ModelConfig, mesh: Mesh) -> dict:
     return sharding.with_shardings(shapes, shardings)
 
 
-def abstract_state(c: ModelConfig, mesh: Mesh, n_rows: int) -> tuple[DecodeState, SamplingParams]:
-    """Shapes of the state of decoding `n_rows` with a cache of the whole context, and how sampling
-    draws on `mesh` by default."""
+def abstract_decoding(
+    c: ModelConfig, mesh: Mesh, n_rows: int
+) -> tuple[DecodeState, SamplingParams]:
+    """Shapes of the state of decoding `n_rows` with a cache of the whole context, and the default
+    settings of sampling as `mesh` uses them."""
     count_B = jax.ShapeDtypeStruct((n_rows,), jnp.int32)
     state = DecodeState(
         cache=jax.eval_shape(lambda: kv_cache.grow(kv_cache.empty(c, n_rows), c.context_length)),

@@ -41,9 +41,9 @@ class Settings:
     seed: int = 0
     """Seed of the sampling: the same seed gives the same text."""
     speculate: int = 0
-    """Propose up to this many tokens in each step, by finding where the end of the text stood
-    before, and read them together. The text is the same; one that repeats itself takes less time
-    (0: none)."""
+    """Propose up to this many tokens in each step, those that followed when the last tokens of the
+    text occurred before, and read them together. The text stays the same; repetitive text takes
+    less time (0: none)."""
 
     def __post_init__(self):
         check_names(self)

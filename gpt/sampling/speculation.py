@@ -201,8 +201,8 @@ def start(
 
 
 def look_up(text_BR: jax.Array, n: int) -> jax.Array:
-    """proposals_BN: the `n` tokens that followed the last tokens of the text where these stood
-    before; NO_TOKEN in a row whose last token is new.
+    """proposals_BN: the `n` tokens that followed when the last tokens of the text occurred before;
+    NO_TOKEN in a row whose last token is new.
 
     Of several such places the longest match is taken, and of equally long ones the latest. Where
     fewer than `n` tokens follow, the text is taken to repeat with the same period.
