@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     require(bool(command.runs), "no run given: expected one or more folders made by train.py")
     require(
         len(command.runs) == 1 or command.out is not None,
-        "a report on several runs is in none of their folders: add --out FILE",
+        "a report on several runs needs a file of its own: add --out FILE",
     )
     out = command.out or command.runs[0] / "report.html"
     if command.out:
