@@ -7,6 +7,7 @@ verifies, because orbax loads a flipped bit without complaint. Arrays are stored
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ import math
 import re
 import shutil
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -324,7 +326,11 @@ def _raising_damaged(path: Path) -> Iterator[None]:
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise  # these say nothing about the files
         except Exception as error:
-            raise Damaged(f"{path} is damaged: {_reason(error)}") from None
+            reason = _reason(error)
+            # What orbax began and never awaited is freed now: at exit Python would warn of it.
+            traceback.clear_frames(error.__traceback__)
+            gc.collect()
+            raise Damaged(f"{path} is damaged: {reason}") from None
 
 
 def _reason(error: BaseException) -> str:
