@@ -1,25 +1,29 @@
 #!/usr/bin/env bash
 # What to measure on a GPU that is there for ten minutes. Nothing is downloaded.
 #
-#     benchmarks/gpu.sh [OUT]            OUT: folder of the results (default benchmarks/results)
+#     benchmarks/gpu.sh [OUT [GROUP...]]     OUT: folder of the results (default benchmarks/results)
+#                                            GROUP: numbers, training, decoding, kernels, resume
 #
 # Every step has a time limit of its own, and its output is in OUT as soon as it ends; a step that
 # fails or runs out of time is named at the end and does not keep the next ones from running.
-# PYTHON names the interpreter, SECONDS_IN_ALL the time after which no further step begins.
+# PYTHON names the interpreter, SECONDS_IN_ALL the time after which no further step begins. All
+# groups take some twelve minutes on an H100; without GROUP they run in this order:
 #
-# 1. Numbers in bfloat16: fused attention against the plain form, and a trained model whose cached
-#    answers are compared with uncached ones.
-# 2. Training: tokens per second and MFU of gpt2 at 8, 16 and 32 rows, without recomputation and
-#    with each block recomputed.
-# 3. Prefill and greedy decode of gpt2 at 1, 8, 32 and 128 rows, and sampling with top-p from the
-#    small model of step 1, with the default flags, with loops and branches inside CUDA graphs, and
-#    without CUDA graphs.
-# 4. Exact resume: a run stopped and continued, compared with one that was not, as it is and with
-#    --deterministic.
+# numbers   bfloat16: fused attention against the plain form, and a trained model whose cached
+#           answers are compared with uncached ones.
+# training  Tokens per second and MFU of gpt2 at 8, 16 and 32 rows, without recomputation, and at 32
+#           with each block recomputed.
+# kernels   Each kernel of gpt2's training step, prefill and decode loop, measured beside expected.
+# decoding  Prefill and decode of gpt2 at 1, 8, 32 and 128 rows, greedy and with top-p; with the
+#           default flags, with loops and branches inside CUDA graphs, and without CUDA graphs.
+# resume    A run stopped and continued, compared with one that was not, as it is and with
+#           --deterministic.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 out=${1:-benchmarks/results}
+if (($# > 0)); then shift; fi
+groups=" ${*:-numbers training kernels decoding resume} "
 seconds_in_all=${SECONDS_IN_ALL:-600}
 mkdir -p "$out"
 run=$(mktemp -d)
@@ -43,37 +47,56 @@ step() {
   if ((status != 0)); then failed+=("$name"); fi
 }
 
+wanted() { # whether a group was asked for
+  [[ $groups == *" $1 "* ]]
+}
+
 graphs() { # the flag that says what goes into a CUDA graph, beside the user's own flags
   echo "${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=$1"
 }
 
 step device 60 "$python" -c 'import jax; print(jax.__version__, jax.devices()[0].device_kind)'
 
-step parity 60 "$python" benchmarks/parity.py
-step tiny 90 "$python" train.py tiny --steps 200 --dtype bfloat16 --out "$run/tiny" --sample-every 0
-step check 120 "$python" sample.py "$run/tiny" --check --dtype bfloat16
+if wanted numbers; then
+  step parity 60 "$python" benchmarks/parity.py
+  step tiny 90 "$python" train.py tiny --steps 200 --dtype bfloat16 --out "$run/tiny" \
+    --sample-every 0
+  step check 150 "$python" sample.py "$run/tiny" --check --dtype bfloat16
+fi
 
-train=("$python" -m gpt.bench --train --preset gpt2 --batch-sizes 8,16,32 --repeats 5)
-step train-gpt2 120 "${train[@]}" --remat none --json "$out/gpu-train-gpt2.json"
-step train-gpt2-blocks 90 "${train[@]}" --remat blocks --json "$out/gpu-train-gpt2-blocks.json"
+if wanted training; then
+  train=("$python" -m gpt.bench --train --preset gpt2 --repeats 5)
+  step train-gpt2 150 "${train[@]}" --batch-sizes 8,16,32 --remat none \
+    --json "$out/gpu-train-gpt2.json"
+  step train-gpt2-blocks 60 "${train[@]}" --batch-sizes 32 --remat blocks \
+    --json "$out/gpu-train-gpt2-blocks.json"
+fi
 
-decode=("$python" -m gpt.bench --preset gpt2 --batch-sizes 1,8,32,128 --prompt-lengths 128
-  --new-tokens 64 --repeats 5)
-step decode 120 "${decode[@]}" --json "$out/gpu-decode-gpt2.json" --plot "$out/gpu-roofline.svg"
-step decode-whole-graphs 90 env XLA_FLAGS="$(graphs +WHILE,+CONDITIONAL)" \
-  "${decode[@]}" --json "$out/gpu-decode-whole-graphs.json"
-step decode-no-graphs 90 env XLA_FLAGS="$(graphs '')" \
-  "${decode[@]}" --json "$out/gpu-decode-no-graphs.json"
+if wanted kernels; then
+  step kernels 150 env XLA_FLAGS="$(graphs '')" "$python" benchmarks/gpu_kernels.py \
+    --json "$out/gpu-kernels.json" --trace "$out/trace"
+  step kernels-graphs 90 "$python" benchmarks/gpu_kernels.py --programs decode \
+    --json "$out/gpu-kernels-graphs.json" --trace "$out/trace-graphs"
+fi
 
-# Whole calls with top-p, of the small model.
-top_p=("$python" benchmarks/sampling.py "$run/tiny" --repeats 5)
-step top-p 60 "${top_p[@]}"
-step top-p-whole-graphs 60 env XLA_FLAGS="$(graphs +WHILE,+CONDITIONAL)" "${top_p[@]}"
-step top-p-no-graphs 60 env XLA_FLAGS="$(graphs '')" "${top_p[@]}"
+if wanted decoding; then
+  decode=("$python" -m gpt.bench --preset gpt2 --prompt-lengths 128 --new-tokens 64 --repeats 5)
+  step decode 120 "${decode[@]}" --batch-sizes 1,8,32,128 --json "$out/gpu-decode-gpt2.json" \
+    --plot "$out/gpu-roofline.svg"
+  step top-p 120 "${decode[@]}" --batch-sizes 1,8,32,128 --top-p 0.9 \
+    --json "$out/gpu-decode-top-p.json"
+  step decode-whole-graphs 90 env XLA_FLAGS="$(graphs +WHILE,+CONDITIONAL)" \
+    "${decode[@]}" --batch-sizes 1,32 --json "$out/gpu-decode-whole-graphs.json"
+  step decode-no-graphs 90 env XLA_FLAGS="$(graphs '')" \
+    "${decode[@]}" --batch-sizes 1,32 --json "$out/gpu-decode-no-graphs.json"
+fi
 
-for flag in --no-deterministic --deterministic; do
-  step "resume$flag" 60 "$python" train.py tiny --steps 40 --verify-resume "$flag" --out "$run/resume"
-done
+if wanted resume; then
+  for flag in --no-deterministic --deterministic; do
+    step "resume$flag" 90 "$python" train.py tiny --steps 40 --verify-resume "$flag" \
+      --out "$run/resume"
+  done
+fi
 
 if ((${#failed[@]} > 0)); then
   echo "did not succeed: ${failed[*]}"

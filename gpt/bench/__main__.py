@@ -56,6 +56,9 @@ class Args:
     """Data type to compute in."""
     quantize: Annotated[Quantize | None, optional("{int8}")] = None
     """Keep matrices and tables as int8."""
+    top_p: Annotated[float | None, optional("FLOAT", "greedy")] = None
+    """Draw tokens at temperature 1 from the likeliest that reach this probability, as sample.py
+    does with --top-p."""
     speculate: int = 0
     """Also decode text with and without this many proposals in each step, as sample.py does with
     --speculate."""
@@ -146,10 +149,15 @@ def check(args: Args) -> None:
             "--new-tokens": args.new_tokens,
             "--prompt-lengths": args.prompt_lengths,
             "--quantize": args.quantize,
+            "--top-p": args.top_p,
             "--speculate": args.speculate,
         }
         given = [flag for flag, value in for_sampling.items() if value]
         require(not given, f"--train measures a preset's training step: drop {' and '.join(given)}")
+    require(
+        args.top_p is None or 0 < args.top_p <= 1,
+        f"--top-p {args.top_p}: expected a probability above 0 and at most 1",
+    )
     require(
         args.train or args.grad_accum == 1,
         "--grad-accum needs --train: add it, or drop --grad-accum",
@@ -178,7 +186,7 @@ def measure_sampling(args: Args) -> dict:
     prompt_lengths, new_tokens = choose_lengths(args, config.context_length)
     int8 = args.quantize is not None
     cells = [
-        measure.Cell(batch, length, new_tokens, int8)
+        measure.Cell(batch, length, new_tokens, int8, args.top_p)
         for batch in parse_sizes("--batch-sizes", args.batch_sizes or "1,8")
         for length in prompt_lengths
     ]
@@ -189,6 +197,8 @@ def measure_sampling(args: Args) -> dict:
     n_bytes, _ = measure.step_cost(config, cells[-1])
     ceilings = hardware.ceilings(n_bytes, config.compute_dtype)
     result = measure.describe_machine(name, config, ceilings, args.repeats, int8)
+    if args.top_p is not None:
+        result["top_p"] = args.top_p
     params = make_params()
     with on_mesh(mesh):
         for cell in cells:

@@ -38,13 +38,14 @@ TRAIN_STEPS = 10  # per repeat: one step is too short compared with what it take
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured: rows, tokens per prompt, tokens drawn per row (the first by prefill), and
-    whether the weights are int8."""
+    """What is measured: rows, tokens per prompt, tokens drawn per row (the first by prefill),
+    whether the weights are int8, and the top-p by which tokens are drawn; None: greedily."""
 
     batch: int
     prompt_length: int
     new_tokens: int
     int8: bool = False
+    top_p: float | None = None
 
 
 @dataclass
@@ -175,9 +176,11 @@ def read_prompts(config: ModelConfig, params: dict, cell: Cell, times: Times):
     rng = np.random.default_rng(0)
     prompts = rng.integers(config.vocab_size, size=(cell.batch, cell.prompt_length))
     tokens_BT, n_B = pad_prompts(prompts, config.context_length)
-    greedy = [Settings(temperature=0)] * cell.batch
+    settings = Settings(temperature=0)
+    if cell.top_p is not None:
+        settings = Settings(temperature=1, top_p=cell.top_p)
     no_bias_BV = np.zeros((cell.batch, config.vocab_size), np.float32)
-    sampling = sampling_params(greedy, no_bias_BV)
+    sampling = sampling_params([settings] * cell.batch, no_bias_BV)
 
     prefill, (cache, logits_BV) = timed(engine.prefill, config, params, tokens_BT, n_B)
     state = DecodeState(
