@@ -18,9 +18,9 @@ from gpt.train_flags import Args
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gpt.training.run import Run
     from gpt.training.stop_signal import StopSignal
     from gpt.training.train_state import TrainState
-    from gpt.training.trainer import Run
 
 # JAX is imported in the functions below, after the flags are read: so `--help` is quick.
 
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     """From text to a trained model in `out`; the exit code."""
     from gpt import distributed, hardware, sharding
-    from gpt.training import resume, run_plan, settle, trainer, verify
+    from gpt.training import auto_settings, resume, run_plan, verify
+    from gpt.training.run import Run, load_text
 
     dtype = hardware.default_dtype()  # before the text is read: there may be no device
     note_once = cache(console.print)
@@ -37,16 +38,16 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
         start = resume.find_starting_point(args, out, note_once)
 
         # Text to tokens. A run that continues keeps its tokenizer, and its text must be the same.
-        tokenizer, dataset = trainer.load_text(args, start, cli.cache_folder() / "tokens", console)
+        tokenizer, dataset = load_text(args, start, cli.cache_folder() / "tokens", console)
 
         # The devices, the settings that `auto` chooses for them, and whether the run is possible.
-        mesh = sharding.make_mesh(args.train.mesh)
-        config = settle.settle_config(args, start, tokenizer.n_vocab, dtype, mesh)
-        run = trainer.Run(args, out, start, config, mesh, tokenizer, dataset, console, stop)
-        trainer.require_possible(run)
+        mesh = sharding.make_mesh(args.config.mesh)
+        config = auto_settings.complete_config(args, start, tokenizer.n_vocab, dtype, mesh)
+        run = Run(args, out, start, config, mesh, tokenizer, dataset, console, stop)
+        run.require_possible()
         console.print(*run_plan.describe(config, mesh, dataset, run.minutes), sep="\n")
 
-    trainer.require_same_everywhere(run)
+    run.require_same_everywhere()
     if args.dry_run:
         run_plan.print_memory(config, mesh, args.memory_bytes, console.print)
         console.print(f"dry run        nothing is kept; the run would be in {out}")
@@ -56,14 +57,14 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
 
     # How many steps, if the time is given; weights and optimizer state, on the mesh.
     if run.minutes:
-        run = settle.settle_steps(run)
+        run = auto_settings.choose_steps(run)
     state = resume.initial_state(run.config, mesh, start, note_once)
     if state.step < run.config.steps:
         code = fit(run, state, run.config.steps)
     else:
         steps = resume.describe_steps(run.config)
         console.print(f"complete       {steps}; --resume {out} --extend STEPS trains on")
-        code = trainer.finish(run)
+        code = run.finish()
     if code:
         console.print(f"stopped        to go on: {cli.command('train.py', '--resume', str(out))}")
     console.print(f"sample it      {cli.command('sample.py', str(out), '--prompt', 'TEXT')}")
@@ -72,7 +73,8 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
 
 def fit(run: "Run", state: "TrainState", until: int) -> int:
     """Train from `state` until step `until`, or until a signal; the exit code."""
-    from gpt.training import settle, trainer
+    from gpt.evaluate import in_training
+    from gpt.training import auto_settings
     from gpt.training.evaluation import evaluate
     from gpt.training.recorder import Recorder, is_due
 
@@ -80,20 +82,15 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
     if first_step:
         run.console.print(f"continues      from step {first_step:,}")
 
-    tasks = None
-    tasks_every = run.args.eval_tasks_every
-    if run.args.eval_tasks is not None and not run.args.is_trial:
-        from gpt.evaluate.in_training import load_tasks
-
-        tasks = load_tasks(run)
+    tasks = in_training.load_tasks(run)  # None without --eval-tasks
 
     # Compiles the training step. If that takes more memory than there is, `auto` chooses again, so
     # the run comes back with other settings.
-    run, train_step, eval_step = settle.compile_run(run)
+    run, train_step, eval_step = auto_settings.compile_run(run)
     # From here on a signal no longer ends the run at once but after the next step.
     run.stop.defer(first_step)
+    run.take_over_folder(first_step)  # not before: a refused run leaves it alone
     config = run.config
-    trainer.take_over_folder(run, first_step)  # not before: a refused run leaves it alone
 
     with Recorder(run, state, until) as recorder:
         recorder.try_save(state)
@@ -106,7 +103,7 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
             evaluates = is_due(config, step, config.eval_every)
             saves = is_due(config, step, config.save_every)
             samples = is_due(config, step, config.sample_every)
-            evaluates_tasks = tasks is not None and is_due(config, step, tasks_every)
+            evaluates_tasks = tasks is not None and is_due(config, step, run.args.eval_tasks_every)
             if not (ending or evaluates or saves or samples or evaluates_tasks):
                 continue
             # A step whose update was skipped is not saved, so another one must follow.
@@ -121,18 +118,14 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
             if ending or saves:
                 recorder.save(step, state, val_loss, wait=ending)
             if evaluates_tasks:
-                from gpt.evaluate.in_training import evaluate_tasks
-
                 with recorder.attempt("evaluation on tasks", step):
-                    recorder.log.tasks(step, evaluate_tasks(run, tasks, weights))
+                    recorder.log.tasks(step, in_training.evaluate_tasks(run, tasks, weights))
             if samples:
-                from gpt.evaluate.in_training import write_sample
-
                 with recorder.attempt("sample", step):
-                    recorder.log.sample(step, write_sample(run, weights))
+                    recorder.log.sample(step, in_training.write_sample(run, weights))
             if ending:
                 break
-    return trainer.finish(run)
+    return run.finish()
 
 
 def main(argv: list[str]) -> int:
@@ -156,14 +149,14 @@ def main(argv: list[str]) -> int:
         args = resume.with_settings_of_run(args, cli.flags_given(argv))
     if args.init_from:
         args = resume.with_model_of_source(args, out, cli.flags_given(argv))
-    if args.train.deterministic:
+    if args.config.deterministic:
         cli.make_deterministic()
     console = metrics.make_console(quiet=not distributed.is_first())
     with (
         stop_signal.StopSignal(console.print, console.show_cursor) as stop,
         distributed.report_lost_peer(),
         run_dir.reserve(out, args.is_trial),
-        memory_plan.explain_out_of_memory(args.train),
+        memory_plan.explain_out_of_memory(args.config),
     ):
         return train(args, out, console, stop)
 

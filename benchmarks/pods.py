@@ -111,7 +111,7 @@ def measure(row: str) -> dict:
     # The tokenizer that leaves the model its own vocabulary.
     config = dataclasses.replace(MODELS[model], tokenizer="char")
     config = absent.completed(config, "bfloat16")
-    config = memory_plan.choose(config, training, chip.usable_bytes)
+    config = memory_plan.resolve_auto(config, training, chip.usable_bytes)
     train_step.require_fit(config, training)
     train, *_ = programs.planned(config, training)
     _, prefill, decode, _ = programs.planned(config, sampling)

@@ -95,7 +95,9 @@ class Args:
     data: Annotated[tuple[Path, ...] | None, optional("PATH [PATH ...]", "Python's source")] = None
     """Text in any format, or tokens: files, folders, patterns; - is standard input. Several
     sources: A=0.7 B=0.3."""
-    text: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
+    data_options: Annotated[DataOptions, tyro.conf.arg(name="")] = field(
+        default_factory=DataOptions
+    )
     out: Annotated[Path | None, optional("DIR", "runs/PRESET")] = None
     """Folder of the run. If it holds a run, that run continues."""
     overwrite: bool = False
@@ -138,7 +140,7 @@ class Args:
     compile_cache: bool = True
     """Keep compiled programs in your cache folder for the next run."""
     processes: Annotated[Processes, tyro.conf.arg(name="")] = Processes()
-    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = PRESETS["tiny"]
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = PRESETS["tiny"]
 
     def __post_init__(self):
         require(self.data != (), "--data names nothing: give at least one path")
@@ -211,7 +213,7 @@ def parse_args(argv: list[str], description: str) -> Args:
         first.startswith("-") or preset == first or not Path(first).is_file(),
         f"{first} is a file, and the first word names a preset: train on it with --data {first}",
     )
-    default = Args(preset=preset, train=PRESETS[preset])
+    default = Args(preset=preset, config=PRESETS[preset])
     options = {"program": "train.py", "description": description, "guesses": GUESSES}
     args = cli.parse(Args, argv, default=default, **options)
     require(args.preset == preset, f"{args.preset} must come first: train.py {args.preset} ...")

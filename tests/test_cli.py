@@ -32,20 +32,20 @@ def refusal(*argv: str) -> str:
 
 def test_the_first_word_may_be_a_preset():
     args = read("gpt2", "--steps", "5")
-    assert (args.preset, args.train.steps, args.train.model.n_layers) == ("gpt2", 5, 12)
-    assert read("--tokenizer", "gpt2").train.model == PRESETS["tiny"].model
+    assert (args.preset, args.config.steps, args.config.model.n_layers) == ("gpt2", 5, 12)
+    assert read("--tokenizer", "gpt2").config.model == PRESETS["tiny"].model
     assert refusal("--steps", "5", "gpt2") == "gpt2 must come first: train.py gpt2 ..."
     assert "'gpt-2'" in refusal("gpt-2") and "shakespeare-char" in refusal("gpt-2")
 
 
 def test_settings_are_checked_against_the_chosen_preset():
-    assert read("gpt2", "--model.n-heads", "6").train.model.head_width == 128
+    assert read("gpt2", "--model.n-heads", "6").config.model.head_width == 128
     assert "model.d_model 768 is not divisible" in refusal("gpt2", "--model.n-heads", "5")
 
 
 def test_hyphens_and_underscores_are_one():
     assert read("--batch-size", "64") == read("--batch_size", "64")
-    assert read("--model.n_layers", "2", "--mesh.data", "4").train.mesh.data == 4
+    assert read("--model.n_layers", "2", "--mesh.data", "4").config.mesh.data == 4
     assert read("--data", "x", "y", "--overwrite").data == (Path("x"), Path("y"))
 
 

@@ -36,7 +36,7 @@ from gpt.data import tokenizers
 from gpt.errors import UserError
 from gpt.presets import PRESETS
 from gpt.sampling.language_model import load
-from gpt.training import resume, run_plan, settle, train_state, train_step
+from gpt.training import auto_settings, resume, run_plan, train_state, train_step
 from gpt.training.metrics import read_metrics
 
 
@@ -254,7 +254,7 @@ def test_the_same_command_on_a_finished_run(text, finished):
 def test_minutes_settle_the_steps_and_the_schedule(text, tmp_path, monkeypatch):
     """With a second for each step."""
     clock = itertools.count()
-    monkeypatch.setattr(settle, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(auto_settings, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     argv = [*SHAPE, *EVERY, "--minutes", "0.19", "--eval-tokens", "192", "--data", text]
     argv += ["--out", tmp_path / "run"]
     done = call("train", *argv)
@@ -455,7 +455,7 @@ def test_model_flags_win_over_the_other_run_even_with_the_value_of_the_preset(tr
     argv = [*flags, "--model.no-bias", "--init-from", str(trained[1])]
     args = train_flags.parse_args(argv, "")
     args = resume.with_model_of_source(args, tmp_path / "run", cli.flags_given(argv))
-    model = args.train.model
+    model = args.config.model
     assert (preset.dropout, preset.n_heads) != (0.1, 2)  # else this shows nothing
     assert (model.dropout, model.n_heads, model.bias) == (preset.dropout, preset.n_heads, False)
     assert (model.n_layers, model.d_model, model.context_length) == (2, 16, 16)

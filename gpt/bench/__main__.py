@@ -259,7 +259,7 @@ def measure_training(args: Args) -> dict:
     dtype = args.dtype or hardware.default_dtype()
     config = dataclasses.replace(config, model=config.model.computing_in(dtype), dtype=dtype)
     mesh = sharding.make_decoding_mesh(args.mesh)
-    trained = memory_plan.choose(config, mesh)
+    trained = memory_plan.resolve_auto(config, mesh)
     micro_batch = str(trained.batch_size // trained.grad_accum)
 
     terminal.note("measuring matrix products and reading memory")

@@ -3,14 +3,19 @@
 import contextlib
 import importlib.util
 import io
+from typing import TYPE_CHECKING
 
 from gpt import distributed, sharding
 from gpt.config import ONE_DEVICE
 from gpt.errors import require
-from gpt.sampling.language_model import LanguageModel, for_decoding
+
+if TYPE_CHECKING:
+    from gpt.sampling.language_model import LanguageModel
+
+# The sampler and lm-eval are imported where they are used, so that training starts without them.
 
 
-def language_model_of(run, weights: dict) -> LanguageModel | None:
+def language_model_of(run, weights: dict) -> "LanguageModel | None":
     """The model of a run in training. `run` has `config`, `tokenizer` and `mesh`, on which the
     stacked `weights` lie.
 
@@ -20,6 +25,8 @@ def language_model_of(run, weights: dict) -> LanguageModel | None:
     weights = distributed.copy_to_first_process(weights)
     if weights is None:
         return None
+    from gpt.sampling.language_model import LanguageModel, for_decoding
+
     mesh = run.mesh
     if distributed.is_multi_process():
         mesh = sharding.make_decoding_mesh(ONE_DEVICE)
@@ -36,10 +43,12 @@ def write_sample(run, weights: dict, n_tokens: int = 200) -> str | None:
     return None if model is None else str(model.generate(max_new_tokens=n_tokens))
 
 
-def load_tasks(run) -> list:
-    """The tasks of a run with their data; none in processes that do not evaluate. UserError in all
-    processes if they cannot be loaded."""
+def load_tasks(run) -> list | None:
+    """The tasks of --eval-tasks with their data; None without that flag, and an empty list in
+    processes that do not evaluate. UserError in all processes if they cannot be loaded."""
     args = run.args
+    if args.eval_tasks is None or args.is_trial:
+        return None
     with distributed.fail_together():
         require(
             importlib.util.find_spec("lm_eval") is not None,

@@ -42,9 +42,9 @@ def print_plan(args) -> int:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.devices)
         found = jax.devices()
-    mesh = sharding.make_mesh(args.train.mesh, found)
-    config = completed(args.train, "bfloat16" if chip else "float32")
-    config = memory_plan.choose(config, mesh, limit or math.inf)
+    mesh = sharding.make_mesh(args.config.mesh, found)
+    config = completed(args.config, "bfloat16" if chip else "float32")
+    config = memory_plan.resolve_auto(config, mesh, limit or math.inf)
     notes = train_step.require_fit(config, mesh)
 
     # The run, and the arrays that each device keeps.

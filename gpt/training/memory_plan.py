@@ -19,10 +19,11 @@ from gpt.model import blockwise_attention
 from gpt.training import fused_loss
 from gpt.training.loss import count_chunks
 
-RECOMPUTED = {"none": "nothing", "products": "all but matrix products", "blocks": "each block"}
 FEWEST_TOKENS = 4096  # of a micro-batch on a device that keep an accelerator busy
 MOST_MICRO_BATCHES = 4096  # that `auto` considers
-ADVICE = "raise --grad-accum, or lower --batch-size, --seq-len, --model.d-model, --model.n-layers"
+MEMORY_ADVICE = (
+    "raise --grad-accum, or lower --batch-size, --seq-len, --model.d-model, --model.n-layers"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def least_need(config: TrainConfig, mesh: Mesh) -> Need:
     return Need(state // weight_shards, weights // weight_shards + block_inputs)
 
 
-def choose(config: TrainConfig, mesh: Mesh, limit: float | None = None) -> TrainConfig:
+def resolve_auto(config: TrainConfig, mesh: Mesh, limit: float | None = None) -> TrainConfig:
     """`config` with what it leaves to `auto` decided: the first of `likely_to_fit`."""
     return likely_to_fit(config, mesh, limit)[0]
 
@@ -171,7 +172,7 @@ def require_room(need: Need) -> None:
         need.total <= limit,
         f"out of memory: a step takes {filesize.decimal(need.total)}, of which weights and "
         f"optimizer are {filesize.decimal(need.state)}, and there are {filesize.decimal(limit)} "
-        f"({source}): {ADVICE}",
+        f"({source}): {MEMORY_ADVICE}",
     )
 
 
@@ -189,5 +190,5 @@ def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
             batches = f"micro-batches of {config.batch_size // config.grad_accum:,} sequences"
         raise UserError(
             f"out of memory with {batches} of "
-            f"{config.sequence_length:,} tokens: {ADVICE}; --dry-run shows what fits"
+            f"{config.sequence_length:,} tokens: {MEMORY_ADVICE}; --dry-run shows what fits"
         ) from None

@@ -18,8 +18,8 @@ from gpt.errors import UserError, is_out_of_memory
 from gpt.training import train_step
 from gpt.training.metrics import RunLog
 from gpt.training.resume import checkpoint_metadata
+from gpt.training.run import PROFILE_AFTER, Run
 from gpt.training.train_state import TrainState, checkpoint_trees
-from gpt.training.trainer import PROFILE_AFTER, Run
 
 
 class Recorder(contextlib.ExitStack):

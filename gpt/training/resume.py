@@ -79,8 +79,8 @@ def with_model_of_source(args: Any, out: Path, flags_given: set[str]):
     start = find_starting_point(args, out, log=lambda note: None)  # train() logs the same notes
     source = from_json(ModelConfig, start.metadata["model"])
     kept = flags_given | {"model.param_dtype", "model.compute_dtype", "model.cache_dtype"}
-    model = with_flags(source, args.train.model, kept, "model.")
-    return dataclasses.replace(args, train=dataclasses.replace(args.train, model=model))
+    model = with_flags(source, args.config.model, kept, "model.")
+    return dataclasses.replace(args, config=dataclasses.replace(args.config, model=model))
 
 
 def with_flags(config: Any, asked: Any, flags_given: set[str], prefix: str = "") -> Any:
@@ -100,28 +100,27 @@ def with_settings_of_run(args: Any, flags_given: set[str]):
         f"with --init-from {args.resume} --out ANOTHER",
     )
     saved = from_json(TrainConfig, metadata["train"])
-    train = with_flags(saved, args.train, flags_given)
+    config = with_flags(saved, args.config, flags_given)
     model = from_json(ModelConfig, metadata["model"])  # types that the run left open stay open
-    train = dataclasses.replace(
-        train,
-        model=with_flags(model, args.train.model, flags_given, "model."),
-        mesh=with_flags(saved.mesh, args.train.mesh, flags_given, "mesh."),
+    config = dataclasses.replace(
+        config,
+        model=with_flags(model, args.config.model, flags_given, "model."),
+        mesh=with_flags(saved.mesh, args.config.mesh, flags_given, "mesh."),
     )
     if args.extend:
-        train = dataclasses.replace(
-            train,
+        config = dataclasses.replace(
+            config,
             steps=saved.steps + args.extend,
             extra_steps=saved.extra_steps + args.extend,
         )
     paths = tuple(Path(path) for path in metadata["data"]["paths"])
-    text = with_flags(
-        DataOptions.from_json(metadata["data"].get("options", {})), args.text, flags_given
-    )
+    saved_options = DataOptions.from_json(metadata["data"].get("options", {}))
+    data_options = with_flags(saved_options, args.data_options, flags_given)
     kept = {name: metadata["flags"][name] for name in KEPT_FLAGS if name not in flags_given}
     if kept.get("eval_tasks_path"):
         kept["eval_tasks_path"] = Path(kept["eval_tasks_path"])
     data = args.data or paths or None
-    return dataclasses.replace(args, train=train, text=text, data=data, **kept)
+    return dataclasses.replace(args, config=config, data_options=data_options, data=data, **kept)
 
 
 def require_same_settings(start: StartingPoint, config: TrainConfig) -> None:
@@ -227,7 +226,7 @@ def checkpoint_metadata(
     paths are as they were typed, so that the command can be repeated.
     """
     model = dataclasses.replace(
-        args.train.model,
+        args.config.model,
         vocab_size=config.model.vocab_size,
         context_length=config.model.context_length,
     )
@@ -245,7 +244,7 @@ def checkpoint_metadata(
             "fingerprint": dataset.fingerprint,
             "files": dataset.files,
             "paths": [str(path) for path in args.data or ()],
-            "options": args.text.to_json(),
+            "options": args.data_options.to_json(),
         },
         "init_from": init_from,
         "flags": flags,

@@ -13,8 +13,7 @@ from gpt.config import TrainConfig, flags_to_export
 from gpt.data.token_files import Dataset
 from gpt.errors import is_out_of_memory, require
 from gpt.training.memory_plan import (
-    ADVICE,
-    RECOMPUTED,
+    MEMORY_ADVICE,
     Need,
     expected_need,
     least_need,
@@ -24,6 +23,8 @@ from gpt.training.memory_plan import (
 from gpt.training.train_step import compile_train_step
 from gpt.wording import counted
 
+# What the backward pass computes again, for each value of --remat.
+RECOMPUTED = {"none": "nothing", "products": "all but matrix products", "blocks": "each block"}
 # Repeated text is worth less and less after four passes, and almost nothing after about forty
 # (Muennighoff et al. 2023).
 MANY_PASSES = 40
@@ -146,7 +147,7 @@ def print_memory(
     least = least_need(config, mesh).total
     require(
         least < ABSURD,
-        f"no device holds {filesize.decimal(least)}, which a step takes at least: {ADVICE}",
+        f"no device holds {filesize.decimal(least)}, which a step takes at least: {MEMORY_ADVICE}",
     )
     limit, source = hardware.memory()
     if memory_bytes is not None:
@@ -176,7 +177,7 @@ def print_memory(
     gradients = flops.weight_bytes(config.model) // (mesh.size // mesh.shape["data"])
     activations = max(need.temporary - gradients, 0)
     fits = f"about {most:,} fit" if most else "none fits"
-    advice = f": {ADVICE}" if rows > most else ""
+    advice = f": {MEMORY_ADVICE}" if rows > most else ""
     limit_text = f"on each device, which has {filesize.decimal(limit)} ({source})"
     if need.total < math.inf:
         log(

@@ -206,7 +206,7 @@ def require_fit(config: TrainConfig, mesh: Mesh) -> list[str]:
 
 def compile_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:
     """The training step compiled ahead of time; it consumes its state. No array is allocated."""
-    config = memory_plan.choose(config, mesh)  # no effect where the caller has chosen
+    config = memory_plan.resolve_auto(config, mesh)  # no effect where the caller has chosen
     state = abstract_state(config, mesh)
     shape = (config.grad_accum, config.batch_size // config.grad_accum, config.sequence_length + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.rows(mesh, axis=1))

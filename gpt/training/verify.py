@@ -11,9 +11,9 @@ from gpt import checkpoint
 from gpt.errors import require
 from gpt.training.metrics import read_metrics
 from gpt.training.resume import StartingPoint, initial_state
+from gpt.training.run import Run
 from gpt.training.step_timer import SPEED_FIELDS
 from gpt.training.train_state import TrainState
-from gpt.training.trainer import Run
 
 NOT_COMPARED = {"seconds", *SPEED_FIELDS}  # they depend on the clock and the process
 NAMES = {"params": "weights", "optimizer": "optimizer and step", "ema_params": "average"}

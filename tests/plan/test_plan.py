@@ -61,7 +61,7 @@ def plan(tmp_path, where: str, sizes: tuple[int, int, int], *flags: str) -> Simp
 
     written = json.loads(file.read_text())
     compiled = {program["name"]: program for program in written["programs"]}
-    config = train_flags.parse_args(words, "").train
+    config = train_flags.parse_args(words, "").config
     config = absent.completed(config, "float32" if is_virtual else "bfloat16")
     c, n_rows = config.model, programs.count_rows(mesh)
     predicted = {

@@ -82,10 +82,10 @@ def test_what_is_left_open_is_decided_by_memory(
     """Nothing is recomputed and micro-batches are few where that fits, else as little as fits."""
     config = preset(name).completed(50_257, "float32" if platform == "cpu" else "bfloat16")
     mesh, limit = many(platform, n_devices), gigabytes * 1e9
-    chosen = memory_plan.choose(config, mesh, limit)
+    chosen = memory_plan.resolve_auto(config, mesh, limit)
     assert (chosen.remat, chosen.grad_accum) == (remat, grad_accum)
     assert chosen.unroll == (remat == "none")
-    assert memory_plan.choose(chosen, mesh) == chosen
+    assert memory_plan.resolve_auto(chosen, mesh) == chosen
 
     # What does not fit when it is compiled makes room for the next, down to the thriftiest.
     tried = [
@@ -97,9 +97,9 @@ def test_what_is_left_open_is_decided_by_memory(
 
 def test_what_is_given_is_kept():
     config = dataclasses.replace(preset("gpt2"), grad_accum=8).completed(50_257, "bfloat16")
-    assert memory_plan.choose(config, many("gpu", 1), 20e9).grad_accum == 8
+    assert memory_plan.resolve_auto(config, many("gpu", 1), 20e9).grad_accum == 8
     config = dataclasses.replace(config, grad_accum="auto", remat="products")
-    chosen = memory_plan.choose(config, many("gpu", 1), 64e9)
+    chosen = memory_plan.resolve_auto(config, many("gpu", 1), 64e9)
     assert chosen.remat == "products" and not chosen.unroll and chosen.grad_accum == 4
 
 

@@ -12,7 +12,7 @@ from programs import ROOT, TINY, arrays, call, read_lines, same_bits, snapshot
 
 from gpt import checkpoint, cli
 from gpt.evaluate import in_training
-from gpt.training import evaluation, train_step, trainer
+from gpt.training import evaluation, run, train_step
 from gpt.training.recorder import Recorder
 from gpt.training.stop_signal import StopSignal
 
@@ -35,7 +35,7 @@ PHASES = {  # the function that is interrupted, and the step that is saved
     "evaluating": (evaluation, "evaluate", 5),
     "sampling": (in_training, "write_sample", 8),
     "saving": (Recorder, "save", 5),
-    "at its end": (trainer, "save_loss_curve", 12),
+    "at its end": (run, "save_loss_curve", 12),
 }
 BY_DEFAULT = [("training", "SIGINT"), ("at its end", "SIGTERM")]
 OTHERS = [(p, s) for p in PHASES for s in ("SIGTERM", "SIGINT") if (p, s) not in BY_DEFAULT]

@@ -1,4 +1,4 @@
-"""Settings that a run decides by itself: what is left to `auto`, and the steps of --minutes."""
+"""Settings that a run chooses for itself: those left to `auto`, and the steps of --minutes."""
 
 import time
 from collections.abc import Callable
@@ -16,41 +16,38 @@ from gpt.errors import UserError, is_out_of_memory
 from gpt.training import memory_plan, train_step
 from gpt.training.recorder import read_batch
 from gpt.training.resume import StartingPoint, initial_state
+from gpt.training.run import Run, require_same_choices
 from gpt.training.run_plan import describe_length
-from gpt.training.trainer import Run, require_same_choices
 from gpt.wording import counted
 
 MEASURED_SECONDS = 3.0  # of steps, for --minutes
 
 
-def settle_config(
+def complete_config(
     args: Any, start: StartingPoint, n_vocab: int, dtype: str, mesh: Mesh
 ) -> TrainConfig:
-    """The settings of the run that `args` ask for, complete except for the steps of --minutes: the
-    vocabulary of the tokenizer, `dtype` where no type was given, and what `auto` chooses by the
-    memory of a device."""
-    config = args.train.completed(n_vocab, dtype)
-    config = keep_choices(args, config, mesh, start)
-    return memory_plan.choose(config, mesh, args.memory_bytes)
+    """The settings to train with, from those that the flags gave (`args.config`: the preset, and
+    the flags that override it). Only the steps of --minutes are still missing."""
+    # The vocabulary of the tokenizer, and `dtype` where no type was given.
+    config = args.config.completed(n_vocab, dtype)
 
+    # A run that continues keeps what was chosen for it, so that continuing is exact: the steps of
+    # --minutes, and what `auto` chose. A grad_accum that does not fit this mesh stays `auto`.
+    if start.resuming:
+        saved = from_json(TrainConfig, start.metadata["train"])
+        if args.minutes:
+            config = replace(config, steps=saved.steps, warmup_steps=saved.warmup_steps)
+        if config.steps == saved.schedule_steps:
+            # The command that began the run also continues what --extend has added.
+            config = replace(config, steps=saved.steps, extra_steps=saved.extra_steps)
+        if config.remat == AUTO:
+            config = replace(config, remat=saved.remat, unroll=saved.unroll)
+        n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        if config.grad_accum == AUTO and config.batch_size % (saved.grad_accum * n_shards) == 0:
+            config = replace(config, grad_accum=saved.grad_accum)
 
-def keep_choices(args: Any, config: TrainConfig, mesh: Mesh, start: StartingPoint) -> TrainConfig:
-    """`config` with its `auto` settings, and the steps that --minutes settled, taken from the saved
-    run, so that continuing is exact. A grad_accum that does not fit this mesh stays `auto`."""
-    if not start.resuming:
-        return config
-    saved = from_json(TrainConfig, start.metadata["train"])
-    if args.minutes:
-        config = replace(config, steps=saved.steps, warmup_steps=saved.warmup_steps)
-    if config.steps == saved.schedule_steps:
-        # The command that began the run also continues what --extend has added.
-        config = replace(config, steps=saved.steps, extra_steps=saved.extra_steps)
-    if config.remat == AUTO:
-        config = replace(config, remat=saved.remat, unroll=saved.unroll)
-    n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.grad_accum == AUTO and config.batch_size % (saved.grad_accum * n_shards) == 0:
-        config = replace(config, grad_accum=saved.grad_accum)
-    return config
+    # What is still `auto` is chosen by the memory of a device.
+    return memory_plan.resolve_auto(config, mesh, args.memory_bytes)
 
 
 def compile_run(run: Run) -> tuple[Run, Callable, Callable]:
@@ -59,7 +56,7 @@ def compile_run(run: Run) -> tuple[Run, Callable, Callable]:
     If the step takes more memory than expected and `auto` has another choice, that one is compiled.
     The returned run has the config that was compiled. Raises UserError if no choice fits.
     """
-    asked = run.args.train
+    asked = run.args.config
     open_config = replace(
         run.config, grad_accum=asked.grad_accum, remat=asked.remat, unroll=asked.unroll
     )
@@ -86,7 +83,7 @@ def compile_run(run: Run) -> tuple[Run, Callable, Callable]:
     return replace(run, config=config), *compiled
 
 
-def settle_steps(run: Run) -> Run:
+def choose_steps(run: Run) -> Run:
     """`run` with the number of steps, and so the schedule, that takes about --minutes.
 
     It trains a few steps on a state that is thrown away. The schedule is part of the compiled step,
