@@ -87,6 +87,23 @@ def trained(text, tmp_path_factory):
 
 
 @pytest.fixture
+def watch(monkeypatch):
+    """watch(owner, name): the arguments of every call of a function, which does what it did."""
+
+    def watch_calls(owner, name):
+        calls, honest = [], getattr(owner, name)
+
+        def watched(*args, **options):
+            calls.append(args)
+            return honest(*args, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+        return calls
+
+    return watch_calls
+
+
+@pytest.fixture
 def finished(trained, tmp_path):
     """A finished run of one's own."""
     return shutil.copytree(trained[1], tmp_path / "run")

@@ -6,7 +6,9 @@ import functools
 import importlib.util
 import io
 import json
+import os
 import random
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +107,15 @@ def call(name: str, *argv) -> Done:
             cli.run(lambda _: program(name).main([str(word) for word in argv]))
         except SystemExit as leaving:
             return Done(leaving.code, out.getvalue(), err.getvalue())
+
+
+def run_python(*words, **environment: str) -> subprocess.CompletedProcess:
+    """`python WORDS...` as a process of its own, in the project's folder."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
 
 
 def sample(folder, *argv) -> str:

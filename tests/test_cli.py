@@ -10,13 +10,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import program
+from programs import ROOT, program, run_python
 
 from gpt import cli, sample_flags, train_flags
 from gpt.errors import UserError
 from gpt.presets import PRESETS
-
-ROOT = Path(__file__).parent.parent
 
 
 def read(*argv: str):
@@ -234,25 +232,17 @@ def test_a_full_disk_under_standard_output(tmp_path):
     assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
 
 
-def python(code: str, **environment: str | None) -> str:
+def python(code: str, **environment: str) -> str:
     """Standard output of `code` in a process of its own, which must succeed."""
-    wanted = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        env={name: value for name, value in wanted.items() if value is not None},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout.strip()
+    done = run_python("-c", code, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 @pytest.mark.parametrize("program", ["train.py", "sample.py", "-m gpt.bench"])
 def test_without_the_environment_it_says_what_to_type(program):
     """With -S Python finds none of the packages."""
-    words = [sys.executable, "-S", *program.split(), "--help"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    done = run_python("-S", *program.split(), "--help")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "`make setup`" in done.stderr and "`source .venv/bin/activate`" in done.stderr
 
@@ -268,7 +258,7 @@ def test_the_cache_folder(tmp_path):
     assert at_home == f"{tmp_path / '.cache' / 'gpt-jax'} True"
 
     (tmp_path / "file").write_text("not a folder")
-    said = python(WHERE, HOME=str(tmp_path / "file"), XDG_CACHE_HOME=None, TMPDIR=home)
+    said = python(WHERE, HOME=str(tmp_path / "file"), XDG_CACHE_HOME="", TMPDIR=home)
     folder, existed = said.split()
     assert Path(folder).parent == tmp_path and existed == "True"
     assert not Path(folder).exists()
@@ -289,22 +279,6 @@ def test_where_compiled_programs_are_kept(tmp_path, monkeypatch):
         assert cli.os.environ["JAX_ENABLE_X64"] == "0"
         assert cli.os.environ.get("JAX_COMPILATION_CACHE_DIR") == kept
         assert cli.os.environ.get("JAX_ENABLE_COMPILATION_CACHE") == enabled
-
-
-@pytest.mark.parametrize(
-    ("told", "plugin", "expected"),
-    [
-        ("cpu", "libtpu", True),
-        ("cuda,cpu", None, False),
-        (None, None, True),
-        (None, "jax_plugins", False),
-        (None, "libtpu", False),
-    ],
-)
-def test_whether_jax_will_run_on_the_cpu(told, plugin, expected, monkeypatch):
-    monkeypatch.setattr(cli.os, "environ", {"JAX_PLATFORMS": told} if told else {})
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name == plugin or None)
-    assert cli._only_cpu() is expected
 
 
 OURS = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
@@ -353,9 +327,7 @@ train.main(sys.argv[1:])
 
 def test_xla_is_asked_before_jax_starts_its_backend(finished):
     """Which reads the flags once. The settings of a run that continues are read before."""
-    words = [sys.executable, "-c", BEFORE_THE_BACKEND, "--resume", finished, "--deterministic"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    done = run_python("-c", BEFORE_THE_BACKEND, "--resume", finished, "--deterministic")
     assert done.stdout == "False\n", done.stderr
 
 
@@ -388,8 +360,8 @@ def test_ctrl_c_leaves_at_once_with_130():
         "import atexit, gpt.cli\natexit.register(print, 'torn down')\n"
         "def main(argv): raise KeyboardInterrupt\ngpt.cli.run(main)"
     )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+    done = run_python("-c", script)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_what_is_printed_to_be_pasted_names_an_environment_that_is_not_activated(

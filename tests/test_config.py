@@ -76,12 +76,6 @@ def test_a_config_survives_json():
         assert from_json(TrainConfig, json.loads(json.dumps(to_json(config)))) == config
 
 
-@pytest.mark.parametrize("values", [{"stepz": 1}, {"model": {"depth": 2}}, {"model": 3}, [1]])
-def test_json_of_another_shape_is_refused(values):
-    with pytest.raises(UserError):
-        from_json(TrainConfig, values)
-
-
 @pytest.mark.parametrize(
     ("name", "layers", "heads", "width", "parameters"),
     [
@@ -159,9 +153,11 @@ def test_presets_of_2017_and_of_today():
         (TrainConfig, {"model": []}, "ModelConfig: expected a JSON object"),
         (TrainConfig, {"tokenizer": None}, "TrainConfig.tokenizer is None"),
         (TrainConfig, {"mesh": {"data": None}}, "data is None"),
+        (TrainConfig, {"stepz": 1}, "stepz"),
+        (TrainConfig, {"model": {"depth": 2}}, "depth"),
+        (TrainConfig, [1], "expected a JSON object"),
     ],
 )
-def test_a_saved_value_of_another_type_is_refused(kind, values, words):
-    with pytest.raises(UserError) as caught:
+def test_saved_values_of_another_shape_or_type_are_refused(kind, values, words):
+    with pytest.raises(UserError, match=re.escape(words)):
         from_json(kind, values)
-    assert words in str(caught.value)

@@ -1,12 +1,10 @@
 """How a process finds out whether it trains alone, and what happens if the others never come."""
 
 import io
-import subprocess
-import sys
 
 import jax
 import pytest
-from programs import ROOT
+from programs import run_python
 
 from gpt import distributed
 from gpt.distributed import connect, find_cluster
@@ -113,10 +111,7 @@ def free_port() -> int:
 
 def test_if_the_others_never_come_the_first_says_so_at_once_and_ends_with_one_error():
     port = free_port()
-    done = subprocess.run(
-        [sys.executable, "-c", NEVER_COME, str(port), "0"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = run_python("-c", NEVER_COME, port, 0)
     waiting, error = done.stderr.splitlines()
     assert done.returncode == 2
     assert waiting == (

@@ -2,28 +2,19 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from programs import ROOT, TINY, arrays, call, same_losses
+from programs import ROOT, TINY, arrays, call, run_python, same_losses
 
 import gpt
 
 
 def on_eight(*tasks):
     """What tasks of eight_devices.py gave, in a process of their own."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "eight_devices.py", *map(json.dumps, tasks)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=900,  # a deadlock of collectives would wait for ever
-    )
+    done = run_python(ROOT / "tests" / "eight_devices.py", *map(json.dumps, tasks))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

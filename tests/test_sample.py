@@ -140,14 +140,6 @@ def test_every_filter_reaches_the_draw(folder):
     assert tokens(folder, *biased) == [[65] * 12]
 
 
-def test_end_of_text_can_be_forbidden(folder):
-    bias = ["--logit-bias", "256", "200"]
-    (done,) = objects(folder, "--prompt", "the ", *BRIEF, *bias)
-    assert (done["text"], done["finish_reason"]) == ("", "eos")
-    (done,) = objects(folder, "--prompt", "the ", *BRIEF, *bias, "--ignore-eos")
-    assert len(done["token_ids"]) == 12 and 256 not in done["token_ids"]
-
-
 def test_stop_strings_end_the_text_and_are_not_printed(folder):
     letters = ["--logit-bias", "65", "200"]
     argv = ["--prompt", "the ", *BRIEF, *letters]
@@ -223,17 +215,6 @@ def test_the_likeliest_tokens_of_each_step(folder):
     assert sum(line.startswith("  * ") for line in table) == len(done["token_ids"])
     assert sum(line.startswith("step ") for line in table) == len(done["token_ids"]) - 1
     assert "top" not in objects(folder, *argv)[0]
-
-
-def test_a_drawn_end_of_text_is_shown_too(folder):
-    argv = ["--prompt", "the ", *BRIEF, "--logit-bias", "256", "200", "--show-probs"]
-    (done,) = objects(folder, *argv, "257")
-    assert (done["token_ids"], len(done["top"])) == ([], 1)
-    shown = sample(folder, *argv, "257").splitlines()
-    (drawn,) = [line for line in shown if line.startswith("  * ")]
-    assert f"{dict(done['top'][0])[256]:.4%}" in drawn and drawn.endswith("'<|endoftext|>'")
-    few = sample(folder, *argv, "1").splitlines()  # its probability is below the one that is kept
-    assert few[2].startswith("  * <=") and few[1].split()[0] in few[2]
 
 
 def test_beams_are_not_told_to_slide(folder):

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from programs import ROOT
+from programs import ROOT, run_python
 
 termios = pytest.importorskip("termios", reason="signals and terminals of POSIX")
 ENDLESS = ["--max-new-tokens", "100000000", "--on-context-full", "slide", "--ignore-eos"]
@@ -28,9 +28,7 @@ def start(*argv, **options):
 
 
 def test_a_real_process_refuses_in_one_line():
-    done = subprocess.run(
-        [sys.executable, ROOT / "sample.py", "gone"], capture_output=True, text=True
-    )
+    done = run_python("sample.py", "gone")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no folder gone") and done.stderr.count("\n") == 1
 

@@ -16,11 +16,11 @@ from checkpoint.trees import (
     newest_metadata,
     params,
     restore_all,
-    run_python,
     same_bits,
     save,
     state,
 )
+from programs import run_python
 
 from gpt import checkpoint
 from gpt.checkpoint import FORMAT, CheckpointManager, Damaged, SaveFailed
@@ -308,7 +308,7 @@ assert outside() == before
 
 def test_orbax_reaches_the_terminal_neither_in_success_nor_in_damage(tmp_path):
     """And nothing that belongs to others is changed: filters, levels, handlers."""
-    done = run_python(QUIET, tmp_path)
+    done = run_python("-c", QUIET, tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -347,7 +347,7 @@ with checkpoint.CheckpointManager(sys.argv[1], keep=1) as manager:
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
 def test_a_save_that_fails_or_is_killed_harms_nothing_and_leaves_nothing(tmp_path):
     assert issubclass(SaveFailed, UserError)
-    done = run_python(FULL, tmp_path)
+    done = run_python("-c", FULL, tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (9, "", "")
 
     # Killed in the middle of a save; as it may have been quick, a partly written one is made sure.

@@ -1,8 +1,5 @@
 """What the tests of checkpoints save, restore and compare."""
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -68,14 +65,6 @@ def restore_all(folder, step):
 
 def files_of(folder, step):
     return sorted(p for p in checkpoint.step_dir(folder, step).rglob("*") if p.is_file())
-
-
-def run_python(code: str, *arguments) -> subprocess.CompletedProcess:
-    root = Path(__file__).parents[2]
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=root, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
 
 
 def newest_metadata(folder):

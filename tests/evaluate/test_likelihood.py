@@ -71,17 +71,11 @@ def test_each_is_that_of_a_pass_of_its_own(model, requests, expected, batch_size
     assert found[-2].is_greedy and not found[0].is_greedy
 
 
-def test_a_shared_context_is_read_once(model, requests, monkeypatch):
-    read, honest = [], engine.prefill_in_pieces
-
-    def noting(config, params, tokens_BT, n_B):
-        read.append(n_B.tolist())
-        return honest(config, params, tokens_BT, n_B)
-
-    monkeypatch.setattr(engine, "prefill_in_pieces", noting)
+def test_a_shared_context_is_read_once(model, requests, watch):
+    prefills = watch(engine, "prefill_in_pieces")
     shared = [request for request in requests if len(request[0]) == T - 12]
     by_number(model, shared, 4)
-    assert len(shared) == 3 and read == [[T - 13]]
+    assert len(shared) == 3 and [n_B.tolist() for *_, n_B in prefills] == [[T - 13]]
 
 
 def test_a_long_context_of_one_answer_is_read_in_pieces(model, monkeypatch):

@@ -54,21 +54,16 @@ def test_a_text_is_read_in_windows(model, length, stride):
     assert (scored.token_ids, scored.prefix, scored.stride) == (ids, [EOT], stride or 8)
 
 
-def test_a_long_window_is_read_in_pieces_over_the_cache(monkeypatch):
+def test_a_long_window_is_read_in_pieces_over_the_cache(monkeypatch, watch):
     """The last piece is smaller; the result is that of one pass."""
     model = make_model(dataclasses.replace(CONFIG, context_length=72), loudness=5.0)
     ids = random_ids(150)
     whole = model.score(ids)
     monkeypatch.setattr(engine, "PIECE", 32)
-    shapes, honest = [], scoring.target_logprobs
-
-    def noting(config, params, cache, tokens_BT, targets_BT, width):
-        shapes.append((tokens_BT.shape, cache.capacity))
-        return honest(config, params, cache, tokens_BT, targets_BT, width)
-
-    monkeypatch.setattr(scoring, "target_logprobs", noting)
+    pieces = watch(scoring, "target_logprobs")
     assert np.allclose(model.score(ids).logprobs, whole.logprobs, atol=2e-5)
-    assert set(shapes) == {((1, 32), 0), ((1, 32), 72), ((1, 8), 72)}
+    shapes = {(tokens_BT.shape, cache.capacity) for _, _, cache, tokens_BT, *_ in pieces}
+    assert shapes == {((1, 32), 0), ((1, 32), 72), ((1, 8), 72)}
 
 
 def test_windows_that_exceed_memory_are_refused_and_smaller_ones_are_not(monkeypatch):

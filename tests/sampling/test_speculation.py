@@ -21,6 +21,27 @@ PROMPT = string.ascii_letters[:33]
 SETTINGS = Settings(max_new_tokens=31, temperature=1, ignore_eos=True, speculate=4)
 
 
+@pytest.fixture(scope="module")
+def model():
+    """Its weights are bound to a device, as loaded ones are."""
+    made = make_model(dataclasses.replace(CONFIG, n_layers=1))
+    return dataclasses.replace(made, params=jax.device_put(made.params, jax.devices()[0]))
+
+
+def complete(model, **options):
+    return generate.complete(model, [PROMPT], SETTINGS, **options)[0]
+
+
+def complete_plainly(model):
+    plain = dataclasses.replace(SETTINGS, speculate=0)
+    return generate.complete(model, [PROMPT], plain)[0]
+
+
+def hint_of(completion):
+    """The whole text, as if it had been foreseen."""
+    return [*PROMPT.encode(), *completion.token_ids]
+
+
 @pytest.mark.parametrize(
     ("text", "proposed"),
     [
@@ -63,23 +84,20 @@ def test_a_draft_must_fit_the_model():
         model.with_draft(short)
 
 
-def test_a_draft_that_fails_rests():
+def test_a_draft_that_fails_rests(model):
     """It knows nothing of the model."""
-    model = make_model(dataclasses.replace(CONFIG, n_layers=1))
     stranger = make_model(dataclasses.replace(CONFIG, n_layers=1, n_heads=1, d_model=8))
-    plain = generate.complete(model, [PROMPT], dataclasses.replace(SETTINGS, speculate=0))[0]
-    found = generate.complete(model.with_draft(stranger), [PROMPT], SETTINGS)[0]
-    assert found.token_ids == plain.token_ids
+    found = complete(model.with_draft(stranger))
+    assert found.token_ids == complete_plainly(model).token_ids
     assert found.accepted < 0.2 * found.proposed
     assert found.proposed == 64  # those of the first 16 steps
 
 
-def test_a_draft_that_is_the_model_is_always_right(monkeypatch):
+def test_a_draft_that_is_the_model_is_always_right(model, monkeypatch):
     """Its cache follows what has been kept, so it draws what the model draws. The second time fewer
     of its proposals are allowed than it makes, and nothing compiles."""
     monkeypatch.setattr(speculation, "choose_n_proposals", lambda *_: 4)
-    model = make_model(dataclasses.replace(CONFIG, n_layers=1))
-    plain = generate.complete(model, [PROMPT], dataclasses.replace(SETTINGS, speculate=0))[0]
+    plain = complete_plainly(model)
     for limit, n_accepted in ((4, 24), (2, 20)):  # of 30 tokens, 5 or 3 for each reading
         before = compilations.programs
         settings = dataclasses.replace(SETTINGS, speculate=limit)
@@ -89,42 +107,31 @@ def test_a_draft_that_is_the_model_is_always_right(monkeypatch):
         assert limit == 4 or compilations.programs == before
 
 
-def test_int8_weights_draw_the_same_text(monkeypatch):
+def test_int8_weights_draw_the_same_text(model, monkeypatch):
     """Some proposals are right and some wrong."""
     monkeypatch.setattr(speculation, "choose_n_proposals", lambda *_: 4)
-    model = make_model(dataclasses.replace(CONFIG, n_layers=1))
     model = dataclasses.replace(model, params=int8.quantize(model.params))
-    plain = generate.complete(model, [PROMPT], dataclasses.replace(SETTINGS, speculate=0))[0]
-    hint = [*PROMPT.encode(), *plain.token_ids]
+    plain = complete_plainly(model)
+    hint = hint_of(plain)
     hint[40] ^= 1
-    found = generate.complete(model, [PROMPT], SETTINGS, hints=[hint])[0]
+    found = complete(model, hints=[hint])
     assert found.token_ids == plain.token_ids
     assert 12 < found.accepted < found.proposed
 
 
-def test_a_text_foreseen_takes_fewer_steps_and_a_new_one_no_proposals(monkeypatch):
+def test_a_text_foreseen_takes_fewer_steps_and_a_new_one_no_proposals(model, watch):
     """In steady state nothing compiles, whatever is proposed."""
-    model = make_model(dataclasses.replace(CONFIG, n_layers=1))
-    chunks, honest = [], speculation.speculate_chunk
-
-    def counted(*args):
-        chunks.append(args[-1].n_proposals)
-        return honest(*args)
-
-    monkeypatch.setattr(speculation, "speculate_chunk", counted)
-    # Weights that are bound to a device, as loaded ones are.
-    model = dataclasses.replace(model, params=jax.device_put(model.params, jax.devices()[0]))
-    plain = generate.complete(model, [PROMPT], dataclasses.replace(SETTINGS, speculate=0))[0]
+    chunks = watch(speculation, "speculate_chunk")
+    plain = complete_plainly(model)
     assert (plain.proposed, plain.accepted) == (0, 0) and chunks == []
 
-    hint = [*PROMPT.encode(), *plain.token_ids]
+    hint = hint_of(plain)
     for turn in range(2):
         before = compilations.programs
-        foreseen = generate.complete(model, [PROMPT], SETTINGS, hints=[hint])[0]
+        foreseen = complete(model, hints=[hint])
         assert foreseen.token_ids == plain.token_ids
         assert foreseen.accepted == foreseen.proposed == 24  # of 30 tokens, 5 for each reading
         assert turn == 0 or compilations.programs == before
-    assert chunks == [4, 4]
-    new = generate.complete(model, [PROMPT], SETTINGS, hints=[range(len(hint))])[0]
+    new = complete(model, hints=[range(len(hint))])
     assert new.token_ids == plain.token_ids and new.proposed == 0
-    assert chunks == [4, 4, 0, 0]
+    assert [args[-1].n_proposals for args in chunks] == [4, 4, 0, 0]

@@ -54,12 +54,7 @@ def test_nothing_is_held_back_without_a_reason(text, stops):
         assert not held or any(stop.startswith(held) for stop in stops)
 
 
-def test_a_broken_character_shows_only_at_the_end():
+def test_a_character_is_shown_when_it_is_whole_and_a_broken_one_at_the_end():
     stream = TextStream(bytes)
-    assert stream.push("今".encode()[:2]) == ""
-    assert stream.finish() == "\ufffd"
-
-
-def test_a_character_across_tokens_is_one_character():
-    stream = TextStream(bytes)
-    assert [stream.push(bytes([b])) for b in "天".encode()] == ["", "", "天"]
+    pushed = [stream.push(bytes([b])) for b in "天今".encode()[:5]]
+    assert pushed == ["", "", "天", "", ""] and stream.finish() == "\ufffd"

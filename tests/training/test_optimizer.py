@@ -125,13 +125,6 @@ def test_the_last_step_has_the_minimum_whatever_the_warmup(schedule, warmup):
         assert curve[-1] == pytest.approx(1e-4) and max(curve) == pytest.approx(1e-3)
 
 
-def test_muons_rate_follows_the_same_schedule():
-    ours = optimizer.make_schedule(CONFIG, CONFIG.muon_learning_rate)
-    base = optimizer.make_schedule(CONFIG)
-    ratio = CONFIG.muon_learning_rate / CONFIG.learning_rate
-    assert all(float(ours(i)) == pytest.approx(float(base(i)) * ratio) for i in range(101))
-
-
 def test_decay_pulls_matrices_alone_and_by_the_rate():
     """With zero gradients the only update is decay: -rate x decay x weight, biases untouched."""
     params = jax.tree.map(lambda a: a + 1.0, transformer.init(MODEL, jax.random.key(0)))

@@ -4,11 +4,10 @@ the bit."""
 import os
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
-from programs import ROOT, TINY, arrays, call, read_lines, same_bits, snapshot
+from programs import TINY, arrays, call, read_lines, run_python, same_bits, snapshot
 
 from gpt import checkpoint, cli
 from gpt.evaluate import in_training
@@ -135,8 +134,7 @@ def test_a_second_ctrl_c_stops_at_once_and_harms_nothing(text, trained, finished
     good = arrays(finished, 8)
     argv = [*TINY, "--data", text, "--out", finished]
     # It gives up long before what it is stuck in ends.
-    words = [sys.executable, "-c", INTERRUPTED, *map(str, argv)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run_python("-c", INTERRUPTED, *argv)
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert same_bits(arrays(finished, 8), good)
     assert call("train", *argv).code == 0
