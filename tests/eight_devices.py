@@ -31,8 +31,8 @@ from gpt.sampling import beam_search, cache_check, generate  # noqa: E402
 from gpt.sampling.language_model import LanguageModel  # noqa: E402
 from gpt.sampling.settings import Settings  # noqa: E402
 from gpt.training import train_state, train_step  # noqa: E402
-from gpt.training.loss import objective  # noqa: E402
 from gpt.training.optimizer import make_optimizer  # noqa: E402
+from gpt.training.train_step import objective  # noqa: E402
 
 MESHES = {
     "one": (1, 1, 1),

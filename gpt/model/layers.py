@@ -164,6 +164,11 @@ gather_for_matmul.defvjp(
 )
 
 
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """`x` squashed smoothly between -cap and cap (Gemma Team 2024, section 2); 0: as it is."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
 def table_product(x_MI: jax.Array, table_OI: jax.Array | Int8) -> jax.Array:
     """x table^T in float32, for a table kept as [outputs, inputs]: the head of the model."""
     if isinstance(table_OI, Int8):

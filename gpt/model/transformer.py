@@ -27,7 +27,16 @@ from gpt.model import flash_attention
 from gpt.model import kv_cache as kv
 from gpt.model.attention import MASKED, Attend, Attention, Drop
 from gpt.model.int8 import Int8
-from gpt.model.layers import MLP, NORMS, dropout, exact_products, normal, table_product, weight
+from gpt.model.layers import (
+    MLP,
+    NORMS,
+    dropout,
+    exact_products,
+    normal,
+    softcap,
+    table_product,
+    weight,
+)
 from gpt.model.positions import Positions, positions_of, sinusoids
 from gpt.sharding import constrain
 
@@ -218,9 +227,7 @@ def table_logits(config: ModelConfig, x_MD: jax.Array, rows_CD, ids_C: jax.Array
     Padding rows get a logit that no softmax sees.
     """
     with exact_products(config.compute_dtype):
-        logits_MC = table_product(x_MD, rows_CD)
-    if config.logit_softcap:
-        logits_MC = config.logit_softcap * jnp.tanh(logits_MC / config.logit_softcap)
+        logits_MC = softcap(table_product(x_MD, rows_CD), config.logit_softcap)
     return jnp.where(ids_C < config.vocab_size, logits_MC, MASKED)
 
 

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from gpt import sharding
 from gpt.config import TrainConfig
 from gpt.model.attention import MASKED
-from gpt.model.layers import exact_products
+from gpt.model.layers import exact_products, softcap
+from gpt.training.loss import add_regularizers
 
 LOGITS_BYTES = 2**29  # of one chunk on a device, at most; their gradient takes as many again
 
@@ -41,8 +42,8 @@ class Axes(NamedTuple):
 def objective_and_loss(
     config: TrainConfig, x_MD: jax.Array, table_VD: jax.Array, target_M: jax.Array
 ) -> Means:
-    """What training minimizes (see loss.objective) and the plain cross-entropy in nats, means over
-    all tokens, float32. Only the first is differentiable.
+    """What training minimizes (see loss.add_regularizers) and the plain cross-entropy in nats,
+    means over all tokens, float32. Only the first is differentiable.
 
     `x_MD`: hidden states in the type of the products. `table_VD`: the head, padded.
     """
@@ -173,9 +174,7 @@ def chunk_losses(
     vocab_size = config.model.vocab_size
     is_token_V = ids_V < vocab_size
 
-    logits_CV = kept_CV.astype(jnp.float32)
-    if cap:
-        logits_CV = cap * jnp.tanh(logits_CV / cap)
+    logits_CV = softcap(kept_CV.astype(jnp.float32), cap)
     logits_CV = jnp.where(is_token_V, logits_CV, MASKED)
 
     max_C = logits_CV.max(-1)
@@ -188,25 +187,24 @@ def chunk_losses(
     is_here_C = (target_C >= 0) & (target_C < V)
     place_C = jnp.clip(target_C, 0, V - 1)
     target_logit_C = jnp.take_along_axis(kept_CV, place_C[:, None], axis=-1)[:, 0]
-    target_logit_C = target_logit_C.astype(jnp.float32)
-    if cap:
-        target_logit_C = cap * jnp.tanh(target_logit_C / cap)
+    target_logit_C = softcap(target_logit_C.astype(jnp.float32), cap)
     target_logit_C = jax.lax.psum(jnp.where(is_here_C, target_logit_C, 0), vocab)
 
-    # The loss, and what its derivative is in terms of the probabilities p: p itself, less 1 at the
-    # target. A comparison finds the target: a scatter into all logits would cost more.
     loss_C = log_total_C - target_logit_C
-    objective_C = loss_C
+    uniform_C = None
+    if smoothing:
+        logit_sum_C = jax.lax.psum(jnp.where(is_token_V, logits_CV, 0).sum(-1), vocab)
+        uniform_C = log_total_C - logit_sum_C / vocab_size
+    objective_C = add_regularizers(config, loss_C, log_total_C, uniform_C)
+
+    # The derivative of the loss in terms of the probabilities p: p itself, less 1 at the target.
+    # A comparison finds the target: a scatter into all logits would cost more.
     p_CV = jnp.exp(logits_CV - log_total_C[:, None])
     is_target_CV = jnp.arange(V) == target_C[:, None]
     gradient_CV = p_CV - (1 - smoothing) * is_target_CV
     if smoothing:
-        logit_sum_C = jax.lax.psum(jnp.where(is_token_V, logits_CV, 0).sum(-1), vocab)
-        uniform_C = log_total_C - logit_sum_C / vocab_size
-        objective_C = (1 - smoothing) * loss_C + smoothing * uniform_C
         gradient_CV -= smoothing / vocab_size * is_token_V
     if config.z_loss:
-        objective_C += config.z_loss * log_total_C**2
         gradient_CV += (2 * config.z_loss * log_total_C)[:, None] * p_CV
     if cap:
         gradient_CV *= jnp.where(is_token_V, 1 - (logits_CV / cap) ** 2, 0)

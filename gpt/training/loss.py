@@ -16,7 +16,6 @@ from gpt.config import ModelConfig, TrainConfig
 from gpt.model import attention, flash_attention, transformer
 from gpt.model.attention import MASKED
 from gpt.model.transformer import GPT, Attend
-from gpt.training import fused_loss
 
 CHUNK_ROWS = 16_384  # vocabulary rows at once, at most
 KEPT_LOGITS = 2**25  # logits kept for the backward pass at most (128 MiB); more are recomputed
@@ -113,26 +112,19 @@ def sequence_losses(
     return tuple(loss_M.reshape(len(tokens_BU), -1) for loss_M in losses)
 
 
-def objective(config: TrainConfig, params: dict, tokens_BU: jax.Array, dropout_key_B=None):
-    """What training minimizes, a mean over tokens, and the plain cross-entropy in nats.
+def add_regularizers(
+    config: TrainConfig, loss: jax.Array, log_total: jax.Array, uniform: jax.Array | None
+) -> jax.Array:
+    """What training minimizes of each token, from the three numbers that `token_losses` returns;
+    `uniform` may be None without label smoothing.
 
     (1-e) of the loss on the target plus e of the mean over the vocabulary (label smoothing,
     Szegedy et al. 2016), plus z log²(sum of exp) (z-loss, Chowdhery et al. 2022, section 5).
     """
-    options = {"attend": attend_of(config), "remat": config.remat, "unroll": config.unroll}
-    if sharding.platform() != "cpu":
-        model, x_MD, target_M = hidden_states(
-            config.model, params, tokens_BU, dropout_key_B, **options
-        )
-        return fused_loss.objective_and_loss(config, x_MD, model.head_table, target_M)
-
-    loss_BT, log_total_BT, uniform_BT = sequence_losses(
-        config.model, params, tokens_BU, dropout_key_B, **options
-    )
-    objective_BT = loss_BT
     smoothing = config.label_smoothing
+    minimized = loss
     if smoothing:
-        objective_BT = (1 - smoothing) * loss_BT + smoothing * uniform_BT
+        minimized = (1 - smoothing) * loss + smoothing * uniform
     if config.z_loss:
-        objective_BT += config.z_loss * log_total_BT**2
-    return objective_BT.mean(), loss_BT.mean()
+        minimized += config.z_loss * log_total**2
+    return minimized

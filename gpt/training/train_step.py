@@ -25,9 +25,9 @@ from gpt import sharding
 from gpt.config import TrainConfig
 from gpt.errors import require
 from gpt.model import flash_attention, transformer
-from gpt.training import memory_plan
+from gpt.training import fused_loss, memory_plan
 from gpt.training.evaluation import eval_step
-from gpt.training.loss import objective
+from gpt.training.loss import add_regularizers, attend_of, hidden_states, sequence_losses
 from gpt.training.optimizer import make_optimizer, make_schedule
 from gpt.training.train_state import TrainState, abstract_state, shardings_of
 
@@ -145,6 +145,25 @@ def gradients_of_rows(
         add_micro_batch, (jnp.zeros(()), zero_grads), (tokens_ABU, dropout_key_AB)
     )
     return total
+
+
+def objective(
+    config: TrainConfig, params: dict, tokens_BU: jax.Array, dropout_key_B: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """What training minimizes (see loss.add_regularizers) and the plain cross-entropy in nats, both
+    means over the tokens. On a CPU in chunks of the vocabulary, elsewhere in chunks of tokens."""
+    options = {"attend": attend_of(config), "remat": config.remat, "unroll": config.unroll}
+    if sharding.platform() != "cpu":
+        model, x_MD, target_M = hidden_states(
+            config.model, params, tokens_BU, dropout_key_B, **options
+        )
+        return fused_loss.objective_and_loss(config, x_MD, model.head_table, target_M)
+
+    loss_BT, log_total_BT, uniform_BT = sequence_losses(
+        config.model, params, tokens_BU, dropout_key_B, **options
+    )
+    objective_BT = add_regularizers(config, loss_BT, log_total_BT, uniform_BT)
+    return objective_BT.mean(), loss_BT.mean()
 
 
 def dropout_keys(config: TrainConfig, step: jax.Array, A: int, B: int) -> jax.Array | None:

@@ -17,7 +17,7 @@ from gpt.errors import UserError
 from gpt.model import attention, blockwise_attention, flash_attention, transformer
 from gpt.sampling import engine
 from gpt.sharding import AXES
-from gpt.training import loss, train_step
+from gpt.training import train_step
 
 CONFIG = ModelConfig(64, context_length=32, n_layers=2, n_heads=4, n_kv_heads=2, d_model=32)
 CONFIG = CONFIG.computing_in("bfloat16")
@@ -92,10 +92,10 @@ def test_training_and_prefill_choose_the_kernel(seen):
 def test_a_run_chooses_the_plain_form_or_insists_on_the_kernel(seen):
     config = TrainConfig(model=CONFIG, attention="plain", grad_accum=1)
     params = transformer.abstract(CONFIG)
-    jax.eval_shape(functools.partial(loss.objective, config), params, TOKENS)
+    jax.eval_shape(functools.partial(train_step.objective, config), params, TOKENS)
     assert not seen
     config = dataclasses.replace(config, attention="fused")
-    jax.eval_shape(functools.partial(loss.objective, config), params, TOKENS)
+    jax.eval_shape(functools.partial(train_step.objective, config), params, TOKENS)
     assert seen
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     assert train_step.require_fit(config, mesh) == []

@@ -41,7 +41,7 @@ def learned():
 
     @jax.jit
     def update(params, moments):
-        gradient = jax.grad(lambda params: loss.objective(CONFIG, params, TOKENS[:4])[0])
+        gradient = jax.grad(lambda params: train_step.objective(CONFIG, params, TOKENS[:4])[0])
         updates, moments = optimizer.update(gradient(params), moments)
         return optax.apply_updates(params, updates), moments
 
@@ -81,7 +81,7 @@ def relative_error(x, expected) -> float:
 def agrees(config, params, tokens) -> bool:
     """Whether the objective, the loss in nats and the gradient are the textbook's, to rounding."""
     expected = values_and_gradient(functools.partial(textbook, config, tokens))(params)
-    objective = functools.partial(loss.objective, config, tokens_BU=tokens)
+    objective = functools.partial(train_step.objective, config, tokens_BU=tokens)
     found = values_and_gradient(objective)(params)
     return all(relative_error(x, y) < 1e-5 for x, y in zip(found, expected, strict=True))
 
@@ -134,7 +134,7 @@ def test_only_a_chunk_of_logits_exists(monkeypatch):
     monkeypatch.setattr(loss.sharding, "platform", lambda: "an accelerator")
     monkeypatch.setattr(fused_loss, "LOGITS_BYTES", N_TOKENS * 50_304 * 4 // 4)
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, vocab_size=50_257))
-    gradient = jax.grad(functools.partial(loss.objective, config), has_aux=True)
+    gradient = jax.grad(functools.partial(train_step.objective, config), has_aux=True)
     params = transformer.abstract(config.model)
     jaxpr = str(jax.make_jaxpr(gradient)(params, TOKENS))
     assert "f32[27,50304]" in jaxpr and f"[{N_TOKENS},50304]" not in jaxpr
