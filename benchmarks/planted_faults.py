@@ -200,7 +200,7 @@ FAULTS = [
         ("layout of moments", "in range(len(path)):", "in range(1):"),
     ),
     *faults_in("convert/hf_weights", "convert/test_weights",
-        ("transposition", "(tensor.T if self.is_transposed else tensor)", "tensor"),
+        ("transposition", "tensor.T if weight.is_transposed else tensor", "tensor"),
     ),
     *faults_in("convert/hf_config", "convert/test_config",
         ("base of rotations", 'rope.get("rope_theta", float, older_theta)', "older_theta"),

@@ -18,7 +18,7 @@ from gpt.config import ModelConfig, TrainConfig, Weights, from_json, to_json
 from gpt.convert import hf_weights
 from gpt.convert.hf_config import read_config, to_hf_config
 from gpt.convert.hf_tokenizer import export_tokenizer, import_tokenizer
-from gpt.convert.hf_weights import FLOATS, WEIGHTS, Family, StoredTensor, read_json, shorten
+from gpt.convert.hf_weights import FLOATS, WEIGHTS, Family, read_json, shorten
 from gpt.data import tokenizers
 from gpt.data.hf_tokenizer import HFTokenizer
 from gpt.errors import UserError, require
@@ -26,7 +26,6 @@ from gpt.model import transformer
 from gpt.sampling.language_model import choose_tree
 
 Log = Callable[[str], None]
-DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class HFModel:
     values: dict[str, Any]
     config: ModelConfig
     family: Family
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, Any]
     unused_fields: list[str]
 
     def read_params(self) -> dict[str, Any]:
@@ -54,7 +53,7 @@ def open_model(folder: Path) -> HFModel:
     config, family, unused_fields = read_config(values)
     tensors = hf_weights.match_tensors(config, family, stored)
     # float16 and mixed types become float32.
-    is_bfloat16 = all(tensor.dtype == "BF16" for tensor in tensors.values())
+    is_bfloat16 = all(tensor.get_dtype() == "BF16" for tensor in tensors.values())
     config = replace(config, param_dtype="bfloat16" if is_bfloat16 else "float32")
     return HFModel(values, config, family, tensors, unused_fields)
 
@@ -70,9 +69,8 @@ def import_model(source: Path, dest: Path, ids_only: bool, log: Log) -> ModelCon
         config = model.config
         tokenizer = import_tokenizer(source, model.values, config.vocab_size, ids_only, log)
         if model.unused_fields:
-            names = shorten([repr(name) for name in model.unused_fields])
-            log(f"fields of config.json that are not used: {names}")
-        dtypes = sorted({tensor.dtype for tensor in model.tensors.values()})
+            log(f"fields of config.json that are not used: {shorten(model.unused_fields)}")
+        dtypes = sorted({tensor.get_dtype() for tensor in model.tensors.values()})
         if len(dtypes) > 1:
             log(f"weights of several types ({', '.join(dtypes)}) are kept as {config.param_dtype}")
 
@@ -131,10 +129,9 @@ def export_model(
             special_ids = tokenizer.special_ids
         elif isinstance(tokenizer, tokenizers.IdTokenizer):
             special_ids = {"bos_token_id": None, "eos_token_id": end}
-        generation = {name: i for name, i in special_ids.items() if name != "pad_token_id"}
         values, family = to_hf_config(config)
-        values |= {"dtype": DTYPE_NAMES[dtype]} | special_ids
-        for name, content in {"config.json": values, "generation_config.json": generation}.items():
+        values |= {"dtype": FLOATS[dtype].name} | special_ids
+        for name, content in {"config.json": values, "generation_config.json": special_ids}.items():
             text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
         # A generation_config.json that came with the tokenizer goes out as it came.

@@ -6,12 +6,13 @@ transformers stops no import.
 """
 
 import re
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
 from gpt.config import ModelConfig, flags_to_export
 from gpt.convert.hf_weights import GPT2, LLAMA, Family
-from gpt.errors import UserError, is_of, require
+from gpt.errors import is_of, require
 
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
 ACTIVATIONS = {  # theirs to ours
@@ -91,12 +92,12 @@ class Fields:
         value = self.values.get(name)
         if value is None and default is not REQUIRED:
             return default
+        if is_of(value, kind):
+            return kind(value)
         if value is None:
             self.problems.append(f"{name} is missing")
-        elif not is_of(value, kind):
-            self.problems.append(f"{name} is {brief(value)}, expected {kind.__name__}")
         else:
-            return kind(value)
+            self.refuse(name, value, kind.__name__)
         return kind()
 
     def get_all(self, table: dict[str, tuple[str, type, Any]]) -> dict[str, Any]:
@@ -109,18 +110,11 @@ class Fields:
         """Add a problem unless the field `name` is null, absent or `expected`."""
         self.read.add(name)
         value = self.values.get(name)
-        is_expected = is_of(value, type(expected)) and value == expected
-        if value is not None and not is_expected:
-            self.problems.append(
-                f"{name} is {brief(value)}, which changes what the model computes; only "
-                f"{expected!r} is supported"
-            )
+        if value is not None and value != expected:
+            self.refuse(name, value, f"{expected!r}, the only one that is supported")
 
-
-def brief(value: Any) -> str:
-    """A value from a file, short enough for a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    def refuse(self, name: str, value: Any, expected: str) -> None:
+        self.problems.append(f"{name} is {reprlib.repr(value)}, expected {expected}")
 
 
 # ---------------------------------------------------------------- reading
@@ -134,7 +128,7 @@ def read_config(values: dict[str, Any]) -> tuple[ModelConfig, Family, list[str]]
     kind = values.get("model_type")
     require(
         isinstance(kind, str) and kind in FAMILIES,
-        f"config.json: model_type is {brief(kind)}, expected one of {', '.join(FAMILIES)}",
+        f"config.json: model_type is {reprlib.repr(kind)}, expected one of {', '.join(FAMILIES)}",
     )
     fields = Fields(values)
     settings = read_gpt2(fields) if kind == "gpt2" else read_llama(fields, kind)
@@ -145,7 +139,7 @@ def read_config(values: dict[str, Any]) -> tuple[ModelConfig, Family, list[str]]
         if not UNSUPPORTED.fullmatch(name):
             unused.append(name)
         elif value not in (False, 0, {}, []):
-            fields.problems.append(f"{name} is {brief(value)}, which is not supported")
+            fields.refuse(name, value, "none: this feature is not supported")
     require(
         not fields.problems,
         f"config.json describes a model that cannot be imported: {'; '.join(fields.problems)}",
@@ -157,9 +151,7 @@ def read_gpt2(fields: Fields) -> dict[str, Any]:
     fields.expect("scale_attn_weights", True)
     activation = fields.get("activation_function", str, "gelu_new")
     if activation not in ACTIVATIONS:
-        fields.problems.append(
-            f"activation_function is {brief(activation)}, expected one of {', '.join(ACTIVATIONS)}"
-        )
+        fields.refuse("activation_function", activation, f"one of {', '.join(ACTIVATIONS)}")
     # Ours has one rate for all places; it matters only for training.
     dropouts = {fields.get(f"{place}_pdrop", float, 0.1) for place in ("embd", "attn", "resid")}
     dropout = dropouts.pop() if len(dropouts) == 1 else 0.0
@@ -179,17 +171,13 @@ def read_llama(fields: Fields, kind: str) -> dict[str, Any]:
     # Mistral's is 4,096 tokens where the field is absent (not null).
     layers = fields.get("layer_types", list, [])
     if any(layer != "full_attention" for layer in layers):
-        fields.problems.append(
-            f"layer_types is {brief(layers)}, only 'full_attention' everywhere is supported"
-        )
+        fields.refuse("layer_types", layers, "'full_attention' everywhere")
     is_absent = "sliding_window" not in fields.values
     window = fields.get("sliding_window", int, 4096 if kind == "mistral" and is_absent else None)
     is_on = fields.get("use_sliding_window", bool, False) or kind not in ("qwen2", "qwen3")
     if window is not None and window < settings["context_length"] and is_on:
-        fields.problems.append(
-            f"sliding_window is {window}, less than max_position_embeddings "
-            f"{settings['context_length']}; only attention over the whole context is supported"
-        )
+        expected = f"max_position_embeddings, {settings['context_length']}, or more"
+        fields.refuse("sliding_window", window, expected)
 
     # Where Mistral and Qwen2 have biases does not depend on what the file says.
     if kind in ("llama", "qwen3"):
@@ -222,7 +210,7 @@ def read_rope(fields: Fields) -> dict[str, Any]:
     if kind == "llama3":
         settings |= rope.get_all(ROPE_SCALING_FIELDS)
     elif kind != "default":
-        fields.problems.append(f"rope_type is {brief(kind)}, expected default or llama3")
+        fields.refuse("rope_type", kind, "default or llama3")
     return settings
 
 
@@ -238,27 +226,18 @@ def to_hf_config(config: ModelConfig) -> tuple[dict[str, Any], Family]:
     gpt2, llama = flags_to_export(config)
     if not gpt2:
         names = [theirs for theirs, ours in ACTIVATIONS.items() if ours == config.mlp]
-        require(
-            bool(names),
-            f"the activation {config.mlp} cannot be exported: ACTIVATIONS in "
-            "gpt/convert/hf_config.py has no name for it in transformers",
-        )
-        values = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "use_cache": True}
+        require(bool(names), f"ACTIVATIONS of {__name__} has no name for {config.mlp}")
+        values = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
         values |= {theirs: getattr(config, ours) for theirs, (ours, _, _) in GPT2_FIELDS.items()}
         values |= {"n_ctx": config.context_length, "activation_function": names[0]}
         values |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
         return values, GPT2
-    if not llama:
-        return llama_config(config), LLAMA
 
-    raise UserError(
+    require(
+        not llama,
         f"transformers has no form for this model: GPT-2's needs {' '.join(gpt2)}, and Llama's "
-        f"needs {' '.join(llama)}; a model trained with either can be exported"
+        f"needs {' '.join(llama)}; a model trained with either can be exported",
     )
-
-
-def llama_config(config: ModelConfig) -> dict[str, Any]:
-    """A config.json of the one among Llama, Qwen2 and Qwen3 that has exactly these parts."""
     values = {theirs: getattr(config, ours) for theirs, (ours, _, _) in LLAMA_FIELDS.items()}
     values |= {
         "num_key_value_heads": config.kv_heads,
@@ -266,18 +245,17 @@ def llama_config(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": config.ff_width,
         "hidden_act": "silu",
         "attention_dropout": config.dropout,
-        "use_cache": True,
     }
 
+    # The one among Llama, Qwen2 and Qwen3 that has exactly these parts.
     plain_heads = config.head_width * config.n_heads == config.d_model
     only_qkv_biased = config.biased("qkv") and not config.biased("out") and not config.biased("mlp")
     attention_bias = config.biased("qkv") or config.biased("out")
     if config.qk_norm:
         values |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-        values |= {"attention_bias": attention_bias, "use_sliding_window": False}
+        values |= {"attention_bias": attention_bias}
     elif only_qkv_biased and plain_heads:
         values |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
-        values |= {"use_sliding_window": False}
     else:
         values |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
         values |= {"attention_bias": attention_bias, "mlp_bias": config.biased("mlp")}
@@ -289,4 +267,4 @@ def llama_config(config: ModelConfig) -> dict[str, Any]:
             theirs: getattr(config, ours) for theirs, (ours, _, _) in ROPE_SCALING_FIELDS.items()
         }
         values["rope_scaling"] = {"rope_type": "llama3"} | scaling
-    return values
+    return values, LLAMA

@@ -85,12 +85,6 @@ def import_tokenizer(
     if len(ends) > 1:
         texts = [repr(tokenizer.decode([i])) if i in known else f"id {i}" for i in ends]
         log(f"each of {', '.join(texts)} ends a text")
-    added = tokenizer.as_in_transformers.encode("", add_special_tokens=True).tokens
-    if added:
-        log(
-            f"transformers puts {' '.join(added)} around a text; sample.py puts what stands before "
-            "it there too, unless --prefix says otherwise"
-        )
     return tokenizer
 
 

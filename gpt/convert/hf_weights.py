@@ -5,10 +5,11 @@ at a time, so that a conversion needs hardly more memory than the model. The for
 https://huggingface.co/docs/safetensors
 """
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ BUFFERS = re.compile(r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")  # of
 class Family:
     """How a family names its tensors, and how they lie in memory.
 
-    prefix: what all names but the head's begin with (files of a bare body leave it out).
+    prefix: what files of a bare body leave out of all names but the head's.
     modules: their modules by the path of ours; `{}` stands for the layer.
     out_first: a linear layer's matrix is [out, in], where ours is [in, out].
     fused_qkv: queries, keys and values are the thirds of one tensor's last axis.
@@ -53,17 +54,18 @@ class Family:
 GPT2 = Family(
     prefix="transformer.",
     modules={
-        "tokens": "wte",
-        "positions": "wpe",
-        "blocks/attention_norm": "h.{}.ln_1",
-        "blocks/attention/q": "h.{}.attn.c_attn",
-        "blocks/attention/k": "h.{}.attn.c_attn",
-        "blocks/attention/v": "h.{}.attn.c_attn",
-        "blocks/attention/o": "h.{}.attn.c_proj",
-        "blocks/mlp_norm": "h.{}.ln_2",
-        "blocks/mlp/up": "h.{}.mlp.c_fc",
-        "blocks/mlp/down": "h.{}.mlp.c_proj",
-        "final_norm": "ln_f",
+        "tokens": "transformer.wte",
+        "positions": "transformer.wpe",
+        "blocks/attention_norm": "transformer.h.{}.ln_1",
+        "blocks/attention/q": "transformer.h.{}.attn.c_attn",
+        "blocks/attention/k": "transformer.h.{}.attn.c_attn",
+        "blocks/attention/v": "transformer.h.{}.attn.c_attn",
+        "blocks/attention/o": "transformer.h.{}.attn.c_proj",
+        "blocks/mlp_norm": "transformer.h.{}.ln_2",
+        "blocks/mlp/up": "transformer.h.{}.mlp.c_fc",
+        "blocks/mlp/down": "transformer.h.{}.mlp.c_proj",
+        "final_norm": "transformer.ln_f",
+        "head": "lm_head",
     },
     out_first=False,
     fused_qkv=True,
@@ -71,19 +73,20 @@ GPT2 = Family(
 LLAMA = Family(
     prefix="model.",
     modules={
-        "tokens": "embed_tokens",
-        "blocks/attention_norm": "layers.{}.input_layernorm",
-        "blocks/attention/q": "layers.{}.self_attn.q_proj",
-        "blocks/attention/k": "layers.{}.self_attn.k_proj",
-        "blocks/attention/v": "layers.{}.self_attn.v_proj",
-        "blocks/attention/q_norm": "layers.{}.self_attn.q_norm",
-        "blocks/attention/k_norm": "layers.{}.self_attn.k_norm",
-        "blocks/attention/o": "layers.{}.self_attn.o_proj",
-        "blocks/mlp_norm": "layers.{}.post_attention_layernorm",
-        "blocks/mlp/gate": "layers.{}.mlp.gate_proj",
-        "blocks/mlp/up": "layers.{}.mlp.up_proj",
-        "blocks/mlp/down": "layers.{}.mlp.down_proj",
-        "final_norm": "norm",
+        "tokens": "model.embed_tokens",
+        "blocks/attention_norm": "model.layers.{}.input_layernorm",
+        "blocks/attention/q": "model.layers.{}.self_attn.q_proj",
+        "blocks/attention/k": "model.layers.{}.self_attn.k_proj",
+        "blocks/attention/v": "model.layers.{}.self_attn.v_proj",
+        "blocks/attention/q_norm": "model.layers.{}.self_attn.q_norm",
+        "blocks/attention/k_norm": "model.layers.{}.self_attn.k_norm",
+        "blocks/attention/o": "model.layers.{}.self_attn.o_proj",
+        "blocks/mlp_norm": "model.layers.{}.post_attention_layernorm",
+        "blocks/mlp/gate": "model.layers.{}.mlp.gate_proj",
+        "blocks/mlp/up": "model.layers.{}.mlp.up_proj",
+        "blocks/mlp/down": "model.layers.{}.mlp.down_proj",
+        "final_norm": "model.norm",
+        "head": "lm_head",
     },
     out_first=True,
     fused_qkv=False,
@@ -94,107 +97,65 @@ LLAMA = Family(
 class Weight:
     """One of our arrays in one layer, and the tensor that holds it.
 
-    path, layer: our stacked array, and the index in it (None for an array outside the blocks).
-    shape: ours, without the layers and the rows that pad the vocabulary. flat_shape: with the axes
-    of heads and their width merged, as in all their tensors: [in, out] for a matrix.
+    path, layer: our stacked array, and the index in it: (layer,), or () outside the blocks.
+    shape: with the axes of heads and their width merged, as in all their tensors ([in, out] for a
+    matrix), and without the rows that pad the vocabulary.
     third: which third of the tensor's last axis; None where the tensor holds nothing else.
     """
 
     path: str
-    layer: int | None
+    layer: tuple[int, ...]
     name: str
     shape: tuple[int, ...]
-    flat_shape: tuple[int, ...]
     is_transposed: bool
     third: int | None
 
-    @property
-    def tensor_shape(self) -> tuple[int, ...]:
-        shape = self.flat_shape[::-1] if self.is_transposed else self.flat_shape
-        return shape if self.third is None else (*shape[:-1], 3 * shape[-1])
-
-    def from_tensor(self, tensor: np.ndarray) -> np.ndarray:
-        """Our array in one layer; a view of their tensor."""
-        if self.third is not None:
-            tensor = np.split(tensor, 3, axis=-1)[self.third]
-        return (tensor.T if self.is_transposed else tensor).reshape(self.shape)
-
-    def to_tensor(self, array: np.ndarray) -> np.ndarray:
-        """Their tensor, or a third of one; a view of our array in one layer."""
-        flat = array.reshape(self.flat_shape)
-        return flat.T if self.is_transposed else flat
-
 
 def weights_of(config: ModelConfig, family: Family) -> list[Weight]:
-    """All weights of a model of `config`, queries before keys before values."""
+    """All weights of a model of `config` by the tensors' names, queries before keys and values."""
     weights = []
     for path, leaf in named_leaves(transformer.abstract(config)).items():
         module, _, kind = path.rpartition("/")  # as in blocks/attention/q, kernel
-        name = HEAD
-        if path != "head":
-            suffix = "bias" if kind == "bias" else "weight"
-            name = f"{family.prefix}{family.modules[module or path]}.{suffix}"
+        suffix = "bias" if kind == "bias" else "weight"
+        name = f"{family.modules[module or path]}.{suffix}"
 
-        layers: list[int | None] = [None]
+        layers: list[tuple[int, ...]] = [()]
         shape = leaf.shape
         if path.startswith("blocks/"):
-            layers = list(range(leaf.shape[0]))
-            shape = leaf.shape[1:]
-        elif path in ("tokens", "head"):
-            shape = (config.vocab_size, *leaf.shape[1:])
-        flat_shape = shape
-        if kind == "bias":
-            flat_shape = (math.prod(shape),)
+            layers = [(layer,) for layer in range(shape[0])]
+            shape = shape[1:]
+        if path in ("tokens", "head"):
+            shape = (config.vocab_size, *shape[1:])
+        elif kind == "bias":
+            shape = (math.prod(shape),)
         elif kind == "kernel":
             n_out = shape[-1] if module.endswith("/o") else math.prod(shape[1:])
-            flat_shape = (math.prod(shape) // n_out, n_out)
+            shape = (math.prod(shape) // n_out, n_out)
 
         is_transposed = family.out_first and kind == "kernel"
         is_fused = family.fused_qkv and module.endswith(("/q", "/k", "/v"))
         third = "qkv".index(module[-1]) if is_fused else None
         for layer in layers:
-            at = (path, layer, name.format(layer))
-            weights.append(Weight(*at, shape, flat_shape, is_transposed, third))
-    return sorted(weights, key=lambda weight: weight.third or 0)
+            weights.append(Weight(path, layer, name.format(*layer), shape, is_transposed, third))
+    return sorted(weights, key=lambda weight: (weight.name, weight.third))
 
 
 def tensor_shapes(config: ModelConfig, family: Family) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that hold a model of `config`."""
-    return {weight.name: weight.tensor_shape for weight in weights_of(config, family)}
+    shapes = {}
+    for weight in weights_of(config, family):
+        shape = weight.shape[::-1] if weight.is_transposed else weight.shape
+        shapes[weight.name] = shape if weight.third is None else (*shape[:-1], 3 * shape[-1])
+    return shapes
 
 
 # ---------------------------------------------------------------- reading
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a safetensors file that has not been read."""
+def open_folder(folder: Path) -> dict[str, Any]:
+    """The tensors of a model's folder by name, as slices of the library, of which `[:]` reads all.
 
-    path: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    def read(self) -> np.ndarray:
-        # The file is opened for each tensor: its pages count as ours for as long as it is open.
-        with open_safetensors(self.path) as file:
-            return file.get_tensor(self.name)
-
-
-def open_safetensors(path: Path) -> safe_open:
-    """An open safetensors file, whose header the library has checked."""
-    require(path.is_file(), f"{path} cannot be read: it is not a file")
-    try:
-        return safe_open(path, "numpy")
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = one_line(error)
-        raise UserError(f"{path} is damaged or not a safetensors file: {reason}") from None
-
-
-def open_folder(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a model's folder by name, from one file or from shards with an index.
-
-    UserError if the folder has neither, or a file is damaged. No tensor is read.
+    UserError if the folder has neither one file nor shards with an index, or a file is damaged.
     """
     require(folder.exists(), f"{folder} does not exist: expected a model's folder")
     if (folder / WEIGHTS).is_file():
@@ -210,67 +171,65 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
         )
 
     tensors = {}
-    for file in files:
-        with open_safetensors(folder / file) as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a dictionary
-                part = opened.get_slice(name)
-                shape = tuple(part.get_shape())
-                tensors[name] = StoredTensor(folder / file, name, str(part.get_dtype()), shape)
+    for path in (folder / file for file in files):
+        require(path.is_file(), f"{path} cannot be read: it is not a file")
+        try:
+            # The pages of a mapped file would count as ours for as long as it is open.
+            opened = safe_open(path, "numpy", backend="pread")
+            tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            reason = one_line(error)
+            raise UserError(f"{path} is damaged or not a safetensors file: {reason}") from None
     return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; UserError if it cannot be read or is anything else."""
-    require(path.is_file(), f"{path} cannot be read: it is not a file")
+    """The JSON object in a file; UserError if it holds anything else."""
     try:
         values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {str(error)[:200]}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     require(isinstance(values, dict), f"{path} does not hold a JSON object")
     return values
 
 
-def shorten(names: Iterable[str]) -> str:
+def shorten(names: Sequence[str]) -> str:
     """The first six of many names from files of others, on one line."""
-    names = [name if name.isprintable() else repr(name) for name in names]
     more = f" and {len(names) - 6:,} more" if len(names) > 6 else ""
     return ", ".join(name[:100] for name in names[:6]) + more
 
 
-def match_tensors(
-    config: ModelConfig, family: Family, stored: dict[str, StoredTensor]
-) -> dict[str, StoredTensor]:
+def match_tensors(config: ModelConfig, family: Family, stored: dict[str, Any]) -> dict[str, Any]:
     """The tensors of a model by their whole names.
 
     UserError lists the tensors that are missing, unexpected, of another shape or not floats.
     """
     tensors = {}
     for name, tensor in stored.items():
+        if name == HEAD and config.tied:
+            continue  # as in transformers, a head beside a tied table is not used
         if name != HEAD:
             name = family.prefix + name.removeprefix(family.prefix)
-        # As in transformers, a head beside a tied table is not used.
-        is_unused = BUFFERS.fullmatch(name) or (config.tied and name == HEAD)
-        if not is_unused:
+        if not BUFFERS.fullmatch(name):
             tensors[name] = tensor
 
-    expected = tensor_shapes(config, family)
+    shapes = tensor_shapes(config, family)
+    others = []
+    for name in sorted(shapes.keys() & tensors.keys()):
+        shape, dtype = tensors[name].get_shape(), tensors[name].get_dtype()
+        if shape != list(shapes[name]) or dtype not in FLOATS:
+            others.append(f"{name} is {dtype} {shape}, expected {list(shapes[name])}")
     problems = {
-        "missing": sorted(expected.keys() - tensors.keys()),
-        "not expected": sorted(tensors.keys() - expected.keys()),
-        f"of another shape, or of a type other than {', '.join(FLOATS)}": [
-            f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {list(expected[name])}"
-            for name, tensor in sorted(tensors.items())
-            if name in expected and (tensor.shape != expected[name] or tensor.dtype not in FLOATS)
-        ],
+        "missing": sorted(shapes.keys() - tensors.keys()),
+        "not expected": sorted(tensors.keys() - shapes.keys()),
+        f"of another shape, or of a type other than {', '.join(FLOATS)}": others,
     }
     listed = "; ".join(f"{what}: {shorten(names)}" for what, names in problems.items() if names)
     require(not listed, f"the tensors are not those that config.json describes: {listed}")
     return tensors
 
 
-def read_params(
-    config: ModelConfig, family: Family, tensors: dict[str, StoredTensor]
-) -> dict[str, Any]:
+def read_params(config: ModelConfig, family: Family, tensors: dict[str, Any]) -> dict[str, Any]:
     """All weights as stacked arrays on the first device; UserError if one is not finite."""
     weights = weights_of(config, family)
     leaves = named_leaves(transformer.abstract(config))
@@ -281,11 +240,14 @@ def read_params(
         array = np.zeros(leaves[path].shape, leaves[path].dtype)
         for weight in weights:
             if weight.path == path:
-                tensor = tensors[weight.name].read()
+                tensor = tensors[weight.name][:]
                 finite = bool(np.isfinite(tensor).all())
                 require(finite, f"{weight.name} holds NaN or infinity: these weights are damaged")
-                in_layer = array if weight.layer is None else array[weight.layer]
-                in_layer[: weight.shape[0]] = weight.from_tensor(tensor)
+                if weight.third is not None:
+                    tensor = np.split(tensor, 3, axis=-1)[weight.third]
+                tensor = tensor.T if weight.is_transposed else tensor
+                rows = array[weight.layer][: weight.shape[0]]
+                rows[:] = tensor.reshape(rows.shape)
         params[path] = jax.block_until_ready(jax.device_put(array))
     return unflatten_dict(params, sep="/")
 
@@ -301,21 +263,16 @@ def to_tensors(
     A bias that `config` has and `params` lacks becomes zeros.
     """
     arrays = named_leaves(params)
-    weights_in: dict[str, list[Weight]] = {}
-    for weight in weights_of(config, family):
-        weights_in.setdefault(weight.name, []).append(weight)
-
-    for weights in weights_in.values():
+    for path, leaf in named_leaves(transformer.abstract(config)).items():
+        if path not in arrays:
+            arrays[path] = np.zeros(leaf.shape)
+    for _, weights in itertools.groupby(weights_of(config, family), lambda weight: weight.name):
         parts = []
         for weight in weights:
-            if weight.path in arrays:
-                array = np.asarray(arrays[weight.path])
-                array = array if weight.layer is None else array[weight.layer]
-                array = array[: weight.shape[0]].astype(dtype)
-            else:
-                array = np.zeros(weight.shape, dtype)
-            parts.append(weight.to_tensor(array))
-        yield parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+            rows = np.asarray(arrays[weight.path])[weight.layer][: weight.shape[0]]
+            part = rows.astype(dtype).reshape(weight.shape)
+            parts.append(part.T if weight.is_transposed else part)
+        yield np.concatenate(parts, axis=-1)
 
 
 def write_safetensors(

@@ -38,9 +38,8 @@ def read(folder, config, n_vocab=N_VOCAB, ids_only=False):
 def test_ids_and_texts_are_the_librarys(form, tmp_path):
     content = make(form)
     theirs = Tokenizer.from_str(content.decode())
-    imported, told = read(*folder_with(tmp_path, tokenizer_json=content))
+    imported, _ = read(*folder_with(tmp_path, tokenizer_json=content))
     assert imported.n_vocab == N_VOCAB
-    assert any("<|begin_of_text|>" in line for line in told) == (form == "Llama 3")
     ours = tokenizers.from_json(json.loads(json.dumps(tokenizers.to_json(imported))))
     assert tokenizers.digest(ours) == tokenizers.digest(imported)
     assert ours.eot_token == imported.eot_token >= 0

@@ -192,7 +192,7 @@ def imported(tmp_path_factory):
     weights = standins.tensors(c)
     done = command("import", standins.write(folder / "in", c, weights), folder / "run")
     assert (done.code, done.out) == (0, "")
-    assert "prompts are ids" in done.err and "not used: 'new_field'" in done.err
+    assert "prompts are ids" in done.err and "not used: new_field" in done.err
     return folder / "run", c, weights
 
 
