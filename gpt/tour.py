@@ -71,26 +71,16 @@ def main(argv: list[str]) -> None:
         prompt = command.prompt
 
     cli.prepare_jax()
-    from gpt.data.tokenizers import IdTokenizer
     from gpt.reports import tour, tour_recorder
     from gpt.sampling.language_model import load
 
     model = load(command.checkpoint, command.step, command.dtype, command.weights)
-    if isinstance(model.tokenizer, IdTokenizer):
-        # An empty prompt is read as end-of-text, where the model has one.
-        is_readable = bool(prompt) or model.tokenizer.eot_token >= 0
-        require(
-            is_readable and (not prompt or not isinstance(prompt, str)),
-            f"{command.checkpoint} came without a tokenizer and cannot read text: expected token "
-            'ids, as in --prompt-ids "1 2 3"',
-        )
     if prompt == EXAMPLE_PROMPT:
         try:
             model.tokenizer.encode_ordinary(prompt)
-        except UserError:
-            raise UserError(
-                f"this model cannot read the example, {prompt!r}: give a text with --prompt"
-            ) from None
+        except UserError as error:
+            message = f"give a prompt of your own: the example, {prompt!r}, cannot be read"
+            raise UserError(f"{message}: {error}") from None
     record = tour_recorder.record_tour(model, prompt, command.settings)
     page = tour.build_tour(record, model, command.checkpoint.name)
     out.write_text(page, encoding="utf-8", errors="replace")

@@ -88,14 +88,14 @@ def test_a_model_without_a_tokenizer_takes_ids(trained, tmp_path, monkeypatch):
     for argv in ([], ["--prompt", "text"]):
         done = call("gpt/tour", "run", *argv, "--out", tmp_path / "b.html")
         assert done.code == 2 and "came without a tokenizer" in done.err
-        assert done.err.endswith('--prompt-ids "1 2 3"\n') and done.err.count("\n") == 1
+        assert '--prompt-ids "1 2 3"' in done.err and done.err.count("\n") == 1
 
 
 def test_a_model_of_other_characters_than_the_examples_asks_for_a_prompt(trained, monkeypatch):
     model = dataclasses.replace(language_model.load(trained[1]), tokenizer=CharTokenizer("今天"))
     monkeypatch.setattr(language_model, "load", lambda *_: model)
     done = call("gpt/tour", trained[1])
-    assert done.code == 2 and done.err.startswith("error: this model cannot read the example, ")
+    assert done.code == 2 and done.err.startswith("error: give a prompt of your own: ")
 
 
 def test_prefill_and_each_step_say_what_they_read_and_wrote(toured):
