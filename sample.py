@@ -17,8 +17,6 @@ from gpt.errors import UserError
 from gpt.sample_flags import Args
 from gpt.wording import counted
 
-SHOWN_TOKENS = 1000  # of a scored text
-
 
 def main(argv: list[str]) -> int:
     """Load the model and do what the flags ask for; returns the exit code."""
@@ -151,11 +149,8 @@ def score(model, args: Args, text: str | list[int]) -> None:
             values["quantization_nll"] = added
         print(json.dumps(values))
         return
-    tokens = list(zip(result.token_ids, result.logprobs, strict=True))
-    for token, logprob in tokens[:SHOWN_TOKENS]:
-        print(f"{logprob:9.4f}  {terminal.spell(model.tokenizer.decode_bytes([token]))}")
-    if len(tokens) > SHOWN_TOKENS:
-        print(f"... and {len(tokens) - SHOWN_TOKENS:,} more tokens; --json has all of them")
+    for line in terminal.scored_tokens(result, model.tokenizer):
+        print(line)
     print(result)
     if added is not None:
         print(f"{args.quantize} changes the loss by {added:+.4f} nats per token")

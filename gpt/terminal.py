@@ -25,6 +25,7 @@ from gpt.wording import counted
 # the overrides and isolates that make text look like other text (Unicode Bidirectional Algorithm,
 # 2.2-2.5).
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+SHOWN_TOKENS = 1000  # of a scored text
 TIMING = "compilation is left out; the first completion of a process includes its start-up"
 
 
@@ -155,6 +156,16 @@ def probability_tables(completion, first: int, tokenizer) -> str:
             mark = "*" if token == chosen[step] else " "
             text += f"  {mark} {p}  {spell(tokenizer.decode_bytes([token]))}\n"
     return text
+
+
+def scored_tokens(score, tokenizer) -> Iterator[str]:
+    """The log-probability and the spelling of each token of a scored text, a line for each of the
+    first SHOWN_TOKENS."""
+    tokens = list(zip(score.token_ids, score.logprobs, strict=True))
+    for token, logprob in tokens[:SHOWN_TOKENS]:
+        yield f"{logprob:9.4f}  {spell(tokenizer.decode_bytes([token]))}"
+    if len(tokens) > SHOWN_TOKENS:
+        yield f"... and {len(tokens) - SHOWN_TOKENS:,} more tokens; --json has all of them"
 
 
 def completion_json(completion) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from programs import call, objects, program, sample, snapshot
 
 import gpt
+from gpt import terminal
 from gpt.sampling import cache_check, generate, language_model
 from gpt.sampling.completion import Completion, Piece
 
@@ -303,7 +304,7 @@ def test_a_file_of_any_length_is_scored_with_a_stated_stride(folder, tmp_path, m
     printed = sample(folder, "--score-file", "-", "--stride", "8").splitlines()
     assert len(printed) == 501 and printed[-1].endswith("context 16, stride 8)")
     assert printed[-1].startswith(f"500 tokens: {whole['mean_nll']:.4f} nats per token")
-    monkeypatch.setattr(program("sample"), "SHOWN_TOKENS", 3)
+    monkeypatch.setattr(terminal, "SHOWN_TOKENS", 3)
     printed = sample(folder, "--score-file", tmp_path / "text").splitlines()
     assert len(printed) == 5 and printed[3].startswith("... and 497 more tokens")
 

@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
     cli.prepare_jax(cache=False)  # programs found on disk would hide what compiling costs
     result = measure_training(args) if args.train else measure_sampling(args)
     if args.speculate > 0:
-        measure_speculation(args, result)
+        add_speculation(args, result)
 
     from rich.console import Console
 
@@ -209,7 +209,7 @@ def measure_sampling(args: Args) -> dict:
     return result
 
 
-def measure_speculation(args: Args, result: dict) -> None:
+def add_speculation(args: Args, result: dict) -> None:
     """Decode with and without proposals in every cell of `result`, to which the figures are
     added."""
     from gpt.bench import measure

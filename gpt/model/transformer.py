@@ -174,18 +174,23 @@ class GPT(nnx.Module):
             split_row = functools.partial(jax.random.split, num=config.n_layers)
             dropout_keys_LB = jax.vmap(split_row, out_axes=1)(dropout_key_B)
 
-        def apply_block(block: Block, x_BTD, past, dropout_key_B):
-            return block(x_BTD, past, dropout_key_B, positions, attend)
-
         with exact_products(config.compute_dtype):
             x_BTD = self.embed(tokens_BT, pos_BT)
             x_BTD = dropout(x_BTD, dropout_key_B, config.dropout, site="embedding")
             if self.stacked:
                 x_BTD = scan_blocks(
-                    apply_block, self.blocks, x_BTD, dropout_keys_LB, remat=remat, unroll=unroll
+                    self.blocks,
+                    x_BTD,
+                    dropout_keys_LB,
+                    positions,
+                    attend,
+                    remat=remat,
+                    unroll=unroll,
                 )
             else:
-                x_BTD, cache = loop_blocks(apply_block, self.blocks, x_BTD, cache, dropout_keys_LB)
+                x_BTD, cache = loop_blocks(
+                    self.blocks, x_BTD, cache, dropout_keys_LB, positions, attend
+                )
         if self.final_norm is not None:
             x_BTD = self.final_norm(x_BTD)
         return x_BTD, cache
@@ -232,7 +237,14 @@ def table_logits(config: ModelConfig, x_MD: jax.Array, rows_CD, ids_C: jax.Array
 
 
 def scan_blocks(
-    apply_block, blocks: Block, x_BTD, dropout_keys_LB, *, remat: str, unroll: bool
+    blocks: Block,
+    x_BTD: jax.Array,
+    dropout_keys_LB: jax.Array | None,
+    positions: Positions,
+    attend: Attend,
+    *,
+    remat: str,
+    unroll: bool,
 ) -> jax.Array:
     """The residual stream after stacked blocks, for training: one program for all layers.
 
@@ -245,7 +257,7 @@ def scan_blocks(
 
     def body(x_BTD, block_and_key):
         block, dropout_key_B = block_and_key
-        x_BTD, _ = apply_block(block, x_BTD, None, dropout_key_B)
+        x_BTD, _ = block(x_BTD, None, dropout_key_B, positions, attend)
         return x_BTD, None
 
     if remat != "none":
@@ -263,13 +275,20 @@ def keep_products(primitive, *avals, **params) -> bool:
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
 
 
-def loop_blocks(apply_block, blocks: nnx.List, x_BTD, cache: kv.KVCache | None, dropout_keys_LB):
+def loop_blocks(
+    blocks: nnx.List,
+    x_BTD: jax.Array,
+    cache: kv.KVCache | None,
+    dropout_keys_LB: jax.Array | None,
+    positions: Positions,
+    attend: Attend,
+) -> tuple[jax.Array, kv.KVCache | None]:
     """The residual stream after a list of blocks, for decoding, and the cache they have written."""
     written = []
     for i, block in enumerate(blocks):
         past = None if cache is None else (cache.k[i], cache.v[i])
         dropout_key_B = None if dropout_keys_LB is None else dropout_keys_LB[i]
-        x_BTD, past = apply_block(block, x_BTD, past, dropout_key_B)
+        x_BTD, past = block(x_BTD, past, dropout_key_B, positions, attend)
         written.append(past)
     if cache is not None:
         k, v = zip(*written, strict=True)

@@ -26,8 +26,7 @@ from gpt.config import (
 from gpt.data import tokenizers
 from gpt.errors import require
 from gpt.model import int8, transformer
-from gpt.sampling import beam_search, generate, scoring
-from gpt.sampling import draft as drafting
+from gpt.sampling import beam_search, draft_model, generate, scoring
 from gpt.sampling.completion import Completion, Piece
 from gpt.sampling.prompts import pad_prompts, read_prompt
 from gpt.sampling.settings import Prefix, Settings
@@ -62,7 +61,7 @@ class LanguageModel:
     def with_draft(self, draft: "LanguageModel") -> "LanguageModel":
         """This model with a smaller one that proposes tokens where `Settings.speculate` asks for
         them. UserError if that one has another tokenizer or a shorter context."""
-        drafting.require_usable(self, draft)
+        draft_model.require_usable(self, draft)
         return replace(self, draft=draft)
 
     @functools.cached_property

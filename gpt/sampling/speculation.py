@@ -4,7 +4,7 @@ A decode step reads all weights to draw one token for each row; drawing five fro
 takes little longer. So tokens are proposed and read together with the last one, and the model draws
 a token after each of them. Proposals are kept up to the first that is not what was drawn, and the
 token that was drawn in its place is kept too. Proposals are looked up in the text so far, or drawn
-by a smaller model (draft.py). With three proposals, two of which are right:
+by a smaller model (draft_model.py). With three proposals, two of which are right:
 
     text so far         a b c d e f . . . a b c            "a b c" was there before
     proposed                                    d e f
@@ -37,8 +37,7 @@ from gpt.compile_log import compilations
 from gpt.config import ModelConfig
 from gpt.model import kv_cache as kv
 from gpt.model import transformer
-from gpt.sampling import decode_loop, sampler
-from gpt.sampling import draft as drafting
+from gpt.sampling import decode_loop, draft_model, sampler
 from gpt.sampling.completion import NO_TOKEN, Row
 from gpt.sampling.decode_loop import DecodeState, SampledTokens
 from gpt.sampling.sampler import SamplingParams
@@ -128,7 +127,7 @@ def run_chunk(
     with compilations.of(capacity=state.cache.capacity, top=top, proposals=n_proposals):
         draft_cache = None
         if draft is not None and n_proposals > 0:
-            draft_cache = drafting.catch_up(draft, speculation.draft_cache, rows, state)
+            draft_cache = draft_model.catch_up(draft, speculation.draft_cache, rows, state)
         return speculate_chunk(
             model.config,
             (model.params, draft_params),
@@ -258,7 +257,7 @@ def speculate_chunk(
         elif draft_rests:
             proposals_BN = jnp.full((len(active_B), 1), NO_TOKEN)
         else:
-            proposals_BN, draft_cache = drafting.propose(
+            proposals_BN, draft_cache = draft_model.propose(
                 draft_config, draft_params, draft_cache, state, sampling, n_proposals
             )
         is_allowed_BN = jnp.arange(proposals_BN.shape[1]) < speculation.limit_B[:, None]

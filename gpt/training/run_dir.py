@@ -1,4 +1,4 @@
-"""A run's folder: who may use it, and what a run writes there."""
+"""A run's folder: who may use it, and what a run writes there besides `checkpoints/`."""
 
 import contextlib
 import os
@@ -12,19 +12,19 @@ from gpt import checkpoint, distributed
 from gpt.errors import UserError, require
 
 LOCK = ".lock"
-# What a run writes besides its checkpoints. A process that is killed leaves the `.new` files.
+# A process that is killed leaves the `.new` files.
 WRITTEN = (
-    "metrics.jsonl",
+    "metrics.jsonl",  # losses, evaluations and speed, a line each
     "metrics.jsonl.new",
-    "samples.jsonl",
+    "samples.jsonl",  # what the model wrote while it was trained
     "samples.jsonl.new",
-    "evaluations.jsonl",
-    "tokenizer.json",
-    "tracking-id",
+    "evaluations.jsonl",  # by python -m gpt.evaluate
+    "tokenizer.json",  # for people: each checkpoint has its own
+    "tracking-id",  # of the run in Weights & Biases and Trackio
     "loss.png",
     "loss.new",
     "tensorboard/events.out.tfevents.*",
-    "profile/plugins/profile/[0-9]*/*",
+    "profile/plugins/profile/[0-9]*/*",  # by --profile
 )
 FOLDERS = (
     "profile/plugins/profile/[0-9]*",
