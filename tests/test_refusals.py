@@ -1,5 +1,6 @@
-"""What train.py and sample.py refuse: in one line, before anything is written or harmed."""
+"""What commands refuse: in one line, before anything is written or harmed."""
 
+import importlib.util
 import random
 from dataclasses import fields
 from pathlib import Path
@@ -46,6 +47,7 @@ SAMPLE = {
     "no checkpoint named": ([], "CHECKPOINT"),
     "a prompt without its flag": (["RUN", "the"], "'the' has no flag before it: "),
     "a missing folder": (["gone"], "no folder gone"),
+    "a model of transformers": (["theirs"], "python -m gpt.convert import"),
     "a remote run": (["hf://who/run"], "hf://who/run is an address"),
     "a pickle": (["nano.pt"], "no checkpoint in nano.pt: expected a run's folder"),
     "a half-written checkpoint": (["half"], "no checkpoint in half"),
@@ -56,7 +58,40 @@ SAMPLE = {
     "a prefix it lacks": (["RUN", "--prefix", "bos"], "the model has no beginning-of-text token"),
     "nothing to score": (["RUN", "--score", ""], "nothing to score"),
 }
-BASE = {"train": [*TINY, "--data", "text.txt", "--out", "fresh"], "sample": []}
+REPORT = {
+    "no run": (["--out", "a.html"], "no run given"),
+    "a missing run": (["gone", "--out", "a.html"], "no folder gone: expected a run's folder"),
+    "an empty run": (["folder"], "holds neither metrics.jsonl nor a checkpoint"),
+    "an empty run beside --out": (["folder", "--out", "a.html"], "holds neither metrics.jsonl"),
+    "no place for the page": (["folder", "--out", "no/such/a.html"], "does not exist"),
+    "two runs without --out": (["folder", "folder"], "add --out FILE"),
+}
+TOUR = {
+    "no place": (["RUN", "--out", "no/such/a.html"], "does not exist"),
+    "a long text": (["RUN", "--prompt", "a" * 40], "at most the model's context of 16"),
+    "a setting of the sampler": (["RUN", "--temperature", "-1"], "temperature is -1"),
+    "a flag of sample.py": (["RUN", "--stop", "x"], "--stop"),
+    "two prompts": (["RUN", "--prompt", "a", "--prompt-ids", "1"], "exclude each other"),
+}
+PREPARE = {
+    "no source": ([], "prepare needs a SOURCE"),
+    "another column": (["data.json"], "--text-column: 'content'"),
+    "a missing source": (["gone"], "gone does not exist"),
+    "a missing tokenizer": (["text.txt", "--tokenizer", "gone"], "'gone' is neither a tokenizer"),
+    "a folder in use": (["text.txt", "--out", "theirs"], "theirs exists already"),
+    "no workers": (["text.txt", "--workers", "0"], "workers is 0"),
+}
+CASES = {
+    "train": TRAIN,
+    "sample": SAMPLE,
+    "gpt/report": REPORT,
+    "gpt/tour": TOUR,
+    "gpt/data/__main__": PREPARE,
+}
+BASE = {
+    "train": [*TINY, "--data", "text.txt", "--out", "fresh"],
+    "gpt/data/__main__": ["prepare", "--tokenizer", "byte", "--out", "fresh"],
+}
 
 
 @pytest.fixture
@@ -64,9 +99,12 @@ def world(tmp_path, trained, monkeypatch):
     """The working directory: text, a run, and what may be taken for them."""
     write_text(tmp_path / "text.txt")
     (tmp_path / "short.txt").write_text("a few words")
+    (tmp_path / "data.json").write_text('{"content": "a"}\n{"content": "b"}\n')
     (tmp_path / "binary").write_bytes(random.Random(0).randbytes(5000))
     (tmp_path / "nano.pt").write_bytes(b"PK")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text("{}")
     (tmp_path / "half" / "checkpoints" / "12.orbax-checkpoint-tmp").mkdir(parents=True)
     # A run whose only checkpoint has lost half of its metadata.
     (tmp_path / "cut" / "checkpoints" / "1").mkdir(parents=True)
@@ -77,16 +115,15 @@ def world(tmp_path, trained, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("case", [*TRAIN, *SAMPLE])
-def test_bad_input_is_one_error_and_changes_nothing(case, world):
-    name = "train" if case in TRAIN else "sample"
-    argv, words = (TRAIN | SAMPLE)[case]
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name in CASES for case in CASES[name]])
+def test_bad_input_is_one_error_and_changes_nothing(name, case, world):
+    argv, words = CASES[name][case]
     before = snapshot(world)
-    done = call(name, *BASE[name], *argv)
+    done = call(name, *BASE.get(name, ()), *argv)
     assert (done.code, done.out) == (2, "")
     error = done.err[done.err.index("error: ") :]
     assert words in error and error.count("\n") == 1 and done.err.count("error: ") == 1
-    assert name == "train" or error == done.err
+    assert name in BASE or error == done.err
     assert snapshot(world) == before
 
 
@@ -253,7 +290,7 @@ def is_valid(name, argv) -> bool:
 @pytest.mark.parametrize("name", ["train", "sample"])
 def test_wild_flags_are_refused_or_valid(name, n, world, only_validation):
     before, compiled, rng = snapshot(world), compilations.programs, random.Random(0)
-    base = BASE[name] or ["RUN"]
+    base = BASE.get(name, ["RUN"])
     n_valid = is_valid(name, base)
     assert n_valid == 1
     for _ in range(n):
@@ -264,3 +301,25 @@ def test_wild_flags_are_refused_or_valid(name, n, world, only_validation):
     assert 1 + n // 50 <= n_valid < n
     assert compilations.programs == compiled, "something was compiled"
     assert snapshot(world) == before, "something was written"
+
+
+# python -m gpt.evaluate, without lm-eval.
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    {
+        "--tasks ,": "--tasks names nothing: expected names separated by commas",
+        "--tasks a --limit 0": "--limit is 0: expected at least 1",
+        "--tasks a --batch-size 0": "--batch-size is 0: expected at least 1",
+        "--tasks a --num-fewshot -1": "--num-fewshot is -1: expected zero or more",
+        "--tasks a --include-path nowhere": "--include-path nowhere: no such folder",
+        "--tasks a --json nowhere/a.json": "--json nowhere/a.json: folder",
+        "--tasks a": "lm-eval, which is not installed: pip install -e '.[eval]'",
+    }.items(),
+)
+def test_what_cannot_be_evaluated_is_refused(flags, message, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    done = call("gpt/evaluate/__main__", "run", *flags.split())
+    assert done.code == 2 and message in done.err
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1

@@ -328,9 +328,3 @@ def test_the_check_tells_each_result_and_whether_all_passed(folder, difference, 
     said = {0: ("ok     rows", "the cache contract holds"), 1: ("FAILED rows", "1 check FAILED")}
     assert done.code == code and "ok     growing" in done.out
     assert all(words in done.out for words in said[code])
-
-
-def test_a_folder_of_transformers_is_sent_to_the_importer(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    done = call("sample", tmp_path)
-    assert done.code == 2 and "python -m gpt.convert import" in done.err

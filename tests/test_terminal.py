@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from gpt import cli, sample_flags, terminal, train_flags
 from gpt.errors import UserError
+from gpt.wording import counted
 
 
 class Terminal(io.StringIO):
@@ -109,11 +110,13 @@ def test_the_end_is_told_in_words():
     unforeseen = terminal.describe_end([completion("eos")], 64, speculates=True)
     assert "20 tokens/s per row, 0 tokens proposed because" in unforeseen
     assert terminal.describe_end([completion(None)], 64).endswith("stopped by Ctrl-C")
+    outgrown = terminal.describe_end([completion("length"), completion("length", n_tokens=10)], 16)
+    assert "context of 16 tokens, so the model saw only the last 8 to 16 of them" in outgrown
 
 
-def test_a_text_that_outgrows_the_context_is_noted():
-    said = terminal.describe_end([completion("length"), completion("length", n_tokens=10)], 16)
-    assert "context of 16 tokens, so the model saw only the last 8 to 16 of them" in said
+def test_a_number_agrees_with_its_noun():
+    found = [counted(1, "file"), counted(0, "file"), counted(2000, "file"), counted(3, "branch")]
+    assert found == ["1 file", "0 files", "2,000 files", "3 branches"]
 
 
 def test_programs_are_listed():
@@ -160,12 +163,12 @@ def test_an_interruption_loses_no_row_that_has_ended(capsys):
 
 @pytest.mark.parametrize("text", ["open", "closed\n", ""])
 def test_only_an_open_line_is_ended(text, capsys):
-    for end_line in (True, False):
+    ended = "open\n" if text == "open" else text
+    for end_line, shown in ((True, ended), (False, text)):
         output = terminal.InOrder(1)
         output.add(0, text, ended=False)
         output.flush(end_line)
-        is_ended = end_line and text == "open"
-        assert capsys.readouterr().out == text + ("\n" if is_ended else "")
+        assert capsys.readouterr().out == shown
 
 
 # What is read.

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from filelock import FileLock
+from programs import call, program
 
 from gpt.data import dataset as datasets
 from gpt.data import prepare, tokenizers
@@ -230,3 +231,53 @@ def test_a_folder_for_tokens_may_be_chosen(load, text, tmp_path):
     assert len(list((tmp_path / "large disk").glob("*/tokens.json"))) == 1
     with pytest.raises(UserError, match=r"cannot write tokens to .*a\.txt"):
         load([text], options=DataOptions(tokens=text / "a.txt"))
+
+
+# python -m gpt.data prepare: from text to a folder that train.py takes.
+
+
+def prepare_tokens(*argv):
+    return call("gpt/data/__main__", "prepare", *argv)
+
+
+@pytest.fixture
+def lines(tmp_path):
+    path = tmp_path / "data.json"
+    docs = [f"the {i} rivers and the hill" for i in range(100)]
+    path.write_text("".join(json.dumps({"content": doc}) + "\n" for doc in docs))
+    return path
+
+
+def test_text_is_prepared_once_and_trained_on_anywhere(lines, tmp_path):
+    argv = [lines, "--text-column", "content", "--tokenizer", "byte"]
+    done = prepare_tokens(*argv, "--out", tmp_path / "tokens", "--val-fraction", "0.2")
+    assert done.code == 0, done.err
+    assert "of 100 documents" in done.err and str(tmp_path / "tokens") in done.err
+    again = prepare_tokens(*argv, "--out", tmp_path / "tokens", "--val-fraction", "0.2")
+    assert again.code == 0 and "prepared in" not in again.err
+    lines.unlink()
+    moved = shutil.move(tmp_path / "tokens", tmp_path / "elsewhere")
+    notes = []
+    tokenizer, dataset = load_dataset(
+        [moved], "bpe", 300, DataOptions(), store=tmp_path / "store", log=notes.append
+    )
+    assert tokenizer.name == "byte" and len(dataset.train) > 4 * len(dataset.val) / 2 > 0
+    assert str(moved) in notes[0] and not (tmp_path / "store").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(lines, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gpt.data.prepare.tokenize", stop)
+    done = call("gpt/data/__main__", "tokenize")
+    assert done.err == "error: 'tokenize' is not a command: expected prepare\n"
+    argv = ["prepare", lines, "--text-column", "content", "--tokenizer", "byte", "--out", "x"]
+    with pytest.raises(KeyboardInterrupt):
+        program("gpt/data/__main__").main([str(word) for word in argv])
+    assert "to go on: repeat the command" in capsys.readouterr().err
+
+
+def test_options_survive_a_checkpoint(tmp_path):
+    for options in (DataOptions(), DataOptions(val_data=(tmp_path / "x",), tokens=tmp_path)):
+        assert DataOptions.from_json(json.loads(json.dumps(options.to_json()))) == options

@@ -1,8 +1,10 @@
 """Tokenizers: any text survives them, and a damaged file of one is refused."""
 
 import base64
+import json
 
 import pytest
+import standin_tokenizers
 import tiktoken
 import tiktoken.load
 from hypothesis import given, settings
@@ -166,3 +168,53 @@ def test_without_a_download_one_line_says_how_to_supply_it(name, answer, tmp_pat
         make(name)
     assert f"tiktoken.get_encoding('{name}')" in str(caught.value)
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+# Those of other programs: tokenizer.json, or vocab.json and merges.txt.
+
+
+@pytest.mark.parametrize("form", ["GPT-2", "Llama 3", "TinyLlama", "Unigram"])
+def test_a_tokenizer_json_trains_a_model_from_nothing(form, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(standin_tokenizers.make(form))
+    found = tokenizers.create(str(tmp_path / "tokenizer.json"), lambda: (), 0)
+    text = "the cat sat 今天"
+    assert max(found.encode_ordinary(text)) < found.n_vocab
+    end = {"GPT-2": "<|endoftext|>", "Llama 3": "<|end_of_text|>"}.get(form, "</s>")
+    assert found.decode([found.eot_token]) == end
+    # Another end is named as transformers does, and the folder may be given.
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "t"}}))
+    again = tokenizers.create(str(tmp_path), lambda: (), 0)
+    assert again.decode([again.eot_token]) in ("t", " t")
+    assert tokenizers.digest(tokenizers.from_json(tokenizers.to_json(again))) == tokenizers.digest(
+        again
+    )
+
+
+def test_vocab_and_merges_are_gpt2s_tokenizer(tmp_path):
+    whole = standin_tokenizers.make("GPT-2")
+    model = json.loads(whole)["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(map(" ".join, model["merges"])))
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "tokenizer.json").write_bytes(whole)
+    expected = tokenizers.load(tmp_path / "whole" / "tokenizer.json")
+    for path in (tmp_path, tmp_path / "vocab.json", tmp_path / "merges.txt"):
+        found = tokenizers.create(str(path), lambda: (), 0)
+        for text in standin_tokenizers.WILD:
+            assert found.encode_ordinary(text) == expected.encode_ordinary(text)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer.json": '{"model": {}}'}, "tokenizer.json cannot be read"),
+        ({"vocab.json": "{}"}, "no merges.txt"),
+        ({"vocab.json": "{", "merges.txt": ""}, "cannot be read"),
+        ({"other": ""}, "is neither a tokenizer nor a file"),
+    ],
+)
+def test_tokenizers_that_cannot_be_used(files, message, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        tokenizers.create(str(tmp_path), lambda: (), 0)

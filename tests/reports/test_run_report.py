@@ -128,25 +128,6 @@ def test_a_short_run_has_whole_steps_and_a_linear_scale(tmp_path):
     assert all(tick == int(tick) for tick in ticks)
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--out", "a.html"], "no run given"),
-        (["nowhere", "--out", "a.html"], "no folder nowhere: expected a run's folder"),
-        (["{empty}", "--out", "a.html"], "holds neither metrics.jsonl nor a checkpoint"),
-        (["{empty}"], "holds neither metrics.jsonl nor a checkpoint"),
-        (["{empty}", "--out", "no/such/a.html"], "does not exist"),
-        (["{empty}", "{empty}"], "add --out FILE"),
-    ],
-)
-def test_mistakes_are_one_line(argv, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where a relative --out would be
-    (tmp_path / "empty").mkdir()
-    done = call("gpt/report", *(word.format(empty=tmp_path / "empty") for word in argv))
-    assert done.code == 2 and done.err.startswith("error: ") and message in done.err
-    assert done.err.count("\n") == 1 and not list(tmp_path.glob("*.html"))
-
-
 def test_figures_of_tasks_stand_beside_the_curves(tmp_path):
     """Those that training wrote as a chart too; of those at one step the last one written."""
     for name in ("trained", "later", "never"):

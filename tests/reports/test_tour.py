@@ -121,23 +121,6 @@ def test_whole_partial_and_mixed_tokens():
     assert [one.characters for one in shown] == ["", "", "␣天", "天", "", ""]
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--out", "no/such/a.html"], "does not exist"),
-        (["--prompt", "a" * 40, "--out", "{folder}/a.html"], "at most the model's context of 16"),
-        (["--temperature", "-1", "--out", "a.html"], "temperature is -1"),
-        (["--stop", "x", "--out", "a.html"], "--stop"),
-        (["--prompt", "a", "--prompt-ids", "1", "--out", "a.html"], "exclude each other"),
-    ],
-)
-def test_mistakes_are_one_line(argv, message, trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where a relative --out would be
-    done = call("gpt/tour", trained[1], *(word.format(folder=tmp_path) for word in argv))
-    assert done.code == 2 and done.err.startswith("error: ") and message in done.err
-    assert done.err.count("\n") == 1 and not list(tmp_path.iterdir())
-
-
 # What the recorder keeps is what the forward pass computed, and what sample.py samples.
 
 
