@@ -218,14 +218,9 @@ def _parse_path(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None
     def read(words: list[str]) -> Path:
         (word,) = words
         require(
-            not re.match("https?://|www[.]", word),
-            f"{word} is an address, and nothing is downloaded: fetch it first (curl -LO {word}), "
-            "and give the path of the file",
-        )
-        require(
-            not re.match("[a-z][a-z0-9+.-]*://", word),
-            f"{word} is an address, and files are read and written through the file system only: "
-            "mount that storage (gcsfuse, s3fs, rclone), and give the path of a folder in it",
+            not re.match("[a-z][a-z0-9+.-]*://|www[.]", word),
+            f"{word} is an address: fetch it first (curl -LO {word}), or mount its storage "
+            "(gcsfuse, s3fs, rclone), and give the path of the file or folder",
         )
         return Path(os.path.expanduser(word))
 

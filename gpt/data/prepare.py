@@ -336,7 +336,10 @@ def run_task(
     report: called with the bytes of files that were read since the last call.
     """
     journal = task.folder / f"{task.number:05}.json"
-    saved = read_journal(journal, repr(task.hold_out))
+    saved = Counts(rule=repr(task.hold_out))
+    if journal.is_file():
+        found = Counts(**json.loads(journal.read_text()))
+        saved = found if found.rule == saved.rule else saved
     if saved.is_done:
         report(task.size)
         return saved
@@ -369,15 +372,6 @@ def run_task(
     return counts
 
 
-def read_journal(path: Path, rule: str) -> Counts:
-    """The progress of a task: none without a journal, or with one of another rule."""
-    if path.is_file():
-        counts = Counts(**json.loads(path.read_text()))
-        if counts.rule == rule:
-            return counts
-    return Counts(rule=rule)
-
-
 def encode(
     group: list[Part], tokenizer: Tokenizer, threads: int, marks_ends: bool
 ) -> Iterator[tuple[str, list[int]]]:
@@ -398,10 +392,7 @@ def write_journal(path: Path, counts: Counts) -> None:
 
 
 def assign(task: Task, counts: Counts, report: Callable[[int], None]) -> Iterator[Part]:
-    """Every piece of a task's text, in order: its split, the text, whether a document ends there.
-
-    Counts documents that cannot be read.
-    """
+    """Every piece of a task's text in order. Counts documents that cannot be read."""
     threshold = int(task.hold_out.share * 2**64)
     tail_from = task.hold_out.tail_from
     position = 0  # characters before the piece

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -324,5 +325,5 @@ def from_json(values: Any) -> Tokenizer:
         ranks = {token: rank for rank, token in enumerate(tokens)}
         special_tokens = contents["special_tokens"]
         return ByteLevelTokenizer(values["name"], contents["pattern"], ranks, special_tokens)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"the saved tokenizer cannot be used: {error!r}") from None
+    except (KeyError, TypeError, ValueError, zlib.error) as error:
+        raise UserError(f"the saved tokenizer is damaged: {error!r}") from None

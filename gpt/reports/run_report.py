@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from gpt import checkpoint
 from gpt.errors import UserError, require
 from gpt.reports.html import build_page, escape, table
-from gpt.training.loss_curve import smoothed
+from gpt.training.loss_curve import curve_of, smoothed
 from gpt.training.metrics import read_metrics
 
 MAX_SAMPLES = 12
@@ -51,11 +51,6 @@ class Run:
     note: str
     tokenizer: bytes | None
     last_written: datetime | None
-
-    def curve(self, metric: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric, where it was a number."""
-        points = [(r["step"], r[metric]) for r in self.records if r.get(metric) is not None]
-        return [step for step, _ in points], [value for _, value in points]
 
     @property
     def task_figures(self) -> dict[str, dict[int, dict[str, Any]]]:
@@ -88,11 +83,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
         # Some of the texts that the model wrote, evenly spaced, with the last one.
         written = read_metrics(folder / "samples.jsonl")
-        chosen = np.linspace(0, len(written) - 1, min(len(written), MAX_SAMPLES)).round()
-        samples = [
-            (written[int(i)]["step"], written[int(i)]["text"][:MAX_SAMPLE_CHARACTERS])
-            for i in chosen
-        ]
+        chosen = np.linspace(0, len(written) - 1, min(len(written), MAX_SAMPLES), dtype=int)
+        samples = [(written[i]["step"], written[i]["text"][:MAX_SAMPLE_CHARACTERS]) for i in chosen]
         settings, note = read_settings(folder)
         last_written = None
         if path.exists():
@@ -208,10 +200,10 @@ def summarize(run: Run) -> dict[str, str]:
         steps += f"<br><small>last update {run.last_written:%Y-%m-%d %H:%M}</small>"
 
     def show(metric: str, form: str, reduce: Callable = lambda values: values[-1]) -> str:
-        _, values = run.curve(metric)
+        _, values = curve_of(run.records, metric)
         return form.format(reduce(values)) if values else "–"
 
-    val_losses = zip(*run.curve("val_loss"), strict=True)
+    val_losses = zip(*curve_of(run.records, "val_loss"), strict=True)
     best = min(((loss, step) for step, loss in val_losses), default=None)
     return {
         "steps": steps,
@@ -352,7 +344,7 @@ def draw_chart(title: str, runs: Sequence[Run]) -> Figure | None:
     axes.spines[["left", "bottom"]].set_color(INK)
     axes.margins(x=0.01, y=0.04)
 
-    curves = [run.curve(metric) for run in runs for metric in metrics]
+    curves = [curve_of(run.records, metric) for run in runs for metric in metrics]
     values = [value for _, of_curve in curves for value in of_curve]
     if not values:
         return None
@@ -363,7 +355,7 @@ def draw_chart(title: str, runs: Sequence[Run]) -> Figure | None:
     for i, run in enumerate(runs):
         color = COLORS[i % len(COLORS)]
         for metric in metrics:
-            steps, values = run.curve(metric)
+            steps, values = curve_of(run.records, metric)
             style = {"color": color, "linewidth": 1.7}
             if metric in DASHED:
                 style["linestyle"] = "--"
@@ -377,7 +369,7 @@ def draw_chart(title: str, runs: Sequence[Run]) -> Figure | None:
             axes.axvline(step, color=color, linestyle=":", linewidth=1, gid=f"restart-{i}-{step}")
 
         # Triangles at the foot where the number of skipped updates has grown.
-        steps, counts = run.curve("skipped")
+        steps, counts = curve_of(run.records, "skipped")
         growth = np.diff(counts, prepend=0)
         grown = [step for step, more in zip(steps, growth, strict=True) if more > 0]
         if grown:
