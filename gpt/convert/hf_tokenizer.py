@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from gpt.convert.hf_weights import read_json
 from gpt.data import tokenizers
-from gpt.data.hf_tokenizer import CHARACTER_OF_BYTE, END_NAMES, FILE, HFTokenizer, load_library
+from gpt.data.hf_tokenizer import CHARACTER_OF_BYTE, FILE, HFTokenizer, find_end, load_library
 from gpt.errors import UserError, is_of, require
 
 # What is kept with the run beside tokenizer.json, and goes out again as it came.
@@ -59,21 +59,17 @@ def import_tokenizer(
         names = [name for name in (FILE, *COMPANIONS) if (folder / name).is_file()]
         files = {name: (folder / name).read_bytes() for name in names}
         vocabulary = load_library(files[FILE]).get_vocab(with_added_tokens=True)
-        known = set(vocabulary.values())
-        largest = max(known, default=-1)
+        largest = max(vocabulary.values(), default=-1)
         require(
             0 <= largest < n_vocab,
             f"the largest id of the tokenizer is {largest}, and the model's vocabulary is "
             f"{n_vocab:,}",
         )
-
-        # The ends of a text are those that either file names, or else a token with a usual name.
         if GENERATION in files:
             generation = read_json(folder / GENERATION)
             ends += [i for i in end_ids(generation, n_vocab) if i not in ends]
-        ends = ends or [vocabulary[name] for name in END_NAMES if name in vocabulary][:1]
-        require(bool(ends), "no token ends a text: expected an eos_token_id in config.json")
-    except UserError as error:
+        ends = ends or [find_end(files, vocabulary)]
+    except (UserError, ValueError) as error:
         raise UserError(f"{error}; --ids-only imports the model without its tokenizer") from None
 
     special_ids = {
@@ -83,7 +79,7 @@ def import_tokenizer(
     }
     tokenizer = HFTokenizer(files, n_vocab, special_ids, ends[0])
     if len(ends) > 1:
-        texts = [repr(tokenizer.decode([i])) if i in known else f"id {i}" for i in ends]
+        texts = [repr(tokenizer.decode_bytes([i]).decode("utf-8", "replace")) for i in ends]
         log(f"each of {', '.join(texts)} ends a text")
     return tokenizer
 

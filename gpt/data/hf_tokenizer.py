@@ -80,19 +80,24 @@ def open_pair(folder: Path) -> "HFTokenizer":
 def from_files(files: dict[str, bytes]) -> "HFTokenizer":
     """A tokenizer of its files alone, without a model's."""
     vocabulary = load_library(files[FILE]).get_vocab(with_added_tokens=True)
+    eot = find_end(files, vocabulary)
+    n_vocab = max(vocabulary.values()) + 1
+    return HFTokenizer(files, n_vocab, {"bos_token_id": eot, "eos_token_id": eot}, eot)
+
+
+def find_end(files: dict[str, bytes], vocabulary: dict[str, int]) -> int:
+    """The token that ends a text, by the tokenizer's files alone."""
     config = json.loads(files.get("tokenizer_config.json", b"{}"))
     end = config.get("eos_token")
     if isinstance(end, dict):
         end = end.get("content")
-    ends = [name for name in (end, *END_NAMES) if name in vocabulary]
+    ends = [vocabulary[name] for name in (end, *END_NAMES) if name in vocabulary]
     require(
         bool(ends),
         f"no token of {FILE} is known to end a text: name one as eos_token in a "
         "tokenizer_config.json beside it",
     )
-    eot = vocabulary[ends[0]]
-    n_vocab = max(vocabulary.values()) + 1
-    return HFTokenizer(files, n_vocab, {"bos_token_id": eot, "eos_token_id": eot}, eot)
+    return ends[0]
 
 
 class HFTokenizer:
