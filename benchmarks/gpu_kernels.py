@@ -150,10 +150,9 @@ def decode_loop(command: Command):
     from gpt.sampling.decode_loop import decode_chunk
 
     config, params, state, sampling = decoding(command, command.prompt_length // 8)
-    while state.cache.capacity < config.context_length:
-        state = generate.grow(config, state)
+    state = generate.grow(config, state, config.context_length)
     active_B = jnp.ones(command.rows, bool)
-    chunk = generate.CHUNK
+    chunk = generate.chunk_size(jax.default_backend())
     compiled = decode_chunk.lower(config, params, state, sampling, active_B, size=chunk).compile()
     length_B, remaining_B = jax.device_get((state.cache.length_B, state.remaining_B))
 

@@ -42,12 +42,12 @@ def main(argv: list[str]) -> int:
     from gpt import presets, sharding
     from gpt.config import MeshConfig
     from gpt.plan import absent, devices, programs
-    from gpt.sampling import decode_loop, speculation
-    from gpt.sampling.generate import CHUNK
+    from gpt.sampling import decode_loop, generate, speculation
 
     found, chip = devices.topology_devices(command.topology)
     mesh = sharding.make_mesh(MeshConfig(), found)
     config = presets.preset(command.preset).model.computing_in("bfloat16").for_sampling()
+    chunk = generate.chunk_size(sharding.platform_of(found[0]))
     weights = programs.abstract_weights(config, mesh)
 
     def count(name: str, function, *args, **static) -> tuple[float, float]:
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
             compiled = function(*placed, **static).compile()
         program = programs.PlannedProgram(name, lambda: compiled, flops=0)
         figures = absent.describe(program, compiled, mesh, chip)
-        return figures["moved_bytes"] / CHUNK, figures["expected_seconds"] / CHUNK
+        return figures["moved_bytes"] / chunk, figures["expected_seconds"] / chunk
 
     for n_rows in (1, 8):
         state, sampling = programs.abstract_decoding(config, mesh, n_rows)
@@ -68,10 +68,10 @@ def main(argv: list[str]) -> int:
         )
 
         def lower_plain(*args):
-            return decode_loop.decode_chunk.lower(config, weights, *args, size=CHUNK)
+            return decode_loop.decode_chunk.lower(config, weights, *args, size=chunk)
 
         def lower_speculative(*args):
-            shape = speculation.ChunkShape(CHUNK, command.speculate, top=0, draft=None)
+            shape = speculation.ChunkShape(chunk, command.speculate, top=0, draft=None)
             return speculation.speculate_chunk.lower(config, (weights, None), *args, shape)
 
         plain, plain_seconds = count("plain", lower_plain, state, sampling, active_B)

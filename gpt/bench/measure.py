@@ -24,7 +24,7 @@ from gpt.config import ModelConfig, TrainConfig
 from gpt.errors import require
 from gpt.hardware import timed
 from gpt.sampling import engine, generate
-from gpt.sampling.decode_loop import DecodeState, decode_chunk, find_full_rows, start_decoding
+from gpt.sampling.decode_loop import DecodeState, count_slots, decode_chunk, start_decoding
 from gpt.sampling.language_model import LanguageModel
 from gpt.sampling.prompts import pad_prompts
 from gpt.sampling.sampler import sampling_params
@@ -165,7 +165,7 @@ def measure_cell(
 def repeat(config: ModelConfig, params: dict, cell: Cell, times: Times) -> None:
     """One repeat: read and decode in chunks, then read and decode token by token."""
     state, sampling = read_prompts(config, params, cell, times)
-    chunks = decode(config, params, state, sampling, generate.CHUNK)
+    chunks = decode(config, params, state, sampling, generate.chunk_size(sharding.platform()))
     times.step.append(sum(chunks) / (cell.new_tokens - 1))
     state, sampling = read_prompts(config, params, cell, times)
     times.host_step += decode(config, params, state, sampling, 1)
@@ -203,11 +203,13 @@ def decode(config: ModelConfig, params: dict, state, sampling, chunk: int) -> li
     Growing the cache counts: it is part of what sampling waits for.
     """
     active_B = np.ones(len(state.token_B), bool)
+    n_ahead = generate.steps_ahead(sharding.platform(), chunk)
     seconds = []
     while np.any(np.asarray(state.remaining_B) > 0):
         start = hardware.clock()
-        if np.any(find_full_rows(state)):
-            state = generate.grow(config, state)
+        n_slots = int(count_slots(state, n_ahead))
+        if n_slots > state.cache.capacity:
+            state = generate.grow(config, state, n_slots)
         found = decode_chunk(config, params, state, sampling, active_B, chunk)
         state, *_ = jax.block_until_ready(found)
         seconds.append(hardware.clock() - start)

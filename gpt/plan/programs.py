@@ -39,7 +39,7 @@ def planned(config: TrainConfig, mesh: Mesh) -> list[PlannedProgram]:
     c = config.model.for_sampling()
     n_rows = count_rows(mesh)
     n_prompt = prompt_length(c)
-    chunk = generate.CHUNK
+    chunk = generate.chunk_size(sharding.platform_of(mesh.devices.flat[0]))
     n_tokens = config.batch_size * config.sequence_length
     train_flops = n_tokens * flops.train_flops_per_token(c) / mesh.size
     prefill_flops = n_rows * flops.forward_flops(c, n_prompt, n_logit_positions=1) / mesh.size

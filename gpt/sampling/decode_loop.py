@@ -69,6 +69,15 @@ def find_full_rows(state: DecodeState) -> jax.Array:
     return (state.remaining_B > 0) & (state.cache.length_B >= state.cache.capacity)
 
 
+@partial(jax.jit, static_argnames="n_steps")
+def count_slots(state: DecodeState, n_steps: int) -> jax.Array:
+    """Slots of the cache that the next `n_steps` steps fill, int32: those of the row that will be
+    the longest, counting no more tokens than it may still gain; 0 if all rows are done."""
+    gained_B = jnp.minimum(state.remaining_B, n_steps)
+    filled_B = jnp.where(gained_B > 0, state.cache.length_B + gained_B, 0)
+    return filled_B.max()
+
+
 def start_decoding(
     state: DecodeState, logits_BV: jax.Array, sampling: SamplingParams, top: int = 0
 ) -> tuple[DecodeState, SampledTokens]:

@@ -21,6 +21,7 @@ from gpt.sampling.completion import Completion, Piece, Row
 from gpt.sampling.decode_loop import (
     DecodeState,
     SampledTokens,
+    count_slots,
     decode_chunk,
     find_full_rows,
     reread,
@@ -29,24 +30,42 @@ from gpt.sampling.decode_loop import (
 from gpt.sampling.prompts import PaddedPrompts, Prompt, make_rows, pad_prompts
 from gpt.sampling.sampler import SamplingParams, logit_bias, sampling_params
 from gpt.sampling.settings import Settings
-from gpt.sharding import on_mesh
+from gpt.sharding import on_mesh, platform
 
-CHUNK = 16  # decode steps per call of the device: text appears this often
 MAX_INT32 = 2**31 - 1
+
+
+def chunk_size(device: str) -> int:
+    """Decode steps per call of a device of this platform; text appears this often.
+
+    Each call costs a GPU's host some 2 ms, in which the GPU has nothing to do: as long as five
+    steps of gpt2.
+    """
+    return 16 if device == "cpu" else 64
+
+
+def steps_ahead(device: str, chunk: int) -> int:
+    """Steps for which the cache must have room before a chunk begins.
+
+    A CPU reads all slots in each step, and ends a chunk when the cache is full. An accelerator
+    reads only the filled slots, and takes all steps of a chunk even if the cache is full.
+    """
+    return 1 if device == "cpu" else chunk
 
 
 def stream(
     model,
     prompts: Sequence[Prompt],
     settings: Settings | Sequence[Settings],
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     top: int = 0,
     hints: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[Piece]:
     """Complete `prompts`, texts or token ids, together; hand out each row's text as it appears.
 
     `model` is a LanguageModel. `settings`: for all prompts, or one for each. `chunk`: decode steps
-    per call of the device; it changes no token. `top`: likeliest tokens to report at each step.
+    per call of the device, by default `chunk_size`; it changes no token. `top`: likeliest tokens to
+    report at each step.
     `hints`: for each row, token ids that its text may resemble; speculation looks through them
     too.
     Raises UserError here, not at the first piece, if a prompt exceeds the context or the settings
@@ -72,15 +91,18 @@ def _stream(
     rows: list[Row],
     padded: PaddedPrompts,
     sampling: SamplingParams,
-    chunk: int,
+    chunk: int | None,
     top: int,
 ) -> Iterator[Piece]:
     """`stream` after its checks, which a generator would put off until its first piece is asked
     for."""
     prefill_timer, decode_timer = Stopwatch(), Stopwatch()
     with prefill_timer, on_mesh(model.mesh):
+        chunk = chunk or chunk_size(platform())
+        n_ahead = steps_ahead(platform(), chunk)
         state, sampled = start(model, rows, padded, sampling, top)
-        sampled, full_B = jax.device_get((sampled, find_full_rows(state)))
+        found = sampled, find_full_rows(state), count_slots(state, n_ahead)
+        sampled, full_B, n_slots = jax.device_get(found)
 
     speculates = any(row.settings.speculate for row in rows)
     speculation = None
@@ -112,10 +134,10 @@ def _stream(
         with decode_timer:
             recompilations.begin()
             capacity = state.cache.capacity
-            must_make_room = bool(full_B.any())
+            must_make_room = bool(n_slots > capacity or full_B.any())
             draft_has_read = speculation is not None and speculation.draft_cache is not None
             with on_mesh(model.mesh), compilations.of(batch=len(rows)):
-                state = make_room(model, state, rows, full_B)
+                state = make_room(model, state, rows, int(n_slots), full_B)
                 if speculates:
                     state, speculation, sampled = speculating.run_chunk(
                         model, rows, state, speculation, sampling, chunk, top
@@ -127,11 +149,11 @@ def _stream(
                             model.config, model.params, state, sampling, active_B, chunk, top
                         )
                 record = speculation.record if speculates else None
-                found = sampled, find_full_rows(state), record
+                found = sampled, find_full_rows(state), count_slots(state, n_ahead), record
             shape = capacity, must_make_room, draft_has_read, sampled.tokens_BC.shape
             recompilations.end(shape, state.cache.capacity)
             yield from pieces
-            sampled, full_B, record = jax.device_get(found)
+            sampled, full_B, n_slots, record = jax.device_get(found)
 
     for row in rows:
         require(
@@ -184,19 +206,20 @@ def start(
         return start_decoding(state, logits_BV, sampling, top)
 
 
-def make_room(model, state: DecodeState, rows: Sequence[Row], full_B: np.ndarray) -> DecodeState:
-    """The state with room for the next token of each row, of which `full_B` have filled the cache:
-    the cache grows up to the context, and then these rows slide."""
-    if not full_B.any():
-        return state
-    if state.cache.capacity < model.config.context_length:
-        return grow(model.config, state)
-    return slide(model, state, rows, full_B)
+def make_room(
+    model, state: DecodeState, rows: Sequence[Row], n_slots: int, full_B: np.ndarray
+) -> DecodeState:
+    """The state with room for the next token of each row: the cache grows to `n_slots`, but at most
+    to the context, and rows that have filled that, `full_B`, slide."""
+    capacity = state.cache.capacity
+    if capacity < min(n_slots, model.config.context_length):
+        return grow(model.config, state, n_slots)
+    return slide(model, state, rows, full_B) if full_B.any() else state
 
 
-def grow(config: ModelConfig, state: DecodeState) -> DecodeState:
-    """The state with a cache of the next size, up to the context."""
-    capacity = engine.bucket(state.cache.capacity + 1, config.context_length)
+def grow(config: ModelConfig, state: DecodeState, n_slots: int) -> DecodeState:
+    """The state with a cache of at least `n_slots`, up to the context."""
+    capacity = engine.bucket(min(n_slots, config.context_length), config.context_length)
     with compilations.of(capacity=capacity):
         return replace(state, cache=engine.grow(state.cache, capacity))
 

@@ -26,7 +26,8 @@ from gpt.sampling.settings import Settings
 from gpt.sharding import platform
 
 BLOCK = 256  # tokens whose probabilities are summed before one of them is looked up
-DIGIT = 7  # bits of a threshold that an accelerator finds at once
+DIGIT = 3  # bits of a threshold that an accelerator finds at once
+PART = 1024  # entries of a row that an accelerator sums before it sums these sums
 
 
 @jax.tree_util.register_dataclass
@@ -176,16 +177,25 @@ def by_halves(bits_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) -> 
 
 def by_digits(bits_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) -> jax.Array:
     """As `by_halves`, several bits at a time, with a sum for each value that they may have: for
-    accelerators, which compute the sums side by side but wait for every step."""
+    accelerators, which compute the sums side by side but wait for every step.
+
+    The sums are taken over parts of a row, and then over the parts. Only so does XLA compute all
+    sums of a step in one kernel, which reads the row once.
+    """
+    padding = [(0, 0), (0, -bits_BV.shape[1] % PART)]
+    bits_BRC = jnp.pad(bits_BV, padding).reshape(len(bits_BV), -1, PART)
+    weight_BRC = jnp.pad(weight_BV, padding).reshape(bits_BRC.shape)
     low_B = jnp.zeros(len(bits_BV), jnp.uint32)
     shift = 32
     while shift > 0:
         n_bits = min(DIGIT, shift)
         shift -= n_bits
-        values_J = np.arange(1, 1 << n_bits, dtype=np.uint32) << np.uint32(shift)
-        threshold_BJ = low_B[:, None] | values_J
-        is_above_BVJ = bits_BV[:, :, None] >= threshold_BJ[:, None]
-        above_BJ = jnp.sum(jnp.where(is_above_BVJ, weight_BV[:, :, None], 0), axis=1)
+        sums = []
+        for value in range(1, 1 << n_bits):
+            threshold_B = low_B | jnp.uint32(value << shift)
+            is_above_BRC = bits_BRC >= threshold_B[:, None, None]
+            sums.append(jnp.sum(jnp.where(is_above_BRC, weight_BRC, 0), axis=-1))
+        above_BJ = jnp.stack(sums, axis=1).sum(-1)
         digit_B = jnp.sum(above_BJ >= target_B[:, None], axis=-1, dtype=jnp.uint32)
         low_B |= digit_B << shift
     return low_B

@@ -120,9 +120,13 @@ def run_chunk(
     if draft is not None:
         draft_config = draft.config
         draft_params = draft.params
-        draft_cost = flops.weight_bytes(draft.config) / flops.weight_bytes(model.config)
+        draft_cost = cost_of_draft(draft.config, model.config)
     agreement_B = np.asarray(speculation.record.agreement_B)
     n_proposals = choose_n_proposals(limit_B * active_B, agreement_B, draft_cost)
+    # An accelerator takes all steps of a chunk, even if no row needs them: as many as gain the same
+    # number of tokens where all proposals are right.
+    if platform() != "cpu":
+        chunk = max(chunk // (n_proposals + 1), 1)
 
     with compilations.of(capacity=state.cache.capacity, top=top, proposals=n_proposals):
         draft_cache = None
@@ -137,6 +141,16 @@ def run_chunk(
             active_B,
             ChunkShape(chunk, n_proposals, top, draft_config),
         )
+
+
+def cost_of_draft(draft: ModelConfig, model: ModelConfig) -> float:
+    """The time of a step of the draft, as a share of a plain step of the model."""
+    share_of_bytes = flops.weight_bytes(draft) / flops.weight_bytes(model)
+    if platform() == "cpu":
+        return share_of_bytes
+    # A step of a small model takes as long as launching its kernels does, of which each layer has
+    # the same number.
+    return max(share_of_bytes, draft.n_layers / model.n_layers)
 
 
 def choose_n_proposals(

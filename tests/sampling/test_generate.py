@@ -154,9 +154,10 @@ def test_the_device_stops_when_all_rows_have(monkeypatch):
     assert len(calls) == 3
 
 
-def test_chunks_of_fixed_length_give_the_same_text(monkeypatch):
-    """As on an accelerator: rows that are done or have filled the cache draw nothing meanwhile."""
-    model = make_model(dataclasses.replace(CONFIG, context_length=48, n_layers=1))
+def test_chunks_of_fixed_length_give_the_same_text(monkeypatch, watch):
+    """As on an accelerator: rows that are done or have filled the context draw nothing meanwhile,
+    and the cache grows before a chunk would fill it, at once to the size that the chunk needs."""
+    model = make_model(dataclasses.replace(CONFIG, context_length=96, n_layers=1))
     settings = [
         Settings(max_new_tokens=90, temperature=0.9, on_context_full="slide", ignore_eos=True),
         Settings(max_new_tokens=5, temperature=0, repetition_penalty=1.5),
@@ -164,9 +165,12 @@ def test_chunks_of_fixed_length_give_the_same_text(monkeypatch):
         Settings(max_new_tokens=70, min_p=0.05, stop=("e",)),
     ]
     expected = generate.complete(model, PROMPTS, settings, top=2)
-    for module in (sampler, decode_loop):
+    for module in (sampler, decode_loop, generate):
         monkeypatch.setattr(module, "platform", lambda: "gpu")
+    chunks = watch(generate, "decode_chunk")
     found = generate.complete(model, PROMPTS, settings, top=2)
+    assert {state.cache.capacity for _, _, state, *_ in chunks} == {96}
+    assert {size for *_, size, _ in chunks} == {64}
     for one, other in zip(found, expected, strict=True):
         assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
         assert one.logprobs == other.logprobs and one.top == other.top

@@ -12,7 +12,7 @@ from gpt.compile_log import compilations
 from gpt.data.tokenizers import IdTokenizer
 from gpt.errors import UserError
 from gpt.model import int8
-from gpt.sampling import generate, speculation
+from gpt.sampling import decode_loop, generate, sampler, speculation
 from gpt.sampling.completion import NO_TOKEN
 from gpt.sampling.settings import Settings
 
@@ -105,6 +105,27 @@ def test_a_draft_that_is_the_model_is_always_right(model, monkeypatch):
         assert found.token_ids == plain.token_ids
         assert found.accepted == found.proposed == n_accepted
         assert limit == 4 or compilations.programs == before
+
+
+def test_a_chunk_of_an_accelerator_has_as_many_tokens_whatever_is_proposed(
+    model, watch, monkeypatch
+):
+    """It takes all steps of a chunk, so those must not be many more than the text needs."""
+    plain = complete_plainly(model)
+    for module in (sampler, decode_loop, speculation, generate):
+        monkeypatch.setattr(module, "platform", lambda: "gpu")
+    chunks = watch(speculation, "speculate_chunk")
+    foreseen = complete(model, hints=[hint_of(plain)])
+    assert foreseen.token_ids == plain.token_ids and foreseen.accepted == 24
+    assert [(args[-1].n_proposals, args[-1].size) for args in chunks] == [(4, 12)]
+
+
+def test_a_small_draft_costs_an_accelerator_its_layers(model, monkeypatch):
+    """Its weights are few, but each of its kernels takes as long to launch as the model's."""
+    draft = dataclasses.replace(CONFIG, n_layers=1, n_heads=1, d_model=8)
+    on_cpu = speculation.cost_of_draft(draft, CONFIG)
+    monkeypatch.setattr(speculation, "platform", lambda: "gpu")
+    assert on_cpu < 0.2 < speculation.cost_of_draft(draft, CONFIG) == 1 / CONFIG.n_layers
 
 
 def test_int8_weights_draw_the_same_text(model, monkeypatch):
