@@ -39,7 +39,7 @@ if importlib.util.find_spec("tyro") is None:
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from gpt.errors import Failed, UserError, is_of, is_out_of_memory, require
+from gpt.errors import Failed, UserError, is_out_of_memory, require
 
 Args = TypeVar("Args")
 
@@ -119,7 +119,8 @@ NO_VALUE = re.compile(r"Missing value for argument '(.*?)'\. Expected (\d+)")
 NO_CHOICE = re.compile(r"invalid choice '(.*?)' for argument '(.*?)'\. .*? of (\(.*\))")
 NO_PAIR = re.compile(r"Error parsing (--\S+): Failed to parse key-value pairs")
 TOO_FEW = re.compile(r"Error parsing (--\S+): no type matching .* did not match .* count (\d+)")
-NO_NUMBER = re.compile(r"Error parsing (--\S+): (is .*: expected .*)")  # as _parse_number says it
+NO_NUMBER = re.compile(r"Error parsing (--\S+): .*(int\(\)|to float).*?: ('.*?')")
+NO_WORD = re.compile(r"does not match choices \('(\w+)',\)")  # beside NO_NUMBER: "auto", or "None"
 
 
 def reword(problem: str) -> str:
@@ -144,7 +145,9 @@ def reword(problem: str) -> str:
     if found := TOO_FEW.match(problem):
         return f"{found[1]} needs {found[2]} values after it"
     if found := NO_NUMBER.match(problem):
-        return f"{found[1]} {found[2]}"
+        expected = ["a number" if found[2] == "to float" else "an integer"]
+        expected += [word for word in NO_WORD.findall(problem) if word != "None"]
+        return f"{found[1]} is {found[3]}: expected {' or '.join(expected)}"
     return problem.rstrip(".")
 
 
@@ -170,44 +173,6 @@ def suggest(flag: str, known: list[str], guesses: dict[str, str]) -> str:
 
 
 constructors = ConstructorRegistry()
-
-
-@constructors.primitive_rule
-def _parse_number(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """How tyro reads a number, which may be None or a word, such as `auto`, instead. The error for
-    anything else says what was expected in a user's words."""
-    is_union = typing.get_origin(type_info.type) in (typing.Union, types.UnionType)
-    kinds = typing.get_args(type_info.type) if is_union else (type_info.type,)
-    if int in kinds:
-        number, expected = int, "an integer"
-    elif float in kinds:
-        number, expected = float, "a number"
-    else:
-        return None
-    others = {}
-    for kind in kinds:
-        if kind is types.NoneType:
-            others["None"] = None
-        for word in typing.get_args(kind):
-            others[word] = word
-            expected += f" or {word}"
-
-    def read(words: list[str]) -> int | float | str | None:
-        (word,) = words
-        if word in others:
-            return others[word]
-        try:
-            return number(word)
-        except ValueError:
-            raise ValueError(f"is {word!r}: expected {expected}") from None
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=number.__name__.upper(),
-        instance_from_str=read,
-        is_instance=lambda instance: is_of(instance, type_info.type),
-        str_from_instance=lambda instance: [str(instance)],
-    )
 
 
 @constructors.primitive_rule
