@@ -50,7 +50,7 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     run.require_same_everywhere()
     if args.dry_run:
         run_plan.print_memory(config, mesh, args.memory_bytes, console.print)
-        console.print(f"dry run        nothing is kept; the run would be in {out}")
+        console.print(f"dry run        nothing is written; the run would be in {out}")
         return 0
     if args.verify_resume:
         return verify.verify_resume(run, fit, note_once)
@@ -63,10 +63,12 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
         code = fit(run, state, run.config.steps)
     else:
         steps = resume.describe_steps(run.config)
-        console.print(f"complete       {steps}; --resume {out} --extend STEPS trains on")
+        console.print(f"complete       {steps}; to train longer: --resume {out} --extend STEPS")
         code = run.finish()
     if code:
-        console.print(f"stopped        to go on: {cli.command('train.py', '--resume', str(out))}")
+        console.print(
+            f"stopped        to continue: {cli.command('train.py', '--resume', str(out))}"
+        )
     console.print(f"sample it      {cli.command('sample.py', str(out), '--prompt', 'TEXT')}")
     return code
 

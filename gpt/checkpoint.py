@@ -241,7 +241,7 @@ def read_record(folder: str | Path, step: int) -> dict[str, Any]:
         text = (path / "_CHECKPOINT_METADATA").read_text(encoding="utf-8")
         record = json.loads(text)["custom_metadata"]
     if record.pop("sha256", None) != _sha256(record):
-        raise Damaged(f"{path} is damaged: its metadata differ from their digest")
+        raise Damaged(f"{path} is damaged: its metadata does not match its digest")
     maker = "a later" if record.get("format", 0) > FORMAT else "an earlier"
     require(
         record.get("format") == FORMAT,

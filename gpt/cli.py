@@ -30,8 +30,8 @@ from typing import NoReturn, TypeVar
 
 if importlib.util.find_spec("tyro") is None:
     print(
-        "error: this Python lacks what the project needs: type `make setup` once, then "
-        "`source .venv/bin/activate`",
+        "error: the packages that this project needs are not installed: run `make setup` once, "
+        "then `source .venv/bin/activate`",
         file=sys.stderr,
     )
     sys.exit(2)
@@ -108,7 +108,7 @@ def parse(
         lines = re.findall(pattern, printed.getvalue(), re.MULTILINE)
         flags = [flag for line in lines for flag in line if flag]
         guess = suggest(unknown[1], flags, guesses or {})
-        sentence = f"there is no flag {unknown[1]}{guess}"
+        sentence = f"unknown flag {unknown[1]}{guess}"
     raise UserError(f"{sentence}; see {program} --help")
 
 
@@ -126,7 +126,7 @@ NO_WORD = re.compile(r"does not match choices \('(\w+)',\)")  # beside NO_NUMBER
 def reword(problem: str) -> str:
     """A message of tyro about the command line, in a user's words if its form is known."""
     if found := UNKNOWN_WORDS.match(problem):
-        return f"{found[1]} is not understood: each value needs its flag before it, once per value"
+        return f"unexpected argument {found[1]}: each value needs its own flag before it"
     if found := MISSING.match(problem):
         return f"{found[1]} is missing: {found[2]}"
     if found := NO_VALUE.match(problem):
@@ -177,14 +177,14 @@ constructors = ConstructorRegistry()
 
 @constructors.primitive_rule
 def _parse_path(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """How tyro reads a path: `~`, which a shell leaves as it is in `--out=~/runs`, is expanded; an
-    address such as gs://bucket/run is a UserError, since it would be taken for a local folder."""
+    """How tyro reads a path: `~`, which a shell leaves as it is in `--out=~/runs`, is expanded.
+    UserError for a URL such as gs://bucket/run, which would be taken for a local folder."""
 
     def read(words: list[str]) -> Path:
         (word,) = words
         require(
             not re.match("[a-z][a-z0-9+.-]*://|www[.]", word),
-            f"{word} is an address: fetch it first (curl -LO {word}), or mount its storage "
+            f"{word} is a URL: fetch it first (curl -LO {word}), or mount its storage "
             "(gcsfuse, s3fs, rclone), and give the path of the file or folder",
         )
         return Path(os.path.expanduser(word))
@@ -213,8 +213,8 @@ def flags_given(argv: list[str]) -> set[str]:
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main` with the command line and leave with the exit code it returns (None: 0).
 
-    A user's mistake and a lack of memory print one line that begins with `error: ` and exit with
-    code 2, Failed the same with code 1. Ctrl-C exits with 130, or with the code that the
+    A user's mistake, or running out of memory, prints one line that begins with `error: ` and exits
+    with code 2; Failed does the same with code 1. Ctrl-C exits with 130, or with the code that the
     KeyboardInterrupt carries. A reader that closes the pipe (`| head`) ends the program quietly.
     Anything else is a bug in this project and keeps its traceback.
     """

@@ -121,8 +121,9 @@ def connect(processes: Any, environ: Mapping[str, str], log: Callable[[str], Non
     # JAX aborts the process with a stack trace if its own timeout runs out, so ours is shorter.
     def give_up():
         log(
-            f"error: the {expected} of this run, {found}, did not all come within {JOIN_SECONDS} "
-            "seconds: start them all, or give --num-processes 1 to train in this process alone"
+            f"error: the {expected} of this run, {found}, did not all connect within "
+            f"{JOIN_SECONDS} seconds: start them all, or give --num-processes 1 to train in this "
+            "process alone"
         )
         os._exit(2)
 

@@ -102,7 +102,7 @@ def default_dtype() -> str:
     except (RuntimeError, AssertionError):  # the latter is how JAX 0.10 says it
         raise UserError(
             f"JAX_PLATFORMS is {jax.config.jax_platforms!r}, and JAX finds no such device: install "
-            "what drives it (pip install -e '.[cuda]' for NVIDIA GPUs, '.[tpu]' for "
+            "its plugin (pip install -e '.[cuda]' for NVIDIA GPUs, '.[tpu]' for "
             "TPUs), or leave JAX_PLATFORMS unset"
         ) from None
     return "float32" if backend == "cpu" else "bfloat16"

@@ -1,4 +1,4 @@
-"""The flags of sample.py, the mode that they ask for, and which of them exclude each other."""
+"""The flags of sample.py, the mode that they ask for, and which of them cannot be combined."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -41,7 +41,7 @@ class Args:
     prompt_ids: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Token ids to continue, separated by spaces: "1 2 3"."""
     prefix: Annotated[Prefix | None, optional("{bos,eos,none}", "as its tokenizer has it")] = None
-    """What stands before each text: beginning-of-text, end-of-text or nothing. By default what the
+    """What precedes each text: beginning-of-text, end-of-text or nothing. By default what the
     model's tokenizer puts there, or else end-of-text before a scored text and an empty prompt."""
     interactive: bool = False
     """Complete each line that you type. Ctrl-C ends the completion, Ctrl-D the program."""
@@ -51,7 +51,7 @@ class Args:
     in place of looking them up."""
     beam_width: int = 1
     """Above 1: search for the likeliest texts, following this many at once, instead of sampling;
-    --num-samples are then the best ones found."""
+    --num-samples is then how many of the best to print."""
     length_penalty: float = 1.0
     """Beam search: exponent of the length that divides a text's log-probability."""
     early_stopping: Annotated[bool | Literal["never"], EARLY_STOPPING] = False
@@ -59,7 +59,7 @@ class Args:
     them (False), or when none can (never), as in Hugging Face transformers."""
     show_probs: Annotated[int | None, optional("INT")] = None
     """Show this many likeliest next tokens, after prefill and at each step; * marks the chosen one.
-    Each different number compiles the loop again."""
+    Each new number compiles another loop."""
     score: Annotated[str | None, optional("TEXT")] = None
     """Do not sample: print how likely this text is, token by token."""
     score_file: Annotated[Path | None, optional("FILE")] = None
@@ -69,8 +69,8 @@ class Args:
     window: Annotated[int | None, optional("INT", "the context")] = None
     """Scoring: tokens that are read at once; a longer text is read in several windows."""
     stride: Annotated[int | None, optional("INT", "half the window")] = None
-    """Scoring: tokens from one window to the next; fewer give each token more context, and take
-    longer."""
+    """Scoring: tokens from one window to the next; a smaller stride gives each token more context
+    and takes longer."""
     check: bool = False
     """Do not sample: check the cache contract on this model; exit code 1 if it does not hold."""
     json: bool = False
@@ -78,13 +78,13 @@ class Args:
     verbose: bool = False
     """Report the programs that were compiled, with their shapes and seconds."""
     step: Annotated[int | None, optional("INT", "the newest")] = None
-    """Take the checkpoint of this step."""
+    """Use the checkpoint of this step."""
     dtype: Annotated[Dtype | None, optional(DTYPES, "float32 on CPU, else bfloat16")] = None
     """Data type to compute in."""
     weights: Annotated[Weights | None, optional("{ema,raw}", "the average if one is kept")] = None
     """The average over the run, or the last weights."""
     quantize: Annotated[Quantize | None, optional("{int8}")] = None
-    """Keep matrices as int8: a quarter of their memory; --score tells what it does to the loss."""
+    """Keep matrices as int8: a quarter of the memory; --score shows what this does to the loss."""
     mesh: MeshConfig = ONE_DEVICE
     compile_cache: bool = True
     """Keep compiled programs in your cache folder for the next run."""
@@ -108,10 +108,10 @@ USED_BY = {
 
 
 def parse_args(argv: list[str], description: str) -> tuple[Args, str]:
-    """The flags, and the mode that they ask for; UserError for flags that exclude each other or
+    """The flags, and the mode that they ask for; UserError for flags that cannot be combined or
     have no effect."""
     if len(argv) > 1 and not argv[0].startswith("-") and not argv[1].startswith("-"):
-        raise UserError(f"{argv[1]!r} has no flag before it: a text to continue is --prompt TEXT")
+        raise UserError(f"unexpected argument {argv[1]!r}: to continue a text, use --prompt TEXT")
     args = cli.parse(Args, argv, program="sample.py", description=description, guesses=GUESSES)
     each(positive, args, "window stride show_probs beam_width")
     # Of two biases for the same token only the last would be left.
@@ -125,7 +125,7 @@ def parse_args(argv: list[str], description: str) -> tuple[Args, str]:
     sources = sorted(given & (PROMPTS | SCORES | {"check", "interactive"}))
     require(
         len(sources) < 2,
-        f"{' and '.join(map(terminal.flag, sources))} exclude each other: choose one",
+        f"{' and '.join(map(terminal.flag, sources))} cannot be combined: choose one",
     )
     mode = "generate"
     if args.check:
@@ -175,5 +175,7 @@ def read_inputs(args: Args) -> list:
         return [terminal.parse_ids("--prompt-ids", ids) for ids in args.prompt_ids]
     if not args.prompt and not args.check and not args.interactive and terminal.has_piped_text():
         # Not read unasked: a loop or a script that the shell reads from there would lose its rest.
-        terminal.note("note: standard input is not read; --prompt-file - takes the prompt from it")
+        terminal.note(
+            "note: standard input is not read; use --prompt-file - to read a prompt from it"
+        )
     return [*args.prompt] or [""]

@@ -259,7 +259,7 @@ def read_text(flag: str, path: Path) -> str:
         raise UserError(f"{flag} {path}: {error.strerror}; expected a text file") from None
     text = content.decode("utf-8", "replace")
     if text.encode() != content:
-        note(f"note: {flag} {path} is not valid UTF-8: what cannot be decoded is read as U+FFFD")
+        note(f"note: {flag} {path} is not valid UTF-8: invalid bytes are read as U+FFFD")
     return text
 
 

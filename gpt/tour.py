@@ -60,7 +60,7 @@ class Command:
 def main(argv: list[str]) -> None:
     command = cli.parse(Command, argv, program="python -m gpt.tour", description=__doc__)
     both = command.prompt is not None and command.prompt_ids is not None
-    require(not both, "--prompt and --prompt-ids exclude each other: choose one")
+    require(not both, "--prompt and --prompt-ids cannot be combined: choose one")
     out = command.out or command.checkpoint / "tour.html"
     if command.out:
         require_file_path("--out", out)

@@ -47,19 +47,19 @@ GUESSES = {
 
 @dataclass(frozen=True)
 class Processes:
-    """How this process meets the others of its run: by flags, or from what a launcher has set.
+    """How this process finds the others of its run: by flags, or by what a launcher has set.
 
     SLURM, Open MPI, Kubernetes and Cloud TPU are recognized.
     """
 
     coordinator: Annotated[str | None, optional("HOST:PORT")] = None
-    """Where the first of several processes listens; not needed under a launcher."""
+    """Address at which process 0 listens; not needed under a launcher."""
     num_processes: Annotated[int | None, optional("INT")] = None
-    """How many processes train together; 1: this one alone, whatever the environment says."""
+    """Number of processes that train together; 1: this one alone, whatever a launcher has set."""
     process_id: Annotated[int | None, optional("INT")] = None
-    """Which of them this one is, from 0; the first one writes logs and checkpoint metadata."""
+    """Number of this process, from 0; process 0 writes logs and checkpoint metadata."""
     heartbeat: int = 60
-    """Seconds without a sign of life after which a process counts as dead and all others end."""
+    """Seconds without a heartbeat after which a process counts as dead and all others exit."""
 
     def __post_init__(self):
         positive("heartbeat", self.heartbeat)
@@ -130,9 +130,9 @@ class Args:
     eval_tasks: Annotated[str | None, optional("NAME,NAME,...")] = None
     """Tasks of lm-eval to evaluate the model on while it trains (docs/evaluate.md)."""
     eval_tasks_every: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 1000
-    """Steps between evaluations on these tasks. The last step is followed by one too."""
+    """Steps between evaluations on these tasks; another one follows the last step."""
     eval_tasks_limit: int = 200
-    """Use only the first questions of each task, this many."""
+    """Ask only this many questions of each task, the first ones."""
     eval_tasks_path: Annotated[Path | None, optional("DIR")] = None
     """A folder with tasks of your own."""
     profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
@@ -143,7 +143,7 @@ class Args:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = PRESETS["tiny"]
 
     def __post_init__(self):
-        require(self.data != (), "--data names nothing: give at least one path")
+        require(self.data != (), "--data needs at least one path")
         not_negative("profile", self.profile)
         positive("eval_tasks_every", self.eval_tasks_every)
         positive("eval_tasks_limit", self.eval_tasks_limit)
@@ -152,7 +152,7 @@ class Args:
         not_negative("extend", self.extend)
         require(
             self.resume is None or self.minutes is None,
-            "--minutes settles the steps of a new run: drop --minutes or --resume",
+            "--minutes sets the number of steps of a new run: drop --minutes or --resume",
         )
         require(
             self.resume is None or not (self.out or self.overwrite or self.init_from),
@@ -170,7 +170,7 @@ class Args:
             return
         require(
             self.devices is None or self.topology is None,
-            "--devices and --topology exclude each other: choose virtual devices of this CPU, or "
+            "--devices and --topology cannot be combined: choose virtual devices of this CPU, or "
             "accelerators",
         )
         require(
@@ -211,7 +211,7 @@ def parse_args(argv: list[str], description: str) -> Args:
     preset = first if first in PRESETS else "tiny"
     require(
         first.startswith("-") or preset == first or not Path(first).is_file(),
-        f"{first} is a file, and the first word names a preset: train on it with --data {first}",
+        f"{first} is a file, but the first word must be a preset: train on it with --data {first}",
     )
     default = Args(preset=preset, config=PRESETS[preset])
     options = {"program": "train.py", "description": description, "guesses": GUESSES}
@@ -219,11 +219,11 @@ def parse_args(argv: list[str], description: str) -> Args:
     require(args.preset == preset, f"{args.preset} must come first: train.py {args.preset} ...")
     require(
         args.minutes is None or "steps" not in cli.flags_given(argv),
-        "--minutes and --steps exclude each other: choose how long to train",
+        "--minutes and --steps cannot be combined: choose one",
     )
     require(
         args.extend == 0 or "steps" not in cli.flags_given(argv),
-        f"--extend and --steps exclude each other: --extend {args.extend} adds to the steps that "
+        f"--extend and --steps cannot be combined: --extend {args.extend} adds to the steps that "
         "the run has, so drop --steps",
     )
     require(
@@ -232,7 +232,7 @@ def parse_args(argv: list[str], description: str) -> Args:
     )
     names_no_text = args.data is None and not args.resume and not args.plans_absent
     if names_no_text and terminal.has_piped_text():
-        terminal.note("note: standard input is not read; --data - takes the text from it")
+        terminal.note("note: standard input is not read; use --data - to read text from it")
     if args.data and Path("-") in args.data:
         kept = cli.keep_stdin()
         args = replace(args, data=tuple(kept if one == Path("-") else one for one in args.data))

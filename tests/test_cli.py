@@ -62,12 +62,12 @@ UNREADABLE = {
     "tinny": "; did you mean tiny?;",
     "--dtype float8": "--dtype is 'float8': expected one of",
     "--mesh.data x": "--mesh.data is 'x'",
-    "tiny extra": "extra is not understood",
+    "tiny extra": "unexpected argument extra",
     "--learning-rate nan": "learning_rate is nan: expected a positive number",
     # The flags of other programs, and slips.
-    "--stepz 5": "there is no flag --stepz: did you mean --steps?; see train.py --help",
-    "--lr 1": "there is no flag --lr: did you mean --learning-rate?",
-    "--epochs=3": "there is no flag --epochs: the length is set by --steps or --minutes,",
+    "--stepz 5": "unknown flag --stepz: did you mean --steps?; see train.py --help",
+    "--lr 1": "unknown flag --lr: did you mean --learning-rate?",
+    "--epochs=3": "unknown flag --epochs: the length is set by --steps or --minutes,",
     "--max_iters 1": "did you mean --steps?",
     "--block-size 1": "did you mean --seq-len?",
     "--n-layer 1": "did you mean --model.n-layers?",
@@ -77,7 +77,7 @@ UNREADABLE = {
     "--warmup 1": "did you mean --warmup-steps?",  # the beginning
     "--device 1": "JAX_PLATFORMS=cpu",
     "--config 1": "names a preset",
-    "--file-system x": "there is no flag --file-system; see train.py --help",  # nothing absurd
+    "--file-system x": "unknown flag --file-system; see train.py --help",  # nothing absurd
 }
 
 

@@ -121,7 +121,7 @@ def test_if_the_others_never_come_the_first_says_so_at_once_and_ends_with_one_er
     assert error.startswith(
         f"error: the 2 processes of this run, at localhost:{port}, did not all "
     )
-    assert "all come within 2 seconds" in error and "--num-processes 1" in error
+    assert "all connect within 2 seconds" in error and "--num-processes 1" in error
 
 
 def test_a_taken_port_and_an_unknown_host_are_refused():

@@ -124,7 +124,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(who, number, code, text, tmp
         trainers[who].send_signal(signal.Signals[number])
         wait(trainers, 60)
     assert [t.returncode for t in trainers] == [code] * 2, trainers[0].err + trainers[1].err
-    assert "stopped        to go on: " in trainers[0].err
+    assert "stopped        to continue: " in trainers[0].err
     (saved,) = checkpoint.saved_steps(folder)
     assert saved == read_lines(folder)[-1]["step"] > 5
     assert int(arrays(folder, saved)["optimizer/step"]) == saved

@@ -24,16 +24,16 @@ from gpt.training import resume
 TRAIN = {
     "text that cannot be read": (["--data", "gone.txt"], "gone.txt does not exist"),
     "a setting": (["--steps", "-3"], "steps is -3: expected at least 1"),
-    "no path at all": (["--data"], "--data names nothing"),
+    "no path at all": (["--data"], "--data needs at least one path"),
     "an empty path": (["--data", ""], "a flag has an empty value"),
     "an empty folder": (["--out="], "--out= has an empty value"),
-    "remote storage": (["--out", "gs://bucket/run"], "gs://bucket/run is an address"),
+    "remote storage": (["--out", "gs://bucket/run"], "gs://bucket/run is a URL"),
     "a web page": (
         ["--data", "https://a.org/b.txt"],
         "fetch it first (curl -LO https://a.org/b.txt)",
     ),
-    "remote weights": (["--init-from=s3://bucket/run"], "s3://bucket/run is an address"),
-    "remote text": (["--data", "text.txt", "az://box/b.txt"], "az://box/b.txt is an address"),
+    "remote weights": (["--init-from=s3://bucket/run"], "s3://bucket/run is a URL"),
+    "remote text": (["--data", "text.txt", "az://box/b.txt"], "az://box/b.txt is a URL"),
     "too short": (["--data", "short.txt"], "too few for --seq-len 16"),
     "a missing checkpoint": (["--init-from", "gone"], "no folder gone"),
     "a pickle to start from": (["--init-from", "nano.pt"], "A pickle can run any program"),
@@ -45,10 +45,10 @@ TRAIN = {
 }
 SAMPLE = {
     "no checkpoint named": ([], "CHECKPOINT"),
-    "a prompt without its flag": (["RUN", "the"], "'the' has no flag before it: "),
+    "a prompt without its flag": (["RUN", "the"], "unexpected argument 'the': "),
     "a missing folder": (["gone"], "no folder gone"),
     "a model of transformers": (["theirs"], "python -m gpt.convert import"),
-    "a remote run": (["hf://who/run"], "hf://who/run is an address"),
+    "a remote run": (["hf://who/run"], "hf://who/run is a URL"),
     "a pickle": (["nano.pt"], "no checkpoint in nano.pt: expected a run's folder"),
     "a half-written checkpoint": (["half"], "no checkpoint in half"),
     "a damaged checkpoint": (["cut"], "is whole: "),
@@ -71,14 +71,14 @@ TOUR = {
     "a long text": (["RUN", "--prompt", "a" * 40], "at most the model's context of 16"),
     "a setting of the sampler": (["RUN", "--temperature", "-1"], "temperature is -1"),
     "a flag of sample.py": (["RUN", "--stop", "x"], "--stop"),
-    "two prompts": (["RUN", "--prompt", "a", "--prompt-ids", "1"], "exclude each other"),
+    "two prompts": (["RUN", "--prompt", "a", "--prompt-ids", "1"], "cannot be combined"),
 }
 PREPARE = {
     "no source": ([], "prepare needs a SOURCE"),
     "another column": (["data.json"], "--text-column: 'content'"),
     "a missing source": (["gone"], "gone does not exist"),
-    "a missing tokenizer": (["text.txt", "--tokenizer", "gone"], "'gone' is neither a tokenizer"),
-    "a folder in use": (["text.txt", "--out", "theirs"], "theirs exists already"),
+    "a missing tokenizer": (["text.txt", "--tokenizer", "gone"], "'gone' is not a known tokenizer"),
+    "a folder in use": (["text.txt", "--out", "theirs"], "theirs already exists"),
     "no workers": (["text.txt", "--workers", "0"], "workers is 0"),
 }
 CASES = {
@@ -157,13 +157,13 @@ def test_a_warmup_that_takes_the_whole_run_is_noted(text, tmp_path):
     assert "note: " not in call("train", *argv, "--warmup-steps", "10").err
 
 
-# sample.py's flags that exclude each other, or need each other.
+# sample.py's flags that cannot be combined, or need each other.
 
 # What is typed after the run's folder, and what the error says.
 BAD_FLAGS = {
-    "--score x --check": "--check and --score exclude each other: choose one",
-    "--prompt a --prompt-ids 1": "--prompt and --prompt-ids exclude each other",
-    "--prompt= --interactive": "--interactive and --prompt exclude each other",
+    "--score x --check": "--check and --score cannot be combined: choose one",
+    "--prompt a --prompt-ids 1": "--prompt and --prompt-ids cannot be combined",
+    "--prompt= --interactive": "--interactive and --prompt cannot be combined",
     "--max-new-tokens -1": "max_new_tokens is -1: expected at least 1",
     "--temperature inf": "temperature is inf: expected zero or more, and finite",
     "--show-probs 0": "show_probs is 0: expected at least 1",
@@ -309,7 +309,7 @@ def test_wild_flags_are_refused_or_valid(name, n, world, only_validation):
 @pytest.mark.parametrize(
     ("flags", "message"),
     {
-        "--tasks ,": "--tasks names nothing: expected names separated by commas",
+        "--tasks ,": "--tasks is empty: expected names separated by commas",
         "--tasks a --limit 0": "--limit is 0: expected at least 1",
         "--tasks a --batch-size 0": "--batch-size is 0: expected at least 1",
         "--tasks a --num-fewshot -1": "--num-fewshot is -1: expected zero or more",

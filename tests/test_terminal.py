@@ -212,9 +212,9 @@ def test_text_that_is_piped_in_without_being_asked_for_is_left_with_a_note(capsy
         train_flags.parse_args(argv, "")
 
     for stdin, main, argv, said in (
-        (read, sample, ["run"], "note: standard input is not read; --prompt-file - takes"),
+        (read, sample, ["run"], "note: standard input is not read; use --prompt-file - to read"),
         (read, sample, ["run", "--prompt", "def "], ""),
-        (read, train, [], "note: standard input is not read; --data - takes"),
+        (read, train, [], "note: standard input is not read; use --data - to read"),
         (read, train, ["--data", "my.txt"], ""),
         (os.open(os.devnull, os.O_RDONLY), sample, ["run"], ""),
     ):

@@ -312,7 +312,7 @@ def test_changed_data_are_refused(finished, tmp_path):
     before = snapshot(finished)
     other = write_text(tmp_path / "text.txt", seed=1)
     done = call("train", *TINY, "--data", other, "--out", finished)
-    assert done.code == 2 and "data: the run was trained on other text" in done.err
+    assert done.code == 2 and "--data: the run was trained on different text" in done.err
     assert snapshot(finished) == before
 
 
@@ -410,7 +410,7 @@ def test_the_average_is_what_is_sampled(text, trained, tmp_path):
         done = call("sample", run, "--prompt", "the", "--max-new-tokens", "3", *flags)
         assert ("averaged weights" in done.err) == said
     done = call("sample", trained[1], "--weights", "ema")
-    assert done.code == 2 and "keeps no average" in done.err
+    assert done.code == 2 and "has no averaged weights" in done.err
 
 
 def bits(tree):

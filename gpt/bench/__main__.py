@@ -125,7 +125,7 @@ def check(args: Args) -> None:
     """UserError for what can be refused before anything is loaded."""
     require(
         args.checkpoint is None or args.preset is None,
-        "a checkpoint and --preset exclude each other: choose one",
+        "a checkpoint and --preset cannot be combined: choose one",
     )
     positive("--repeats", args.repeats)
     positive("--grad-accum", args.grad_accum)
@@ -341,7 +341,7 @@ def parse_sizes(flag: str, text: str) -> list[int]:
         sizes = [0]
     require(
         sizes[0] >= 1,
-        f"{flag} {text}: expected whole numbers of at least 1, separated by commas: {flag} 1,8",
+        f"{flag} {text}: expected positive integers separated by commas: {flag} 1,8",
     )
     return sizes
 

@@ -153,7 +153,7 @@ def new_folder(dest: Path) -> Iterator[Path]:
     UserError if `dest` exists already (an empty folder does not count) or cannot be written.
     """
     taken = any(dest.iterdir()) if dest.is_dir() else dest.exists()
-    require(not taken, f"{dest} exists already: name a new folder, or remove it first")
+    require(not taken, f"{dest} already exists: choose a new folder, or remove it first")
     parent = dest.resolve().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)

@@ -235,8 +235,8 @@ def to_hf_config(config: ModelConfig) -> tuple[dict[str, Any], Family]:
 
     require(
         not llama,
-        f"transformers has no form for this model: GPT-2's needs {' '.join(gpt2)}, and Llama's "
-        f"needs {' '.join(llama)}; a model trained with either can be exported",
+        f"transformers has no architecture for this model: GPT-2's needs {' '.join(gpt2)}, and "
+        f"Llama's needs {' '.join(llama)}; a model trained with either can be exported",
     )
     values = {theirs: getattr(config, ours) for theirs, (ours, _, _) in LLAMA_FIELDS.items()}
     values |= {

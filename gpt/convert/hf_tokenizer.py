@@ -62,8 +62,8 @@ def import_tokenizer(
         largest = max(vocabulary.values(), default=-1)
         require(
             0 <= largest < n_vocab,
-            f"the largest id of the tokenizer is {largest}, and the model's vocabulary is "
-            f"{n_vocab:,}",
+            f"the largest id of the tokenizer is {largest}, but the model's vocabulary has "
+            f"only {n_vocab:,}",
         )
         if GENERATION in files:
             generation = read_json(folder / GENERATION)

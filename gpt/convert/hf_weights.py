@@ -225,7 +225,7 @@ def match_tensors(config: ModelConfig, family: Family, stored: dict[str, Any]) -
         f"of another shape, or of a type other than {', '.join(FLOATS)}": others,
     }
     listed = "; ".join(f"{what}: {shorten(names)}" for what, names in problems.items() if names)
-    require(not listed, f"the tensors are not those that config.json describes: {listed}")
+    require(not listed, f"the tensors do not match config.json: {listed}")
     return tensors
 
 
@@ -293,6 +293,6 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor, shape in zip(tensors, shapes.values(), strict=True):
             if tensor.shape != shape:
-                raise ValueError(f"a tensor of {tensor.shape} where {shape} was announced")
+                raise ValueError(f"expected a tensor of shape {shape}, got {tensor.shape}")
             flat = np.ascontiguousarray(tensor, FLOATS[dtype]).reshape(-1)
             file.write(flat.view(np.uint8).data)

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     if word in ("-h", "--help"):
         argv = [word]
     else:
-        require(word == "prepare", f"{word!r} is not a command: expected prepare")
+        require(word == "prepare", f"unknown command {word!r}: expected prepare")
     command = cli.parse(Prepare, argv, program="python -m gpt.data prepare", description=__doc__)
     from gpt.data import prepare, token_files
     from gpt.data.dataset import Origin, choose_tokenizer
@@ -75,11 +75,11 @@ def main(argv: list[str]) -> None:
     fingerprint, files = prepare.fingerprint_text(text, tokenizer, command.reading, held_out)
     if token_files.is_prepared(command.out):
         is_same = token_files.read_header(command.out)["fingerprint"] == fingerprint
-        require(is_same, f"{command.out} holds tokens of other text: name a new folder")
+        require(is_same, f"{command.out} holds tokens of different text: choose a new folder")
         console.print(token_files.describe(command.out))
         return
     is_free = not command.out.exists() or (command.out.is_dir() and not any(command.out.iterdir()))
-    require(is_free, f"{command.out} exists already and holds no tokens: name a new folder")
+    require(is_free, f"{command.out} already exists and holds no tokens: choose a new folder")
     start = time.monotonic()
     with tokenizing_bar(console) as report:
         job = prepare.Job(
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
         try:
             prepare.tokenize(job, command.out, fingerprint, files)
         except KeyboardInterrupt:
-            console.print("stopped        to go on: repeat the command")
+            console.print("stopped        to continue: repeat the command")
             raise
     seconds = time.monotonic() - start
     console.print(token_files.describe(command.out))

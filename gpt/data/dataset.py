@@ -129,7 +129,7 @@ def combine(
         val = [last.get("val") or last["train"]]
     else:
         val = [one["val"] for one in splits if "val" in one]
-    require(bool(val), "the data have no tokens for validation: give --val-data")
+    require(bool(val), "the data has no tokens for validation: give --val-data")
     shards = [shard for tokens in val for shard in tokens.shards]
     held_out = Tokens(shards, sum(tokens.n_bytes for tokens in val))
 
@@ -141,7 +141,7 @@ def combine(
         f"{weight:.1%} from {len(tokens):,} tokens"
         for weight, tokens in zip(weights, train, strict=True)
     ]
-    log(f"mixture        of the sequences {', '.join(shares)}")
+    log(f"mixture        by sequences: {', '.join(shares)}")
     return Mixture(train, weights), held_out
 
 
@@ -151,10 +151,10 @@ def find_origins(paths: Sequence[Path], options: DataOptions) -> list[Origin]:
     weights = [weight for _, weight in weighted]
     require(
         all(weights) or not any(weights),
-        "--data gives some of its paths a weight: give each one, as in --data A=0.7 B=0.3",
+        "--data gives only some of its paths a weight: give one to each, as in --data A=0.7 B=0.3",
     )
     too_small = [path for path, weight in weighted if weight and weight / sum(weights) < 1 / BLOCK]
-    require(not too_small, f"--data {too_small}: its weight is less than a thousandth of all")
+    require(not too_small, f"--data {too_small}: its weight is less than a thousandth of the total")
     held_out = 0.0 if options.val_data else options.val_fraction
     if any(weights):
         groups = [([path], weight / sum(weights), held_out) for path, weight in weighted]
@@ -290,9 +290,9 @@ def require_same(expected: dict[str, Any], fingerprint: str, files: dict[str, st
     differing += [f"{name} is missing" for name in before if name not in files]
     listed = "; ".join(differing[:3]) or "the tokenizer or how the text is read differs"
     if not files or not before:
-        listed = "which of its files differs is not known"
+        listed = "it is unknown which files differ"
     raise UserError(
-        f"data: the run was trained on other text ({listed}); give the same --data to continue it, "
+        f"--data: the run was trained on different text ({listed}); give the same to continue it, "
         "another --out, or --overwrite to start afresh"
     )
 
@@ -308,7 +308,7 @@ def estimate_tokens(
         pieces, characters = sample(opened, options)
         found = sum(len(ids) for ids in tokenizer.encode_ordinary_batch(pieces))
         n_tokens += round(found / max(sum(map(len, pieces)), 1) * characters)
-    log(f"tokens         about {n_tokens:,}, by a sample; they are made when training starts")
+    log(f"tokens         about {n_tokens:,}, estimated from a sample; made when training starts")
     held_out = int(n_tokens * (options.val_fraction or prepare.HELD_OUT_DOCUMENTS))
     train, val = range(max(n_tokens - held_out, 2)), range(max(held_out, 2))
     return Dataset(Tokens([train], n_tokens), Tokens([val], held_out), fingerprint="")

@@ -95,7 +95,7 @@ def recognize_content(path: Path, head: bytes, stream: BinaryIO, reading: Readin
         return "arrow"
     for beginning, what in UNREADABLE.items():
         require(not head.startswith(beginning), f"{path} cannot be read: it is {what}")
-    require(head[257:262] != b"ustar", f"{path} cannot be read: it is a tar archive, unpack it")
+    require(head[257:262] != b"ustar", f"{path} cannot be read: it is a tar archive; unpack it")
     require(
         path.suffix not in (".pkl", ".pickle"),
         f"{path} cannot be read: it is a pickle, which can run any program when it is opened",
@@ -103,11 +103,11 @@ def recognize_content(path: Path, head: bytes, stream: BinaryIO, reading: Readin
     named_table = TABLE_NAMES & suffixes
     require(
         not named_table,
-        f"{path} is damaged: it is named {min(named_table, default='')}, but does not begin as one",
+        f"{path} is damaged: it is named {min(named_table, default='')}, but does not hold one",
     )
 
     if head.startswith(b"%PDF"):
-        raise NotText("it is a PDF, get its text first with pdftotext")
+        raise NotText("it is a PDF: extract its text first with pdftotext")
     if b"\0" in head:
         raise NotText("it holds zero bytes")
     text = head.decode("utf-8-sig", "replace")

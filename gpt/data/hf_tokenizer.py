@@ -195,7 +195,7 @@ class HFTokenizer:
         tokenizer = cls(files, values["n_vocab"], values["special_ids"], values["end"])
         require(
             tokenizer.contents[FILE] == values[FILE],
-            f"the saved tokenizer is damaged: its {FILE} does not have its digest",
+            f"the saved tokenizer is damaged: its {FILE} does not match its digest",
         )
         return tokenizer
 

@@ -53,10 +53,10 @@ class DataOptions(Reading):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.val_data != (), "--val-data names nothing: give at least one path")
+        require(self.val_data != (), "--val-data needs at least one path")
         require(
             self.val_data is None or self.val_fraction is None,
-            "--val-data and --val-fraction exclude each other",
+            "--val-data and --val-fraction cannot be combined",
         )
         require(
             self.val_fraction != 0,

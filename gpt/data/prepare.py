@@ -296,7 +296,7 @@ def run_in_workers(job: Job, tasks: list[Task], workers: int) -> list[Counts]:
         return [future.result() for future in futures]
     except BrokenProcessPool:
         raise UserError(
-            "a process that tokenizes was killed, perhaps because memory ran out: repeat the "
+            "a tokenizing process was killed, perhaps because memory ran out: repeat the "
             "command to continue, with fewer --workers to need less memory"
         ) from None
     finally:

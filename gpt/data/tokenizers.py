@@ -89,7 +89,7 @@ def create(name: str, documents: Callable[[], Iterable[str]], vocab_size: int) -
     inside = [Path(name, file).is_file() for file in (FILE, *PAIR)]
     require(
         os.path.isfile(name) or any(inside),
-        f"{name!r} is neither a tokenizer nor a file: expected one of {names}, or the path of a "
+        f"{name!r} is not a known tokenizer or a file: expected one of {names}, or the path of a "
         "tokenizer.json, or of a folder with one or with vocab.json and merges.txt",
     )
     return load(Path(name))
@@ -220,7 +220,7 @@ def openai_encoding(name: str) -> ByteLevelTokenizer:
         reason = str(error) if isinstance(error, ValueError) else type(error).__name__
         raise UserError(
             f"the vocabulary of {name} is not on this machine and could not be downloaded "
-            f"({reason}): where there is a network, set TIKTOKEN_CACHE_DIR to a folder and run "
+            f"({reason}): on a machine with a network, set TIKTOKEN_CACHE_DIR to a folder and run "
             f"python -c \"import tiktoken; tiktoken.get_encoding('{name}')\", then copy that "
             "folder to this machine and set TIKTOKEN_CACHE_DIR to it; --tokenizer bpe, which is "
             "made from your text, needs no download"
@@ -312,7 +312,7 @@ def from_json(values: Any) -> Tokenizer:
     contents = {key: value for key, value in values.items() if key not in header}
     require(
         values.get("digest") == sha256_of(contents),
-        "the saved tokenizer is damaged: its contents do not have its digest",
+        "the saved tokenizer is damaged: its contents do not match its digest",
     )
     try:
         if contents.get("kind") == KIND:

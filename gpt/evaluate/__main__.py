@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     """Load the model and the tasks, evaluate, show and keep the results."""
     args = cli.parse(Args, argv, program="python -m gpt.evaluate", description=__doc__)
     names = [name for name in args.tasks.split(",") if name]
-    require(bool(names), "--tasks names nothing: expected names separated by commas")
+    require(bool(names), "--tasks is empty: expected names separated by commas")
     positive("--batch-size", args.batch_size)
     if args.limit is not None:
         positive("--limit", args.limit)
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
         require(args.include_path.is_dir(), f"--include-path {args.include_path}: no such folder")
     require(
         importlib.util.find_spec("lm_eval") is not None,
-        "the tasks are those of lm-eval, which is not installed: pip install -e '.[eval]'",
+        "--tasks needs lm-eval, which is not installed: pip install -e '.[eval]'",
     )
     cli.prepare_jax(cache=args.compile_cache)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork a process that runs JAX

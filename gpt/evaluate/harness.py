@@ -59,7 +59,7 @@ class GPTJax(TemplateLM):
         for name in ("device", "max_batch_size"):  # lm_eval's flags that mean nothing here
             options.pop(name, None)
         if model is None:
-            require(run is not None, "--model_args names no run: expected run=FOLDER")
+            require(run is not None, "--model_args has no run: expected run=FOLDER")
             mesh = MeshConfig(data=data, tensor=tensor)
             model = language_model.load(run, mesh=mesh, **options)
         require_text(model.tokenizer)
@@ -192,7 +192,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> list:
             close = difflib.get_close_matches(name, known, n=3)
             advice = f"did you mean {' or '.join(close)}?" if close else "see `lm_eval ls tasks`"
             raise UserError(
-                f"there is no task {name}: expected a task of lm-eval, or one from "
+                f"unknown task {name!r}: expected a task of lm-eval, or one from "
                 f"the folder that --include-path names; {advice}"
             )
         for match in manager.match_tasks([name]):

@@ -52,8 +52,8 @@ def load_tasks(run) -> list | None:
     with distributed.fail_together():
         require(
             importlib.util.find_spec("lm_eval") is not None,
-            "--eval-tasks are those of lm-eval, which is not installed: "
-            "pip install -e '.[eval]', or train without it",
+            "--eval-tasks needs lm-eval, which is not installed: pip install -e '.[eval]', or "
+            "train without the flag",
         )
         if not distributed.is_first():
             return []
@@ -61,7 +61,7 @@ def load_tasks(run) -> list | None:
 
         harness.require_text(run.tokenizer)
         names = [name for name in args.eval_tasks.split(",") if name]
-        require(bool(names), "--eval-tasks names nothing: expected names separated by commas")
+        require(bool(names), "--eval-tasks is empty: expected names separated by commas")
         return harness.load_tasks(names, args.eval_tasks_path)
 
 

@@ -76,7 +76,7 @@ def grow(cache: KVCache, capacity: int) -> KVCache:
 
 
 def select(cache: KVCache, row_R: jax.Array) -> KVCache:
-    """The rows `row_R` of the cache, in that order, each as often as named."""
+    """The rows `row_R` of the cache, in that order, repeats included."""
     k, v, length_B = jax.tree.map(
         lambda a: jnp.take(a, row_R, axis=0), (cache.k, cache.v, cache.length_B)
     )

@@ -123,7 +123,7 @@ class GPT(nnx.Module):
         make_block = functools.partial(BLOCKS[config.norm_place], config)
         if stacked:
             self.blocks = jax.vmap(make_block)(block_keys)
-            # vmap gives the arrays an axis for the layers, of which the metadata knows nothing.
+            # vmap gives the arrays an axis for the layers, which the metadata does not have yet.
             for _, node in nnx.iter_graph(self.blocks):
                 if isinstance(node, nnx.Param):
                     node.set_metadata(out_sharding=(None, *node.out_sharding))

@@ -131,7 +131,7 @@ def record_tour(model, prompt: Prompt, settings: Settings) -> TourRecord:
         require(
             bool(np.isfinite(call.logits_TV).all()),
             "the model's output is not a number: its training diverged or its weights are damaged; "
-            "take another checkpoint",
+            "use another checkpoint",
         )
         position_B = np.array([T + len(sampled)], np.int32)
         drawn = sample_recording(call.logits_TV[-1:], sampling, seen_V[None], position_B, names)

@@ -189,7 +189,7 @@ def search(model, prompts: Sequence[Prompt], settings: BeamSettings) -> list[lis
     found = []
     for p, row in enumerate(rows):
         n = min(settings.n_best, np.sum(ended.value_PW[p] != -np.inf))
-        require(n > 0, "logit_bias forbids every token: expected one that may follow")
+        require(n > 0, "logit_bias forbids every token: leave at least one allowed")
         found.append([])
         for rank in range(n):
             text = Row(model, row.prompt, rank, settings.as_settings())

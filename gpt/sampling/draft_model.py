@@ -24,8 +24,8 @@ def require_usable(model, draft) -> None:
     """UserError unless `draft` can propose tokens to `model`, both as `gpt.load` returns them."""
     require(
         tokenizers.to_json(model.tokenizer) == tokenizers.to_json(draft.tokenizer),
-        "the draft has another tokenizer: expected a model with the same one, such as a smaller "
-        "model trained on the same data",
+        "the draft has a different tokenizer: expected a model with the same one, such as a "
+        "smaller model trained on the same data",
     )
     wanted, found = model.config.context_length, draft.config.context_length
     require(

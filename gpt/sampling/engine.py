@@ -104,5 +104,5 @@ grow = jax.jit(kv.grow, static_argnames="capacity")
 
 @jax.jit
 def fork(cache: kv.KVCache, logits_BV: jax.Array, row_R: jax.Array):
-    """The rows `row_R` of a prefill, each as often as named: several samples for one reading."""
+    """The rows `row_R` of a prefill, repeats included: several samples from one prefill."""
     return kv.select(cache, row_R), logits_BV[row_R]

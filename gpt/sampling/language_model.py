@@ -60,7 +60,7 @@ class LanguageModel:
 
     def with_draft(self, draft: "LanguageModel") -> "LanguageModel":
         """This model with a smaller one that proposes tokens where `Settings.speculate` asks for
-        them. UserError if that one has another tokenizer or a shorter context."""
+        them. UserError if it has a different tokenizer or a shorter context."""
         draft_model.require_usable(self, draft)
         return replace(self, draft=draft)
 
@@ -132,10 +132,10 @@ def make_settings(kind: type, values: dict):
     known = [one.name for one in dataclasses.fields(kind)]
     for name in values:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        guess = f": did you mean {close[0]}?" if close else ""
+        guess = f"; did you mean {close[0]}?" if close else ""
         require(
             name in known,
-            f"there is no setting {name}{guess}; the settings are {', '.join(known)}",
+            f"unknown setting {name!r}: expected one of {', '.join(known)}{guess}",
         )
     return kind(**values)
 
@@ -178,7 +178,7 @@ def load(
         notes = transformer.require_fit(config, devices, fsdp=False)
         tree = choose_tree(run, metadata, weights)
         if tree == "ema_params":
-            notes.append("these are the averaged weights; --weights raw for the last ones")
+            notes.append("these are the averaged weights; use --weights raw for the last ones")
 
         # Each part of the stacked weights is read by the device that keeps it.
         shapes = transformer.abstract(config)
@@ -218,7 +218,7 @@ def choose_tree(run: str | Path, metadata: dict[str, Any], weights: Weights | No
     has_average = from_json(TrainConfig, metadata["train"]).ema_decay > 0
     require(
         has_average or weights != "ema",
-        f"weights is ema, but {run} keeps no average of its weights: leave it out",
+        f"weights is ema, but {run} has no averaged weights: leave it out",
     )
     if has_average and weights != "raw":
         return "ema_params"

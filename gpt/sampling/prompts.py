@@ -41,7 +41,7 @@ def make_rows(
     Raises UserError unless they can be completed by this model on this machine. `beam_width`: texts
     that beam search follows for each row.
     """
-    require(len(prompts) > 0, "there are no prompts: expected at least one, which may be empty")
+    require(len(prompts) > 0, "no prompts were given: expected at least one, which may be empty")
     if isinstance(settings, Settings):
         settings = [settings] * len(prompts)
     require(
@@ -98,7 +98,7 @@ def read_prompt(model, prompt: Prompt) -> PromptTokens:
     before = model.special_ids.prefix(model.prefix, are_ids, is_needed=not own_ids)
     require(
         bool(before or own_ids),
-        "the prompt is empty, and no end-of-text stands before it: give at least one token",
+        "the prompt is empty, and no end-of-text precedes it: give at least one token",
     )
     return PromptTokens(text, own_ids, before + own_ids, unfinished)
 
@@ -154,6 +154,6 @@ def require_memory(model, shared: int, what: str, advice: str) -> None:
     have, source = hardware.memory()
     require(
         need <= have,
-        f"{what} take {filesize.decimal(need)} with the weights, and {source} is "
+        f"{what} take {filesize.decimal(need)} with the weights, but {source} is "
         f"{filesize.decimal(have)}: {advice}",
     )

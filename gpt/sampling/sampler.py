@@ -96,7 +96,7 @@ def logit_bias(model, settings: Settings) -> np.ndarray:
     bias_V[list(model.special_ids.unused)] = MASKED
     if settings.ignore_eos:
         bias_V[list(model.special_ids.ends)] = MASKED
-    require(bias_V.max() > MASKED, "logit_bias forbids every token: expected one that may follow")
+    require(bias_V.max() > MASKED, "logit_bias forbids every token: leave at least one allowed")
     return bias_V
 
 

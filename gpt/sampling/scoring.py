@@ -108,14 +108,14 @@ def score(
     for token in ids:
         require(
             0 <= token < config.vocab_size,
-            f"no token has the id {token}: expected 0 to {config.vocab_size - 1}",
+            f"token id {token} does not exist: expected 0 to {config.vocab_size - 1}",
         )
 
     prefix = special.prefix(model.prefix, is_needed=True)
     before = model.tokenizer.decode_bytes(prefix).decode("utf-8", "replace") if prefix else None
     if not prefix:
         prefix, ids = ids[:1], ids[1:]
-    require(len(ids) > 0, "there is nothing to score: expected a text of at least one token")
+    require(len(ids) > 0, "nothing to score: expected a text of at least one token")
 
     window = config.context_length if window is None else window
     require(

@@ -16,7 +16,7 @@ class Settings:
     """How to complete a prompt. The filters are applied in the order of their fields."""
 
     max_new_tokens: int = 200
-    """Tokens to generate for each completion at most."""
+    """Most tokens to generate for each completion."""
     logit_bias: dict[int, float] = field(default_factory=dict, hash=False)
     """Added to the logit of a token: its id, then how much (-inf forbids it)."""
     repetition_penalty: float = 1.0
@@ -34,8 +34,8 @@ class Settings:
     stop: tuple[str, ...] = ()
     """End before this text; it is not printed."""
     on_context_full: Full = "auto"
-    """When the context is full: auto goes on after reading the last half of it again; slide does
-    the same, and takes a prompt that is too long; stop ends the text there; error fails."""
+    """When the context is full: auto continues after rereading its last half; slide does too, and
+    also accepts a prompt that is too long; stop ends the text there; error fails."""
     num_samples: int = 1
     """Completions of each prompt, from one prefill."""
     seed: int = 0

@@ -89,7 +89,7 @@ def choose_steps(run: Run) -> Run:
     It trains a few steps on a state that is thrown away. The schedule is part of the compiled step,
     which is compiled again: neither compilation counts.
     """
-    run.console.print("measuring      a few steps, to see how many to take")
+    run.console.print("measuring      a few steps, to see how many fit into --minutes")
     run, train_step, _ = compile_run(run)
     config = run.config
     state = initial_state(config, run.mesh, run.start, log=lambda note: None)

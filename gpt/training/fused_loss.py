@@ -25,7 +25,7 @@ from gpt.model.attention import MASKED
 from gpt.model.layers import exact_products, softcap
 from gpt.training.loss import add_regularizers
 
-LOGITS_BYTES = 2**29  # of one chunk on a device, at most; their gradient takes as many again
+LOGITS_BYTES = 2**29  # at most, for one chunk on a device; their gradient takes the same again
 
 Means = tuple[jax.Array, jax.Array]
 

@@ -25,7 +25,7 @@ SECONDS_BETWEEN_LINES = 10.0  # of progress, without a terminal
 
 
 class RunLog:
-    """Takes the numbers of a run as it goes: into files below `out`, and onto `console`.
+    """Writes the numbers of a run, as they come, to files below `out` and to `console`.
 
     `out` None keeps no files. `first_step`: the step after which the run continues.
     `peak_flops`: as in StepTimer. `log_to`: names of trackers. Close it after use.
@@ -204,7 +204,7 @@ def to_line(record: Mapping[str, Any]) -> bytes:
 
 class LossyStream:
     """A stream on which no write fails: what cannot be written any more, because the terminal is
-    gone or the disk of a log is full, is lost, and training goes on."""
+    gone or the disk of a log is full, is lost, and training continues."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream

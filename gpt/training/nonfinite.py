@@ -33,7 +33,7 @@ def explain_divergence(
         last_good = f"the last good checkpoint is step {saved[-1]}"
     return Failed(
         f"step {first_step}: the loss or a gradient is not finite, {counted(n_steps, 'step')} "
-        f"in a row; {where}; {last_good}. Train on from its weights with a lower learning rate: "
+        f"in a row; {where}; {last_good}. Start from its weights with a lower learning rate: "
         f"--init-from {out} --out ANOTHER --learning-rate LOWER"
     )
 

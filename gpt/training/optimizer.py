@@ -25,7 +25,7 @@ def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Sched
     """Learning rate by step, counted from 0: linear warm-up, no step at zero, then as
     config.schedule says, down to the minimum at the last step, where it stays.
 
-    A warm-up that is as long as the run ends one step before. For another `peak` than
+    A warm-up as long as the run is cut to end one step earlier. For another `peak` than
     config.learning_rate the same shape, scaled.
     """
     peak = config.learning_rate if peak is None else peak
@@ -48,7 +48,7 @@ def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Sched
 def decayed(params: dict) -> dict:
     """True for the weights that decay: matrices and tables, not biases and norms.
 
-    Told by name: where layers are stacked, biases have the rank of matrices.
+    Decided by name, since the biases of stacked layers have the rank of matrices.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key not in ("bias", "scale"), params

@@ -125,7 +125,7 @@ class Recorder(contextlib.ExitStack):
         cannot succeed is noticed before hours of training."""
         if self.checkpoints.latest is None:
             self.log.timer.pause()
-            with self._explaining_a_failed_save(goes_on=self.run.config.keep_going):
+            with self._explain_failed_save(continues=self.run.config.keep_going):
                 self.checkpoints.try_save(checkpoint_trees(state), self.metadata | {"step": 0})
             self.log.timer.resume()
 
@@ -133,16 +133,16 @@ class Recorder(contextlib.ExitStack):
         """Save a checkpoint in the background; with `wait` return when it is on disk.
 
         `val_loss`: nats per token, which the best checkpoints are chosen by. With `keep_going` a
-        checkpoint that cannot be written is noted, and training goes on; else it is a UserError.
+        checkpoint that cannot be written is noted and training continues; else it is a UserError.
         """
         if self.n_bad:
             # More bad steps may follow, and these weights must not replace good ones.
             self.run.console.print(f"note: step {step} is not saved: its update was skipped")
             return
-        with self._explaining_a_failed_save(goes_on=True):
+        with self._explain_failed_save(continues=True):
             # The previous save may have failed. Try anyway: the disk may have room again.
             self.checkpoints.wait()
-        with self._explaining_a_failed_save(goes_on=self.run.config.keep_going and not wait):
+        with self._explain_failed_save(continues=self.run.config.keep_going and not wait):
             self.checkpoints.save(
                 step,
                 checkpoint_trees(state),
@@ -152,22 +152,22 @@ class Recorder(contextlib.ExitStack):
             )
 
     @contextlib.contextmanager
-    def _explaining_a_failed_save(self, goes_on: bool) -> Iterator[None]:
-        """Turn SaveFailed into a note if training `goes_on`, else into a UserError."""
+    def _explain_failed_save(self, continues: bool) -> Iterator[None]:
+        """Turn SaveFailed into a note if training `continues`, else into a UserError."""
         try:
             yield
         except checkpoint.SaveFailed as error:
-            if not goes_on:
+            if not continues:
                 raise UserError(
-                    f"{error}; give the same command again when this is mended, or train on "
-                    "unsaved: --keep-going"
+                    f"{error}; fix this and repeat the command, or train without saving: "
+                    "--keep-going"
                 ) from None
-            self.run.console.print(f"note: {error}; training goes on")
+            self.run.console.print(f"note: {error}; training continues")
 
     @contextlib.contextmanager
     def attempt(self, what: str, step: int) -> Iterator[None]:
-        """Turn a UserError or a lack of memory inside `with` into a note that there is no `what` at
-        this step; training goes on."""
+        """Turn a UserError, or running out of memory, inside `with` into a note that this step has
+        no `what`; training continues."""
         try:
             yield
         except Exception as error:

@@ -96,8 +96,8 @@ def with_settings_of_run(args: Any, flags_given: set[str]):
     metadata = newest(args.resume, checkpoint.read_metadata, log=lambda note: None)
     require(
         "source" not in metadata,
-        f"{args.resume} was imported and has no training to continue: train on from its weights "
-        f"with --init-from {args.resume} --out ANOTHER",
+        f"{args.resume} was imported and has no training to continue: to start from its "
+        f"weights, use --init-from {args.resume} --out ANOTHER",
     )
     saved = from_json(TrainConfig, metadata["train"])
     config = with_flags(saved, args.config, flags_given)
@@ -135,7 +135,7 @@ def require_same_settings(start: StartingPoint, config: TrainConfig) -> None:
         not differing,
         f"{start.source} holds a run that these settings would change:{listed}\n"
         f"Give --resume {start.source} to continue it with its own settings, {longer}another "
-        "--out, --overwrite to start afresh, or train on from its weights: "
+        "--out, --overwrite to start afresh, or start from its weights: "
         f"--init-from {start.source} --out ANOTHER",
     )
 

@@ -37,7 +37,7 @@ FOLDERS = (
 
 @contextlib.contextmanager
 def reserve(out: Path, is_trial: bool) -> Iterator[None]:
-    """Use the folder `out` for the processes of this run alone; a trial only checks that it could.
+    """Reserve the folder `out` for the processes of this run; a trial only checks that it could.
 
     Raises UserError in all processes if it cannot be used.
     """
@@ -52,8 +52,8 @@ def reserve(out: Path, is_trial: bool) -> Iterator[None]:
         with distributed.fail_together():
             require(
                 out.is_dir(),
-                f"--out {out} is not seen by all processes of the run: choose a folder on storage "
-                "that they share",
+                f"--out {out} is not visible to all processes of the run: choose a folder on "
+                "shared storage",
             )
         yield
 
@@ -70,7 +70,7 @@ def require_writable(out: Path) -> None:
 
 @contextlib.contextmanager
 def lock_run(out: Path) -> Iterator[None]:
-    """Use the folder `out` in this process alone; raise UserError if another process uses it.
+    """Reserve the folder `out` for this process; raise UserError if another process uses it.
 
     It is created if need be, and removed afterwards if nothing was put there. The operating system
     releases the lock of a process that has died.
@@ -83,7 +83,7 @@ def lock_run(out: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise UserError(
-            f"another train.py is at work in {out}: wait for it, stop it, or choose another --out"
+            f"another train.py is using {out}: wait for it, stop it, or choose another --out"
         ) from None
     try:
         yield

@@ -1,4 +1,4 @@
-"""Ending a run early without losing it: a signal becomes a request that the loop looks at."""
+"""Ending a run early without losing it: a signal becomes a request that the loop checks."""
 
 import os
 import signal
@@ -21,11 +21,11 @@ TOO_EARLY = (
 
 
 class StopSignal:
-    """While open, turns Ctrl-C, SIGTERM and their like into an exit `code`: 128 and the signal's
-    number, 0 before any.
+    """While open, turns Ctrl-C, SIGTERM and the like into an exit `code`: 128 plus the signal's
+    number; 0 until one arrives.
 
-    Until `defer` is called there is nothing to save, and a signal raises KeyboardInterrupt(code),
-    once Python runs again: a compilation cannot be interrupted. From then on it only sets `code`.
+    Until `defer` is called there is nothing to save, and a signal raises KeyboardInterrupt(code)
+    as soon as Python runs: a compilation cannot be interrupted. After that it only sets `code`.
     In either case `log` gets a notice at once. A second Ctrl-C ends the process at once, whatever
     the main thread is doing, after calling `before_exit`. A signal that is ignored, as nohup does
     with SIGHUP, stays ignored.

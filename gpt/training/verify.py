@@ -31,7 +31,7 @@ def verify_resume(
     code. Everything is in a temporary folder.
     """
     config = run.config
-    require(config.steps > 1, "--verify-resume stops in the middle: it needs --steps 2 or more")
+    require(config.steps > 1, "--verify-resume stops halfway: it needs --steps 2 or more")
     n = min(MOST_STEPS, config.steps // 2)
     # None of these changes alters what is learned, so the compiled step is that of the run itself.
     config = dataclasses.replace(

@@ -343,7 +343,7 @@ def test_what_is_asked_for_in_vain(tmp_path):
         (("run", "--weights", "ema"), "no average"),
         (("run", "--step", "7"), "step 7"),
         (("absent",), "no folder"),
-        (("formless",), "error: transformers has no form for this model: GPT-2's needs"),
+        (("formless",), "error: transformers has no architecture for this model: GPT-2's needs"),
     ):
         done = export(tmp_path / argv[0], tmp_path / "out", *argv[1:])
         assert done.code == 2 and told in done.err and done.err.count("\n") == 1

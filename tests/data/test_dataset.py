@@ -112,7 +112,7 @@ def test_changed_text_is_refused_by_the_name_of_the_file(load, text):
     (text / "a.txt").write_text(TEXT.replace("w", "W"))
     os.utime(text / "a.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
     load([text], **known)  # it looks the same
-    with pytest.raises(UserError, match=r"trained on other text \(a.txt has changed\)"):
+    with pytest.raises(UserError, match=r"trained on different text \(a.txt has changed\)"):
         load([text], options=DataOptions(verify_data=True), **known)
     (text / "b.txt").unlink()
     (text / "c.txt").write_text("second")
@@ -142,7 +142,7 @@ def test_a_plan_of_much_text_counts_tokens_by_a_sample(load, text, tmp_path, mon
     monkeypatch.setattr(prepare, "hash_file", None)
     lines = []
     tokenizer, plan = load([text], "bpe", keep=False, estimate=True, log=lines.append)
-    assert not (tmp_path / "store").exists() and "by a sample" in lines[1]
+    assert not (tmp_path / "store").exists() and "from a sample" in lines[1]
     exact = len(tokenizer.encode_ordinary(TEXT))
     assert exact <= len(plan.train) + len(plan.val) <= exact + 4
 
@@ -179,7 +179,7 @@ def test_prepared_tokens_bring_their_tokenizer(load, text, tmp_path):
     assert again.fingerprint == dataset.fingerprint and ids(again.val) == ids(dataset.val)
     with pytest.raises(UserError, match="give each a weight"):
         load([folder, text])
-    with pytest.raises(UserError, match="trained on other text"):
+    with pytest.raises(UserError, match="trained on different text"):
         load([folder], expected={"fingerprint": "0" * 64})
 
 
@@ -219,7 +219,7 @@ def test_several_sources_have_weights(load, text, tmp_path):
     assert isinstance(dataset.train, Mixture) and dataset.train.weights == [0.7, 0.2, 0.1]
     assert [len(source) for source in dataset.train.sources] == [540, 324, 142]
     assert len(dataset.val) == 60 + 36 + 8
-    with pytest.raises(UserError, match="give each one, as in"):
+    with pytest.raises(UserError, match="give one to each, as in"):
         load([type(text)(path) for path in (*paths[:2], tmp_path / "train.bin")])
     with pytest.raises(UserError, match="less than a thousandth"):
         load([type(text)(path) for path in (paths[0], f"{tmp_path}/b.txt=0.001")])
@@ -271,11 +271,11 @@ def test_ctrl_c_says_how_to_go_on(lines, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("gpt.data.prepare.tokenize", stop)
     done = call("gpt/data/__main__", "tokenize")
-    assert done.err == "error: 'tokenize' is not a command: expected prepare\n"
+    assert done.err == "error: unknown command 'tokenize': expected prepare\n"
     argv = ["prepare", lines, "--text-column", "content", "--tokenizer", "byte", "--out", "x"]
     with pytest.raises(KeyboardInterrupt):
         program("gpt/data/__main__").main([str(word) for word in argv])
-    assert "to go on: repeat the command" in capsys.readouterr().err
+    assert "to continue: repeat the command" in capsys.readouterr().err
 
 
 def test_options_survive_a_checkpoint(tmp_path):

@@ -210,7 +210,7 @@ def test_vocab_and_merges_are_gpt2s_tokenizer(tmp_path):
         ({"tokenizer.json": '{"model": {}}'}, "tokenizer.json cannot be read"),
         ({"vocab.json": "{}"}, "no merges.txt"),
         ({"vocab.json": "{", "merges.txt": ""}, "cannot be read"),
-        ({"other": ""}, "is neither a tokenizer nor a file"),
+        ({"other": ""}, "is not a known tokenizer or a file"),
     ],
 )
 def test_tokenizers_that_cannot_be_used(files, message, tmp_path):

@@ -165,7 +165,7 @@ def test_what_cannot_be_evaluated(finished, tmp_path, monkeypatch):
     for task, message in {
         "here": f"the data of task here cannot be read: Unable to find '{tmp_path}/missing.jsonl'",
         "there": there,
-        "python_cod": "there is no task python_cod: expected a task of lm-eval, or one from the ",
+        "python_cod": "unknown task 'python_cod': expected a task of lm-eval, or one from the ",
     }.items():
         done = evaluate(finished, "--tasks", task, "--include-path", tmp_path)
         assert done.code == 2 and message in done.err, done.err
@@ -198,5 +198,5 @@ def test_tasks_while_it_trains(text, tmp_path):
     assert f'aria-label="{name}"' in (tmp_path / "page.html").read_text()
 
     done = call("train", *argv, "--overwrite", "--eval-tasks", "python_cod")
-    assert done.code == 2 and "there is no task python_cod" in done.err
+    assert done.code == 2 and "unknown task 'python_cod'" in done.err
     assert len(programs.read_lines(tmp_path / "run")) > 3  # the old run is still there

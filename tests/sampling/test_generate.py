@@ -296,14 +296,14 @@ def test_where_nothing_can_follow_sampling_says_so(model):
     """The last token that the bias leaves is end-of-text, which is drawn unless it is ignored."""
     bias = dict.fromkeys(range(256), -np.inf)
     assert generate.complete(model, ["a"], Settings(logit_bias=bias))[0].finish_reason == "eos"
-    with pytest.raises(UserError, match="logit_bias forbids every token: expected one that may"):
+    with pytest.raises(UserError, match="logit_bias forbids every token: leave at least one"):
         generate.complete(model, ["a"], Settings(logit_bias=bias, ignore_eos=True))
 
 
 def test_an_empty_prompt_needs_an_end_of_text(model):
     """Which a model without a tokenizer may not have; any id will do instead."""
     nameless = dataclasses.replace(model, tokenizer=IdTokenizer(257, -1))
-    with pytest.raises(UserError, match="prompt is empty, and no end-of-text stands before it"):
+    with pytest.raises(UserError, match="prompt is empty, and no end-of-text precedes it"):
         generate.complete(nameless, [[]], Settings())
     assert generate.complete(nameless, [[7]], Settings(max_new_tokens=1))[0].prompt == "<7>"
 

@@ -134,7 +134,7 @@ def test_a_score_that_is_no_number_is_refused(model, monkeypatch):
     ("ids", "settings", "words"),
     [
         ([], {}, "nothing to score"),
-        ([3, 257], {}, "no token has the id 257: expected 0 to 256"),
+        ([3, 257], {}, "token id 257 does not exist: expected 0 to 256"),
         ([-1], {}, "the id -1"),
         ([2**70], {}, "expected 0 to 256"),
         ([1], {"stride": 0}, "stride is 0: expected 1 to 16"),

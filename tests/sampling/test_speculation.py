@@ -77,7 +77,7 @@ def test_proposals_are_read_where_they_pay():
 
 def test_a_draft_must_fit_the_model():
     model = make_model()
-    with pytest.raises(UserError, match="the draft has another tokenizer: expected a model with"):
+    with pytest.raises(UserError, match="the draft has a different tokenizer: expected"):
         model.with_draft(dataclasses.replace(model, tokenizer=IdTokenizer(257, 256)))
     short = make_model(dataclasses.replace(CONFIG, context_length=64))
     with pytest.raises(UserError, match="the draft has a context of 64 tokens: expected at least"):

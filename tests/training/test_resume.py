@@ -56,7 +56,7 @@ def test_a_second_trainer_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
             done = call("train", *TINY, "--out", run, "--overwrite")
             assert done.code == 2
             assert done.err == (
-                f"error: another train.py is at work in {run}: wait for it, stop it, or choose "
+                f"error: another train.py is using {run}: wait for it, stop it, or choose "
                 "another --out\n"
             )
             assert snapshot(tmp_path) == before
@@ -167,7 +167,7 @@ def test_who_goes_on_unsaved_has_what_could_be_saved(text, trained, mounted, mon
     done = call("train", *argv)
     assert done.code == 0, done.err
     assert "the checkpoint of step 8 could not be saved" in done.err
-    assert "the last good one is step 4" in done.err and "training goes on" in done.err
+    assert "the last good one is step 4" in done.err and "training continues" in done.err
     assert checkpoint.saved_steps(disk / "run") == [4, 12]
     assert same_bits(arrays(disk / "run", 12), arrays(trained[1], 12))
     assert all(line in read_lines(trained[1]) for line in read_lines(disk / "run"))
