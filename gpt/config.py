@@ -309,8 +309,8 @@ class TrainConfig:
     kernel of the accelerator, on a CPU in blocks of queries; an error if it does not fit. auto:
     fused if it fits, else plain."""
     deterministic: bool = False
-    """On GPUs: the same result from run to run, by XLA's flags, which cost speed. On CPUs and TPUs
-    it is the same anyway."""
+    """On GPUs: the same result from run to run, by XLA's flags and without cuDNN's attention, both
+    of which cost speed. On CPUs and TPUs it is the same anyway."""
     dtype: Annotated[Dtype | None, optional(DTYPES, BY_PLATFORM)] = None
     """Data type to compute in."""
     seed: int = 0

@@ -37,6 +37,20 @@ def attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
     return on_each_device(kernel, q_BTNH, k_BKSH, v_BKSH)
 
 
+def attend_reproducibly(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
+    """As `attend`, under the flags of --deterministic: on a GPU in blocks of queries, by matrix
+    products. XLA compiles cuDNN's gradient with its flag for determinism, but cannot run it: it
+    looks the kernel up by another key than the one it was stored with (jax 0.11.2 on an H200;
+    github.com/openxla/xla/pull/46500).
+    """
+    if platform() != "gpu":
+        return attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
+    fits = blockwise_attention.fits(q_BTNH.shape[1], q_BTNH.shape[3], q_BTNH.dtype)
+    if not fits or pos_BT is not None or drop is not None:
+        return attention.attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
+    return on_each_device(blockwise_attention.attend, q_BTNH, k_BKSH, v_BKSH)
+
+
 def attend_prompt(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
     """As `attend`, for a prompt whose keys and values become the cache: cuDNN reads them in the
     cache's layout, so that they are written once."""

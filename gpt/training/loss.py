@@ -101,7 +101,11 @@ def hidden_states(
 
 def attend_of(config: TrainConfig) -> Attend:
     """The attention that a run asks for."""
-    return attention.attend if config.attention == "plain" else flash_attention.attend
+    if config.attention == "plain":
+        return attention.attend
+    if config.deterministic:
+        return flash_attention.attend_reproducibly
+    return flash_attention.attend
 
 
 def sequence_losses(

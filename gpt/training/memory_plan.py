@@ -132,7 +132,7 @@ def expected_need(config: TrainConfig, mesh: Mesh) -> Need:
     products = 2 * model.d_model + flops.qkv_width(model) + mixed + flops.mlp_inputs_width(model)
     everything = 2 * model.d_model + products + 2 * model.ff_width
     everything_bytes = everything * item_bytes
-    may_be_fused = model.compute_dtype == "bfloat16"
+    may_be_fused = model.compute_dtype == "bfloat16" and not config.deterministic
     if is_cpu(mesh):
         may_be_fused = config.sequence_length >= blockwise_attention.SHORTEST
     if config.attention == "plain" or model.dropout or not may_be_fused:

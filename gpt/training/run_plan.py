@@ -102,7 +102,10 @@ def describe_determinism(mesh: Mesh) -> str:
         return f"results on a {platform.upper()} are the same from run to run without the flag too"
     if jax.default_backend() != "gpu":
         return "the plan leaves XLA's flags for this out: they need a GPU when it compiles"
-    return "by XLA's flags, which cost speed; --verify-resume shows whether they suffice"
+    return (
+        "by XLA's flags, and attention without cuDNN's kernel; both cost speed, and "
+        "--verify-resume shows whether they suffice"
+    )
 
 
 def describe_length(config: TrainConfig, dataset: Dataset | None) -> list[str]:

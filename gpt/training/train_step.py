@@ -206,12 +206,18 @@ def require_fit(config: TrainConfig, mesh: Mesh) -> list[str]:
         shape = (1, config.sequence_length, model.n_heads, model.head_width)
         with sharding.on_mesh(mesh):
             kernel = flash_attention.kernel_for(jax.ShapeDtypeStruct(shape, model.compute_dtype))
+            is_reproducible = sharding.platform() != "gpu"
         require(
             kernel is not None and model.dropout == 0,
             "--attention fused: no kernel fits; there is one on NVIDIA GPUs from Ampere on and on "
             "TPUs, for --dtype bfloat16, --model.dropout 0 and heads whose width is a multiple of "
             "8, up to 128 (256 on Hopper); on a CPU for sequences of 256 tokens or more, a "
             "multiple of 4, and --model.dropout 0",
+        )
+        require(
+            is_reproducible or not config.deterministic,
+            "--attention fused cannot be combined with --deterministic on a GPU, where the "
+            "gradient of cuDNN's attention fails: drop one of them",
         )
     n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = config.batch_size // config.grad_accum

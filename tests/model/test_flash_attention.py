@@ -18,6 +18,7 @@ from gpt.model import attention, blockwise_attention, flash_attention, transform
 from gpt.sampling import engine
 from gpt.sharding import AXES
 from gpt.training import train_step
+from gpt.training.loss import attend_of
 
 CONFIG = ModelConfig(64, context_length=32, n_layers=2, n_heads=4, n_kv_heads=2, d_model=32)
 CONFIG = CONFIG.computing_in("bfloat16")
@@ -89,7 +90,7 @@ def test_training_and_prefill_choose_the_kernel(seen):
     assert len(seen) == 3
 
 
-def test_a_run_chooses_the_plain_form_or_insists_on_the_kernel(seen):
+def test_a_run_chooses_the_plain_form_or_insists_on_the_kernel(seen, monkeypatch):
     config = TrainConfig(model=CONFIG, attention="plain", grad_accum=1)
     params = transformer.abstract(CONFIG)
     jax.eval_shape(functools.partial(train_step.objective, config), params, TOKENS)
@@ -103,6 +104,11 @@ def test_a_run_chooses_the_plain_form_or_insists_on_the_kernel(seen):
         model = dataclasses.replace(CONFIG, **refused)
         with pytest.raises(UserError, match="--attention fused: no kernel fits"):
             train_step.require_fit(dataclasses.replace(config, model=model), mesh)
+    deterministic = dataclasses.replace(config, deterministic=True)
+    assert train_step.require_fit(deterministic, mesh) == []
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    with pytest.raises(UserError, match="cannot be combined with --deterministic on a GPU"):
+        train_step.require_fit(deterministic, mesh)
 
 
 @pytest.mark.parametrize("why", ["dropout", "positions", "float32", "width", "platform"])
@@ -127,6 +133,22 @@ def test_the_plain_form_is_taken(why, seen, monkeypatch):
 def test_a_tpu_needs_whole_tiles_and_no_higher_precision(n_tokens, precision, fits):
     with jax.default_matmul_precision(precision):
         assert flash_attention.fits_splash(n_tokens, 64, jnp.bfloat16) == fits
+
+
+@pytest.mark.parametrize("T", [256, 20])
+def test_a_deterministic_run_on_a_gpu_does_without_cudnn(T, monkeypatch):
+    """Long sequences in blocks, short ones by the plain form."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, T, 2, 8)), jnp.bfloat16) for _ in range(3))
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    monkeypatch.setattr(flash_attention, "platform", lambda: "gpu")
+    monkeypatch.setitem(
+        flash_attention.KERNELS, "gpu", (lambda *_: pytest.fail("cuDNN"), lambda *_: True)
+    )
+    config = TrainConfig(CONFIG, deterministic=True)
+    mix = attend_of(config)(q, k, v, None, None)
+    expected = attention.attend(q, k, v, None, None)
+    assert np.allclose(mix.astype("float32"), expected.astype("float32"), atol=0.02)
 
 
 def test_dropout_keeps_from_the_kernel_only_where_it_is_on(seen):
