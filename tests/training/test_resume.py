@@ -71,10 +71,10 @@ def test_a_second_trainer_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
 def test_a_folder_is_held_once_in_one_process_too(tmp_path):
     run = tmp_path / "a" / "run"
     with run_dir.lock_run(run):
-        with pytest.raises(UserError, match="at work"), run_dir.lock_run(run):
+        with pytest.raises(UserError, match="is using"), run_dir.lock_run(run):
             pass
         run_dir.remove_run(run)  # as with --overwrite: the lock is not a file of the run
-        with pytest.raises(UserError, match="at work"), run_dir.lock_run(run):
+        with pytest.raises(UserError, match="is using"), run_dir.lock_run(run):
             pass
     assert snapshot(tmp_path) == {}  # the folders that were made for it are gone
     with run_dir.lock_run(run):
