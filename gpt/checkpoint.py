@@ -312,7 +312,6 @@ def latest_good(folder: str | Path, load: Callable[[int], Any]) -> tuple[int, An
 
 
 def _sha256(record: dict[str, Any]) -> str:
-    """Digest of a JSON object's canonical text."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 

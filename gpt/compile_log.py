@@ -52,7 +52,6 @@ class Compilations:
             self.sizes = outer
 
     def on_duration(self, event: str, seconds: float, fun_name: str = "", **_) -> None:
-        """Listener for jax's duration events."""
         if not event.startswith(COMPILE_EVENTS):
             return
         self.seconds += seconds
@@ -65,7 +64,6 @@ class Compilations:
             self.cache_hit = False
 
     def on_event(self, event: str, **_) -> None:
-        """Listener for jax's events without a duration."""
         if event == CACHE_HIT:
             self.cache_hit = True
 
@@ -86,7 +84,6 @@ class RecompilationCheck:
         self.n_programs = 0
 
     def begin(self) -> None:
-        """Before a chunk."""
         self.n_programs = compilations.programs
 
     def end(self, shape: tuple, capacity: int) -> None:

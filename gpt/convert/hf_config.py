@@ -159,7 +159,6 @@ def read_gpt2(fields: Fields) -> dict[str, Any]:
 
 
 def read_llama(fields: Fields, kind: str) -> dict[str, Any]:
-    """The fields of Llama, Mistral, Qwen2 and Qwen3."""
     fields.expect("hidden_act", "silu")
     settings = fields.get_all(LLAMA_FIELDS) | read_rope(fields)
     if kind != "llama":

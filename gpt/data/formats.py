@@ -161,7 +161,6 @@ def recognize_json(
 
 
 def require_pyarrow(path: Path) -> None:
-    """Raise UserError unless pyarrow, an optional package, is installed."""
     require(
         importlib.util.find_spec("pyarrow") is not None,
         f"{path} needs pyarrow, which is not installed: pip install -e '.[data]'",
@@ -365,7 +364,6 @@ def json_values(stream: BinaryIO, beginning: bytes = b"", errors: str = "strict"
 
 
 def read_parquet(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[tuple[str, bool]]:
-    """A document from each row of a parquet file."""
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(stream, buffer_size=PIECE, pre_buffer=False)
@@ -375,7 +373,6 @@ def read_parquet(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[t
 
 
 def read_arrow(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[tuple[str, bool]]:
-    """A document from each row of an arrow file or stream."""
     import pyarrow
 
     if stream.peek(6).startswith(b"ARROW1"):

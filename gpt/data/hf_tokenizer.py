@@ -135,7 +135,6 @@ class HFTokenizer:
     # ------------------------------------------------------------ text to ids
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of `text`; special tokens in it are read as text."""
         return self._ordinary.encode(text, add_special_tokens=False).ids
 
     def encode_ordinary_batch(self, texts: list[str], *, num_threads: int = 1) -> list[list[int]]:

@@ -64,12 +64,10 @@ class DataOptions(Reading):
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields as JSON values."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "DataOptions":
-        """The options that `to_json` gave."""
         paths = {}
         if values.get("val_data"):
             paths["val_data"] = tuple(Path(path) for path in values["val_data"])

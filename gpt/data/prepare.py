@@ -86,7 +86,6 @@ class Counts:
     sha256: dict[str, str] = field(default_factory=dict)
 
     def add(self, group: list[Part]) -> None:
-        """Count a group of text."""
         self.groups += 1
         for split, text, last in group:
             self.documents += last
@@ -233,7 +232,6 @@ def count_few(job: Job) -> list[int] | None:
 
 
 def remove_shards(folder: Path) -> None:
-    """Remove the shards and journals in an unfinished folder."""
     for path in [*folder.glob("*.bin"), *folder.glob("[0-9]*.json")]:
         path.unlink()
 

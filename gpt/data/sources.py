@@ -68,7 +68,6 @@ class Source:
 
     @property
     def size(self) -> int:
-        """Bytes of the files on disk."""
         return sum(file.size for file in self.files)
 
 

@@ -34,7 +34,6 @@ class TokenStore(contextlib.AbstractContextManager):
         self.stack.__exit__(*error)
 
     def folder(self, fingerprint: str) -> Path:
-        """The folder for tokens with this fingerprint."""
         kept = self.kept / fingerprint[:32]
         return kept if is_prepared(kept) else self.new / kept.name
 

@@ -296,7 +296,6 @@ def digest(tokenizer: Tokenizer) -> str:
 
 
 def sha256_of(value: Any) -> str:
-    """SHA-256 in hex of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

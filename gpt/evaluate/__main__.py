@@ -68,7 +68,6 @@ class Args:
 
 
 def main(argv: list[str]) -> None:
-    """Load the model and the tasks, evaluate, show and keep the results."""
     args = cli.parse(Args, argv, program="python -m gpt.evaluate", description=__doc__)
     names = [name for name in args.tasks.split(",") if name]
     require(bool(names), "--tasks is empty: expected names separated by commas")

@@ -72,7 +72,6 @@ class GPTJax(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The id that ends a text."""
         return self.model.special_ids.prefix("eos")[0]
 
     @property

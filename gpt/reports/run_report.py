@@ -130,7 +130,6 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def build_report(runs: Sequence[Run]) -> str:
-    """The whole page."""
     heading = "Run report: " + ", ".join(run.name for run in runs)
 
     # What each run has reached, and how fast: a column per run.
@@ -255,7 +254,6 @@ def show_figure(name: str, record: dict[str, Any]) -> str:
 
 
 def samples_section(runs: Sequence[Run]) -> str:
-    """What the models wrote, without a prompt, during training."""
     samples = ""
     for run in runs:
         if run.samples:
@@ -270,7 +268,6 @@ def samples_section(runs: Sequence[Run]) -> str:
 
 
 def settings_section(runs: Sequence[Run]) -> str:
-    """The settings in which the runs differ, then all settings."""
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     if not names:
         return ""
