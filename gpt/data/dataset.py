@@ -16,7 +16,7 @@ from gpt.data import prepare, token_files, tokenizers
 from gpt.data.batches import BLOCK
 from gpt.data.formats import PIECE, BadDocuments, read_pieces
 from gpt.data.options import DataOptions, Reading
-from gpt.data.sources import Source, Text, expand, find, open_text, standard_library
+from gpt.data.sources import Source, expand, find, open_text, standard_library
 from gpt.data.token_files import VERSION, Dataset, Mixture, Tokens
 from gpt.data.token_store import TokenStore
 from gpt.data.tokenizers import Tokenizer
@@ -304,7 +304,7 @@ def estimate_tokens(
     n_tokens = 0
     for text in texts:
         opened = open_text(text, options)
-        log(f"text           {text.title}: {opened.description}")
+        log(f"text           {opened.title}: {opened.description}")
         pieces, characters = sample(opened, options)
         found = sum(len(ids) for ids in tokenizer.encode_ordinary_batch(pieces))
         n_tokens += round(found / max(sum(map(len, pieces)), 1) * characters)
@@ -314,7 +314,7 @@ def estimate_tokens(
     return Dataset(Tokens([train], n_tokens), Tokens([val], held_out), fingerprint="")
 
 
-def sample(text: Text, options: Reading) -> tuple[list[str], int]:
+def sample(text: Source, options: Reading) -> tuple[list[str], int]:
     """The first megabyte of a few files, and an estimate of the characters in all files."""
     pieces = []
     n_characters = 0

@@ -26,7 +26,7 @@ from filelock import FileLock
 from gpt.data import tokenizers
 from gpt.data.formats import BadDocuments, read_pieces
 from gpt.data.options import Reading
-from gpt.data.sources import THREADS, SourceFile, Text, describe_file
+from gpt.data.sources import THREADS, Source, SourceFile, describe_file
 from gpt.data.token_files import HEADER, SPLITS, VERSION, hash_file, is_prepared, token_type
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError, require
@@ -100,7 +100,7 @@ class Job:
     held_out: the share of the text to hold out; None for the default, 0 for nothing, 1 for all.
     """
 
-    text: Text
+    text: Source
     tokenizer: Tokenizer
     reading: Reading
     held_out: float | None
@@ -114,7 +114,7 @@ def token_settings(tokenizer: Tokenizer, reading: Reading, held_out: float | Non
 
 
 def fingerprint_text(
-    text: Text, tokenizer: Tokenizer, reading: Reading, held_out: float | None
+    text: Source, tokenizer: Tokenizer, reading: Reading, held_out: float | None
 ) -> tuple[str, dict[str, str]]:
     """The fingerprint of a text's tokens, and the hash of each file by name; reads all files."""
     with ThreadPoolExecutor(THREADS) as pool:

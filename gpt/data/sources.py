@@ -56,35 +56,27 @@ class SourceFile:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Files to read text from, in order, before they are opened.
+    """Files to read text from, in order.
 
-    named: those that the user named one by one.
+    named: those that the user named one by one. notes: on the files that `open_text` left out.
     """
 
     title: str
     files: list[SourceFile]
     named: set[Path] = field(default_factory=set)
     is_library: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @property
     def size(self) -> int:
         return sum(file.size for file in self.files)
-
-
-@dataclass(frozen=True, eq=False)
-class Text:
-    """The files of a source that hold text, and notes about those that are left out."""
-
-    files: list[SourceFile]
-    notes: list[str]
 
     @property
     def description(self) -> str:
         """The number of files of each format, and their size."""
         counts = Counter(file.file_format for file in self.files)
         kinds = ", ".join(f"{count:,} {name}" for name, count in counts.most_common())
-        size = sum(file.size for file in self.files)
-        return f"{counted(len(self.files), 'file')} ({kinds}), {filesize.decimal(size)}"
+        return f"{counted(len(self.files), 'file')} ({kinds}), {filesize.decimal(self.size)}"
 
     def pieces(self, reading: Reading) -> Iterator[tuple[str, bool]]:
         """The text in order, as `formats.read_pieces` gives it."""
@@ -168,8 +160,8 @@ def standard_library() -> Source:
 
 
 @functools.cache  # called for the tokenizer and again for the tokens
-def open_text(source: Source, reading: Reading) -> Text:
-    """The files of a source that hold text, recognized by their first bytes.
+def open_text(source: Source, reading: Reading) -> Source:
+    """The source with only the files that hold text, recognized by their first bytes.
 
     Pictures and the like are left out and noted. Raises UserError for a named file that is not
     text, for data that cannot be read (unless bad documents are skipped), and if more bytes would
@@ -219,4 +211,4 @@ def open_text(source: Source, reading: Reading) -> Text:
             f"text: {listed}{more}; name the files to read, or add --skip-bad-documents",
         )
     require(bool(used), f"{source.title} holds no text: {EXPECTED}")
-    return Text(used, notes)
+    return dataclasses.replace(source, files=used, notes=notes)
