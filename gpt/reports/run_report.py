@@ -224,22 +224,18 @@ def tasks_section(runs: Sequence[Run]) -> str:
     names = dict.fromkeys(name for run in runs for name in run.task_figures)
     if not names:
         return ""
-    rows = []
-    for name in names:
-        cells = []
-        for run in runs:
-            by_step = run.task_figures.get(name)
-            cells.append(show_figure(name, by_step[max(by_step)]) if by_step else "–")
-        rows.append([escape(name), *cells])
+    rows = [[escape(name), *(show_figure(run, name) for run in runs)] for name in names]
     return (
         "<h2>Tasks</h2><p class='soft'>Of lm-eval, at the last step that was evaluated; ± one "
         "standard error.</p>" + table(["", *run_names(runs)], rows, "numbers")
     )
 
 
-def show_figure(name: str, record: dict[str, Any]) -> str:
-    """A figure of a task as HTML, with its standard error and how it was got."""
-    if record[name] is None:
+def show_figure(run: Run, name: str) -> str:
+    """The last value of a figure of a task as HTML, with its standard error and how it was got."""
+    by_step = run.task_figures.get(name)
+    record = by_step[max(by_step)] if by_step else {}
+    if record.get(name) is None:
         return "–"
     task, _, metric = name.partition("/")
     metric, comma, filtered = metric.partition(",")
