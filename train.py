@@ -86,8 +86,8 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
 
     tasks = in_training.load_tasks(run)  # None without --eval-tasks
 
-    # Compiles the training step. If that takes more memory than there is, `auto` chooses again, so
-    # the run comes back with other settings.
+    # Compiles gpt/training/train_step.py for the mesh. If a step takes more memory than there is,
+    # `auto` chooses again, so the run comes back with other settings.
     run, train_step, eval_step = auto_settings.compile_run(run)
     # From here on a signal no longer ends the run at once but after the next step.
     run.stop.defer(first_step)
@@ -96,6 +96,7 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
 
     with Recorder(run, state, until) as recorder:
         recorder.try_save(state)
+        # Which tokens a batch has depends on the seed and the step alone: gpt/data/batches.py.
         for step, batch in recorder.batches():
             state, metrics = train_step(state, batch)
             # Reads the previous step's numbers while the device computes this one.

@@ -43,7 +43,7 @@ from gpt.errors import Failed, UserError, is_out_of_memory, require
 
 Args = TypeVar("Args")
 
-# Failures of the file system that a user causes and can mend.
+# File-system errors that a user causes and can fix.
 USER_OS_ERRORS = (
     FileNotFoundError,
     FileExistsError,
@@ -177,7 +177,7 @@ constructors = ConstructorRegistry()
 
 @constructors.primitive_rule
 def _parse_path(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """How tyro reads a path: `~`, which a shell leaves as it is in `--out=~/runs`, is expanded.
+    """How tyro reads a path: `~`, which a shell does not expand in `--out=~/runs`, is expanded.
     UserError for a URL such as gs://bucket/run, which would be taken for a local folder."""
 
     def read(words: list[str]) -> Path:

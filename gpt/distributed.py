@@ -33,12 +33,13 @@ LOST_PEER = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "oor
 
 
 def find_cluster(environ: Mapping[str, str]) -> tuple[str, int | None] | None:
-    """The launcher's variable by which this process is one of several, in words, and how many they
-    are (None where only the launcher's own service knows); None if the process trains alone.
+    """In words, the launcher's variable that makes this process one of several, and their number
+    (None where only the launcher's own service knows it); None if the process trains alone.
 
     An allocation is not yet a launch: inside `salloc`, in a batch script, and in an interactive
     `srun --pty` shell SLURM_NTASKS may be 4, but only one process of the step runs. Likewise every
-    Kubernetes pod sees KUBERNETES_SERVICE_HOST, but only an indexed Job has several alike.
+    Kubernetes pod sees KUBERNETES_SERVICE_HOST, but only the pods of an indexed Job
+    run one program together.
     """
     for launcher, variable in (
         ("Open MPI", "OMPI_COMM_WORLD_SIZE"),

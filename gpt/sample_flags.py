@@ -40,7 +40,7 @@ class Args:
     """A file of text to continue, its last newline included; - is standard input."""
     prompt_ids: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Token ids to continue, separated by spaces: "1 2 3"."""
-    prefix: Annotated[Prefix | None, optional("{bos,eos,none}", "as its tokenizer has it")] = None
+    prefix: Annotated[Prefix | None, optional("{bos,eos,none}", "as the tokenizer does")] = None
     """What precedes each text: beginning-of-text, end-of-text or nothing. By default what the
     model's tokenizer puts there, or else end-of-text before a scored text and an empty prompt."""
     interactive: bool = False

@@ -1,1 +1,1 @@
-"""Models of others in, ours out: folders in the Hugging Face form. `python -m gpt.convert`."""
+"""Importing and exporting models in the Hugging Face format: `python -m gpt.convert`."""

@@ -1,9 +1,9 @@
-"""Other people's weights in, ours out: folders in the Hugging Face form, safetensors and JSON.
+"""Import and export models as folders in the Hugging Face format: safetensors and JSON.
 
     python -m gpt.convert import gpt2-folder runs/gpt2
     python -m gpt.convert export runs/mine my-model
 
-Families: GPT-2, and Llama with those that are almost it (Mistral, Qwen2, Qwen3). docs/weights.md.
+Families: GPT-2, and Llama with its close relatives Mistral, Qwen2 and Qwen3. See docs/weights.md.
 """
 
 import os

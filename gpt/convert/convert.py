@@ -1,4 +1,4 @@
-"""A model's folder in the Hugging Face form becomes a run's folder, and the other way round.
+"""A model's folder in the Hugging Face format becomes a run's folder, and the other way round.
 
 Both directions make a new folder, whole or not at all. What the user should know is reported
 through `log`; nothing is printed.

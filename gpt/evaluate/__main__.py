@@ -50,7 +50,7 @@ class Args:
     """Solved examples before each question."""
     batch_size: int = 16
     """Answers read together."""
-    prefix: Annotated[Prefix | None, optional("{bos,eos,none}", "as its tokenizer has it")] = None
+    prefix: Annotated[Prefix | None, optional("{bos,eos,none}", "as the tokenizer does")] = None
     """The token before each text. An empty context is always replaced by a token."""
     json: Annotated[Path | None, optional("FILE")] = None
     """Write the harness's whole result to this file."""

@@ -97,7 +97,7 @@ def map_matrices(function, tree: dict) -> dict:
 
 
 def quantize(params: dict) -> dict:
-    """Unstacked weights with every matrix and table as int8; vectors and positions as they are."""
+    """Unstacked weights with every matrix and table as int8; vectors and positions unchanged."""
     return map_matrices(quantize_matrix, params)
 
 

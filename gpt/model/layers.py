@@ -165,7 +165,7 @@ gather_for_matmul.defvjp(
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:
-    """`x` squashed smoothly between -cap and cap (Gemma Team 2024, section 2); 0: as it is."""
+    """`x` squashed smoothly between -cap and cap (Gemma Team 2024, section 2); 0: unchanged."""
     return cap * jnp.tanh(x / cap) if cap else x
 
 
@@ -183,8 +183,8 @@ def table_product(x_MI: jax.Array, table_OI: jax.Array | Int8) -> jax.Array:
 def widening_product(x_MI: jax.Array, table_OI: jax.Array) -> jax.Array:
     """x table^T in float32 of two bfloat16 arrays, whose gradients are bfloat16 products too.
 
-    JAX's own gradient multiplies the float32 cotangent as it is, for which an accelerator takes
-    several times as long.
+    JAX's own gradient multiplies the float32 cotangent without rounding it, which takes an
+    accelerator several times as long.
     """
     return jnp.einsum("MI,OI->MO", x_MI, table_OI, preferred_element_type=jnp.float32)
 
@@ -231,7 +231,7 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(LayerNorm):
-    """Unit mean square, the mean left as it is (Zhang & Sennrich 2019)."""
+    """Unit mean square, the mean unchanged (Zhang & Sennrich 2019)."""
 
     def standardize(self, x: jax.Array) -> jax.Array:
         return unit_mean_square(x, self.epsilon)

@@ -128,7 +128,7 @@ class RunLog:
             self.trackers.sample(step, text)
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl, whole or not at all, and send its numbers to trackers."""
+        """Append a complete line to metrics.jsonl, or none, and send its numbers to trackers."""
         if self.file is not None:
             with self._tolerating_full_disk():
                 line = to_line(record)

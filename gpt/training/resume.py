@@ -60,7 +60,7 @@ class StartingPoint:
 def find_starting_point(args: Any, out: Path, log: Callable[[str], None]) -> StartingPoint:
     """Where the run of `args`, the flags of train.py, starts if its folder is `out`.
 
-    `log` is told of each damaged checkpoint that is passed over.
+    `log` gets a note for each damaged checkpoint that is skipped.
     """
     resuming = bool(checkpoint.saved_steps(out)) and not (args.overwrite or args.verify_resume)
     source = out if resuming else args.init_from
@@ -184,7 +184,7 @@ def describe_steps(config: TrainConfig) -> str:
 
 
 def newest(folder: Path, load: Callable[[Path, int], Any], log: Callable[[str], None]) -> Any:
-    """`load(folder, step)` of a run's newest good checkpoint; `log` is told of each damaged one."""
+    """`load(folder, step)` of the newest good checkpoint; `log` gets a note on each damaged one."""
     _, loaded, notes = checkpoint.latest_good(folder, partial(load, folder))
     for note in notes:
         log(f"note: {note}; an earlier checkpoint is used")

@@ -257,7 +257,7 @@ def test_lengths_fit_the_context(context, given, expected):
         ({"prompt_lengths": "60", "new_tokens": 5}, "60 tokens and 5 new ones .* context of 64"),
         ({"prompt_lengths": "8,x"}, "--prompt-lengths 8,x: expected positive integers"),
         ({"prompt_lengths": ""}, "--prompt-lengths : expected positive integers"),
-        ({"prompt_lengths": "0"}, "at least 1"),
+        ({"prompt_lengths": "0"}, "positive integers"),
         ({"new_tokens": 1}, "--new-tokens 1: expected at least 2"),
         ({"repeats": 0}, "--repeats is 0: expected at least 1"),
         ({"json": Path("no/such/folder/x.json")}, "--json .* does not exist"),

@@ -135,7 +135,7 @@ def test_a_score_that_is_no_number_is_refused(model, monkeypatch):
     [
         ([], {}, "nothing to score"),
         ([3, 257], {}, "token id 257 does not exist: expected 0 to 256"),
-        ([-1], {}, "the id -1"),
+        ([-1], {}, "token id -1"),
         ([2**70], {}, "expected 0 to 256"),
         ([1], {"stride": 0}, "stride is 0: expected 1 to 16"),
         ([1], {"window": 8, "stride": 9}, "stride is 9: expected 1 to 8"),
