@@ -22,7 +22,7 @@ Remat = Literal["auto", "none", "products", "blocks"]
 AttentionKind = Literal["auto", "plain", "fused"]
 AUTO = "auto"  # of grad_accum and remat: memory_plan.resolve_auto chooses by a device's memory
 Quantize = Literal["int8"]
-Weights = Literal["ema", "raw"]  # the average over the run, or the weights as they are
+Weights = Literal["ema", "raw"]  # the average over the run, or the last weights
 VOCAB_MULTIPLE = 128  # accelerators tile by 128, and sharded tables need a divisor
 
 
@@ -118,7 +118,7 @@ class ModelConfig:
         require(
             self.d_head is not None or self.d_model % self.n_heads == 0,
             f"model.d_model {self.d_model} is not divisible by model.n_heads {self.n_heads}: "
-            "every head needs the same whole width; or give --model.d-head",
+            "all heads have the same width; or give --model.d-head",
         )
         require(
             self.n_heads % self.kv_heads == 0,
@@ -127,7 +127,7 @@ class ModelConfig:
         )
         require(
             self.positions != "rope" or self.head_width % 2 == 0,
-            f"heads of width {self.head_width} cannot be rotated in pairs: rope needs even widths",
+            f"heads of width {self.head_width} cannot be rotated in pairs: use an even width",
         )
         require(
             self.positions != "sinusoidal" or self.d_model % 2 == 0,
@@ -191,7 +191,7 @@ class ModelConfig:
 def flags_to_export(config: ModelConfig) -> tuple[list[str], list[str]]:
     """The flags with which a model could be exported as GPT-2, and those for Llama, Qwen2 or Qwen3.
 
-    A list is empty if the model can be exported so as it is.
+    A list is empty if the model can be exported in that form as it stands.
     """
     no_norm_bias = "--model.no-bias" if config.norm_bias is None else "--model.norm-bias False"
     no_mlp_bias = "--model.no-bias" if config.mlp_bias is None else "--model.mlp-bias False"
@@ -223,7 +223,7 @@ def flags_to_export(config: ModelConfig) -> tuple[list[str], list[str]]:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices along each axis of the mesh; -1 takes what the others leave."""
+    """How many devices along each axis of the mesh; -1: all that the others leave."""
 
     data: int = -1
     """Replicas of the model, each with its own rows of the batch (-1: all remaining devices)."""
@@ -263,7 +263,7 @@ class TrainConfig:
     never trained would be noise."""
     grad_accum: Annotated[int | Literal["auto"], tyro.conf.arg(metavar="INT|auto")] = 1
     """Micro-batches that one step's batch is split into, to save memory; auto: the fewest that are
-    expected to fit. They change results by rounding alone."""
+    expected to fit. This changes results only by rounding."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     min_learning_rate: float = 1e-4
@@ -298,7 +298,7 @@ class TrainConfig:
     """The run ends after this many consecutive steps whose loss or gradient is not finite; the
     update of such a step is skipped."""
     remat: Remat = "blocks"
-    """What the backward pass computes again instead of keeping it: none, products (all but matrix
+    """What the backward pass recomputes instead of keeping it: none, products (all but matrix
     products) or blocks (each from its input: a third more work). auto: blocks on a CPU; elsewhere
     the first of these that is expected to fit, and for none --unroll too."""
     unroll: bool = False
@@ -309,8 +309,8 @@ class TrainConfig:
     kernel of the accelerator, on a CPU in blocks of queries; an error if it does not fit. auto:
     fused if it fits, else plain."""
     deterministic: bool = False
-    """On GPUs: the same result from run to run, by XLA's flags and without cuDNN's attention, both
-    of which cost speed. On CPUs and TPUs it is the same anyway."""
+    """On GPUs: identical results from run to run, by XLA flags and without cuDNN's attention, both
+    of which cost speed. CPUs and TPUs give identical results anyway."""
     dtype: Annotated[Dtype | None, optional(DTYPES, BY_PLATFORM)] = None
     """Data type to compute in."""
     seed: int = 0
@@ -320,7 +320,7 @@ class TrainConfig:
     eval_every: int = 250
     """Steps between evaluations on held-out text."""
     eval_tokens: int = 131_072
-    """Held-out tokens that one evaluation reads at most; 0 reads all of them."""
+    """Most held-out tokens that one evaluation reads; 0: all of them."""
     sample_every: int = 500
     """Steps between printed samples; 0 for none."""
     save_every: int = 500
@@ -354,7 +354,7 @@ class TrainConfig:
             require(
                 self.batch_size % self.grad_accum == 0,
                 f"batch_size {self.batch_size} is not divisible by grad_accum {self.grad_accum}: "
-                "micro-batches must be of one size",
+                "micro-batches must have the same size",
             )
         for n, name in ((self.seed, "seed"), (self.steps, "steps")):
             require(0 <= n < 2**31, f"{name} is {n}: expected 0 <= {name} < 2^31")

@@ -181,7 +181,7 @@ def test_a_deterministic_run_stays_so(finished, text, monkeypatch):
     monkeypatch.setattr(cli, "make_deterministic", lambda: asked.append(True))
     shutil.rmtree(checkpoint.step_dir(finished, 12))
     done = call("train", *TINY, "--data", text, "--out", finished, "--deterministic")
-    assert done.code == 0 and "the same from run to run without the flag too" in done.err, done.err
+    assert done.code == 0 and "the same from run to run without this flag" in done.err, done.err
     assert call("train", "--resume", finished, "--extend", "1").code == 0
     assert asked == [True, True]
 

@@ -90,7 +90,7 @@ def describe(
     if gpt2 and llama:
         lines.append(
             "note: python -m gpt.convert will not be able to export this model to transformers; "
-            f"with {' '.join(min(gpt2, llama, key=len))} it would"
+            f"with {' '.join(min(gpt2, llama, key=len))} it could"
         )
     return lines
 
@@ -99,9 +99,9 @@ def describe_determinism(mesh: Mesh) -> str:
     """What --deterministic does for a run on `mesh`."""
     platform = sharding.platform_of(mesh.devices.flat[0])
     if platform != "gpu":
-        return f"results on a {platform.upper()} are the same from run to run without the flag too"
+        return f"on a {platform.upper()} results are the same from run to run without this flag"
     if jax.default_backend() != "gpu":
-        return "the plan leaves XLA's flags for this out: they need a GPU when it compiles"
+        return "planned without XLA's flags for this, which need a GPU to compile on"
     return (
         "by XLA's flags, and attention without cuDNN's kernel; both cost speed, and "
         "--verify-resume shows whether they suffice"
@@ -150,7 +150,7 @@ def print_memory(
     least = least_need(config, mesh).total
     require(
         least < ABSURD,
-        f"no device holds {filesize.decimal(least)}, which a step takes at least: {MEMORY_ADVICE}",
+        f"a step takes at least {filesize.decimal(least)}, which no device has: {MEMORY_ADVICE}",
     )
     limit, source = hardware.memory()
     if memory_bytes is not None:
