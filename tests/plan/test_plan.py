@@ -160,6 +160,7 @@ def test_gpus_run_what_is_predicted(tmp_path, sizes):
     assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text
     for program in found.programs.values():
         assert program["kernels"] > 0 and program["moved_bytes"] > 0 and program["flops"] > 0
+        assert program["likely_seconds"] >= program["expected_seconds"]
         assert program["expected_seconds"] >= program["floor_seconds"] > 0
         assert any(kernel["line"].startswith("gpt/model/") for kernel in program["top"])
     for name in ("prefill", "decode step"):

@@ -27,6 +27,17 @@ def test_products_of_libraries_count():
     assert KERNELS["gemm.1"].seconds == 2 * KERNELS["gemm.1"].flops / 1e9
 
 
+def test_what_is_likely_is_limited_by_what_a_card_has_reached():
+    """Of products, of attention, and of memory; a launch takes as long as it does."""
+    for name, reached in (
+        ("gemm.1", kernels.REACHED_PRODUCTS),
+        ("attention.1", kernels.REACHED_ATTENTION),
+        ("copy.7", kernels.REACHED_MEMORY),
+    ):
+        kernel = KERNELS[name]
+        assert kernel.likely_seconds == pytest.approx(kernel.seconds / reached)
+
+
 def test_of_a_table_only_rows_are_read_and_of_a_cache_only_rows_written():
     assert KERNELS["lookup.1"].moved_bytes == 2 * (8 * 64 * 4) + 8 * 4
     assert KERNELS["update.1"].moved_bytes == 2 * (8 * 64 * 2) + 8 * 2 * 4
@@ -44,7 +55,8 @@ def test_loops_count_each_turn_and_those_that_depend_on_data_one():
 def test_a_kernel_takes_at_least_its_launch():
     fast = Chip(1e9, bytes_per_second=1e15, flops_per_second=1e15, link_bytes_per_second=1e15)
     for kernel in kernels.find(PROGRAM, fast, mesh=None):
-        assert kernel.seconds == pytest.approx(kernel.runs * kernels.LAUNCH_SECONDS)
+        launches = kernel.runs * kernels.LAUNCH_SECONDS
+        assert kernel.seconds == kernel.likely_seconds == pytest.approx(launches)
 
 
 def test_the_line_is_the_innermost_one_of_this_project():
