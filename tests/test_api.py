@@ -16,17 +16,14 @@ def model(trained):
 
 
 def test_every_public_name_is_there():
+    """Shown by dir(), and so by TAB, and by help()."""
+    assert dir(gpt) == sorted(gpt.__all__)
+    text = pydoc.plain(pydoc.render_doc(gpt))
+    assert "class LanguageModel" in text and "logits(" in text and "load(" in text
     for name in gpt.__all__:
         assert getattr(gpt, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = gpt.lode
-
-
-def test_the_package_shows_its_names():
-    """To dir(), and so to TAB, and to help()."""
-    assert dir(gpt) == sorted(gpt.__all__)
-    text = pydoc.plain(pydoc.render_doc(gpt))
-    assert "class LanguageModel" in text and "logits(" in text and "load(" in text
 
 
 def test_importing_the_package_starts_no_jax():

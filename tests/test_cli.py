@@ -34,9 +34,7 @@ def test_the_first_word_may_be_a_preset():
     assert read("--tokenizer", "gpt2").config.model == PRESETS["tiny"].model
     assert refusal("--steps", "5", "gpt2") == "gpt2 must come first: train.py gpt2 ..."
     assert "'gpt-2'" in refusal("gpt-2") and "shakespeare-char" in refusal("gpt-2")
-
-
-def test_settings_are_checked_against_the_chosen_preset():
+    # Settings are checked against the chosen one.
     assert read("gpt2", "--model.n-heads", "6").config.model.head_width == 128
     assert "model.d_model 768 is not divisible" in refusal("gpt2", "--model.n-heads", "5")
 
@@ -45,9 +43,6 @@ def test_hyphens_and_underscores_are_one():
     assert read("--batch-size", "64") == read("--batch_size", "64")
     assert read("--model.n_layers", "2", "--mesh.data", "4").config.mesh.data == 4
     assert read("--data", "x", "y", "--overwrite").data == (Path("x"), Path("y"))
-
-
-def test_the_flags_that_were_given():
     argv = ["gpt2", "--model.n-layers", "2", "--steps=5", "--no-overwrite", "--model.no-bias"]
     assert cli.flags_given(argv) == {"model.n_layers", "steps", "overwrite", "model.bias"}
 

@@ -52,11 +52,6 @@ def test_devices_without_rings_make_a_mesh_all_the_same():
     assert list(sharding.make_mesh(MeshConfig(fsdp=6), part).devices.flat) == part
 
 
-def test_a_mesh_that_does_not_fill_its_devices_is_refused():
-    with pytest.raises(UserError, match=r"fsdp 3, .* does not fill 8 devices"):
-        sharding.make_mesh(MeshConfig(fsdp=3), tpu_slice(4, 2))
-
-
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)])
 def test_weights_moments_and_average_are_split_over_their_axes(sizes):
     """By the sizes of the mesh, not by the table that is tested."""
@@ -93,15 +88,25 @@ def test_heads_that_do_not_divide_are_kept_whole_and_told():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "message"),
-    [((1, 1, 3), "model.n_heads is 4, which --mesh.tensor 3"), ((1, 5, 1), "--mesh.fsdp 5")],
+    ("refuse", "message"),
+    [
+        (
+            lambda: sharding.make_mesh(MeshConfig(fsdp=3), tpu_slice(4, 2)),
+            r"fsdp 3, .* does not fill 8 devices",
+        ),
+        (
+            lambda: transformer.require_fit(MODEL, mesh_of(1, 1, 3)),
+            "model.n_heads is 4, which --mesh.tensor 3",
+        ),
+        (lambda: transformer.require_fit(MODEL, mesh_of(1, 5, 1)), "--mesh.fsdp 5"),
+        (
+            lambda: train_step.require_fit(
+                TrainConfig(batch_size=8, grad_accum=8), mesh_of(2, 2, 2)
+            ),
+            r"a micro-batch of 1 sequences .* among 4 devices",
+        ),
+    ],
 )
-def test_weights_that_do_not_divide_are_refused(sizes, message):
+def test_what_does_not_divide_is_refused(refuse, message):
     with pytest.raises(UserError, match=message):
-        transformer.require_fit(MODEL, mesh_of(*sizes))
-
-
-def test_a_batch_that_does_not_divide_is_refused():
-    config = TrainConfig(mesh=MeshConfig(2, 2, 2), batch_size=8, grad_accum=8)
-    with pytest.raises(UserError, match=r"a micro-batch of 1 sequences .* among 4 devices"):
-        train_step.require_fit(config, mesh_of(2, 2, 2))
+        refuse()

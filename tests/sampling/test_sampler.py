@@ -16,7 +16,6 @@ KINDS = ("float32", "float32", "int32", "float32", "float32", "uint32", "uint32"
 NEUTRAL = (1, 1, 0, 1, 0, 0, 0)
 adjust, filtered = jax.jit(sampler.adjust_logits), jax.jit(sampler.filter_logits)
 inverse_cdf, sample = jax.jit(sampler.inverse_cdf), jax.jit(sampler.sample)
-by_halves, by_digits = jax.jit(sampler.by_halves), jax.jit(sampler.by_digits)
 
 
 def rows(n=1, bias=None, **columns) -> sampler.SamplingParams:
@@ -238,22 +237,15 @@ def test_logprob_ignores_temperature_and_filters():
 
 
 @settings(max_examples=100)
-@given(values | tied | lonely, st.lists(st.integers(0, 9), min_size=V, max_size=V), st.data())
-def test_digits_find_the_threshold_that_halves_find(logits, weights, data):
-    """With whole numbers for weights, whose sums are exact in any order."""
-    bits = sampler.ordered_bits(jnp.array([logits], jnp.float32))
-    weights = np.array([weights], np.float32)
-    target = np.array([data.draw(st.integers(0, int(weights.sum()) + 1))], np.float32)
-    found = [find(bits, weights, target) for find in (by_halves, by_digits)]
-    assert found[0] == found[1]
-
-
-@settings(max_examples=50)
-@given(st.lists(columns, min_size=4, max_size=4), st.integers(0, 1000))
-def test_an_accelerator_draws_what_a_cpu_draws(each, seed):
+@given(
+    st.lists(columns, min_size=4, max_size=4),
+    st.lists(values | tied | lonely, min_size=4, max_size=4),
+    st.integers(0, 1000),
+)
+def test_an_accelerator_draws_what_a_cpu_draws(each, logits, seed):
     """Thresholds found by digits, and only the steps that the host says are needed."""
     rng = np.random.default_rng(seed)
-    logits = jnp.asarray(rng.normal(0, 3, (4, V)).astype(np.float32))
+    logits = jnp.array(logits, jnp.float32)
     seen, at = jnp.asarray(rng.random((4, V)) < 0.3), jnp.arange(4)
     mixed = rows(4, **{name: [one[name] for one in each] for name in NAMES})
     known = sampler.with_known_stages(mixed)

@@ -36,18 +36,15 @@ def llama():
     return make_model(CONFIG, tokenizer=tokenizer), bos, end, turn
 
 
-def test_special_ids_of_a_tokenizer_that_came_with_a_model():
+def test_special_ids_of_a_tokenizer_that_came_with_a_model_and_of_our_own():
     model, bos, end, turn = llama()
     special = model.special_ids
     assert (special.ends, special.before, special.bos) == ((end, turn), (bos,), bos)
     assert special.not_text == {bos, end, turn}
     assert special.unused == tuple(range(max(bos, end, turn) + 1, N_VOCAB)) != ()
-
-
-def test_special_ids_of_our_own_tokenizer():
-    special = find_special_ids(LETTERS)
-    assert (special.ends, special.before, special.bos, special.unused) == ((256,), (), None, ())
-    assert special.not_text == {256}
+    ours = find_special_ids(LETTERS)
+    assert (ours.ends, ours.before, ours.bos, ours.unused) == ((256,), (), None, ())
+    assert ours.not_text == {256}
 
 
 @pytest.mark.parametrize("which", [0, 1])
