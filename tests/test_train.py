@@ -272,8 +272,11 @@ def test_minutes_settle_the_steps_and_the_schedule(text, tmp_path, monkeypatch):
         assert call("train", *flags).code == 2
 
 
-def test_changed_settings_are_refused_with_the_differences(text, finished):
+def test_changed_settings_or_data_are_refused_with_the_differences(text, finished, tmp_path):
     before = snapshot(finished)
+    other = write_text(tmp_path / "text.txt", seed=1)
+    done = call("train", *TINY, "--data", other, "--out", finished)
+    assert done.code == 2 and "--data: the run was trained on different text" in done.err
     changed = ["--learning-rate", "2e-3", "--tokenizer", "char", "--seq-len", "8"]
     done = call("train", *TINY, *changed, "--data", text, "--out", finished)
     assert done.code == 2
@@ -306,14 +309,6 @@ def test_only_what_changes_no_result_may_differ(trained):
     assert resume.differences(about["train"], config, 12) == []
     changed = resume.differences(about["train"], replace(config, clip_norm=0.5), 12)
     assert changed == ["clip_norm: the run has 1.0, you asked for 0.5"]
-
-
-def test_changed_data_are_refused(finished, tmp_path):
-    before = snapshot(finished)
-    other = write_text(tmp_path / "text.txt", seed=1)
-    done = call("train", *TINY, "--data", other, "--out", finished)
-    assert done.code == 2 and "--data: the run was trained on different text" in done.err
-    assert snapshot(finished) == before
 
 
 def test_overwrite_starts_afresh_and_removes_only_what_a_run_wrote(text, finished, interrupt):

@@ -98,16 +98,11 @@ def test_a_changed_machine_is_the_first_thing_said(files, capsys):
     assert "CHANGED: cpu before, another now\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"cells": []}', '{"cells": [{"prefill": {}}]}']
-)
-def test_a_file_that_is_not_a_result_is_refused(files, content):
+@pytest.mark.parametrize("content", ["", "[]", '{"cells": []}', '{"cells": [{"prefill": {}}]}'])
+def test_what_cannot_be_compared_is_refused(files, content):
     files[1].write_text(content)
     with pytest.raises(UserError, match=r"1\.json is not a result"):
         report.read_result(files[1])
-
-
-def test_results_that_cannot_be_compared_are_refused(files):
     one = report.read_result(files[0])
     with pytest.raises(UserError, match="no cell in common"):
         report.changes_between(one, one | {"cells": []})
@@ -137,8 +132,3 @@ def test_the_vendor_is_quoted_where_it_is_known():
     assert "vendor" not in report.card(measured, verbose=True).renderable
     card = report.card(measured | {"device": "NVIDIA H200"}, verbose=True)
     assert "989 TFLOP/s in bfloat16 and 4.80 TB/s" in card.renderable
-
-
-def test_a_wide_spread_is_marked():
-    assert report.milliseconds([1.0, 1.05, 0.98]) == "1000.00 ±4%"
-    assert report.milliseconds([1.0, 1.5, 0.9]).endswith("±30%!")

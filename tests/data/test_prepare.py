@@ -252,17 +252,10 @@ def test_progress_is_reported_in_bytes_of_the_files(tmp_path, many_tasks):
     assert len(seen) > 3 and seen == sorted(seen) and seen[-1] == (30_000, 30_000)
 
 
-@pytest.mark.parametrize("text", ["a", "abcdefghij"])
-def test_too_little_text_is_refused(text, tmp_path):
-    char = tokenizers.create("char", lambda: [text], 0)
-    with pytest.raises(UserError, match=r"too small: its .* characters"):
-        make(write(tmp_path / "text", text), tmp_path / "tokens", char)
-
-
-def test_a_failing_disk_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write tokens to .*file"):
-        make(write(tmp_path / "text", "hello world " * 20), tmp_path / "file" / "tokens")
+def test_too_little_text_is_refused(tmp_path):
+    for text in ("a", "abcdefghij"):
+        with pytest.raises(UserError, match=r"too small: its .* characters"):
+            make(write(tmp_path / "text", text), tmp_path / "tokens")
 
 
 def test_bad_documents_are_counted_in_the_header(tmp_path):

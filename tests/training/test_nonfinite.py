@@ -147,11 +147,9 @@ def test_a_bad_output(params):
     assert located(params | huge).endswith("the output of the embedding")
     assert located(params | {"head": params["head"] + 3e38}).endswith("the output of the head")
 
-
-def test_a_bad_output_where_norms_come_after_the_sums(params):
-    config = dataclasses.replace(
-        LOCATED, model=dataclasses.replace(LOCATED.model, norm_place="post")
-    )
+    # Where norms come after the sums.
+    post = dataclasses.replace(LOCATED.model, norm_place="post")
+    config = dataclasses.replace(LOCATED, model=post)
     params = jax.tree.map(np.asarray, fresh(config).params)
     said = located(too_much_for_float32(params, 1), config)
     assert said.endswith("the output of block 1 of 0 to 3")
