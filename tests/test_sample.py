@@ -266,10 +266,7 @@ def test_a_score_has_the_fields_that_others_read(folder):
     assert score["mean_nll"] == pytest.approx(-np.mean(logprobs))
     assert score["perplexity"] == pytest.approx(np.exp(-np.mean(logprobs)))
     assert score["bits_per_byte"] == pytest.approx(-np.sum(logprobs) / np.log(2) / 11)
-
-
-def test_a_score_as_text_shows_each_token(folder):
-    lines = sample(folder, "--score", "a 天").splitlines()
+    lines = sample(folder, "--score", "a 天").splitlines()  # as text it shows each token
     assert len(lines) == 6 and lines[-1].startswith("5 tokens: ")
     assert [line.split(maxsplit=1)[1] for line in lines[:2]] == ["'a'", "' '"]
 
