@@ -11,7 +11,7 @@ import pytest
 from programs import ROOT, program
 
 from gpt.config import ModelConfig
-from gpt.model import attention, transformer
+from gpt.model import attention, flash_attention, transformer
 
 GUIDE = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
 CONFIG = ModelConfig(64, 16, n_layers=2, n_heads=2, d_model=16, positions="none", init_std=0.3)
@@ -70,6 +70,7 @@ def test_an_ablation_takes_something_away(ablation, monkeypatch):
     """Its patches, undone afterwards, reach the model; without the mask the next token is seen."""
     monkeypatch.setattr(attention.Attention, "project", attention.Attention.project)
     monkeypatch.setattr(attention, "visible", attention.visible)
+    monkeypatch.setattr(flash_attention, "KERNELS", dict(flash_attention.KERNELS))
     monkeypatch.setitem(transformer.BLOCKS, "pre", transformer.BLOCKS["pre"])
     params = transformer.init(CONFIG, jax.random.key(0))
 
