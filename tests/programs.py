@@ -118,11 +118,24 @@ def run_python(*words, **environment: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def sample(folder, *argv) -> str:
-    """What sample.py prints, which must go well."""
-    done = call("sample", folder, *argv)
+def succeed(name: str, *argv) -> Done:
+    """Call a program, which must go well."""
+    done = call(name, *argv)
     assert done.code == 0, done.err
-    return done.out
+    return done
+
+
+def refuse(words: str, name: str, *argv) -> Done:
+    """Call a program, which must end with exit code 2 and one error that has these words."""
+    done = call(name, *argv)
+    assert done.code == 2 and done.err.count("error: ") == 1, done.err
+    assert words in done.err[done.err.index("error: ") :]
+    return done
+
+
+def sample(folder, *argv) -> str:
+    """What sample.py prints."""
+    return succeed("sample", folder, *argv).out
 
 
 def refuse_constant(word: str):

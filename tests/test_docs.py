@@ -15,7 +15,7 @@ import pytest
 import standin_tokenizers
 import standins
 import tyro
-from programs import ROOT, call, program
+from programs import ROOT, call, program, succeed
 from safetensors.numpy import load_file
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -186,8 +186,7 @@ def workspace(text, tmp_path_factory):
     (folder / "fineweb").mkdir()
     for name in ("my.txt", "fineweb/a.txt"):
         (folder / name).write_bytes(text.read_bytes())
-    done = call("train", *SHRINK["train"], "--data", text, "--out", folder / "runs/tiny")
-    assert done.code == 0, done.err
+    succeed("train", *SHRINK["train"], "--data", text, "--out", folder / "runs/tiny")
     return folder
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from programs import ROOT, TINY, arrays, call, read_lines, same_losses
+from programs import ROOT, TINY, arrays, read_lines, same_losses, succeed
 
 from gpt import checkpoint
 from gpt.training.metrics import read_metrics
@@ -81,8 +81,7 @@ def wait_for_steps(trainers: list[Trainer], folder, n: int = 5) -> None:
 def alone(text, tmp_path_factory):
     """The folder of the run that one process makes."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    done = call("train", *SMALL, "--data", text, "--out", folder)
-    assert done.code == 0, done.err
+    succeed("train", *SMALL, "--data", text, "--out", folder)
     return folder
 
 

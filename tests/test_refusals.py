@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 from flax.traverse_util import flatten_dict
-from programs import TINY, call, snapshot, write_text
+from programs import TINY, call, refuse, snapshot, write_text
 
 from gpt import sample_flags, train_flags
 from gpt.compile_log import compilations
@@ -174,6 +174,7 @@ BAD_FLAGS = {
     "--prompt-ids one": "--prompt-ids 'one': expected integers",
     "--score-ids \N{ARABIC-INDIC DIGIT THREE}": "expected integers",
     "--prompt-file gone.txt": "--prompt-file gone.txt: No such",
+    "--score-file .": "--score-file .: Is a directory",
     "--interactive --json": "--json has no effect with --interactive: leave it out",
     "--interactive --beam-width 2": "--beam-width has no effect with --interactive",
     "--beam-width 2 --top-p 0.5": "--top-p has no effect with --beam-width",
@@ -320,6 +321,5 @@ def test_wild_flags_are_refused_or_valid(name, n, world, only_validation):
 )
 def test_what_cannot_be_evaluated_is_refused(flags, message, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    done = call("gpt/evaluate/__main__", "run", *flags.split())
-    assert done.code == 2 and message in done.err
+    done = refuse(message, "gpt/evaluate/__main__", "run", *flags.split())
     assert done.err.startswith("error: ") and done.err.count("\n") == 1

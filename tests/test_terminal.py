@@ -194,12 +194,6 @@ def test_a_file_is_read_to_the_byte(tmp_path, capsys, monkeypatch):
     assert terminal.read_text("--prompt-file", terminal.Path("-")) == "from a pipe\r\n"
 
 
-@pytest.mark.parametrize(("name", "reason"), [("gone", "No such file"), (".", "Is a directory")])
-def test_a_file_that_cannot_be_read_is_named(name, reason, tmp_path):
-    with pytest.raises(UserError, match=f"--score-file {tmp_path / name}: {reason}"):
-        terminal.read_text("--score-file", tmp_path / name)
-
-
 def test_text_that_is_piped_in_without_being_asked_for_is_left_with_a_note(capsys, monkeypatch):
     """A shell's loop or script may be what is there. /dev/null holds nothing, and stays silent."""
     read, write = os.pipe()

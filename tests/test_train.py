@@ -24,9 +24,11 @@ from programs import (
     arrays,
     call,
     read_lines,
+    refuse,
     same_bits,
     snapshot,
     stored_shapes,
+    succeed,
     write_text,
 )
 
@@ -140,7 +142,7 @@ def test_a_crashed_run_continues_to_the_bit(text, trained, tmp_path, interrupt):
     assert checkpoint.saved_steps(tmp_path / "run") == [4, 8]
     assert read_lines(tmp_path / "run")[-1]["step"] > 8
     interrupt(0, None)
-    assert call("train", *argv).code == 0
+    succeed("train", *argv)
     assert same_bits(arrays(tmp_path / "run", 12), arrays(trained[1], 12))
     assert read_lines(tmp_path / "run") == read_lines(trained[1])
 
@@ -182,7 +184,7 @@ def test_a_deterministic_run_stays_so(finished, text, monkeypatch):
     shutil.rmtree(checkpoint.step_dir(finished, 12))
     done = call("train", *TINY, "--data", text, "--out", finished, "--deterministic")
     assert done.code == 0 and "the same from run to run without this flag" in done.err, done.err
-    assert call("train", "--resume", finished, "--extend", "1").code == 0
+    succeed("train", "--resume", finished, "--extend", "1")
     assert asked == [True, True]
 
 
@@ -204,8 +206,7 @@ def test_what_a_run_does_beside_training_is_resumed_too(finished, monkeypatch):
 
 def test_a_finished_run_is_extended_where_its_schedule_ended(text, finished):
     before = read_lines(finished)
-    done = call("train", "--resume", finished, "--extend", "3")
-    assert done.code == 0, done.err
+    done = succeed("train", "--resume", finished, "--extend", "3")
     assert "by 3 steps, trained at the schedule's last learning rate, 0.0001" in done.err
     lines = read_lines(finished)
     assert lines[: len(before)] == before
@@ -232,8 +233,7 @@ def test_a_finished_run_is_extended_where_its_schedule_ended(text, finished):
         ("no folder", "--resume", text.parent / "gone"),
         ("batch_size: the run has 4, you asked for 8", "--resume", finished, "--batch-size", "8"),
     ):
-        done = call("train", *flags, "--data", text)
-        assert done.code == 2 and words in done.err, done.err
+        refuse(words, "train", *flags, "--data", text)
 
 
 def test_the_same_command_on_a_finished_run(text, finished):
@@ -257,8 +257,7 @@ def test_minutes_settle_the_steps_and_the_schedule(text, tmp_path, monkeypatch):
     monkeypatch.setattr(auto_settings, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     argv = [*SHAPE, *EVERY, "--minutes", "0.19", "--eval-tokens", "192", "--data", text]
     argv += ["--out", tmp_path / "run"]
-    done = call("train", *argv)
-    assert done.code == 0, done.err
+    done = succeed("train", *argv)
     assert "as many steps as take about 0.19 min; reading the text, compiling" in done.err
     assert "settled        9 steps, the first 0 to warm up: a step takes 1,000 ms" in done.err
     lines = [line for line in read_lines(tmp_path / "run") if "loss" in line]
@@ -275,8 +274,8 @@ def test_minutes_settle_the_steps_and_the_schedule(text, tmp_path, monkeypatch):
 def test_changed_settings_or_data_are_refused_with_the_differences(text, finished, tmp_path):
     before = snapshot(finished)
     other = write_text(tmp_path / "text.txt", seed=1)
-    done = call("train", *TINY, "--data", other, "--out", finished)
-    assert done.code == 2 and "--data: the run was trained on different text" in done.err
+    argv = [*TINY, "--data", other, "--out", finished]
+    refuse("--data: the run was trained on different text", "train", *argv)
     changed = ["--learning-rate", "2e-3", "--tokenizer", "char", "--seq-len", "8"]
     done = call("train", *TINY, *changed, "--data", text, "--out", finished)
     assert done.code == 2
@@ -337,8 +336,7 @@ def test_overwrite_removes_nothing_when_it_is_refused(text, finished, tmp_path, 
         ("out of memory", "--data", text),
     ):
         for out in (finished, tmp_path / "new"):
-            done = call("train", *TINY, "--out", out, "--overwrite", *more)
-            assert done.code == 2 and words in done.err, done.err
+            refuse(words, "train", *TINY, "--out", out, "--overwrite", *more)
             assert snapshot(tmp_path) == before
 
 
@@ -353,8 +351,7 @@ def verify(text, tmp_path, monkeypatch):
 
 
 def test_a_stopped_run_is_proven_to_equal_one_that_is_not(verify, tmp_path):
-    done = call("train", *verify, tmp_path / "run")
-    assert done.code == 0, done.err
+    done = succeed("train", *verify, tmp_path / "run")
     compared = [line for line in done.err.splitlines() if line.startswith("compared")]
     assert all(line.endswith("equal to the bit") for line in compared)
     parts = [line.removeprefix("compared").strip().split(",")[0] for line in compared]
@@ -384,8 +381,7 @@ def test_what_a_stop_loses_is_noticed(verify, tmp_path, monkeypatch):
 def test_a_proof_does_not_touch_a_run_that_is_there(trained, verify, monkeypatch):
     before = snapshot(trained[1])
     monkeypatch.setattr(train_step, "compile_steps", lambda *_: pytest.fail("it is refused before"))
-    done = call("train", *verify, trained[1], "--steps", "1")
-    assert done.code == 2 and "--steps 2 or more" in done.err
+    refuse("--steps 2 or more", "train", *verify, trained[1], "--steps", "1")
     assert snapshot(trained[1]) == before
 
 
@@ -395,7 +391,7 @@ def test_a_proof_does_not_touch_a_run_that_is_there(trained, verify, monkeypatch
 def test_the_average_is_what_is_sampled(text, trained, tmp_path):
     run = tmp_path / "run"
     flags = ["--ema-decay", "0.9", "--sample-every", "0", "--eval-every", "100"]
-    assert call("train", *TINY, *flags, "--data", text, "--out", run).code == 0
+    succeed("train", *TINY, *flags, "--data", text, "--out", run)
     averaged, last = load(run), load(run, weights="raw")
     assert averaged.weights == "ema" and last.weights == "raw"
     stored = checkpoint.restore(run, 12, "ema_params", stored_shapes(run, 12, "ema_params"))
@@ -404,8 +400,7 @@ def test_the_average_is_what_is_sampled(text, trained, tmp_path):
     for flags, said in (([], True), (["--weights", "raw"], False)):
         done = call("sample", run, "--prompt", "the", "--max-new-tokens", "3", *flags)
         assert ("averaged weights" in done.err) == said
-    done = call("sample", trained[1], "--weights", "ema")
-    assert done.code == 2 and "has no averaged weights" in done.err
+    refuse("has no averaged weights", "sample", trained[1], "--weights", "ema")
 
 
 def bits(tree):
@@ -426,8 +421,7 @@ def test_a_run_takes_weights_tokenizer_and_model_of_another(trained, tmp_path, m
     argv = ["--data", write_text(tmp_path / "t", seed=2), "--out", tmp_path / "run"]
     argv += ["--tokenizer", "char"]
     settings = ["--batch-size", "4", "--grad-accum", "2", *STEPS[:4], *STEPS[6:], *EVERY]
-    done = call("train", *settings, *argv, "--init-from", trained[1])
-    assert done.code == 0, done.err
+    done = succeed("train", *settings, *argv, "--init-from", trained[1])
     weights = checkpoint.restore(trained[1], 12, "params", stored_shapes(trained[1], 12, "params"))
     assert bits(kept[0].params) == bits(weights) and kept[0].step == 0
     source = checkpoint.read_metadata(trained[1], 12)

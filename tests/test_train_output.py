@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from programs import TINY, arrays, call, read_lines, same_bits, snapshot
+from programs import TINY, arrays, call, read_lines, refuse, same_bits, snapshot, succeed
 
 from gpt import checkpoint
 from gpt.errors import UserError
@@ -18,8 +18,7 @@ from gpt.training import run_dir
 def test_evaluation_and_samples_shift_neither_data_nor_noise(text, trained, tmp_path):
     """Without any, and with dropout: the same losses and the same weights, to the bit."""
     flags = ["--eval-every", "100", "--sample-every", "0", "--keep-best", "0"]
-    done = call("train", *TINY, *flags, "--data", text, "--out", tmp_path / "run")
-    assert done.code == 0, done.err
+    succeed("train", *TINY, *flags, "--data", text, "--out", tmp_path / "run")
     mine, other = (
         [(x["step"], x["loss"], x["grad_norm"]) for x in read_lines(folder) if "loss" in x]
         for folder in (tmp_path / "run", trained[1])
@@ -42,8 +41,7 @@ def test_a_sample_that_does_not_fit_in_memory_is_a_note(text, trained, tmp_path,
 
     monkeypatch.setattr(in_training, "write_sample", write_sample)
     flags = ["--sample-every", "4", "--keep", "3"]
-    done = call("train", *TINY, *flags, "--data", text, "--out", tmp_path / "run")
-    assert done.code == 0, done.err
+    done = succeed("train", *TINY, *flags, "--data", text, "--out", tmp_path / "run")
     for step, error in errors.items():
         assert f"note: no sample at step {step}: {error}\n" in done.err
     assert "--- sample ---" not in done.err and "Traceback" not in done.err
@@ -69,8 +67,7 @@ def test_a_profile_is_a_trace_of_the_steps_asked_for(text, finished):
     """Of a run that was stopped after step 8, too: step 12 of those that are left."""
     run = finished
     shutil.rmtree(run / "checkpoints" / "12")
-    done = call("train", *TINY, "--data", text, "--out", run, "--profile", "1")
-    assert done.code == 0, done.err
+    done = succeed("train", *TINY, "--data", text, "--out", run, "--profile", "1")
     assert f"profile        steps 12 to 12: xprof {run / 'profile'}" in done.err
     (xplane,) = run.glob("profile/plugins/profile/*/*.xplane.pb")
     (trace,) = run.glob("profile/plugins/profile/*/*.trace.json.gz")
@@ -119,8 +116,7 @@ def test_trackers_are_told_what_metrics_jsonl_holds_and_stop_no_run(text, tmp_pa
         monkeypatch.setitem(sys.modules, name, planted(name, values))
     run = tmp_path / "run"
     argv = [*TINY, "--data", text, "--log-to", "tensorboard", "wandb", "trackio"]
-    done = call("train", *argv, "--out", run)
-    assert done.code == 0, done.err
+    done = succeed("train", *argv, "--out", run)
     expected = {(x["step"], k): v for x in read_lines(run) for k, v in x.items() if k != "step"}
     for values in found.values():
         assert expected.items() <= values.items()
@@ -145,6 +141,5 @@ def test_what_the_output_needs_is_refused_where_it_is_missing(text, tmp_path, mo
         (["--log-to", "wandb", "trackio"], "--log-to wandb needs wandb, which is not installed"),
         (["--profile", "10"], "the run has 12 steps"),
     ):
-        done = call("train", *TINY, "--data", text, "--out", tmp_path / "run", *flags)
-        assert done.code == 2 and words in done.err and done.err.count("error: ") == 1
+        refuse(words, "train", *TINY, "--data", text, "--out", tmp_path / "run", *flags)
     assert snapshot(tmp_path) == {}

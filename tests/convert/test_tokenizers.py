@@ -6,7 +6,7 @@ import json
 import pytest
 import standin_tokenizers
 import standins
-from programs import call
+from programs import succeed
 from standin_tokenizers import N_VOCAB, WILD, make
 from tokenizers import Tokenizer
 
@@ -110,13 +110,11 @@ def test_files_come_and_go_byte_for_byte(tmp_path):
     ids = {"bos_token_id": theirs.token_to_id("<|begin_of_text|>"), "eos_token_id": ends}
     c = standins.LLAMA | {"vocab_size": N_VOCAB, "num_hidden_layers": 1} | ids
     folder_with(standins.write(tmp_path / "in", c), **files)
-    done = call("gpt/convert/__main__", "import", tmp_path / "in", tmp_path / "run")
-    assert done.code == 0, done.err
+    done = succeed("gpt/convert/__main__", "import", tmp_path / "in", tmp_path / "run")
     assert "each of '<|eot_id|>', '<|end_of_text|>', " in done.err
     assert f", '<|unused_{N_VOCAB - 1}|>' ends a text" in done.err
     assert gpt.load(tmp_path / "run").tokenizer.eot_token == ends[0]
-    done = call("gpt/convert/__main__", "export", tmp_path / "run", tmp_path / "out")
-    assert done.code == 0, done.err
+    done = succeed("gpt/convert/__main__", "export", tmp_path / "run", tmp_path / "out")
     for name in files:
         name = name.replace("_json", ".json")
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "in" / name).read_bytes()

@@ -80,7 +80,12 @@ def test_attention_in_blocks_is_attention(n_kv_heads):
 
 def test_training_and_prefill_choose_the_kernel(seen):
     params = transformer.abstract(CONFIG)
-    jax.eval_shape(functools.partial(transformer.forward, CONFIG), params, TOKENS)
+    # Dropout keeps from it only where it is on: evaluation and sampling give no keys.
+    forward = functools.partial(transformer.forward, dataclasses.replace(CONFIG, dropout=0.5))
+    keys = jax.random.split(jax.random.key(1), 2)
+    jax.eval_shape(forward, params, TOKENS, dropout_key_B=keys)
+    assert not seen
+    jax.eval_shape(forward, params, TOKENS)
     assert seen == [((2, 8, 4, 8), (2, 2, 8, 8))]  # blocks are scanned over: traced once
     unstacked = jax.eval_shape(transformer.unstack, params)
     lengths = jnp.ones(2, int)
@@ -149,16 +154,6 @@ def test_a_deterministic_run_on_a_gpu_does_without_cudnn(T, monkeypatch):
     mix = attend_of(config)(q, k, v, None, None)
     expected = attention.attend(q, k, v, None, None)
     assert np.allclose(mix.astype("float32"), expected.astype("float32"), atol=0.02)
-
-
-def test_dropout_keeps_from_the_kernel_only_where_it_is_on(seen):
-    """Evaluation and sampling give no keys."""
-    forward = functools.partial(transformer.forward, dataclasses.replace(CONFIG, dropout=0.5))
-    params = transformer.abstract(CONFIG)
-    jax.eval_shape(forward, params, TOKENS, dropout_key_B=jax.random.split(jax.random.key(1), 2))
-    assert not seen
-    jax.eval_shape(forward, params, TOKENS)
-    assert seen
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 import programs  # noqa: E402
 import standins  # noqa: E402
 import their_models  # noqa: E402  (needs torch)
-from programs import call  # noqa: E402
+from programs import succeed  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
 import gpt  # noqa: E402
@@ -45,8 +45,7 @@ def one_thread():
 
 
 def convert(*argv):
-    done = call("gpt/convert/__main__", *argv)
-    assert done.code == 0, done.err
+    succeed("gpt/convert/__main__", *argv)
 
 
 def token_ids(config, rows, length, seed=1):
@@ -145,8 +144,7 @@ def test_what_we_trained_runs_there(flags, text, tmp_path):
     shape = "shakespeare-char --seq-len 64 --batch-size 4 --steps 30 --warmup-steps 2"
     shape += " --model.n-layers 2 --model.d-model 32 --model.n-heads 2"
     argv = [*shape.split(), *flags.split(), "--data", text, "--out", tmp_path / "run"]
-    done = call("train", *argv, "--learning-rate", "1e-2")
-    assert done.code == 0, done.err
+    succeed("train", *argv, "--learning-rate", "1e-2")
     convert("export", tmp_path / "run", tmp_path / "out")
     lm = gpt.load(tmp_path / "run")
     model = load(tmp_path / "out")

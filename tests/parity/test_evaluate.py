@@ -16,7 +16,7 @@ import standin_tokenizers  # noqa: E402
 import standins  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
-from programs import WORDS, call  # noqa: E402
+from programs import WORDS, call, refuse, succeed  # noqa: E402
 
 from gpt.evaluate import harness  # noqa: E402
 
@@ -107,8 +107,7 @@ def responses(lm, tasks):
 def test_every_answer_is_that_of_the_harness_on_torch(form, tmp_path):
     write_model(tmp_path / "theirs", form)
     for way in (("import", "theirs", "run"), ("export", "run", "exported")):
-        done = call("gpt/convert/__main__", way[0], tmp_path / way[1], tmp_path / way[2])
-        assert done.code == 0, done.err
+        succeed("gpt/convert/__main__", way[0], tmp_path / way[1], tmp_path / way[2])
     ours = harness.GPTJax(str(tmp_path / "run"), batch_size=8)
     write_tasks(tmp_path, ours.model)
     torch.set_num_threads(1)
@@ -150,7 +149,7 @@ def test_a_task_of_ours_on_a_run(finished, tmp_path):
     results = json.loads(whole.read_text())["results"]["python_code"]
     assert results["acc,none"] == record["python_code/acc"]
     page = tmp_path / "page.html"
-    assert call("gpt/report", finished, "--out", page).code == 0
+    succeed("gpt/report", finished, "--out", page)
     assert "<td>python_code/acc_norm</td>" in page.read_text()
 
 
@@ -173,7 +172,7 @@ def test_what_cannot_be_evaluated(finished, tmp_path, monkeypatch):
     write_model(tmp_path / "theirs", "gpt2")
     (tmp_path / "theirs/tokenizer.json").unlink()
     (tmp_path / "theirs/tokenizer_config.json").unlink()
-    assert call("gpt/convert/__main__", "import", tmp_path / "theirs", tmp_path / "bare").code == 0
+    succeed("gpt/convert/__main__", "import", tmp_path / "theirs", tmp_path / "bare")
     done = evaluate(tmp_path / "bare", "--tasks", "python_code")
     assert done.code == 2 and "the model has no tokenizer, and tasks are texts" in done.err
     assert not (tmp_path / "bare/evaluations.jsonl").exists()
@@ -188,15 +187,14 @@ def test_tasks_while_it_trains(text, tmp_path):
     """Every few steps and at the end: lines of metrics.jsonl, and a curve in the report."""
     argv = [*programs.SHAPE, *programs.STEPS, "--data", text, "--out", tmp_path / "run"]
     tasks = ["--eval-tasks", "python_code", "--eval-tasks-every", "5", "--eval-tasks-limit", "4"]
-    done = call("train", *argv, *tasks)
-    assert done.code == 0, done.err
+    done = succeed("train", *argv, *tasks)
     name = "python_code/acc"
     lines = [line for line in programs.read_lines(tmp_path / "run") if name in line]
     assert [line["step"] for line in lines] == [5, 10, 12] and lines[0]["limit"] == 4
     assert f"step 10  {name} {lines[1][name]:.4f}" in done.err
-    assert call("gpt/report", tmp_path / "run", "--out", tmp_path / "page.html").code == 0
+    succeed("gpt/report", tmp_path / "run", "--out", tmp_path / "page.html")
     assert f'aria-label="{name}"' in (tmp_path / "page.html").read_text()
 
-    done = call("train", *argv, "--overwrite", "--eval-tasks", "python_cod")
-    assert done.code == 2 and "unknown task 'python_cod'" in done.err
+    flags = ["--overwrite", "--eval-tasks", "python_cod"]
+    refuse("unknown task 'python_cod'", "train", *argv, *flags)
     assert len(programs.read_lines(tmp_path / "run")) > 3  # the old run is still there

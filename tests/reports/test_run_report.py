@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from programs import call
+from programs import succeed
 from reports.made_up import write_run
 
 from gpt.reports import run_report
@@ -97,8 +97,7 @@ def test_damaged_settings_are_noted(finished):
 def test_names_and_samples_cannot_become_part_of_the_page(tmp_path):
     evil = "<script>alert(1)</script>&\u202e\x1b[2J 今天 \ud800"
     folder = write_run(tmp_path / "_<img onerror=x>$^$1", text=evil)
-    done = call("gpt/report", folder)
-    assert done.code == 0, done.err
+    succeed("gpt/report", folder)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt;&amp;\\u202e\\x1b[2J 今天 ?" in page
     assert "<img" not in page and "<script" not in page

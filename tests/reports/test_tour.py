@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import call
+from programs import call, refuse, succeed
 from reports.made_up import random_record
 
 from gpt.config import ModelConfig
@@ -26,8 +26,7 @@ from gpt.sampling.settings import Settings
 
 def take(folder, *argv):
     """The page of python -m gpt.tour ARGV, which must succeed."""
-    done = call("gpt/tour", *argv, "--out", folder / "tour.html")
-    assert done.code == 0, done.err
+    succeed("gpt/tour", *argv, "--out", folder / "tour.html")
     return (folder / "tour.html").read_text(encoding="utf-8")
 
 
@@ -86,8 +85,8 @@ def test_a_model_without_a_tokenizer_takes_ids(trained, tmp_path, monkeypatch):
     page = take(tmp_path, "run", "--prompt-ids", ids, "--max-new-tokens", "4")
     assert "How “&lt;5&gt;&lt;17&gt;&lt;250&gt;" in page
     for argv in ([], ["--prompt", "text"]):
-        done = call("gpt/tour", "run", *argv, "--out", tmp_path / "b.html")
-        assert done.code == 2 and "came without a tokenizer" in done.err
+        out = tmp_path / "b.html"
+        done = refuse("came without a tokenizer", "gpt/tour", "run", *argv, "--out", out)
         assert '--prompt-ids "1 2 3"' in done.err and done.err.count("\n") == 1
 
 

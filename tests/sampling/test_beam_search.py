@@ -112,15 +112,6 @@ def test_a_narrow_search_is_that_over_lists(seed):
         same(found, search_lists(model, prompt, settings))
 
 
-@pytest.mark.parametrize("width", [1, 3])
-def test_endings_starve_no_live_text(width):
-    """End-of-text likely everywhere, long texts wanted: others have to live on beside it."""
-    settings = BeamSettings(width, width, 2.0, "never", 12, {EOT: 2.0})
-    for prompt, found in zip(PROMPTS, search(MODEL, PROMPTS, settings), strict=True):
-        same(found, search_lists(MODEL, prompt, settings))
-        assert len(prompt) > 40 or len(found[0].token_ids) > 5
-
-
 @pytest.mark.parametrize(
     "changes",
     [{}, {"repetition_penalty": 1.5}, {"ignore_eos": True}, {"logit_bias": {2: -math.inf, 0: 1.0}}],

@@ -312,14 +312,6 @@ def test_a_character_begun_by_the_prompt_is_whole(model):
     assert beam_search.search(model, [[65, first, second]], widely)[0][0].text == "天"
 
 
-def test_a_stop_string_of_half_a_character_is_met_at_the_end(model):
-    """Only when no more bytes can follow is it known that what is there is no character."""
-    bias = {"天".encode()[0]: 1e6}
-    settings = Settings(max_new_tokens=1, temperature=0, logit_bias=bias, stop=("\ufffd",))
-    done = generate.complete(model, ["a"], settings)[0]
-    assert (done.text, done.finish_reason) == ("", "stop")
-
-
 class Begun(Exception):
     """Raised where the first prompt would be read."""
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import TINY, arrays, call, read_lines, same_bits
+from programs import TINY, arrays, call, read_lines, same_bits, succeed
 
 from gpt import checkpoint, flops, sharding
 from gpt.config import MeshConfig, ModelConfig, TrainConfig
@@ -223,8 +223,7 @@ def test_a_few_bad_steps_are_skipped_and_shown(text, tmp_path, plant):
     """The run goes on with the next data; where it stops and continues, it ends the same."""
     run = tmp_path / "run"
     plant({AT, 20})
-    done = call("train", *RUN, "--data", text, "--out", run)
-    assert done.code == 0, done.err
+    done = succeed("train", *RUN, "--data", text, "--out", run)
     lines = [line for line in read_lines(run) if "loss" in line]
     assert [line["skipped"] for line in lines] == [0] * (AT - 1) + [1] * (13 - AT)
     assert [line["step"] for line in lines] == list(range(1, 13))

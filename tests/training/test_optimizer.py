@@ -85,17 +85,6 @@ def test_muon_makes_updates_orthogonal():
     assert values.max() / values.min() < 3 < raw.max() / raw.min()
 
 
-def test_muon_keeps_one_moment_of_a_matrix():
-    state = jax.eval_shape(lambda: train_state.fresh_state(CONFIG))
-    shapes = (3, MODEL.d_model, MODEL.ff_width), (3, MODEL.ff_width, MODEL.d_model)
-    like_up = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape in shapes]
-    assert len(like_up) == 3  # up, gate, down, once each
-    adam = jax.eval_shape(
-        lambda: train_state.fresh_state(dataclasses.replace(CONFIG, optimizer="adamw"))
-    )
-    assert len([x for x in jax.tree.leaves(adam.opt_state) if x.shape in shapes]) == 6
-
-
 def test_schedules_rise_and_fall_as_named():
     cosine, linear, wsd = (
         rates(dataclasses.replace(CONFIG, schedule=name)) for name in ("cosine", "linear", "wsd")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import ROOT, TINY, arrays, call, read_lines, same_bits, snapshot
+from programs import ROOT, TINY, arrays, call, read_lines, same_bits, snapshot, succeed
 
 from gpt import checkpoint
 from gpt.errors import UserError
@@ -27,8 +27,7 @@ def test_the_same_command_ends_where_it_would_have(tree, text, trained, finished
         files = [p for p in (folder / tree).rglob("*") if p.is_file() and p.parent.name == "d"]
     for path in files:
         path.write_bytes(path.read_bytes()[::-1])
-    done = call("train", *TINY, "--data", text, "--out", finished)
-    assert done.code == 0, done.err
+    done = succeed("train", *TINY, "--data", text, "--out", finished)
     assert done.err.count("note: ") == 1 and "an earlier checkpoint is used" in done.err
     assert same_bits(arrays(finished, 12), arrays(trained[1], 12))
     assert read_lines(finished) == read_lines(trained[1])
@@ -123,7 +122,7 @@ def test_a_full_disk_stops_the_run_and_harms_no_checkpoint(text, trained, mounte
     assert "the last good one is step 8" in error and "--keep-going" in error
     assert checkpoint.saved_steps(disk / "run") == [4, 8]
     mount("-o", "remount,size=64m", disk)
-    assert call("train", *argv).code == 0
+    succeed("train", *argv)
     assert {path.name for path in (disk / "run/checkpoints").iterdir()} == {"4", "8", "12"}
     assert same_bits(arrays(disk / "run", 12), arrays(trained[1], 12))
     assert read_lines(disk / "run") == read_lines(trained[1])
@@ -164,8 +163,7 @@ def test_who_goes_on_unsaved_has_what_could_be_saved(text, trained, mounted, mon
     monkeypatch.setattr(checkpoint.CheckpointManager, "save", save)
     monkeypatch.setattr(checkpoint.CheckpointManager, "wait", wait)
     argv = [*TINY, "--data", text, "--out", disk / "run", "--keep-going"]
-    done = call("train", *argv)
-    assert done.code == 0, done.err
+    done = succeed("train", *argv)
     assert "the checkpoint of step 8 could not be saved" in done.err
     assert "the last good one is step 4" in done.err and "training continues" in done.err
     assert checkpoint.saved_steps(disk / "run") == [4, 12]
@@ -186,6 +184,5 @@ def test_a_background_save_that_failed_is_noted_and_the_next_one_waited_for(
             writer.failed = True
 
     monkeypatch.setattr(checkpoint.CheckpointManager, "save", save)
-    done = call("train", *TINY, "--data", text, "--out", tmp_path / "run")
-    assert done.code == 0, done.err
+    succeed("train", *TINY, "--data", text, "--out", tmp_path / "run")
     assert waited == {0: True, 4: False, 8: True, 12: True}

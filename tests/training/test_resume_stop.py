@@ -7,7 +7,7 @@ import signal
 import sys
 
 import pytest
-from programs import TINY, arrays, call, read_lines, run_python, same_bits, snapshot
+from programs import TINY, arrays, call, read_lines, run_python, same_bits, snapshot, succeed
 
 from gpt import checkpoint, cli
 from gpt.evaluate import in_training
@@ -59,7 +59,7 @@ def test_a_signal_in_any_phase_saves_at_the_next_step(
     assert checkpoint.saved_steps(tmp_path / "run")[-1] == saved
     assert read_lines(tmp_path / "run") == [x for x in read_lines(trained[1]) if x["step"] <= saved]
     monkeypatch.undo()
-    assert call("train", "--resume", tmp_path / "run").code == 0
+    succeed("train", "--resume", tmp_path / "run")
     assert same_bits(arrays(tmp_path / "run", 12), arrays(trained[1], 12))
     assert read_lines(tmp_path / "run") == read_lines(trained[1])
 
@@ -137,7 +137,7 @@ def test_a_second_ctrl_c_stops_at_once_and_harms_nothing(text, trained, finished
     done = run_python("-c", INTERRUPTED, *argv)
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert same_bits(arrays(finished, 8), good)
-    assert call("train", *argv).code == 0
+    succeed("train", *argv)
     assert checkpoint.saved_steps(finished) == [8, 12]
     assert same_bits(arrays(finished, 12), arrays(trained[1], 12))
     assert read_lines(finished) == read_lines(trained[1])
