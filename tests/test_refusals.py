@@ -221,23 +221,8 @@ def test_flags_that_make_sense_choose_the_mode():
 # Any flag with any word: valid, or refused.
 
 VALUES = ["0", "1", "-1", "16", "0.5", "1e3", "-0.0", "nan", "-inf", "1e-400", "9" * 20, "0x10"]
-VALUES += [
-    "1_000",
-    "٣",
-    "",
-    " ",
-    "-",
-    "--",
-    "=",
-    "~",
-    ".",
-    "None",
-    "True",
-    "a\nb",
-    "x" * 300,
-    "今天",
-]
-VALUES += ["\x1b[31m", "gpt2", "byte", "muon", "bfloat16", "float64"]
+VALUES += ["1_000", "٣", "今天", "", " ", "-", "--", "=", "~", ".", "None", "True", "a\nb"]
+VALUES += ["\x1b[31m", "x" * 300, "gpt2", "byte", "muon", "bfloat16", "float64"]
 VALUES += ["text.txt", "binary", "folder", "half", "RUN"]
 
 

@@ -216,20 +216,14 @@ def test_a_finished_run_is_extended_where_its_schedule_ended(text, finished):
     for same in (["--resume", finished], [*TINY, "--data", text, "--out", finished]):
         again = call("train", *same)
         assert "complete       15 steps (the last 3 of them by --extend); " in again.err
+    fifteen = [*TINY, "--steps", "15", "--out", finished]
     for words, *flags in (
         ("--extend 12 for steps after its schedule", *TINY, "--steps", "27", "--out", finished),
         ("drop the preset gpt2", "gpt2", "--resume", finished),
         ("drop --out", "--resume", finished, "--out", finished),
         ("--extend adds steps", "--extend", "3"),
         ("--extend and --steps", "--resume", finished, "--extend", "3", "--steps", "20"),
-        (
-            "steps: the run has 15 steps (the last 3 of them by --extend), you asked for 15 steps",
-            *TINY,
-            "--steps",
-            "15",
-            "--out",
-            finished,
-        ),
+        ("steps: the run has 15 steps (the last 3 of them by --extend), you asked", *fifteen),
         ("no folder", "--resume", text.parent / "gone"),
         ("batch_size: the run has 4, you asked for 8", "--resume", finished, "--batch-size", "8"),
     ):

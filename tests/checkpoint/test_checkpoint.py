@@ -109,11 +109,8 @@ def test_a_save_that_is_tried_leaves_nothing(tmp_path):
 def test_steps_past_the_resumed_one_are_replaced(tmp_path):
     save(tmp_path, 1, 2, 3)
     with CheckpointManager(tmp_path, keep=2, resumed=1) as writer:
-        assert checkpoint.saved_steps(tmp_path) == [
-            1,
-            2,
-            3,
-        ]  # nothing is lost before there is a new one
+        # Nothing is lost before there is a new one.
+        assert checkpoint.saved_steps(tmp_path) == [1, 2, 3]
         writer.save(2, state(20), {"step": 20})
     assert checkpoint.saved_steps(tmp_path) == [1, 2]
     assert checkpoint.read_metadata(tmp_path, 2) == {"step": 20}

@@ -1,5 +1,6 @@
 """Weights as int8: what they cost in accuracy, where they lie, and what a run says of them."""
 
+import dataclasses
 import functools
 
 import hypothesis.extra.numpy as hnp
@@ -21,19 +22,12 @@ from gpt.sampling import cache_check, engine
 from gpt.sampling.language_model import LanguageModel
 from gpt.sharding import DECODING_RULES, make_decoding_mesh, state_shardings
 
-MODERN = {
-    "positions": "rope",
-    "norm": "rms",
-    "mlp": "swiglu",
-    "n_kv_heads": 2,
-    "tied": False,
-    "bias": False,
-    "qk_norm": True,
-}
-CONFIGS = {
-    "gpt2": ModelConfig(300, 64, n_layers=2).computing_in("float32"),
-    "modern": ModelConfig(300, 64, n_layers=2, **MODERN).computing_in("float32"),
-}
+GPT2 = ModelConfig(300, 64, n_layers=2).computing_in("float32")
+MODERN = dataclasses.replace(
+    GPT2, positions="rope", norm="rms", mlp="swiglu", n_kv_heads=2, tied=False, bias=False,
+    qk_norm=True,
+)  # fmt: skip
+CONFIGS = {"gpt2": GPT2, "modern": MODERN}
 NUMBERS = st.floats(-1e4, 1e4, width=32)
 
 

@@ -22,20 +22,9 @@ from gpt.config import ModelConfig  # noqa: E402
 from gpt.model import transformer  # noqa: E402
 
 SMALL = ModelConfig(
-    331,
-    context_length=256,
-    n_layers=3,
-    n_heads=6,
-    n_kv_heads=2,
-    d_model=96,
-    d_ff=160,
-    positions="rope",
-    norm="rms",
-    norm_epsilon=1e-3,
-    mlp="swiglu",
-    bias=False,
-    init_std=0.2,
-)
+    331, context_length=256, n_layers=3, n_heads=6, n_kv_heads=2, d_model=96, d_ff=160,
+    positions="rope", norm="rms", norm_epsilon=1e-3, mlp="swiglu", bias=False, init_std=0.2,
+)  # fmt: skip
 KINDS = {
     "tied": {},
     "untied": {"tied": False},

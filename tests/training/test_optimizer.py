@@ -14,16 +14,9 @@ from gpt.model import transformer
 from gpt.training import optimizer, train_state, train_step
 
 MODEL = ModelConfig(
-    100,
-    context_length=16,
-    n_layers=3,
-    n_heads=4,
-    n_kv_heads=2,
-    d_model=32,
-    mlp="swiglu",
-    qk_norm=True,
-    tied=False,
-)
+    100, context_length=16, n_layers=3, n_heads=4, n_kv_heads=2, d_model=32,
+    mlp="swiglu", qk_norm=True, tied=False,
+)  # fmt: skip
 CONFIG = TrainConfig(model=MODEL, batch_size=4, steps=100, warmup_steps=10, optimizer="muon")
 
 
