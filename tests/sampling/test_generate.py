@@ -208,6 +208,12 @@ def test_finish_reasons(model):
     assert done.finish_reason == "length" and len(done.token_ids) == 1
 
 
+def test_the_device_stops_at_any_end_of_text():
+    """Else it would compute steps that the host throws away."""
+    state = types.SimpleNamespace(eot=np.array([3, 5]), remaining_B=np.array([4, 4, 4]))
+    assert decode_loop.count_remaining(state, np.array([3, 4, 5])).tolist() == [0, 3, 0]
+
+
 def test_end_of_text_ends_one_row_and_not_the_others(model):
     eot = model.tokenizer.eot_token
     going = Settings(max_new_tokens=12, temperature=0, ignore_eos=True)
