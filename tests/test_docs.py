@@ -29,7 +29,7 @@ MODULES = {
 }
 # They have positional arguments only; the test just checks that the file exists.
 WITHOUT_FLAGS = {"benchmarks/pods", "benchmarks/importing"}
-OTHERS = {"--logdir", "--model"}  # flags of tensorboard and of lm_eval
+OTHERS = {"--logdir", "--model", "--xla"}  # flags of tensorboard, of lm_eval and of XLA
 # Placeholders for what a reader fills in.
 PLACEHOLDERS = {"N": "1", "ID": "1", "VALUE": "1"}
 
