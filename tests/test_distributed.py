@@ -78,20 +78,16 @@ def test_a_job_that_jax_cannot_join_is_refused_not_trained_alone():
 
 
 @pytest.mark.parametrize(("hosts", "n_processes"), [("10.0.0.1", None), ("a:1:b,c:2:d", 2)])
-def test_a_tpu_vm_asks_its_metadata_server(hosts, n_processes, monkeypatch):
+def test_a_tpu_vm_asks_its_metadata_server_if_there_is_one(hosts, n_processes, monkeypatch):
     def urlopen(request, timeout):
         assert request.full_url.endswith("/attributes/worker-network-endpoints")
         return io.BytesIO(hosts.encode())
 
     monkeypatch.setattr(distributed, "has_tpu_chips", lambda: True)
+    assert find_cluster({"GCE_METADATA_IP": f"localhost:{free_port()}"}) is None
     monkeypatch.setattr(distributed.urllib.request, "urlopen", urlopen)
     found = find_cluster({})
     assert (found and found[1]) == n_processes
-
-
-def test_a_tpu_elsewhere_has_no_metadata_server(monkeypatch):
-    monkeypatch.setattr(distributed, "has_tpu_chips", lambda: True)
-    assert find_cluster({"GCE_METADATA_IP": f"localhost:{free_port()}"}) is None
 
 
 NEVER_COME = """

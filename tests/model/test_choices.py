@@ -12,7 +12,6 @@ import pytest
 
 from gpt import flops
 from gpt.config import ModelConfig
-from gpt.errors import UserError
 from gpt.model import kv_cache as kv
 from gpt.model import positions, transformer
 
@@ -112,22 +111,3 @@ def test_stretched_rope_is_that_of_numpy():
     assert agrees_with_numpy(logits_BTV, config, params, tokens_BT)
     slowed = positions.frequencies(16, 1000.0) / positions.scaled_frequencies(config)
     assert slowed[0] == 1 and slowed[-1] == 8 and any((slowed > 1) & (slowed < 8))
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"positions": "rope", "d_head": 5},
-        {"positions": "sinusoidal", "d_model": 33, "d_head": 4},
-        {"logit_softcap": -1.0},
-        {"rope_theta": 0.0},
-        {"rope_low": 4.0},
-        {"rope_factor": float("inf")},
-        {"rope_context": 0},
-        {"norm_epsilon": float("nan")},
-    ],
-    ids=str,
-)
-def test_impossible_choices_are_refused(wrong):
-    with pytest.raises(UserError):
-        dataclasses.replace(SMALL, **wrong)

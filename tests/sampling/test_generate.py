@@ -386,24 +386,18 @@ def test_one_row_may_fail_after_its_neighbours_have_ended(model):
     assert last[1].finish_reason == "length" and last[0].finish_reason == "context"
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("max_new_tokens", 0),
-        ("temperature", 1e39),
-        ("temperature", -0.1),
-        ("top_k", -1),
-        ("top_p", 1.1),
-        ("min_p", -0.1),
-        ("repetition_penalty", 0.0),
-        ("logit_bias", {3: float("nan")}),
-        ("stop", ("",)),
-        ("stop", "text"),
-        ("seed", -1),
-        ("speculate", -1),
-        ("on_context_full", "drop"),
-    ],
-)
-def test_impossible_settings_are_refused(setting, value):
-    with pytest.raises(UserError, match=setting):
-        Settings(**{setting: value})
+IMPOSSIBLE = {"max_new_tokens": [0], "temperature": [1e39, -0.1], "top_k": [-1], "top_p": [1.1]}
+IMPOSSIBLE |= {"min_p": [-0.1], "repetition_penalty": [0.0], "logit_bias": [{3: float("nan")}]}
+IMPOSSIBLE |= {
+    "stop": [("",), "text"],
+    "seed": [-1],
+    "speculate": [-1],
+    "on_context_full": ["drop"],
+}
+
+
+@pytest.mark.parametrize("setting", IMPOSSIBLE)
+def test_impossible_settings_are_refused(setting):
+    for value in IMPOSSIBLE[setting]:
+        with pytest.raises(UserError, match=setting):
+            Settings(**{setting: value})

@@ -52,9 +52,9 @@ def test_one_batch_overfits():
     assert int(state.step) == 120
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_accumulation_equals_the_large_batch(dropout):
-    model = dataclasses.replace(MODEL, dropout=dropout)
+def test_accumulation_equals_the_large_batch():
+    """With dropout, whose noise belongs to the row and the step."""
+    model = dataclasses.replace(MODEL, dropout=0.2)
     config = dataclasses.replace(CONFIG, model=model)
     params = transformer.init(model, jax.random.key(0))
     grads = jax.jit(train_step.mean_gradients, static_argnums=0)
@@ -65,9 +65,8 @@ def test_accumulation_equals_the_large_batch(dropout):
         assert abs(whole - split) < 1e-6
         for x, y in zip(jax.tree.leaves(g1), jax.tree.leaves(g2), strict=True):
             assert np.abs(x - y).max() < 1e-6
-    if dropout:
-        other_step, _ = grads(config, params, batch(config), jnp.int32(4))
-        assert abs(whole - other_step) > 1e-4
+    other_step, _ = grads(config, params, batch(config), jnp.int32(4))
+    assert abs(whole - other_step) > 1e-4
 
 
 def test_recomputation_changes_no_gradient():
