@@ -86,6 +86,12 @@ def trained(text, tmp_path_factory):
     return done, folder
 
 
+@pytest.fixture(scope="session")
+def folder(trained):
+    """The folder of that run, to read from."""
+    return trained[1]
+
+
 @pytest.fixture
 def watch(monkeypatch):
     """watch(owner, name): the arguments of every call of a function, which does what it did."""

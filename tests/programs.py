@@ -178,9 +178,14 @@ def arrays(folder: Path, step: int) -> dict[str, np.ndarray]:
     return found
 
 
-def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    """Whether two trees of arrays hold the same bits."""
-    return a.keys() == b.keys() and all(a[k].tobytes() == b[k].tobytes() for k in a)
+def bits(tree) -> list[tuple[str, bytes]]:
+    """Type and bits of the arrays of a tree."""
+    return [(str(leaf.dtype), np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
+
+
+def same_bits(a, b) -> bool:
+    """Whether two trees of arrays are alike and hold the same bits."""
+    return jax.tree.structure(a) == jax.tree.structure(b) and bits(a) == bits(b)
 
 
 def read_lines(folder: Path) -> list[dict]:

@@ -21,11 +21,6 @@ FIELDS = ["prompt", "text", "token_ids", "logprobs", "finish_reason", "prefill_s
 FIELDS += ["decode_seconds", "tokens_per_second", "seed", "sample"]
 
 
-@pytest.fixture(scope="session")
-def folder(trained):
-    return trained[1]
-
-
 # Completions.
 
 

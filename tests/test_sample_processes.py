@@ -18,11 +18,6 @@ OWN = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
 OWN += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 
 
-@pytest.fixture(scope="session")
-def folder(trained):
-    return trained[1]
-
-
 def start(*argv, **options):
     return subprocess.Popen([sys.executable, ROOT / "sample.py", *argv], **options)
 

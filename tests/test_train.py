@@ -22,6 +22,7 @@ from programs import (
     TIMINGS,
     TINY,
     arrays,
+    bits,
     call,
     read_lines,
     refuse,
@@ -395,10 +396,6 @@ def test_the_average_is_what_is_sampled(text, trained, tmp_path):
         done = call("sample", run, "--prompt", "the", "--max-new-tokens", "3", *flags)
         assert ("averaged weights" in done.err) == said
     refuse("has no averaged weights", "sample", trained[1], "--weights", "ema")
-
-
-def bits(tree):
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 def test_a_run_takes_weights_tokenizer_and_model_of_another(trained, tmp_path, monkeypatch):

@@ -16,11 +16,10 @@ from checkpoint.trees import (
     newest_metadata,
     params,
     restore_all,
-    same_bits,
     save,
     state,
 )
-from programs import run_python
+from programs import run_python, same_bits
 
 from gpt import checkpoint
 from gpt.checkpoint import FORMAT, CheckpointManager, Damaged, SaveFailed

@@ -207,10 +207,6 @@ def test_what_the_document_does_with_nanogpts_checkpoint(has_biases, tmp_path, m
 
 # Tokenizers.
 
-
-pytest.importorskip("torch")
-
-
 PIECES = ["the", "'LL", " 1234", "今天", "🙂", "\u200d", "é", "\n\n", "   ", "\t", "\r", "<|", "▁"]
 WILD = st.lists(
     st.one_of(st.sampled_from(PIECES), st.text(st.characters(exclude_categories=["Cs", "Cn"])))

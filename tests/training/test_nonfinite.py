@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import TINY, arrays, call, read_lines, same_bits, succeed
+from programs import TINY, arrays, bits, call, read_lines, same_bits, succeed
 
 from gpt import checkpoint, flops, sharding
 from gpt.config import MeshConfig, ModelConfig, TrainConfig
@@ -30,10 +30,6 @@ CONFIG = TrainConfig(
 
 def batch(seed=0):
     return np.random.default_rng(seed).integers(100, size=(2, 2, 9)).astype(np.int32)
-
-
-def bits(tree):
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 def change(array, place, value):
