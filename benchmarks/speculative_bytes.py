@@ -64,7 +64,10 @@ def main(argv: list[str]) -> int:
         active_B = jax.ShapeDtypeStruct((n_rows,), jnp.bool_)
         text_BR = jax.ShapeDtypeStruct((n_rows, config.context_length), jnp.int32)
         proposing = jax.eval_shape(
-            partial(speculation.start, has_draft=False), state.remaining_B, text_BR, state.token_B
+            partial(speculation.start_speculation, has_draft=False),
+            state.remaining_B,
+            text_BR,
+            state.token_B,
         )
 
         def lower_plain(*args):

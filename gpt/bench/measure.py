@@ -189,7 +189,7 @@ def read_prompts(config: ModelConfig, params: dict, cell: Cell, times: Times):
         remaining_B=jnp.full(cell.batch, cell.new_tokens, jnp.int32),
         seen_BV=jnp.zeros((cell.batch, config.vocab_size), bool),
         dropped_B=jnp.zeros(cell.batch, jnp.int32),
-        eot=jnp.int32(NO_EOT),
+        end_ids=jnp.int32(NO_EOT),
     )
     first_token, (state, _) = timed(start_decoding, state, logits_BV, sampling)
     times.prefill.append(prefill)

@@ -93,7 +93,7 @@ def abstract_decoding(
         remaining_B=count_B,
         seen_BV=jax.ShapeDtypeStruct((n_rows, c.vocab_size), jnp.bool_),
         dropped_B=count_B,
-        eot=jax.ShapeDtypeStruct((1,), jnp.int32),
+        end_ids=jax.ShapeDtypeStruct((1,), jnp.int32),
     )
     no_bias_V = np.zeros(c.vocab_size, np.float32)
     sampling = sampler.sampling_params([Settings()] * n_rows, [no_bias_V] * n_rows)

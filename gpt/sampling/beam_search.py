@@ -178,7 +178,7 @@ def search(model, prompts: Sequence[Prompt], settings: BeamSettings) -> list[lis
     sizes = {"prompts": len(rows), "width": settings.width}
 
     with prefill_timer, on_mesh(model.mesh), compilations.of(**sizes):
-        state, rules = start(model, rows, settings)
+        state, rules = start_search(model, rows, settings)
     with decode_timer, on_mesh(model.mesh), compilations.of(**sizes):
         while np.any(state.running_P):
             with compilations.of(capacity=state.cache.capacity):
@@ -201,7 +201,7 @@ def search(model, prompts: Sequence[Prompt], settings: BeamSettings) -> list[lis
     return found
 
 
-def start(model, rows: Sequence[Row], settings: BeamSettings) -> tuple[SearchState, Rules]:
+def start_search(model, rows: Sequence[Row], settings: BeamSettings) -> tuple[SearchState, Rules]:
     """Read each prompt once, and find the first tokens of its texts."""
     config = model.config
     shared = settings.as_settings()

@@ -45,7 +45,7 @@ class DecodeState:
     remaining_B: jax.Array  # tokens that each row may still gain; 0: the row is done
     seen_BV: jax.Array  # tokens of the prompt and of the text so far
     dropped_B: jax.Array  # tokens of the text that are no longer in the cache
-    eot: jax.Array  # the ids that end a text: one, several or none
+    end_ids: jax.Array  # the tokens that end a text: one, several or none
 
 
 @jax.tree_util.register_dataclass
@@ -190,7 +190,7 @@ def decode_and_sample(
 
 def count_remaining(state: DecodeState, token_B: jax.Array) -> jax.Array:
     """Tokens that each row may still gain after `token_B`: none after end-of-text."""
-    has_ended_B = jnp.any(token_B[:, None] == state.eot, axis=-1)
+    has_ended_B = jnp.any(token_B[:, None] == state.end_ids, axis=-1)
     return jnp.where(has_ended_B, 0, state.remaining_B - 1)
 
 

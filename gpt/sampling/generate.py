@@ -16,7 +16,6 @@ from gpt.compile_log import RecompilationCheck, Stopwatch, compilations
 from gpt.config import ModelConfig
 from gpt.errors import require
 from gpt.sampling import engine
-from gpt.sampling import speculation as speculating
 from gpt.sampling.completion import Completion, Piece, Row
 from gpt.sampling.decode_loop import (
     DecodeState,
@@ -30,6 +29,7 @@ from gpt.sampling.decode_loop import (
 from gpt.sampling.prompts import PaddedPrompts, Prompt, make_rows, pad_prompts
 from gpt.sampling.sampler import SamplingParams, logit_bias, sampling_params
 from gpt.sampling.settings import Settings
+from gpt.sampling.speculation import run_speculative_chunk
 from gpt.sharding import on_mesh, platform
 
 MAX_INT32 = 2**31 - 1
@@ -100,7 +100,7 @@ def _stream(
     with prefill_timer, on_mesh(model.mesh):
         chunk = chunk or chunk_size(platform())
         n_ahead = steps_ahead(platform(), chunk)
-        state, sampled = start(model, rows, padded, sampling, top)
+        state, sampled = prefill_and_sample(model, rows, padded, sampling, top)
         found = sampled, find_full_rows(state), count_slots(state, n_ahead)
         sampled, full_B, n_slots = jax.device_get(found)
 
@@ -139,7 +139,7 @@ def _stream(
             with on_mesh(model.mesh), compilations.of(batch=len(rows)):
                 state = make_room(model, state, rows, int(n_slots), full_B)
                 if speculates:
-                    state, speculation, sampled = speculating.run_chunk(
+                    state, speculation, sampled = run_speculative_chunk(
                         model, rows, state, speculation, sampling, chunk, top
                     )
                 else:
@@ -176,7 +176,7 @@ def complete(
 # What the driver calls: prefill, and room in the cache between chunks.
 
 
-def start(
+def prefill_and_sample(
     model, rows: Sequence[Row], padded: PaddedPrompts, sampling: SamplingParams, top: int
 ) -> tuple[DecodeState, SampledTokens]:
     """Read each prompt once, and sample the first token of each row."""
@@ -200,7 +200,7 @@ def start(
         remaining_B=jnp.asarray(remaining_B),
         seen_BV=jnp.asarray(seen_BV),
         dropped_B=jnp.asarray(n_prompt_B - n_B[prompt_of_row]),
-        eot=jnp.array(model.special_ids.ends, jnp.int32),
+        end_ids=jnp.array(model.special_ids.ends, jnp.int32),
     )
     with compilations.of(batch=len(rows), top=top):
         return start_decoding(state, logits_BV, sampling, top)
@@ -210,11 +210,21 @@ def make_room(
     model, state: DecodeState, rows: Sequence[Row], n_slots: int, full_B: np.ndarray
 ) -> DecodeState:
     """The state with room for the next token of each row: the cache grows to `n_slots`, but at most
-    to the context, and rows that have filled that, `full_B`, slide."""
-    capacity = state.cache.capacity
-    if capacity < min(n_slots, model.config.context_length):
-        return grow(model.config, state, n_slots)
-    return slide(model, state, rows, full_B) if full_B.any() else state
+    to the context, and rows that have filled that, `full_B`, are set back to its last half."""
+    config = model.config
+    if state.cache.capacity < min(n_slots, config.context_length):
+        return grow(config, state, n_slots)
+    if not full_B.any():
+        return state
+
+    kept = config.context_length // 2
+    windows = []
+    for row, is_full in zip(rows, full_B, strict=True):
+        ids = row.prompt.ids + row.completion.token_ids
+        windows.append(ids[-kept - 1 : -1] if is_full else [])
+    tokens_BT, _ = pad_prompts(windows, config.context_length)
+    with compilations.of(bucket=tokens_BT.shape[1], capacity=state.cache.capacity):
+        return reread(config, model.params, state, tokens_BT, full_B, kept)
 
 
 def grow(config: ModelConfig, state: DecodeState, n_slots: int) -> DecodeState:
@@ -222,15 +232,3 @@ def grow(config: ModelConfig, state: DecodeState, n_slots: int) -> DecodeState:
     capacity = engine.bucket(min(n_slots, config.context_length), config.context_length)
     with compilations.of(capacity=capacity):
         return replace(state, cache=engine.grow(state.cache, capacity))
-
-
-def slide(model, state: DecodeState, rows: Sequence[Row], full_B: np.ndarray) -> DecodeState:
-    """The state with the rows that have filled the context set back to the last half of it."""
-    kept = model.config.context_length // 2
-    windows = []
-    for row, is_full in zip(rows, full_B, strict=True):
-        ids = row.prompt.ids + row.completion.token_ids
-        windows.append(ids[-kept - 1 : -1] if is_full else [])
-    tokens_BT, _ = pad_prompts(windows, model.config.context_length)
-    with compilations.of(bucket=tokens_BT.shape[1], capacity=state.cache.capacity):
-        return reread(model.config, model.params, state, tokens_BT, full_B, kept)

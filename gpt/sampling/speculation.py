@@ -92,7 +92,7 @@ class ChunkShape(NamedTuple):
 # The host's part: how much to propose.
 
 
-def run_chunk(
+def run_speculative_chunk(
     model,
     rows: Sequence[Row],
     state: DecodeState,
@@ -111,7 +111,9 @@ def run_chunk(
         for b, row in enumerate(rows):
             text = (row.hint + row.prompt.ids + row.completion.token_ids)[-R:]
             text_BR[b, R - len(text) :] = text
-        speculation = start(state.remaining_B, text_BR, limit_B, model.draft is not None)
+        speculation = start_speculation(
+            state.remaining_B, text_BR, limit_B, model.draft is not None
+        )
 
     draft = model.draft
     draft_config = None
@@ -187,7 +189,7 @@ def choose_n_proposals(
 
 
 @partial(jax.jit, static_argnames="has_draft")
-def start(
+def start_speculation(
     remaining_B: jax.Array, text_BR: jax.Array, limit_B: jax.Array, has_draft: bool
 ) -> Speculation:
     """Before the first chunk: `agreement_B` is the share of the last N_JUDGED tokens of the text
@@ -345,7 +347,7 @@ def read_and_accept(
     # The last token kept is not yet in the cache; what was read after the others is overwritten.
     last_B = jnp.take_along_axis(drawn_BT, jnp.maximum(n_kept_B - 1, 0)[:, None], axis=1)[:, 0]
     # An end of text may be among those kept; the host drops what follows it.
-    is_end_BT = jnp.any(drawn_BT[..., None] == state.eot, axis=-1)
+    is_end_BT = jnp.any(drawn_BT[..., None] == state.end_ids, axis=-1)
     has_ended_B = jnp.any(is_end_BT & is_kept_BT, axis=1)
     state = replace(
         state,

@@ -210,7 +210,7 @@ def test_finish_reasons(model):
 
 def test_the_device_stops_at_any_end_of_text():
     """Else it would compute steps that the host throws away."""
-    state = types.SimpleNamespace(eot=np.array([3, 5]), remaining_B=np.array([4, 4, 4]))
+    state = types.SimpleNamespace(end_ids=np.array([3, 5]), remaining_B=np.array([4, 4, 4]))
     assert decode_loop.count_remaining(state, np.array([3, 4, 5])).tolist() == [0, 3, 0]
 
 
