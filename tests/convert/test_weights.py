@@ -10,7 +10,7 @@ import numpy as np
 import numpy_transformer
 import pytest
 import standins
-from programs import call, objects, program, refuse, snapshot
+from programs import objects, program, refuse, snapshot, succeed
 from safetensors.numpy import load_file, save_file
 
 from gpt import checkpoint
@@ -36,8 +36,7 @@ FAMILIES = {
 }
 
 
-def command(*argv):
-    return call("gpt/convert/__main__", *argv)
+CONVERT = "gpt/convert/__main__"
 
 
 def bits(tensors):
@@ -122,10 +121,9 @@ def test_tensors_that_do_not_fit_are_listed_together(tmp_path):
 def test_weights_that_are_not_finite_are_refused(value, tmp_path):
     weights = standins.tensors(standins.LLAMA)
     weights["model.layers.1.mlp.up_proj.weight"][3, 3] = value
-    done = command(
-        "import", standins.write(tmp_path / "in", standins.LLAMA, weights), tmp_path / "o"
-    )
-    assert done.code == 2 and "layers.1.mlp.up_proj.weight holds NaN or infinity" in done.err
+    folder = standins.write(tmp_path / "in", standins.LLAMA, weights)
+    words = "layers.1.mlp.up_proj.weight holds NaN or infinity"
+    refuse(words, CONVERT, "import", folder, tmp_path / "o")
     assert not (tmp_path / "o").exists()
 
 
@@ -185,8 +183,8 @@ def imported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     c = standins.KINDS["llama 3"] | {"new_field": 0.5}
     weights = standins.tensors(c)
-    done = command("import", standins.write(folder / "in", c, weights), folder / "run")
-    assert (done.code, done.out) == (0, "")
+    done = succeed(CONVERT, "import", standins.write(folder / "in", c, weights), folder / "run")
+    assert done.out == ""
     assert "prompts are ids" in done.err and "not used: new_field" in done.err
     return folder / "run", c, weights
 
@@ -207,15 +205,14 @@ def test_ids_are_sampled_and_scored_without_a_tokenizer(imported):
     exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
     assert np.allclose(scored["logprobs"], exact[range(3), [5, 17, 250]], atol=1e-4)
     refuse("without a tokenizer", "sample", run, "--prompt", "text")
-    assert call("sample", run, "--max-new-tokens", "9").code == 0  # from the end of a text
+    succeed("sample", run, "--max-new-tokens", "9")  # from the end of a text
 
 
 def test_a_model_without_an_end_of_text(tmp_path):
     c = {k: v for k, v in standins.LLAMA.items() if k != "eos_token_id"}
-    assert command("import", standins.write(tmp_path / "in", c), tmp_path / "run").code == 0
+    succeed(CONVERT, "import", standins.write(tmp_path / "in", c), tmp_path / "run")
     for argv in (["--max-new-tokens", "3"], ["--score-ids", "1"]):
-        done = call("sample", tmp_path / "run", *argv)
-        assert done.code == 2 and done.err.startswith("error: ")
+        refuse("", "sample", tmp_path / "run", *argv)
 
 
 def test_what_is_there_is_not_touched(imported, tmp_path):
@@ -224,8 +221,7 @@ def test_what_is_there_is_not_touched(imported, tmp_path):
     before = snapshot(run), snapshot(tmp_path)
     for way, source in (("import", run.parent / "in"), ("export", run)):
         for dest in (run, tmp_path / "file", tmp_path / "file/out"):
-            done = command(way, source, dest)
-            assert done.code == 2 and "error: " in done.err.splitlines()[-1]
+            refuse(str(dest.parent), CONVERT, way, source, dest)
     assert before == (snapshot(run), snapshot(tmp_path))
 
 
@@ -239,11 +235,8 @@ def test_a_full_disk_leaves_nothing_behind(way, imported, tmp_path, monkeypatch)
 
     monkeypatch.setattr(checkpoint.CheckpointManager, "save", fail)
     monkeypatch.setattr(hf_weights, "write_safetensors", fail)
-    done = command(way, source, tmp_path / "out")
-    assert done.code == 2
-    assert done.err.endswith(
-        f"error: {tmp_path / 'out'} cannot be written: No space left on device\n"
-    )
+    words = f"{tmp_path / 'out'} cannot be written: No space left on device\n"
+    refuse(words, CONVERT, way, source, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -314,18 +307,14 @@ def save(folder, config, trees=None, train=None):
     return trees
 
 
-def export(*argv):
-    return call("gpt/convert/__main__", "export", *argv)
-
-
 def test_the_average_goes_out_unless_the_last_weights_are_asked_for(tmp_path):
     train = TrainConfig(model=SMALL, ema_decay=0.9)
     trees = {"params": random_weights(SMALL, 1), "ema_params": random_weights(SMALL, 2)}
     save(tmp_path / "run", SMALL, trees, train)
     for flags, tree in (((), "ema_params"), (("--weights", "raw"), "params")):
         out = tmp_path / tree
-        done = export(tmp_path / "run", out, *flags)
-        assert (done.code, done.out) == (0, "") and "GPT2LMHeadModel in float32" in done.err
+        done = succeed(CONVERT, "export", tmp_path / "run", out, *flags)
+        assert done.out == "" and "GPT2LMHeadModel in float32" in done.err
         table = load_file(out / "model.safetensors")["transformer.wte.weight"]
         assert np.array_equal(table, np.asarray(trees[tree]["tokens"])[:257])
 
@@ -339,8 +328,7 @@ def test_what_is_asked_for_in_vain(tmp_path):
         (("absent",), "no folder"),
         (("formless",), "error: transformers has no architecture for this model: GPT-2's needs"),
     ):
-        done = export(tmp_path / argv[0], tmp_path / "out", *argv[1:])
-        assert done.code == 2 and told in done.err and done.err.count("\n") == 1
+        refuse(told, CONVERT, "export", tmp_path / argv[0], tmp_path / "out", *argv[1:])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["formless", "run"]
 
 
