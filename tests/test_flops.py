@@ -130,3 +130,10 @@ def test_flops_are_xlas(config):
     tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
     counted = xla_flops(jax.value_and_grad(total), params, tokens) - 3 * masked_flops(config, T)
     assert flops.train_flops_per_token(config) * T == pytest.approx(counted, rel=0.01)
+
+
+def test_reading_in_pieces_costs_as_much_as_at_once():
+    """What the mask hides is not counted: XLA, which computes it, cannot show this."""
+    pieces = [(0, 5), (5, 1), (6, 42)]
+    apart = sum(flops.forward_flops(WIDE, n, n_before=before) for before, n in pieces)
+    assert apart == flops.forward_flops(WIDE, 48)
