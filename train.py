@@ -55,9 +55,10 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     if args.verify_resume:
         return verify.verify_resume(run, fit, note_once)
 
-    # How many steps, if the time is given; weights and optimizer state, on the mesh.
+    # With --minutes a few steps that are thrown away show how many to make.
     if run.minutes:
-        run = auto_settings.choose_steps(run)
+        run = auto_settings.choose_steps_by_measuring(run)
+    # Weights and optimizer state, on the mesh.
     state = resume.initial_state(run.config, mesh, start, note_once)
     if state.step < run.config.steps:
         code = fit(run, state, run.config.steps)

@@ -86,9 +86,10 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
     rows = Bytes(mesh.shape)
 
     # Over data gradients move once, added up over all micro-batches, or in each of them.
-    crosses_data_once = train_step.crosses_data_once(config, mesh.shape, "tpu" if tpu else "cpu")
+    platform = "tpu" if tpu else "cpu"
+    reduces_once = train_step.reduces_over_data_once(config, mesh.shape, platform)
     data, batch = ("data",), BATCH
-    if crosses_data_once:
+    if reduces_once:
         data, batch = (), ("fsdp",)
         n_entries = sum(n // fsdp if is_split else n for n, is_split in weights.values())
         rows.move("reduce", ("data",), n_entries * kept)
@@ -109,7 +110,7 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
         entries, is_split = weights.get(name, (0, False))
         if is_split:
             rows.move("gather", ("fsdp",), entries * kept)
-        if name == "tokens" and is_split and crosses_data_once:
+        if name == "tokens" and is_split and reduces_once:
             n_rows = config.batch_size // mesh.shape["data"]
             rows.move("gather", ("fsdp",), n_rows * config.sequence_length * 4 * (c.d_model + 1))
         else:

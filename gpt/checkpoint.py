@@ -1,8 +1,15 @@
 """Checkpoints: named trees of arrays and some JSON, each with a digest; orbax does the writing.
 
-A run's folder holds `checkpoints/STEP`. Writing happens in the background and is atomic. Reading
-verifies, because orbax loads a flipped bit without complaint. Arrays are stored under plain names
-(`blocks/q`), so that what is on disk depends on no Python class and on no mesh.
+Writing happens in the background and is atomic. Reading verifies, because orbax loads a flipped bit
+without complaint. Arrays are stored under plain names (`blocks/attention/q/kernel`), so that what
+is on disk depends on no Python class and on no mesh. In a run's folder (other files: run_dir.py):
+
+    checkpoints/500/                  after 500 steps
+        params/                       weights
+        optimizer/                    moments, and the number of the step
+        ema_params/                   averaged weights, with --ema-decay
+        _CHECKPOINT_METADATA          settings, tokenizer, text (resume.checkpoint_metadata); and of
+                                      each array the shape, the type and a digest
 """
 
 import contextlib
@@ -308,7 +315,7 @@ def latest_good(folder: str | Path, load: Callable[[int], Any]) -> tuple[int, An
             return step, load(step), damaged
         except Damaged as error:
             damaged.append(str(error))
-    raise UserError(f"no checkpoint in {folder} is whole: " + "; ".join(damaged))
+    raise UserError(f"no checkpoint in {folder} is intact: " + "; ".join(damaged))
 
 
 def _sha256(record: dict[str, Any]) -> str:
@@ -333,7 +340,7 @@ def _raising_damaged(path: Path) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first cause of an error of orbax, on one line."""
+    """The root cause of an error from orbax, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error).split(" [tensorstore_spec")[0]

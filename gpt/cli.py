@@ -291,7 +291,7 @@ def command(script: str, *words: str) -> str:
 
 @functools.cache
 def cache_folder() -> Path:
-    """The folder for what can be made again, created: `$XDG_CACHE_HOME/gpt-jax`, else
+    """The cache folder, created if it is missing: `$XDG_CACHE_HOME/gpt-jax`, else
     `~/.cache/gpt-jax`; where that cannot be written, one that lasts as long as the process."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gpt-jax"

@@ -300,7 +300,7 @@ class TrainConfig:
     remat: Remat = "blocks"
     """What the backward pass recomputes instead of keeping it: none, products (all but matrix
     products) or blocks (each from its input: a third more work). auto: blocks on a CPU; elsewhere
-    the first of these that is expected to fit, and for none --unroll too."""
+    the first of these that is expected to fit, with --unroll if that is none."""
     unroll: bool = False
     """Compile the blocks one after another instead of one program for all: compiling takes longer,
     and a CPU that does not recompute trains faster."""
@@ -328,7 +328,8 @@ class TrainConfig:
     keep: int = 2
     """Latest checkpoints to keep."""
     keep_best: int = 1
-    """Checkpoints with the lowest validation loss to keep as well; 0: none."""
+    """Checkpoints with the lowest validation loss to keep as well; 0: none. Otherwise every
+    checkpoint is evaluated."""
     keep_going: bool = False
     """Keep training when a checkpoint cannot be written, for example on a full disk."""
 

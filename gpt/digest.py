@@ -43,7 +43,8 @@ def digest_array(x: jax.Array, axis: int | None = None) -> jax.Array:
     """Sum over the elements, modulo 2^32, of a bijective mix of their bits with their index.
 
     A sum has no order, so shards add up to the same number in any layout and nothing is gathered.
-    It runs along `axis` slice by slice: XLA's own sum on a CPU first writes all that it adds up.
+    It runs along `axis` slice by slice: on a CPU, XLA's own sum first writes all its terms to
+    memory.
     """
     sizes = [1 if i == axis else n for i, n in enumerate(x.shape)]
     strides = [jnp.uint32(math.prod(x.shape[i + 1 :]) % 2**32) for i in range(x.ndim)]
@@ -55,7 +56,7 @@ def digest_array(x: jax.Array, axis: int | None = None) -> jax.Array:
         return jnp.sum(_mix(x, index), dtype=jnp.uint32)
 
     def add_slice(i, sums):
-        # XLA would widen all of a bfloat16 x before the loop, did it not seem to change in it.
+        # XLA would convert the whole bfloat16 x before the loop if it did not seem to change in it.
         whole, i = jax.lax.optimization_barrier((x, i))
         part = jax.lax.dynamic_slice_in_dim(whole, i, 1, axis)
         return sums + _mix(part, index + jnp.uint32(i) * strides[axis])

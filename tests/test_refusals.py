@@ -51,7 +51,7 @@ SAMPLE = {
     "a remote run": (["hf://who/run"], "hf://who/run is a URL"),
     "a pickle": (["nano.pt"], "no checkpoint in nano.pt: expected a run's folder"),
     "a half-written checkpoint": (["half"], "no checkpoint in half"),
-    "a damaged checkpoint": (["cut"], "is whole: "),
+    "a damaged checkpoint": (["cut"], "is intact: "),
     "a step that is not there": (["RUN", "--step", "5"], "it has [8, 12]"),
     "a long prompt": (["RUN", "--prompt", "x" * 17], "17 tokens, which exceeds"),
     "a beam beyond memory": (["RUN", "--beam-width", "9" * 30], "ask for fewer samples, beams"),

@@ -292,8 +292,8 @@ def require_same(expected: dict[str, Any], fingerprint: str, files: dict[str, st
     if not files or not before:
         listed = "it is unknown which files differ"
     raise UserError(
-        f"--data: the run was trained on different text ({listed}); give the same to continue it, "
-        "another --out, or --overwrite to start afresh"
+        f"--data: the run was trained on different text ({listed}); pass the same text to continue "
+        "it, another --out, or --overwrite to start afresh"
     )
 
 

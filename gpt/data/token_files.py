@@ -22,7 +22,7 @@ from gpt.wording import counted
 
 HEADER = "tokens.json"
 VERSION = 3
-DAMAGED = "the tokens in {folder} are damaged, delete the folder to have them made again"
+DAMAGED = "the tokens in {folder} are damaged: delete the folder, and they are made again"
 SPLITS = {"train": "training", "val": "validation"}  # names in file names, and in messages
 
 # llm.c's shards begin with 256 integers: one of these keys, the version, the number of ids. The

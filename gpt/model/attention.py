@@ -26,7 +26,7 @@ MASKED = -1e30  # finite, so that no difference of scores is ever NaN
 def visible(pos_BT: jax.Array | None, n_queries: int, n_slots: int) -> jax.Array:
     """True where a query may look: at slots up to its own position. [B or 1, T, S].
 
-    `pos_BT`: of the queries; for None see Positions.
+    `pos_BT`: of the queries; None: query t stands at position t.
     """
     pos = jnp.arange(n_queries)[None] if pos_BT is None else pos_BT
     return jnp.arange(n_slots) <= pos[:, :, None]

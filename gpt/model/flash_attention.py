@@ -62,8 +62,8 @@ def attend_prompt(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
 def attend_token(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
     """As attention.attend in a decode step, where a row's T queries are the same token, T times.
 
-    All of them get the result of the first. The heads of a single row are too few to keep a GPU
-    busy with the kernel.
+    All of them get the result of the first. A single row has too few heads for the kernel to keep
+    a GPU busy.
     """
     if cudnn is not None and len(q_BTNH) > 1 and kernel_for(q_BTNH) is by_cudnn:
         # The position of a full row is one past the last slot.

@@ -55,7 +55,8 @@ def empty(config: ModelConfig, batch_size: int) -> KVCache:
 
 def write(cache_BKSH: jax.Array, new_BKTH: jax.Array, pos_BT: jax.Array | None) -> jax.Array:
     """One layer's cached keys, or values, with `new_BKTH` at slots `pos_BT`; those past the end are
-    dropped. Where `pos_BT` is None (see Positions), the cache is empty and `new_BKTH` becomes it.
+    dropped. Where `pos_BT` is None, token t at position t, the cache is empty and `new_BKTH`
+    becomes it.
 
     This form of scatter updates in place under donation and needs no communication when rows and
     heads are sharded; the more obvious spellings copy the cache or gather it.

@@ -165,7 +165,7 @@ class GPT(nnx.Module):
                 "a KV cache needs unstacked weights, and these are stacked: "
                 "pass transformer.unstack(params)"
             )
-        pos_BT = None  # see Positions; an empty cache has no slots yet
+        pos_BT = None  # token t at position t: without a cache, or with an empty one
         if cache is not None and cache.capacity:
             pos_BT = cache.length_B[:, None] + jnp.arange(T)
         positions = positions_of(config, pos_BT, T)

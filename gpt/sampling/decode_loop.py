@@ -121,8 +121,8 @@ def decode_chunk(
     """Up to `size` tokens for each row, until it is done or has filled the cache.
 
     `state` is consumed. Rows that are not active are done from here on. A CPU takes no more steps
-    when every row is done or one has filled the cache. An accelerator always takes `size` steps: to
-    decide by what it has computed would be a round trip to the host.
+    when every row is done or one has filled the cache. An accelerator always takes `size` steps:
+    deciding from its own results would need a round trip to the host.
     """
     state = replace(state, remaining_B=jnp.where(active_B, state.remaining_B, 0))
 

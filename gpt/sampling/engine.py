@@ -23,8 +23,8 @@ PIECE = 1024  # tokens per row read at once: the scores of a piece are PIECE x c
 
 
 def bucket(n_tokens: int, context_length: int) -> int:
-    """The power of two, or from 192 on three quarters of one, into which `n_tokens` fit; at least
-    32 and at most the context.
+    """The smallest size of a cache that holds `n_tokens`: a power of two or, from 192 up, three
+    quarters of one; at least 32 and at most the context.
 
     Fewer sizes mean fewer programs, but each decode step reads the unused slots too.
     """
@@ -83,11 +83,11 @@ def prefill_in_pieces(config: ModelConfig, params: dict, tokens_BT, n_B, piece: 
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def decode_step(config: ModelConfig, params: dict, cache: kv.KVCache, token_B, active_B):
+def decode_step(config: ModelConfig, params: dict, cache: kv.KVCache, token_B, running_B):
     """Read one token per row on top of `cache`, which is consumed. Returns the cache with
     them in it and the logits of the next tokens, [B, V].
 
-    Rows not active are computed like the others and keep their length.
+    Rows that are not running are computed like the others, and keep their length.
     """
     model = transformer.bind(config, params)
     # On a GPU XLA turns a product of one row into sums that copy whole matrices. So a batch of one
@@ -96,7 +96,7 @@ def decode_step(config: ModelConfig, params: dict, cache: kv.KVCache, token_B, a
     tokens_BT = jnp.repeat(token_B[:, None], n_times, axis=1)
     x_BTD, cache = model.hidden(tokens_BT, cache, attend=flash_attention.attend_token)
     logits_BV = model.unembed(x_BTD)[:, 0]
-    return cache.advanced(active_B.astype(jnp.int32)), logits_BV
+    return cache.advanced(running_B.astype(jnp.int32)), logits_BV
 
 
 grow = jax.jit(kv.grow, static_argnames="capacity")

@@ -78,7 +78,7 @@ def sampling_params(
         seed=seed,
         sample=jnp.array(samples or [0] * len(settings), jnp.uint32),
     )
-    # A CPU finds out while it decodes which steps are needed, and so has one program for all.
+    # A CPU finds out while it decodes which stages are needed, and so has one program for all.
     return params if platform() == "cpu" else with_known_stages(params)
 
 
@@ -154,8 +154,8 @@ def ordered_bits(x: jax.Array) -> jax.Array:
 
 
 def keep_largest(x_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) -> jax.Array:
-    """True at the fewest largest entries whose summed weight reaches the target, and at all entries
-    that equal the smallest of them."""
+    """True at the smallest set of largest entries whose weights sum to at least the target, and at
+    all entries that equal the smallest of them."""
     bits_BV = ordered_bits(x_BV)
     find_threshold = by_halves if platform() == "cpu" else by_digits
     return bits_BV >= find_threshold(bits_BV, weight_BV, target_B)[:, None]
@@ -179,7 +179,7 @@ def by_digits(bits_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) -> 
     """As `by_halves`, several bits at a time, with a sum for each value that they may have: for
     accelerators, which compute the sums side by side but wait for every step.
 
-    The sums are taken over parts of a row, and then over the parts. Only so does XLA compute all
+    The sums are taken over parts of a row, and then over the parts. Only then does XLA compute all
     sums of a step in one kernel, which reads the row once.
     """
     padding = [(0, 0), (0, -bits_BV.shape[1] % PART)]
@@ -209,8 +209,9 @@ def keep_top_k(top_k_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
 
 
 def keep_top_p(top_p_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
-    """Logits, the largest of which is 0, with all masked but the fewest likeliest that together
-    reach probability `top_p_B` (Holtzman et al. 2019, section 3.1); 1 keeps all, 0 the likeliest.
+    """Logits, the largest of which is 0, with all masked but the smallest set of likeliest tokens
+    that together reach probability `top_p_B` (Holtzman et al. 2019, section 3.1); 1 keeps all, 0
+    the likeliest.
     """
     weight_BV = jnp.exp(logits_BV)
     keep_BV = keep_largest(logits_BV, weight_BV, top_p_B * weight_BV.sum(-1))
@@ -226,7 +227,8 @@ def keep_min_p(min_p_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
 
 class Filter(NamedTuple):
     """A setting that forbids tokens: `keep(setting_B, logits_BV)` masks those that it does not
-    keep. At the value `off` it keeps all of them."""
+    keep. At the value `off` it keeps all of them. The largest logit of each row is 0, before and
+    after."""
 
     keep: Callable[[jax.Array, jax.Array], jax.Array]
     off: float
@@ -277,8 +279,8 @@ def find_in_cumulative(weight_BC: jax.Array, target_B: jax.Array) -> tuple[jax.A
     """(index_B, before_B): where the running sum of weights first exceeds the target, and the sum
     before that entry.
 
-    A parallel sum may waver by a rounding error where nothing is added, so only entries with a
-    weight count. Where rounding leaves none of them above the target, it is the last one.
+    A parallel sum may change by a rounding error where nothing is added, so only entries with a
+    positive weight count. Where rounding leaves none of them above the target, it is the last one.
     """
     C = weight_BC.shape[-1]
     has_weight_BC = weight_BC > 0

@@ -83,14 +83,14 @@ def compile_run(run: Run) -> tuple[Run, Callable, Callable]:
     return replace(run, config=config), *compiled
 
 
-def choose_steps(run: Run) -> Run:
+def choose_steps_by_measuring(run: Run) -> Run:
     """`run` with the number of steps, and so the schedule, that takes about --minutes.
 
     It trains a few steps on a state that is thrown away. The schedule is part of the compiled step,
     which is compiled again: neither compilation counts.
     """
     run.console.print("measuring      a few steps, to see how many fit into --minutes")
-    run, train_step, _ = compile_run(run)
+    run, compiled_step, _ = compile_run(run)
     config = run.config
     state = initial_state(config, run.mesh, run.start, log=lambda note: None)
     seconds = []
@@ -98,7 +98,7 @@ def choose_steps(run: Run) -> Run:
     while len(seconds) < 4 or (measured < MEASURED_SECONDS and len(seconds) < 50):
         tokens = read_batch(run, len(seconds))
         begun = time.perf_counter()
-        state, metrics = train_step(state, tokens)
+        state, metrics = compiled_step(state, tokens)
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - begun)
         measured = float(broadcast_one_to_all(np.float32(sum(seconds))))

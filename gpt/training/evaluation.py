@@ -19,12 +19,12 @@ def eval_step(config: TrainConfig, params: dict, tokens_BU: jax.Array, weight_BT
 
 
 def evaluate(
-    config: TrainConfig, params: dict, compiled_step: Callable, val: Tokens
+    config: TrainConfig, params: dict, run_eval_step: Callable, val: Tokens
 ) -> tuple[float, float]:
     """The loss on held-out text in nats per token, and in bits per byte.
 
-    `compiled_step`: `eval_step` as train_step.compile_steps compiled it. At most
-    `config.eval_tokens` tokens are read. Bits per byte are computed with the bytes per token of the
+    `run_eval_step`: the second function of train_step.compile_steps. At most `config.eval_tokens`
+    tokens are read. Bits per byte are computed with the bytes per token of the
     whole held-out text, so if only a part of it is read, they are an estimate.
     """
     rows = config.batch_size // config.grad_accum
@@ -33,7 +33,7 @@ def evaluate(
         val, config.sequence_length, config.eval_tokens, rows
     ):
         # Wait for each: on a CPU steps with collectives must not pile up.
-        loss, weight = jax.device_get(compiled_step(params, tokens, weights))
+        loss, weight = jax.device_get(run_eval_step(params, tokens, weights))
         total_loss += loss
         total_weight += weight
     nats_per_token = float(total_loss / total_weight)

@@ -1,8 +1,8 @@
 """The loss that training minimizes together with its gradient, in one pass over the logits.
 
 For accelerators, whose time goes into moving logits to memory and back. Each logit is computed
-once, in the type of the products, a chunk of tokens at a time. While a chunk's logits are at hand
-so is all that their gradient needs, and it is multiplied out at once into the gradients of the
+once, in the type of the products, a chunk of tokens at a time. While a chunk's logits are in
+memory, so is all that their gradient needs. It is multiplied at once into the gradients of the
 hidden states and of the head's table (Hsu et al. 2024, Liger Kernel, section 3.2). The backward
 pass only scales these two. Sums are in float32.
 

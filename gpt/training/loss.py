@@ -1,7 +1,9 @@
-"""Cross-entropy over the vocabulary, a chunk of its rows at a time.
+"""The loss of training on CPUs and of every evaluation, computed in chunks of the vocabulary.
+
+Training on accelerators uses fused_loss.py.
 
 The float32 logits of all tokens never exist at once: for GPT-2 they would take as much memory as
-everything else together. Where they are many, a chunk's are computed again in the backward pass.
+everything else together. Where they are many, each chunk's are recomputed in the backward pass.
 Chunks are of vocabulary rows and not of tokens, so that the gradient of a sharded embedding table
 is reduced across devices once, and not once per chunk.
 """

@@ -1,4 +1,4 @@
-"""The optimizer: schedules, which weight is updated how, clipping. Built of optax's parts."""
+"""The optimizer: schedules, which update each weight gets, clipping. Built from optax's parts."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""What the training loop takes and leaves: batches in; metrics, checkpoints and samples out.
+"""The inputs and outputs of the training loop: batches in; metrics, checkpoints and samples out.
 
 The details that the loop need not show are here: metrics are read one step late, skipped steps are
 counted, a failed save is explained, and of several processes one writes.

@@ -91,13 +91,13 @@ class Run:
         else:
             require(
                 args.profile <= max(config.steps - PROFILE_AFTER, 0),
-                f"--profile {args.profile} traces steps after {PROFILE_AFTER} of warm-up, but the "
+                f"--profile {args.profile} traces steps after the first {PROFILE_AFTER}, but the "
                 f"run has {config.steps} steps: ask for fewer, or for more --steps",
             )
         trackers.require_installed(args.log_to)
         require(
             not (args.verify_resume and distributed.is_multi_process()),
-            "--verify-resume proves a run of one process: add --num-processes 1",
+            "--verify-resume works with one process alone: add --num-processes 1",
         )
 
     def require_same_everywhere(self) -> None:
@@ -145,5 +145,5 @@ class Run:
 
 def require_same_choices(config: TrainConfig) -> None:
     """Raise UserError in all processes unless `auto` means the same in each."""
-    chosen = "--grad-accum and --remat, which auto chooses by the memory of each: give both"
+    chosen = "--grad-accum and --remat, which auto chooses by the memory of each process: give both"
     distributed.require_same({chosen: (config.grad_accum, config.remat, config.unroll)})

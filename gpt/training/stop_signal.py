@@ -16,7 +16,7 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCP
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 NOTICE = "stopping       the run is saved after this step; Ctrl-C again stops at once"
 TOO_EARLY = (
-    "stopping       no step has been trained yet, so nothing is saved; Ctrl-C again stops at once"
+    "stopping       no step has been trained, so nothing new is saved; Ctrl-C again stops at once"
 )
 
 

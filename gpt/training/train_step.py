@@ -2,12 +2,13 @@
 
 How gradients are averaged over devices: over `data` each device averages over its own rows of all
 micro-batches, and one all-reduce at the end of the step averages over the devices (where that is
-possible: `crosses_data_once`). Over `fsdp` and `tensor` it is left to the compiler: the loss is a
-mean over all rows, so the gradient with respect to the weights is a sum over devices, and in each
-micro-batch the compiler inserts the reduce-scatter (over `fsdp`) or the all-reduces that compute
-it. Over `fsdp` the sum could also wait for the end of the step, but then each device would hold a
-gradient of all weights, and `fsdp` is for weights that do not fit: gpt2 on eight H100s (four
-micro-batches, compiled) would send 0.9 GB instead of 3.7, but need 1.6 GB of temporaries, not 1.0.
+possible: `reduces_over_data_once`). Over `fsdp` and `tensor` it is left to the compiler, except
+for the head's table in fused_loss.py: the loss is a mean over all rows, so the gradient with
+respect to the weights is a sum over devices, and in each micro-batch the compiler inserts the
+reduce-scatter (over `fsdp`) or the all-reduces that compute it. Over `fsdp` the sum could also wait
+for the end of the step, but then each device would hold a gradient of all weights, and `fsdp` is
+for weights that do not fit: gpt2 on eight H100s (four micro-batches, compiled) would send 0.9 GB
+instead of 3.7, but need 1.6 GB of temporaries, not 1.0.
 
 Shape letters: see gpt/model/transformer.py; A micro-batches of one step, U = T + 1 tokens.
 """
@@ -81,7 +82,7 @@ def mean_gradients(
     """
     dropout_key_AB = dropout_keys(config, step, *tokens_ABU.shape[:2])
     mesh = sharding.mesh_in_force()
-    if mesh is None or not crosses_data_once(config, mesh.shape, sharding.platform()):
+    if mesh is None or not reduces_over_data_once(config, mesh.shape, sharding.platform()):
         return gradients_of_rows(config, params, tokens_ABU, dropout_key_AB)
 
     def mean_over_devices(params, tokens_ABU, dropout_key_AB):
@@ -98,11 +99,11 @@ def mean_gradients(
         in_specs=(replicated, by_row, by_row),
         out_specs=replicated,
         axis_names=manual_axes,
-        check_vma=False,  # it would have each gradient summed over the devices at once
+        check_vma=False,  # with it each gradient would be summed over the devices at once
     )(params, tokens_ABU, dropout_key_AB)
 
 
-def crosses_data_once(config: TrainConfig, sizes: Mapping[str, int], platform: str) -> bool:
+def reduces_over_data_once(config: TrainConfig, sizes: Mapping[str, int], platform: str) -> bool:
     """Whether gradients are sent over `data` only at the end of a step, on a mesh of these sizes.
 
     Two cases are left out because of XLA (jax 0.10.2 and 0.12.0.1). Inside a `shard_map` over
@@ -151,7 +152,8 @@ def objective(
     config: TrainConfig, params: dict, tokens_BU: jax.Array, dropout_key_B: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """What training minimizes (see loss.add_regularizers) and the plain cross-entropy in nats, both
-    means over the tokens. On a CPU in chunks of the vocabulary, elsewhere in chunks of tokens."""
+    means over the tokens. On a CPU by loss.py, in chunks of the vocabulary; elsewhere by
+    fused_loss.py, in chunks of tokens."""
     options = {"attend": attend_of(config), "remat": config.remat, "unroll": config.unroll}
     if sharding.platform() != "cpu":
         model, x_MD, target_M = hidden_states(

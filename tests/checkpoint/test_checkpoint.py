@@ -226,7 +226,7 @@ def test_if_all_are_damaged_one_error_names_each(mine):
     assert step == 1 and len(notes) == 1
     assert "checkpoints/2 is damaged: its metadata does not match its digest" in notes[0]
     change_a_digit(mine, 1)
-    with pytest.raises(UserError, match=r"is whole: .*checkpoints/2 .*checkpoints/1 "):
+    with pytest.raises(UserError, match=r"is intact: .*checkpoints/2 .*checkpoints/1 "):
         newest_metadata(mine)
 
 

@@ -48,7 +48,7 @@ def test_a_wrong_header_is_refused(prepared):
     path = prepared / "tokens.json"
     for content in ("[]", "{", json.dumps(json.loads(path.read_text()) | {"version": 1})):
         path.write_text(content)
-        with pytest.raises(UserError, match="damaged, delete the folder"):
+        with pytest.raises(UserError, match="damaged: delete the folder"):
             open_shards(prepared, BYTE)
 
 

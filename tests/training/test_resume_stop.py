@@ -75,7 +75,7 @@ def test_a_signal_before_the_first_step_leaves_everything_as_it_was(
             monkeypatch, train_step, "compile_steps", lambda: signal.raise_signal(signal.SIGUSR1)
         )
         done = call("train", *TINY, "--data", text, "--out", out, "--overwrite")
-        assert done.code == 128 + signal.SIGUSR1 and "so nothing is saved" in done.err
+        assert done.code == 128 + signal.SIGUSR1 and "so nothing new is saved" in done.err
         monkeypatch.undo()
     assert snapshot(tmp_path) == before_it
 
