@@ -316,6 +316,22 @@ def test_xla_is_asked_before_jax_starts_its_backend(finished):
     assert done.stdout == "False\n", done.stderr
 
 
+@pytest.mark.parametrize(
+    ("told", "plugin", "expected"),
+    [
+        ("cpu", "libtpu", True),
+        ("cuda,cpu", None, False),
+        (None, None, True),
+        (None, "jax_plugins", False),
+        (None, "libtpu", False),
+    ],
+)
+def test_whether_jax_will_run_on_the_cpu(told, plugin, expected, monkeypatch):
+    monkeypatch.setattr(cli.os, "environ", {"JAX_PLATFORMS": told} if told else {})
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name == plugin or None)
+    assert cli._only_cpu() is expected
+
+
 FAULTS = """
 import ctypes, resource
 from gpt.cli import prepare_jax
