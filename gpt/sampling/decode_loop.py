@@ -135,12 +135,18 @@ def decode_chunk(
 
 
 def run_steps(
-    step: Callable, state: DecodeState, carried, size: int, width: int, top: int
+    step: Callable,
+    state: DecodeState,
+    carried,
+    size: int,
+    width: int,
+    top: int,
+    pays: Callable = lambda state, carried: True,
 ) -> tuple[DecodeState, Any, SampledTokens]:
     """The loop of a chunk: up to `size` steps, each of which gives a row up to `width` tokens.
 
     `step(state, carried)` returns both and a SampledTokens of `width` columns. `carried` is
-    whatever else one step hands to the next.
+    whatever else one step hands to the next. A CPU takes no more steps once they no longer pay.
     """
     B, C = len(state.token_B), size * width
     sampled = SampledTokens(
@@ -151,8 +157,9 @@ def run_steps(
     )
 
     def goes_on(carry):
-        i, state, _, _ = carry
-        return (i < size) & jnp.any(state.remaining_B > 0) & ~jnp.any(find_full_rows(state))
+        i, state, carried, _ = carry
+        goes_on = (i < size) & jnp.any(state.remaining_B > 0) & ~jnp.any(find_full_rows(state))
+        return goes_on & ((i == 0) | pays(state, carried))
 
     def advance(carry):
         i, state, carried, sampled = carry

@@ -158,31 +158,36 @@ def cost_of_draft(draft: ModelConfig, model: ModelConfig) -> float:
 def choose_n_proposals(
     limit_B: np.ndarray, agreement_B: np.ndarray, draft_cost: float = 0.0
 ) -> int:
-    """Proposals to read in each step: the largest limit of a row, or 0 if the rows would gain less
-    time than that costs.
+    """Proposals to read in each step: the largest limit of a row, or 0 if they would not pay.
 
-    `limit_B`: 0 for a row that has ended. `draft_cost`: the time of a step of the draft, as a share
-    of a plain step of the model.
+    `limit_B`: 0 for a row that has ended. `draft_cost`: see `cost_of_draft`.
     """
     N = int(limit_B.max())
-    n_rows = int(np.sum(limit_B > 0))
-    if n_rows == 0:
+    if N == 0 or not proposals_pay(np, N, limit_B, agreement_B, draft_cost):
         return 0
+    return N
+
+
+def proposals_pay(numpy, N: int, limit_B, agreement_B, draft_cost: float):
+    """Whether rows would gain more time by steps with `N` proposals than those cost. `numpy`: the
+    module of that name on the host, or JAX's in a program."""
+    is_on_B = limit_B > 0
+    n_rows = numpy.sum(is_on_B)
     # If each proposal is right with probability p, a step gains 1 + p + ... + p^N tokens.
     is_allowed_BN = np.arange(N) < limit_B[:, None]
-    gain_B = np.sum(is_allowed_BN * agreement_B[:, None] ** np.arange(1, N + 1), axis=1)
+    gain_B = numpy.sum(is_allowed_BN * agreement_B[:, None] ** np.arange(1, N + 1), axis=1)
     if platform() == "cpu":
         # Each token read takes time to compute, and the row that gains least waits longest for its
         # text, so that row decides. The cost, in plain steps, was measured with small models; large
         # ones cost less.
-        gain = gain_B[limit_B > 0].min()
+        gain = numpy.min(numpy.where(is_on_B, gain_B, np.inf))
         cost = 1.5 + n_rows * N / 16
     else:
         # A step takes as long as reading the weights does, however many tokens it reads, and
         # launches some kernels more: expected for gpt2 on an H100, see docs/sampling.md.
-        gain = gain_B.sum() / n_rows
+        gain = numpy.sum(gain_B) / n_rows
         cost = 1.2
-    return N if 1 + gain > cost + (N + 1) * draft_cost else 0
+    return 1 + gain > cost + (N + 1) * draft_cost
 
 
 # The device's part: proposals, and which of them to keep.
@@ -297,8 +302,18 @@ def speculate_chunk(
         speculation = replace(speculation, text_BR=text_BR, record=record, draft_cache=draft_cache)
         return state, speculation, new
 
+    draft_cost = 0.0 if draft_config is None else cost_of_draft(draft_config, config)
+
+    def pays(state: DecodeState, speculation: Speculation):
+        """Else the rest of the chunk is for the program that reads no proposals."""
+        if n_proposals == 0:
+            return True
+        limit_B = jnp.where(state.remaining_B > 0, speculation.limit_B, 0)
+        agreement_B = speculation.record.agreement_B
+        return proposals_pay(jnp, n_proposals, limit_B, agreement_B, draft_cost)
+
     state, speculation, sampled = decode_loop.run_steps(
-        step, state, speculation, size, width=n_proposals + 1, top=top
+        step, state, speculation, size, width=n_proposals + 1, top=top, pays=pays
     )
     return decode_loop.constrain_state(state), constrain_rows(speculation), sampled
 
