@@ -7,7 +7,7 @@
 # Every step has a time limit of its own, and its output is in OUT as soon as it ends; a step that
 # fails or runs out of time is named at the end and does not keep the next ones from running.
 # PYTHON names the interpreter, SECONDS_IN_ALL the time after which no further step begins. All
-# groups take some twelve minutes on an H100; without GROUP they run in this order:
+# groups take some ten minutes on an H200; without GROUP they run in this order:
 #
 # numbers   bfloat16: fused attention against the plain form, and a trained model whose cached
 #           answers are compared with uncached ones.
