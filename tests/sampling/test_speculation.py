@@ -97,6 +97,7 @@ def test_a_draft_that_is_the_model_is_always_right(model, monkeypatch):
     """Its cache follows what has been kept, so it draws what the model draws. The second time fewer
     of its proposals are allowed than it makes, and nothing compiles."""
     monkeypatch.setattr(speculation, "choose_n_proposals", lambda *_: 4)
+    monkeypatch.setattr(speculation, "proposals_pay", lambda *_: True)
     plain = complete_plainly(model)
     for limit, n_accepted in ((4, 24), (2, 20)):  # of 30 tokens, 5 or 3 for each reading
         before = compilations.programs
@@ -131,6 +132,7 @@ def test_a_small_draft_costs_an_accelerator_its_layers(model, monkeypatch):
 def test_int8_weights_draw_the_same_text(model, monkeypatch):
     """Some proposals are right and some wrong."""
     monkeypatch.setattr(speculation, "choose_n_proposals", lambda *_: 4)
+    monkeypatch.setattr(speculation, "proposals_pay", lambda *_: True)
     model = dataclasses.replace(model, params=int8.quantize(model.params))
     plain = complete_plainly(model)
     hint = hint_of(plain)
