@@ -25,7 +25,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from gpt import cli
-from gpt.errors import UserError
+from gpt.config import Remat
+from gpt.errors import UserError, require
 
 N_LISTED = 25
 N_RUNS = 5  # under the profiler, after as many that are only timed
@@ -39,8 +40,8 @@ class Command:
     """The model, with random weights."""
     batch_size: int = 32
     """Rows of a training step."""
-    remat: str = "none"
-    """What the backward pass computes again: none, products or blocks."""
+    remat: Remat = "none"
+    """What the backward pass computes again."""
     rows: int = 8
     """Prompts that are read and decoded together."""
     prompt_length: int = 1024
@@ -68,8 +69,11 @@ def main(argv: list[str]) -> int:
     chip = CHIPS[names[0]]
 
     makers = {"train": training_step, "prefill": prefill, "decode": decode_loop}
+    chosen = command.programs.split(",")
+    unknown = [name for name in chosen if name not in makers]
+    require(not unknown, f"--programs {command.programs}: expected some of {', '.join(makers)}")
     results = []
-    for name in command.programs.split(","):
+    for name in chosen:
         compiled, run = makers[name](command)
         figures = {"program": name, **measure(command, name, compiled, run, chip)}
         results.append(figures)

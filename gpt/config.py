@@ -300,7 +300,7 @@ class TrainConfig:
     remat: Remat = "blocks"
     """What the backward pass recomputes instead of keeping it: none, products (all but matrix
     products) or blocks (each from its input: a third more work). auto: blocks on a CPU; elsewhere
-    the first of these that is expected to fit, with --unroll if that is none."""
+    the first of the three that should fit in memory. If that is none, --unroll is turned on too."""
     unroll: bool = False
     """Compile the blocks one after another instead of one program for all: compiling takes longer,
     and a CPU that does not recompute trains faster."""
