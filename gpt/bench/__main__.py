@@ -159,21 +159,18 @@ def check(args: Args) -> None:
         f"--top-p {args.top_p}: expected a probability above 0 and at most 1",
     )
     require(
-        args.train or args.grad_accum == 1,
-        "--grad-accum needs --train: add it, or drop --grad-accum",
-    )
-    require(args.train or args.remat is None, "--remat needs --train: add it, or drop --remat")
-    require(
         args.speculate == 0 or args.checkpoint is not None,
         "--speculate needs a trained model, since what random weights write cannot be predicted: "
         "give a run's folder",
     )
-    for flag, path in (("--draft", args.draft), ("--prompt-file", args.prompt_file)):
-        require(path is None or args.speculate > 0, f"{flag} needs --speculate: add --speculate 4")
-    require(
-        args.compare is not None or args.fail_if_slower is None,
-        "--fail-if-slower needs --compare: add it, or drop --fail-if-slower",
-    )
+    for flag, is_given, needed, is_there in (
+        ("--grad-accum", args.grad_accum > 1, "--train", args.train),
+        ("--remat", args.remat, "--train", args.train),
+        ("--draft", args.draft, "--speculate", args.speculate),
+        ("--prompt-file", args.prompt_file, "--speculate", args.speculate),
+        ("--fail-if-slower", args.fail_if_slower, "--compare", args.compare),
+    ):
+        require(not is_given or is_there, f"{flag} needs {needed}: add it, or drop {flag}")
 
 
 def measure_sampling(args: Args) -> dict:
@@ -202,9 +199,9 @@ def measure_sampling(args: Args) -> dict:
     params = make_params()
     with on_mesh(mesh):
         for cell in cells:
-            measured = measure.measure_cell(
-                config, params, cell, args.repeats, ceilings, terminal.note
-            )
+            sizes = f"batch {cell.batch}, prompt {cell.prompt_length}"
+            terminal.note(f"{sizes}: compiling prefill and decode")
+            measured = measure.measure_cell(config, params, cell, args.repeats, ceilings)
             add_cell(args, result, measured)
     return result
 

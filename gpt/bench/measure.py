@@ -7,9 +7,10 @@ Training: `compile_steps` on random tokens that are already on the devices.
 
 import dataclasses
 import os
+import resource
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -98,24 +99,15 @@ def require_memory(config: ModelConfig, cell: Cell) -> None:
 
 
 def measure_cell(
-    config: ModelConfig,
-    params: dict,
-    cell: Cell,
-    repeats: int,
-    ceilings: dict,
-    log: Callable[[str], None],
+    config: ModelConfig, params: dict, cell: Cell, repeats: int, ceilings: dict
 ) -> dict:
     """The figures of one cell as JSON values: medians of `repeats` repeats, and each repeat's own.
 
-    `params` is unstacked. `log` is told what is going on. `compile_seconds` is for programs that no
-    earlier cell has compiled.
+    `params` is unstacked. `compile_seconds` is for programs that no earlier cell has compiled.
     """
     compiling = Stopwatch()
-    sizes = f"batch {cell.batch}, prompt {cell.prompt_length}"
-    log(f"{sizes}: compiling prefill and decode")
     with compiling:
         repeat(config, params, cell, Times())
-    log(f"{sizes}: compiled in {compiling.compile_seconds:.1f} s, measuring")
 
     times = Times()
     for _ in range(repeats):
@@ -317,14 +309,10 @@ def measure_train_step(config: TrainConfig, mesh: Mesh, repeats: int, ceilings: 
     }
 
 
-def peak_bytes() -> int | None:
+def peak_bytes() -> int:
     """Peak memory so far: the device's, or this process's where the device does not report it."""
     stats = jax.local_devices()[0].memory_stats()
     if stats:
         return stats["peak_bytes_in_use"]
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux

@@ -111,10 +111,9 @@ def make_table(rows: list[Row], justify: JustifyMethod = "right") -> Table:
 
 def cell_row(cell: dict, verbose: bool = False) -> Row:
     """The table's columns for a cell of sampling or of training."""
-    peak_bytes = cell["peak_bytes"]
     details = [
         ("compile\ns", f"{cell['compile_seconds']:.1f}"),
-        ("peak\nGB", "unknown" if peak_bytes is None else f"{peak_bytes / 1e9:.2f}"),
+        ("peak\nGB", f"{cell['peak_bytes'] / 1e9:.2f}"),
     ]
     if "train" in cell:
         train = cell["train"]

@@ -37,8 +37,9 @@ def model():
         yield name, config, mesh, lambda: params
 
 
-def figures(model, prefill=1.0, begin=0.25, chunk=0.5, single=0.125, first_run=0.0):
-    """The figures of CELL where each phase takes these seconds and nothing else takes any."""
+def figures(model):
+    """The figures of CELL where a prefill takes 1 s, the first token 0.25, a chunk of steps 0.5, a
+    single step 0.125, and each of the first four calls 100 more, to compile."""
     _, config, mesh, make_params = model
     now, calls = [0.0], []
 
@@ -48,7 +49,7 @@ def figures(model, prefill=1.0, begin=0.25, chunk=0.5, single=0.125, first_run=0
             real = getattr(module, name)
 
             def planted(*args):
-                compiling = first_run if len(calls) < 4 else 0
+                compiling = 100 if len(calls) < 4 else 0
                 now[0] += seconds(args) + compiling
                 compilations.seconds += compiling
                 calls.append(name)
@@ -57,17 +58,18 @@ def figures(model, prefill=1.0, begin=0.25, chunk=0.5, single=0.125, first_run=0
             patch.setattr(module, name, planted)
 
         patch.setattr(hardware, "clock", lambda: now[0])
-        slow(engine, "prefill", lambda _: prefill)
-        slow(measure, "start_decoding", lambda _: begin)
-        slow(measure, "decode_chunk", lambda args: single if args[-1] == 1 else chunk)
-        return measure.measure_cell(config, make_params(), CELL, 2, CEILINGS, log=lambda text: None)
+        slow(engine, "prefill", lambda _: 1.0)
+        slow(measure, "start_decoding", lambda _: 0.25)
+        slow(measure, "decode_chunk", lambda args: 0.125 if args[-1] == 1 else 0.5)
+        return measure.measure_cell(config, make_params(), CELL, 2, CEILINGS)
 
 
 def test_figures_of_known_times(model):
-    """20 steps: two chunks of 16 and 4 in the loop, 20 calls from the host. Once compiled, a
-    measurement compiles nothing."""
+    """20 steps: two chunks of 16 and 4 in the loop, 20 calls from the host. What compiles is in no
+    other figure. Once compiled, a measurement compiles nothing."""
     cell = figures(model)
     prefill, decode = cell["prefill"], cell["decode"]
+    assert cell["compile_seconds"] >= 400
     n_flops = 2 * flops.forward_flops(CONFIG, 20, n_logit_positions=1)
     assert (cell["batch"], cell["prompt_length"], cell["new_tokens"]) == (2, 20, 21)
     assert cell["ttft_seconds"] == 1.25
@@ -88,27 +90,6 @@ def test_figures_of_known_times(model):
     assert compilations.programs == programs
 
 
-@pytest.mark.parametrize(
-    ("slower", "touched"),
-    [
-        ({"prefill": 9.0}, {"ttft_seconds", "prefill"}),
-        ({"begin": 9.0}, {"ttft_seconds"}),
-        ({"chunk": 9.0}, {"decode", "tokens_per_second"}),
-        ({"single": 9.0}, {"decode"}),
-        ({"first_run": 100.0}, {"compile_seconds"}),  # of each of the first four calls
-    ],
-)
-def test_a_slow_phase_touches_its_own_figures_alone(model, slower, touched):
-    before, after = figures(model), figures(model, **slower)
-    for cell in (before, after):
-        cell["tokens_per_second"] = cell["decode"]["tokens_per_second"]
-    names = ("ttft_seconds", "prefill", "decode", "tokens_per_second")
-    changed = {name for name in names if after[name] != before[name]}
-    if after["compile_seconds"] >= before["compile_seconds"] + 300:
-        changed.add("compile_seconds")
-    assert changed == touched
-
-
 def test_ceilings_come_from_the_shortest_run(monkeypatch):
     """A run reads the matrix several times; a slower one must not lower the ceiling."""
     readings = iter([0, 50, 50, 53, 53, 55, 55, 59, 59, 60, 60, 68, 68, 75])
@@ -121,8 +102,8 @@ def test_ceilings_come_from_the_shortest_run(monkeypatch):
 
 
 def output(capsys, *argv):
-    """What the benchmark of the small preset prints: the table, the result, standard error."""
-    assert bench.main(["--preset", "small", "--repeats", "1", *argv]) == 0
+    """What the benchmark prints: the table, the result, standard error."""
+    assert bench.main(["--repeats", "1", *argv]) == 0
     out, err = capsys.readouterr()
     table, line = out.rstrip("\n").rsplit("\n", 1)
     return table, json.loads(line), err
@@ -146,8 +127,8 @@ def planted(model, monkeypatch):
 def test_the_last_line_is_the_json_that_the_file_holds(planted, tmp_path, capsys):
     """Each row is told on standard error too, after what is compiled for it."""
     path = tmp_path / "result.json"
-    sizes = ["--batch-sizes", "2", "--prompt-lengths", "32,20", "--new-tokens", "21"]
-    table, result, err = output(capsys, *sizes, "--json", str(path))
+    argv = ["--batch-sizes", "2", "--prompt-lengths", "32,20", "--new-tokens", "21"]
+    table, result, err = output(capsys, "--preset", "small", *argv, "--json", str(path))
     assert result == json.loads(path.read_text()) and "incomplete" not in result
     assert {"device", "jax", "model", "parameters", "weights", "weight_bytes"} <= set(result)
     assert result["precision"] == "float32" and result["ceilings"] == CEILINGS
@@ -170,9 +151,7 @@ def test_a_terminal_gets_the_card_and_no_json(planted, capsys, monkeypatch):
     assert "host-driven" in verbose and "compile" in verbose and "peak" in verbose
 
 
-def test_a_benchmark_that_is_stopped_leaves_what_it_measured(
-    planted, tmp_path, monkeypatch, capsys
-):
+def test_a_benchmark_that_is_stopped_leaves_what_it_measured(planted, tmp_path, monkeypatch):
     path, measure_cell = tmp_path / "result.json", measure.measure_cell
 
     def stop_at_eight_rows(config, params, cell, *more):
@@ -185,12 +164,11 @@ def test_a_benchmark_that_is_stopped_leaves_what_it_measured(
         bench.main(["--preset", "small", "--json", str(path)])
     left = json.loads(path.read_text())
     assert left["incomplete"] is True and [cell["batch"] for cell in left["cells"]] == [1]
-    assert list(tmp_path.iterdir()) == [path]
-    assert "batch: 1; prompt tokens: 32; " in capsys.readouterr().err
 
 
 def test_int8_weights_are_counted_as_such(planted, capsys):
-    table, result, _ = output(capsys, "--batch-sizes", "2", "--quantize", "int8")
+    argv = ["--preset", "small", "--batch-sizes", "2", "--quantize", "int8"]
+    table, result, _ = output(capsys, *argv)
     n_bytes = flops.weight_bytes(CONFIG, int8=True)
     assert (result["weights"], result["weight_bytes"]) == ("int8", n_bytes)
     assert f"{n_bytes / 1e3:.1f} kB of int8 weights" in table
@@ -221,11 +199,10 @@ def test_speculation_of_known_times(planted, tmp_path, monkeypatch, capsys):
     loaded = SimpleNamespace(tokenizer=SimpleNamespace(encode_ordinary=lambda text: list(text)))
     monkeypatch.setattr(language_model, "load", lambda path, **options: loaded)
     (tmp_path / "text").write_text("abcdefgh")
-    argv = ["run", "--repeats", "1", "--batch-sizes", "2", "--prompt-lengths", "3"]
-    argv += ["--new-tokens", "21", "--speculate", "3", "--prompt-file", str(tmp_path / "text")]
-    assert bench.main(argv) == 0
-    table, line = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
-    (cell,) = json.loads(line)["cells"]
+    argv = ["run", "--batch-sizes", "2", "--prompt-lengths", "3", "--new-tokens", "21"]
+    argv += ["--speculate", "3", "--prompt-file", str(tmp_path / "text")]
+    table, result, _ = output(capsys, *argv)
+    (cell,) = result["cells"]
     found, step_bytes = cell["speculation"], cell["decode"]["bytes_per_step"]
     assert prompts_given == [[["a", "b", "c"], ["d", "e", "f"]]] * 4
     assert (found["plain_tokens_per_second"], found["tokens_per_second"]) == (10, 20)
@@ -256,19 +233,15 @@ def test_lengths_fit_the_context(context, given, expected):
     [
         ({"prompt_lengths": "60", "new_tokens": 5}, "60 tokens and 5 new ones .* context of 64"),
         ({"prompt_lengths": "8,x"}, "--prompt-lengths 8,x: expected positive integers"),
-        ({"prompt_lengths": ""}, "--prompt-lengths : expected positive integers"),
         ({"prompt_lengths": "0"}, "positive integers"),
         ({"new_tokens": 1}, "--new-tokens 1: expected at least 2"),
         ({"repeats": 0}, "--repeats is 0: expected at least 1"),
         ({"json": Path("no/such/folder/x.json")}, "--json .* does not exist"),
         ({"plot": Path("x.pdf")}, "--plot .*.svg"),
         ({"checkpoint": Path("run"), "preset": "tiny"}, "--preset cannot be combined"),
-        ({"fail_if_slower": "5%"}, "needs --compare"),
-        ({"grad_accum": 2}, "--grad-accum needs --train"),
-        ({"remat": "none"}, "--remat needs --train"),
+        ({"grad_accum": 2}, "--grad-accum needs --train: add it, or drop --grad-accum"),
         ({"train": True, "plot": Path("x.png")}, "--train measures .* drop --plot"),
         ({"speculate": 4, "preset": "tiny"}, "--speculate needs a trained model"),
-        ({"draft": Path("run")}, "--draft needs --speculate: add --speculate 4"),
     ],
 )
 def test_bad_input_is_one_line(given, message):
@@ -293,7 +266,8 @@ def test_training_figures_of_known_times(monkeypatch, capsys):
 
     monkeypatch.setattr(measure.train_step, "compile_steps", compile_steps)
     monkeypatch.setattr(hardware, "clock", lambda: now[0])
-    table, result, _ = output(capsys, "--train", "--batch-sizes", "4", "--repeats", "2")
+    argv = ["--preset", "small", "--train", "--batch-sizes", "4", "--repeats", "2"]
+    table, result, _ = output(capsys, *argv)
     (cell,) = result["cells"]
     found = cell["train"]
     assert cell["batch"] == 4 and found["seconds_of_repeats"] == [2.0, 2.0]
@@ -303,28 +277,19 @@ def test_training_figures_of_known_times(monkeypatch, capsys):
     assert f"{4 * 64 / 2:,.0f}" in table
 
 
-@pytest.mark.parametrize(
-    ("argv", "measured"),
-    [
-        ([], [(32, 1)]),
-        (["--batch-sizes", "8,32"], [(8, 1), (32, 1)]),
-        (["--batch-sizes", "32", "--grad-accum", "4"], [(32, 4)]),
-    ],
-)
-def test_a_batch_is_one_micro_batch_unless_told_otherwise(argv, measured, monkeypatch):
+def test_a_batch_is_one_micro_batch_unless_told_otherwise(monkeypatch):
     """With this much memory the preset trains with 16 micro-batches of 32."""
     monkeypatch.setattr(hardware, "memory", lambda: (24 * 10**9, "a machine"))
-    configs = []
+    measured = []
 
-    def measure_train_step(config, mesh, repeats, ceilings):
-        configs.append((config.batch_size, config.grad_accum))
-        return {}
+    def measure_train_step(config, *_):
+        measured.append((config.batch_size, config.grad_accum))
 
     monkeypatch.setattr(measure, "measure_train_step", measure_train_step)
     monkeypatch.setattr(bench, "add_cell", lambda args, result, cell: None)
-    args = bench.cli.parse(bench.Args, ["--train", *argv], program="", description="")
-    bench.measure_training(dataclasses.replace(args, preset="gpt2"))
-    assert configs == measured
+    for given in ({}, {"batch_sizes": "8,32"}, {"batch_sizes": "32", "grad_accum": 4}):
+        bench.measure_training(bench.Args(preset="gpt2", train=True, **given))
+    assert measured == [(32, 1), (8, 1), (32, 1), (32, 4)]
 
 
 def test_what_does_not_fit_is_refused_before_it_is_tried(monkeypatch):
