@@ -56,11 +56,10 @@ def draw_regimes(record: tour_recorder.TourRecord, words: list[str], path: Path)
     picture = figure(9, 0.36 * len(record.calls) + 1.5)
     axes = picture.subplots()
     for row, call in enumerate(record.calls):
-        for slot in range(P):
-            colour = "#b8cbe6" if slot < call.first_position else "#f1f2f4"
-            colour = ORANGE if slot in call.written_slots else colour
-            axes.add_patch(matplotlib.patches.Rectangle((slot, row), 0.92, 0.86, color=colour))
         n, first = len(call.tokens), call.first_position
+        colours = ["#b8cbe6"] * first + [ORANGE] * n + ["#f1f2f4"] * (P - first - n)
+        for slot, colour in enumerate(colours):
+            axes.add_patch(matplotlib.patches.Rectangle((slot, row), 0.92, 0.86, color=colour))
         moved = flops.decode_bytes if first else flops.prefill_bytes
         size = moved(record.config, 1, first or n)
         work = flops.forward_flops(record.config, n, first, 1)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 
 from gpt import checkpoint
 from gpt.errors import UserError, require
-from gpt.reports.html import build_page, escape, table
+from gpt.reports.html import build_page, escape, read_asset, table
 from gpt.training.loss_curve import curve_of, smoothed
 from gpt.training.metrics import read_metrics
 
@@ -53,14 +54,11 @@ class Run:
     last_written: datetime | None
 
     @property
-    def task_figures(self) -> dict[str, dict[int, dict[str, Any]]]:
-        """For each figure of an evaluation on tasks, such as hellaswag/acc, the last line that has
-        it at each step."""
+    def task_figures(self) -> dict[str, dict[str, Any]]:
+        """The last record of each figure of an evaluation on tasks, such as hellaswag/acc."""
         found = {}
         for record in self.records:
-            for name in record:
-                if "/" in name and "_stderr" not in name:
-                    found.setdefault(name, {})[record["step"]] = record
+            found |= {name: record for name in record if "/" in name and "_stderr" not in name}
         return found
 
 
@@ -143,8 +141,9 @@ def build_report(runs: Sequence[Run]) -> str:
     # A chart for each figure of a task that a run has at several steps, too.
     titles = list(CHARTS)
     for run in runs:
-        for name, by_step in run.task_figures.items():
-            if len(by_step) > 1 and name not in titles:
+        for name in run.task_figures:
+            steps, _ = curve_of(run.records, name)
+            if len(set(steps)) > 1 and name not in titles:
                 titles.append(name)
 
     # The loss is per token, so it cannot be compared between tokenizers.
@@ -160,21 +159,14 @@ def build_report(runs: Sequence[Run]) -> str:
         if figure:
             charts += f'<figure class="chart">{to_svg(figure, title)}</figure>\n'
 
-    body = f"""<header><h1>{escape(heading)}</h1></header>
-<main>
-{summary}
-<h2>Curves</h2>
-<p class="soft">Over optimizer steps. Solid lines are means over a twentieth of the run, with each
-logged step faint behind them; the validation loss and the 99th percentile are dashed. A dotted
-vertical line: the run was stopped and continued there. A red triangle: an update was skipped
-because its loss or gradient was not finite.</p>
-<section class="charts" aria-label="Curves">
-{charts or "<p>No step has been logged yet.</p>"}
-</section>
-{tasks_section(runs)}
-{samples_section(runs)}
-{settings_section(runs)}
-</main>"""
+    body = Template(read_asset("report.html")).substitute(
+        heading=escape(heading),
+        summary=summary,
+        charts=charts or "<p>No step has been logged yet.</p>",
+        tasks=tasks_section(runs),
+        samples=samples_section(runs),
+        settings=settings_section(runs),
+    )
     return build_page(heading, body)
 
 
@@ -233,8 +225,7 @@ def tasks_section(runs: Sequence[Run]) -> str:
 
 def show_figure(run: Run, name: str) -> str:
     """The last value of a figure of a task as HTML, with its standard error and how it was got."""
-    by_step = run.task_figures.get(name)
-    record = by_step[max(by_step)] if by_step else {}
+    record = run.task_figures.get(name, {})
     if record.get(name) is None:
         return "–"
     task, _, metric = name.partition("/")
@@ -269,21 +260,16 @@ def settings_section(runs: Sequence[Run]) -> str:
         return ""
     section = "<h2>Settings</h2>"
     if len(runs) > 1:
-        different = differences(runs, names)
+        # Among the runs that have a setting.
+        different = []
+        for name in names:
+            values = {repr(run.settings[name]) for run in runs if name in run.settings}
+            if len(values) > 1:
+                different.append(name)
         section += "<h3>Differences</h3>"
         section += settings_table(runs, different) if different else "<p>No setting differs.</p>"
     summary = "<summary>All settings</summary>"
     return section + f"<details>{summary}{settings_table(runs, names)}</details>"
-
-
-def differences(runs: Sequence[Run], names: Iterable[str]) -> list[str]:
-    """Those of the settings `names` in which runs that have them differ."""
-    different = []
-    for name in names:
-        values = {repr(run.settings[name]) for run in runs if name in run.settings}
-        if len(values) > 1:
-            different.append(name)
-    return different
 
 
 def settings_table(runs: Sequence[Run], names: Iterable[str]) -> str:

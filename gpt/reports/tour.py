@@ -37,26 +37,21 @@ def build_tour(record: TourRecord, model, run_name: str) -> str:
     _, unfinished = split_end(decode_bytes(record.prompt_ids))
     new_text = (unfinished + decode_bytes(new_ids)).decode("utf-8", "replace")
 
-    axes, shapes = describe_shapes(record)
     body = Template(read_asset("tour.html")).substitute(
         prompt=escape(prompt),
         run=escape(run_name),
         step=f"{model.step:,}",
-        n_layers=record.config.n_layers,
-        n_heads=record.config.n_heads,
         n_parameters=f"{flops.parameters(record.config):,}",
         text=escape(record.prompt),
         new_text=escape(new_text),
         n_calls=len(record.calls),
         n_positions=len(record.read_ids),
-        vocab_size=f"{record.config.vocab_size:,}",
         prompt_chips="".join(map(chip, tokens[:T], record.prompt_ids)),
         new_chips="".join(
             chip(token, token_id, is_new=True)
             for token, token_id in zip(tokens[T:], new_ids, strict=True)
         ),
-        axes=axes,
-        shapes=shapes,
+        **describe_shapes(record),
         steps="".join(describe_call(record, i, tokens, decode_bytes) for i in range(len(new_ids))),
     )
     # No character of the data can end its element or begin a tag.
@@ -161,27 +156,34 @@ def chip(token: DisplayToken, token_id: int | None = None, is_new: bool = False)
 # Shapes
 
 
-def describe_shapes(record: TourRecord) -> tuple[str, str]:
-    """The axes, and the shapes of all arrays in prefill and in a decode step, as HTML."""
+def describe_shapes(record: TourRecord) -> dict[str, str]:
+    """What the section of shapes needs, as HTML: the sizes of all axes and the shapes of all
+    arrays, by their letters, and how positions enter."""
     c = record.config
-    T = len(record.prompt_ids)
-    axes = [
-        ("B", 1, "rows of the batch, here one"),
-        ("T", T, "tokens read in one call"),
-        ("S", T, "keys attended to: in prefill those of the prompt, then all slots of the cache"),
-        ("D", c.d_model, "width of the residual stream"),
-        ("N", c.n_heads, "query heads"),
-        ("K", c.kv_heads, "key/value heads"),
-        ("G", c.n_heads // c.kv_heads, "query heads per key/value head, N/K"),
-        ("H", c.head_width, "width of one head"),
-        ("F", c.ff_width, "width of the MLP"),
-        ("V", c.vocab_size, "vocabulary"),
-        ("L", c.n_layers, "layers"),
-    ]
-    legend = "".join(
-        f"<div><dt>{letter}</dt><dd>{size:,} <small>{meaning}</small></dd></div>"
-        for letter, size, meaning in axes
-    )
+    sizes = {
+        "B": 1,
+        "T": len(record.prompt_ids),
+        "D": c.d_model,
+        "N": c.n_heads,
+        "K": c.kv_heads,
+        "G": c.n_heads // c.kv_heads,
+        "H": c.head_width,
+        "F": c.ff_width,
+        "V": c.vocab_size,
+        "L": c.n_layers,
+    }
+    fields = {letter: f"{size:,}" for letter, size in sizes.items()}
+
+    calls = {"prefill": record.calls[0]}
+    if len(record.calls) > 1:
+        calls["a decode step"] = record.calls[-1]
+    fields["calls"] = "".join(f'<th scope="col">{name}</th>' for name in calls)
+    for letters in ("BT", "BTD", "BTNH", "BKSH", "BKGTS", "BTF", "BV"):
+        fields[letters] = ""
+        for call in calls.values():
+            sizes |= {"T": len(call.tokens), "S": call.n_slots}
+            shape = ", ".join(str(sizes[letter]) for letter in letters)
+            fields[letters] += f'<td><span class="mono">[{shape}]</span></td>'
 
     position, rotated = "", ""
     if c.positions == "learned":
@@ -190,32 +192,7 @@ def describe_shapes(record: TourRecord) -> tuple[str, str]:
         position = " plus sines and cosines of its position"
     elif c.positions == "rope":
         rotated = ", then rotated by an angle proportional to the position"
-    stages = [
-        ("token ids", "BT", "the numbers of the tokens"),
-        ("embedding", "BTD", f"each token’s row of a table{position}"),
-        ("queries", "BTNH", f"what each token looks for: a learned projection{rotated}"),
-        ("keys", "BKSH", f"what each token offers: a second projection{rotated}; cached"),
-        ("values", "BKSH", "what each token passes on: a third projection; cached"),
-        ("scores", "BKGTS", "each query times each key, divided by √H; later keys are masked"),
-        ("weights", "BKGTS", "softmax of the scores: the weights of a query sum to 1"),
-        ("mix", "BTNH", "the sum of the values, weighted, for each head"),
-        ("residual", "BTD", "the outputs of all heads, projected and added to the stream"),
-        ("MLP", "BTF", f"each token by itself: wider, {escape(c.mlp)}, back, and added too"),
-        ("logits", "BV", f"after {c.n_layers} such layers: a score for every possible next token"),
-    ]
-    calls = {"prefill": record.calls[0]}
-    if len(record.calls) > 1:
-        calls["a decode step"] = record.calls[-1]
-    sizes = {letter: size for letter, size, _ in axes}
-    rows = []
-    for name, letters, explanation in stages:
-        row = [f"{name} <code>{letters}</code><br><small>{explanation}</small>"]
-        for call in calls.values():
-            sizes |= {"T": len(call.tokens), "S": call.arrays["k"].shape[2]}
-            shape = ", ".join(str(sizes[letter]) for letter in letters)
-            row.append(f'<span class="mono">[{shape}]</span>')
-        rows.append(row)
-    return legend, table(["stage", *calls], rows, "shapes")
+    return fields | {"position": position, "rotated": rotated, "mlp": escape(c.mlp)}
 
 
 # Prefill and decode
@@ -235,9 +212,8 @@ def describe_call(
     # What it read from the cache and wrote to it, and what that costs.
     c = record.config
     n_new, n_before = len(call.tokens), call.first_position
-    kinds = ["read" if slot < n_before else "" for slot in range(call.capacity)]
-    for slot in call.written_slots:
-        kinds[slot] = "written"
+    n_empty = call.n_slots - n_before - n_new
+    kinds = ["read"] * n_before + ["written"] * n_new + [""] * n_empty
     slots = "".join(f'<span class="slot {kind}"></span>' for kind in kinds[:MAX_SLOTS])
 
     written_size = decimal(flops.cache_bytes(c, 1, n_new))
@@ -246,7 +222,7 @@ def describe_call(
         read = "nothing: the cache was empty"
         n_bytes = flops.prefill_bytes(c, 1, n_new)
     else:
-        wrote = f"slot {call.written_slots[0]}"
+        wrote = f"slot {n_before}"
         read = f"{n_before:,} positions, {decimal(flops.cache_bytes(c, 1, n_before))}"
         n_bytes = flops.decode_bytes(c, 1, n_before)
     n_flops = flops.forward_flops(c, n_new, n_before, 1)

@@ -5,7 +5,6 @@ and outputs are kept. Shape letters: see model/transformer.py; P counts the posi
 read, first by prefill, then by decode steps.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,15 +33,18 @@ class ModelCall:
     """One call of the model: the prefill, or a decode step.
 
     `arrays`, of every layer: q_LTNH, k_LKSH, v_LKSH, scores_LTNS, weights_LTNS, mix_LTNH.
-    `logits_TV`: of each token that was read. `written_slots`: the slots of the cache that changed.
+    `logits_TV`: of each token that was read.
     """
 
     tokens: list[int]
     first_position: int
     arrays: dict[str, np.ndarray]
     logits_TV: np.ndarray
-    written_slots: list[int]
-    capacity: int
+
+    @property
+    def n_slots(self) -> int:
+        """Slots of the cache after the call."""
+        return self.arrays["k"].shape[2]
 
 
 @dataclass(frozen=True)
@@ -170,20 +172,11 @@ def call_model(config: ModelConfig, params: dict, cache: kv.KVCache, tokens: Seq
     """Read `tokens` after what `cache` holds: a ModelCall, and the cache afterwards."""
     tokens_BT = jnp.array([tokens], jnp.int32)
     new_cache, logits_BTV, arrays = forward_recording(config, params, cache, tokens_BT)
-
-    # The slots whose key or value differs in any layer; all if there were none.
-    written_slots = list(range(new_cache.capacity))
-    if cache.capacity:
-        pairs = zip((*cache.k, *cache.v), (*new_cache.k, *new_cache.v), strict=True)
-        changed_S = np.any([np.any(old[0] != new[0], axis=(0, 2)) for old, new in pairs], axis=0)
-        written_slots = np.flatnonzero(changed_S).tolist()
     call = ModelCall(
         tokens=list(tokens),
         first_position=int(cache.length_B[0]),
         arrays={name: np.asarray(array) for name, array in arrays.items()},
         logits_TV=np.asarray(logits_BTV[0]),
-        written_slots=written_slots,
-        capacity=new_cache.capacity,
     )
     return call, new_cache
 
@@ -193,11 +186,22 @@ def forward_recording(config: ModelConfig, params: dict, cache: kv.KVCache, toke
     """The forward pass: the new cache, logits_BTV, and the arrays of every layer."""
     layers: list[dict] = []
 
-    def attend_recording(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop):
-        mix_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
-        # Every query times every key, before scale and mask.
+    def attend_recording(q_BTNH, k_BKSH, v_BKSH, pos_BT, _):
         B, T, N, H = q_BTNH.shape
         K, S = k_BKSH.shape[1:3]
+
+        # `attend` hands its weights to the function that would apply dropout; this one keeps them.
+        kept = []
+
+        def keep(weights_BKGTS):
+            kept.append(weights_BKGTS)
+            return weights_BKGTS
+
+        mix_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, keep)
+        (weights_BKGTS,) = kept
+        weights_BTKGS = weights_BKGTS.transpose(0, 3, 1, 2, 4)
+
+        # Every query times every key, before scale and mask.
         q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
         product = "BTKGH,BKSH->BTKGS"
         scores_BTKGS = jnp.einsum(product, q_BTKGH, k_BKSH, preferred_element_type=jnp.float32)
@@ -206,7 +210,7 @@ def forward_recording(config: ModelConfig, params: dict, cache: kv.KVCache, toke
             "k": k_BKSH,
             "v": v_BKSH,
             "scores": scores_BTKGS.reshape(B, T, N, S),
-            "weights": attention_weights(q_BTNH, k_BKSH, pos_BT, drop),
+            "weights": weights_BTKGS.reshape(B, T, N, S),
             "mix": mix_BTNH,
         }
         layers.append({name: array[0].astype(jnp.float32) for name, array in arrays.items()})
@@ -217,22 +221,6 @@ def forward_recording(config: ModelConfig, params: dict, cache: kv.KVCache, toke
     logits_BTV = model.unembed(x_BTD)
     arrays = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
     return cache.advanced(jnp.int32(tokens_BT.shape[1])), logits_BTV, arrays
-
-
-def attention_weights(q_BTNH: jax.Array, k_BKSH: jax.Array, pos_BT, drop) -> jax.Array:
-    """The weights [B, T, N, S] by which the model's attention mixes values.
-
-    Its output for values that are rows of the identity matrix is the weights. Values are as wide as
-    a head, so the identity is taken in that many columns at a time.
-    """
-    S, H = k_BKSH.shape[2:]
-    n_parts = math.ceil(S / H)
-    identity = jnp.eye(S, n_parts * H, dtype=k_BKSH.dtype)
-    parts = [
-        attend(q_BTNH, k_BKSH, jnp.broadcast_to(columns_SH, k_BKSH.shape), pos_BT, drop)
-        for columns_SH in jnp.split(identity, n_parts, axis=1)
-    ]
-    return jnp.concatenate(parts, axis=-1)[..., :S]
 
 
 # A sampled token

@@ -61,8 +61,7 @@ def random_record(n_layers, n_heads, width, T, n_new):
         arrays |= {name: rng.normal(size=(n_layers, n_heads, S, width)) for name in ("k", "v")}
         arrays |= {name: rng.random((n_layers, n, n_heads, S)) for name in ("scores", "weights")}
         tokens = [65 + i - 1] if i else prompt_ids
-        slots = list(range(first, first + n))
-        calls.append(ModelCall(tokens, first, arrays, np.zeros((n, 257)), slots, S))
+        calls.append(ModelCall(tokens, first, arrays, np.zeros((n, 257))))
         probs = rng.dirichlet(np.ones(257))
         stages = {"the model": probs, "top-p": np.where(probs > 0.005, probs, 0)}
         sampled.append(SampledToken(65 + i, stages, 0.5))
