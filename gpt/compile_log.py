@@ -99,25 +99,23 @@ class RecompilationCheck:
 
 @dataclass
 class Stopwatch:
-    """`with watch:` adds the seconds spent inside to `seconds`, without those of compilation.
+    """`with watch:` adds the seconds spent inside to `seconds`, those of compilation to
+    `compile_seconds`.
 
-    `compile_seconds` and `programs` hold what was left out. Block until the device is ready inside
-    the `with`, or its work is not measured.
+    Block until the device is ready inside the `with`, or its work is not measured.
     """
 
     seconds: float = 0.0
     compile_seconds: float = 0.0
-    programs: int = 0
     started: tuple = field(default=(), repr=False)
 
     def __enter__(self) -> "Stopwatch":
-        self.started = (time.perf_counter(), compilations.seconds, compilations.programs)
+        self.started = (time.perf_counter(), compilations.seconds)
         return self
 
     def __exit__(self, *_) -> None:
-        start, compile_seconds, programs = self.started
+        start, compile_seconds = self.started
         elapsed = time.perf_counter() - start
         compiled = compilations.seconds - compile_seconds
         self.compile_seconds += compiled
-        self.programs += compilations.programs - programs
         self.seconds += max(elapsed - compiled, 0.0)
