@@ -94,10 +94,12 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
         n_entries = sum(n // fsdp if is_split else n for n, is_split in weights.values())
         rows.move("reduce", ("data",), n_entries * kept)
 
-    # Blocks: matrices are gathered for use, and their gradients scattered.
+    # Blocks: matrices are gathered for use, and again for the way back where blocks are computed
+    # again, and their gradients scattered.
+    n_gathers = n_micro_batches * (2 if config.remat == "blocks" else 1)
     for name, (entries, is_split) in weights.items():
         if name.startswith("blocks/") and is_split:
-            rows.move("gather", ("fsdp",), count_gathers(config, tpu) * entries * item)
+            rows.move("gather", ("fsdp",), n_gathers * entries * item)
             rows.move("reduce", ("fsdp",), n_micro_batches * entries * item)
             rows.move("reduce", data, n_micro_batches * entries / fsdp * item)
         elif name.startswith(("blocks/", "final_norm")):
@@ -119,8 +121,8 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
     # Loss: the table is gathered in the type of the products.
     entries, is_split = weights["tokens" if c.tied else "head"]
     if is_split:
-        n_gathers = 1 if tpu else count_table_gathers(config)
-        rows.move("gather", ("fsdp",), n_gathers * n_micro_batches * entries * item)
+        n_of_table = 1 if tpu else count_table_gathers(config)
+        rows.move("gather", ("fsdp",), n_of_table * n_micro_batches * entries * item)
         rows.move("reduce", ("fsdp",), n_micro_batches * entries * kept)
         loss_item = ITEM_BYTES["float32"] if tpu else item
         rows.move("reduce", data, n_micro_batches * entries / fsdp * loss_item)
@@ -138,17 +140,6 @@ def count_table_gathers(config: TrainConfig) -> int:
         return 0
     n_tokens = config.batch_size // config.grad_accum * config.sequence_length  # on all devices
     return 2 if n_tokens * c.padded_vocab > KEPT_LOGITS else 1
-
-
-def count_gathers(config: TrainConfig, tpu: bool) -> int:
-    """Gathers of a matrix of a block per step: forward, and again for the way back if blocks are
-    computed again. If they are not but written out, the CPU's program gathers each matrix only
-    once, before all micro-batches."""
-    if config.remat == "blocks":
-        return 2 * config.grad_accum
-    if config.unroll and not tpu:
-        return 1
-    return config.grad_accum
 
 
 def add_tensor_parallelism(

@@ -40,9 +40,7 @@ def plan(tmp_path, where: str, sizes: tuple[int, int, int], *flags: str) -> Simp
     mesh = SimpleNamespace(shape=dict(zip(AXES, sizes, strict=True)), manual_axes=())
     file, is_virtual = tmp_path / "plan.json", where.isdigit()
     words = ["gpt2", "--dry-run", "--devices" if is_virtual else "--topology", where, *flags]
-    words += ["--json", str(file)]
-    if "--remat" not in flags:
-        words += ["--remat", "blocks"]  # which the predictions are for
+    words += ["--json", str(file), "--remat", "blocks"]  # which the predictions are for
     for name, size in mesh.shape.items():
         words += [f"--mesh.{name}", str(size)]
 
@@ -121,11 +119,9 @@ def test_gradients_cross_data_once(tmp_path, sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--remat", "none", "--unroll"]])
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (4, 1, 2)])
-def test_plans_of_other_meshes(tmp_path, sizes, flags):
-    """Without recomputation and written out, matrices are gathered once."""
-    found = plan(tmp_path, "8", sizes, *SMALL, "--grad-accum", "2", *flags)
+def test_plans_of_other_meshes(tmp_path, sizes):
+    found = plan(tmp_path, "8", sizes, *SMALL, "--grad-accum", "2")
     check_collectives(found)
     check_gathers(found)
 
@@ -207,7 +203,6 @@ def test_tpus_send_what_is_predicted(tmp_path, sizes):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--devices", "8"], "add --dry-run"),
         (["--topology", "v5e:4x4"], "add --dry-run"),
         (["--dry-run", "--devices", "8", "--topology", "v5e:4x4"], "cannot be combined"),
         (["--dry-run", "--devices", "0"], "devices is 0: expected at least 1"),
@@ -228,7 +223,6 @@ def test_flags_that_make_no_plan_are_refused(flags, said):
         ("h100", "GPUs of a node as in h100:8"),
         ("v5e:16", "TPUs as in v5e:16x16"),
         ("h100:16", "up to 8 GPUs of a node"),
-        ("h100:0", "up to 8 GPUs of a node"),
         ("h100:8", "pip install -e '.[cuda]'"),
         ("v5e:4x4", "pip install -e '.[tpu]'"),
     ],

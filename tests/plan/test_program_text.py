@@ -14,21 +14,19 @@ KERNELS = {kernel.name: kernel for kernel in kernels.find(PROGRAM, CHIP, mesh=No
 
 
 def test_a_product_reads_its_factors_and_writes_its_result():
-    product = KERNELS["gemm_fusion.3"]
+    """Attention of a library has two under a causal mask; one of float32 takes twice as long."""
+    product, attention, single = (
+        KERNELS[name] for name in ("gemm_fusion.3", "attention.1", "gemm.1")
+    )
     assert product.moved_bytes == 8 * 64 * 2 + 64 * 32 * 4 + 8 * 32 * 4
     assert product.flops == 2 * 8 * 64 * 32
     assert product.seconds == product.flops / 1e9  # longer than its bytes take
-
-
-def test_products_of_libraries_count():
-    """Attention of two products under a causal mask; a product of float32 takes twice as long."""
-    assert KERNELS["attention.1"].flops == 2 * 2 * (2 * 4 * 128 * 128) * 64 / 2
-    assert KERNELS["gemm.1"].flops == 2 * (8 * 32) * 64
-    assert KERNELS["gemm.1"].seconds == 2 * KERNELS["gemm.1"].flops / 1e9
+    assert attention.flops == 2 * 2 * (2 * 4 * 128 * 128) * 64 / 2
+    assert single.flops == 2 * (8 * 32) * 64
+    assert single.seconds == 2 * single.flops / 1e9
 
 
 def test_what_is_likely_is_limited_by_what_a_card_has_reached():
-    """Of products, of attention, and of memory; a launch takes as long as it does."""
     for name, reached in (
         ("gemm.1", kernels.REACHED_PRODUCTS),
         ("attention.1", kernels.REACHED_ATTENTION),
