@@ -9,8 +9,8 @@ error.
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 
 from gpt import cli, sample_flags, terminal
 from gpt.errors import UserError
@@ -24,6 +24,7 @@ def main(argv: list[str]) -> int:
     inputs = sample_flags.read_inputs(args)
     cli.prepare_jax(cache=args.compile_cache)
     import gpt
+    from gpt.sampling.generate import stream
 
     model = gpt.load(
         args.checkpoint, args.step, args.dtype, args.weights, args.mesh, args.quantize, args.prefix
@@ -36,7 +37,8 @@ def main(argv: list[str]) -> int:
 
     code = 0
     if mode == "generate":
-        generate(model, args, inputs)
+        pieces = stream(model, inputs, args.settings, top=args.show_probs or 0)
+        show(pieces, model, args, len(inputs))
     elif mode == "interactive":
         converse(model, args)
     elif mode == "beam":
@@ -53,31 +55,26 @@ def main(argv: list[str]) -> int:
     return code
 
 
-def generate(model, args: Args, prompts: list, interrupted=lambda: False) -> None:
-    """Complete the prompts, and show each completion as it grows, or as JSON when it has ended;
-    until all have ended, or `interrupted()`."""
-    from gpt.sampling.generate import stream
-
-    settings = args.settings
-    top = args.show_probs or 0
-    if args.json:
-        show = partial(terminal.json_piece, with_top=top > 0)
-    else:
-        show = terminal.CompletionText(len(prompts), settings.num_samples, top, model.tokenizer)
-
+def show(pieces: Iterable, model, args: Args, n_prompts: int, interrupted=lambda: False) -> None:
+    """Show each completion as it grows, or as JSON when it has ended; until all have ended, or
+    `interrupted()`."""
+    n_samples = args.settings.num_samples
+    as_text = terminal.CompletionText(
+        n_prompts, n_samples, args.show_probs or 0, model.tokenizer, args.json
+    )
+    output = terminal.InOrder(n_prompts * n_samples)
     completions = {}
-    output = terminal.InOrder(len(prompts) * settings.num_samples)
     try:
-        for piece in stream(model, prompts, settings, top=top):
+        for piece in pieces:
             completions[piece.row] = piece.completion
-            output.add(piece.row, show(piece), ended=piece.completion.finish_reason is not None)
+            output.add(piece.row, as_text(piece), ended=piece.completion.finish_reason is not None)
             if interrupted():
                 output.flush(end_line=True)
                 break
     except (KeyboardInterrupt, UserError):
         output.flush(end_line=sys.stdout.isatty())
         raise
-    speculates = settings.speculate > 0
+    speculates = args.settings.speculate > 0
     terminal.note(
         terminal.describe_end(list(completions.values()), model.config.context_length, speculates)
     )
@@ -85,15 +82,17 @@ def generate(model, args: Args, prompts: list, interrupted=lambda: False) -> Non
 
 def converse(model, args: Args) -> None:
     """Complete each line that is typed, until there are no more."""
-    from gpt.sampling.prompts import require_usable
+    from gpt.sampling.generate import stream
 
-    require_usable(model, [args.settings], args.show_probs or 0)
+    top = args.show_probs or 0
+    stream(model, [[0]], args.settings, top=top)  # refuses bad settings before a line is typed
     for i, line in enumerate(terminal.read_lines()):
         # A seed of its own, so that the same line again gets another sample.
         settings = replace(args.settings, seed=(args.settings.seed + i) % 2**31)
         try:
             with terminal.deferred_interrupt() as pressed:
-                generate(model, replace(args, settings=settings), [line], pressed.is_set)
+                pieces = stream(model, [line], settings, top=top)
+                show(pieces, model, args, n_prompts=1, interrupted=pressed.is_set)
         except UserError as error:
             if not sys.stdout.isatty():
                 terminal.write("\n")  # one output line for each line of a pipe
@@ -103,6 +102,7 @@ def converse(model, args: Args) -> None:
 def search(model, args: Args, prompts: list) -> None:
     """Show the likeliest texts that beam search finds after each prompt, the best first."""
     from gpt.sampling import beam_search
+    from gpt.sampling.completion import Piece
 
     settings = beam_search.BeamSettings(
         width=args.beam_width,
@@ -114,19 +114,13 @@ def search(model, args: Args, prompts: list) -> None:
         repetition_penalty=args.settings.repetition_penalty,
         ignore_eos=args.settings.ignore_eos,
     )
-    several = len(prompts) * settings.n_best > 1
-    found = beam_search.search(model, prompts, settings)
-    for i, hypotheses in enumerate(found):
-        for one in hypotheses:
-            if args.json:
-                values = terminal.completion_json(one) | {"score": one.score}
-                terminal.write(json.dumps(values) + "\n")
-            elif several:
-                terminal.write(terminal.header(i, one.sample, f", score {one.score:.4f}"))
-                terminal.write(f"{one}\n\n")
-            else:
-                terminal.write(f"{one}\n")
-    every = [one for hypotheses in found for one in hypotheses]
+    as_text = terminal.CompletionText(len(prompts), settings.n_best, 0, model.tokenizer, args.json)
+    every = []
+    for i, completions in enumerate(beam_search.search(model, prompts, settings)):
+        for one in completions:
+            row = i * settings.n_best + one.sample
+            terminal.write(as_text(Piece(row, one.text, one)))
+        every += completions
     terminal.note(terminal.describe_end(every, model.config.context_length))
 
 

@@ -132,14 +132,12 @@ def parse_args(argv: list[str], description: str) -> tuple[Args, str]:
         mode = "check"
     elif given & SCORES:
         mode = "score"
-    elif args.interactive:
-        mode = "interactive"
     elif args.beam_width > 1:
         mode = "beam"
+    elif args.interactive:
+        mode = "interactive"
 
     useless = {name for name in given - USED_BY[mode] if not name.startswith("mesh.")}
-    if mode == "interactive" and args.beam_width > 1:
-        useless.add("beam_width")
     if mode == "beam" and args.settings.temperature > 0:
         useless |= given & {"temperature"}
     for name in sorted(useless):

@@ -16,7 +16,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from gpt.errors import UserError, require
 from gpt.wording import counted
@@ -93,22 +92,29 @@ class InOrder:
 
 class CompletionText:
     """What is shown of each piece of a batch of completions: under a header if there are several,
-    as text after its prompt, or, if `top` is given, as tables of the likeliest tokens."""
+    as text after its prompt, or, if `top` is given, as tables of the likeliest tokens. `as_json`:
+    nothing until a completion has ended, and then a line of JSON."""
 
-    def __init__(self, n_prompts: int, n_samples: int, top: int, tokenizer):
+    def __init__(self, n_prompts: int, n_samples: int, top: int, tokenizer, as_json: bool):
         self.n_samples = n_samples
         self.several = n_prompts * n_samples > 1
         self.top = top
         self.tokenizer = tokenizer
+        self.as_json = as_json
         self.n_shown: dict[int, int] = {}  # steps of each row whose table was shown
 
     def __call__(self, piece) -> str:
         completion = piece.completion
+        if self.as_json:
+            return completion_json(completion, self.top > 0) if completion.finish_reason else ""
+
         text = ""
         if piece.row not in self.n_shown:
             self.n_shown[piece.row] = 0
             if self.several:
-                text += header(*divmod(piece.row, self.n_samples))
+                prompt, sample = divmod(piece.row, self.n_samples)
+                score = "" if completion.score is None else f", score {completion.score:.4f}"
+                text += f"--- prompt {prompt + 1}, sample {sample + 1}{score} ---\n"
             if not self.top:
                 text += completion.prompt
         if self.top:
@@ -121,11 +127,6 @@ class CompletionText:
                 text += str(completion)
             text += "\n\n" if self.several else "\n"
         return text
-
-
-def header(prompt: int, sample: int, more: str = "") -> str:
-    """The line above one of several completions."""
-    return f"--- prompt {prompt + 1}, sample {sample + 1}{more} ---\n"
 
 
 def spell(token: bytes) -> str:
@@ -168,20 +169,15 @@ def scored_tokens(score, tokenizer) -> Iterator[str]:
         yield f"... and {len(tokens) - SHOWN_TOKENS:,} more tokens; --json has all of them"
 
 
-def completion_json(completion) -> dict[str, Any]:
-    """A completion as JSON values."""
+def completion_json(completion, with_top: bool) -> str:
+    """A completion as a line of JSON."""
     names = "prompt text token_ids logprobs finish_reason prefill_seconds decode_seconds"
     names += " tokens_per_second seed sample proposed accepted"
-    return {name: getattr(completion, name) for name in names.split()} | {"timing": TIMING}
-
-
-def json_piece(piece, with_top: bool) -> str:
-    """A piece that ends its completion as a line of JSON; else nothing."""
-    if not piece.completion.finish_reason:
-        return ""
-    values = completion_json(piece.completion)
+    values = {name: getattr(completion, name) for name in names.split()} | {"timing": TIMING}
     if with_top:
-        values["top"] = piece.completion.top
+        values["top"] = completion.top
+    if completion.score is not None:
+        values["score"] = completion.score
     return json.dumps(values) + "\n"
 
 

@@ -176,7 +176,6 @@ BAD_FLAGS = {
     "--prompt-file gone.txt": "--prompt-file gone.txt: No such",
     "--score-file .": "--score-file .: Is a directory",
     "--interactive --json": "--json has no effect with --interactive: leave it out",
-    "--interactive --beam-width 2": "--beam-width has no effect with --interactive",
     "--beam-width 2 --top-p 0.5": "--top-p has no effect with --beam-width",
     "--beam-width 2 --temperature 1": "--temperature has no effect with --beam-width",
     "--beam-width 2 --stop a": "--stop has no effect with --beam-width",

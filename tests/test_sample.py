@@ -1,8 +1,8 @@
 """sample.py on nothing but a run's folder: completions, settings, beams, scores, checks."""
 
-import dataclasses
 import io
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,14 +11,14 @@ import pytest
 from programs import call, objects, program, sample, snapshot
 
 import gpt
-from gpt import terminal
-from gpt.sampling import cache_check, generate, language_model
+from gpt import sample_flags, terminal
+from gpt.sampling import cache_check, language_model
 from gpt.sampling.completion import Completion, Piece
 
 BRIEF = ["--max-new-tokens", "12"]
 TWO = ["--prompt", "the ", "--prompt", "a cat"]
 FIELDS = ["prompt", "text", "token_ids", "logprobs", "finish_reason", "prefill_seconds"]
-FIELDS += ["decode_seconds", "tokens_per_second", "seed", "sample"]
+FIELDS += ["decode_seconds", "tokens_per_second", "seed", "sample", "proposed", "accepted"]
 
 
 # Completions.
@@ -30,17 +30,14 @@ def test_two_prompts_and_two_samples_are_four_completions(folder):
     before = snapshot(folder)
     printed = sample(folder, *argv)
     assert snapshot(folder) == before
-    labels = [f"--- prompt {p}, sample {s} ---\n{t}" for p, t in ((1, "the "), (2, "a cat"))
-              for s in (1, 2)]  # fmt: skip
-    assert all(printed.count(label) == 1 for label in labels)
-    assert sample(folder, *argv) == printed
-    assert sample(folder, *argv, "--seed", "1") != printed
     done = objects(folder, *argv)
-    assert [(d["prompt"], d["sample"]) for d in done] == [
-        ("the ", 0), ("the ", 1), ("a cat", 0), ("a cat", 1)
-    ]  # fmt: skip
+    assert printed == "".join(
+        f"--- prompt {1 + i // 2}, sample {1 + i % 2} ---\n{d['prompt']}{d['text']}\n\n"
+        for i, d in enumerate(done)
+    )
+    assert [(d["prompt"], d["sample"]) for d in done] == [*product(("the ", "a cat"), (0, 1))]
     assert len({tuple(d["token_ids"]) for d in done}) == 4
-    assert all(d["prompt"] + d["text"] in printed for d in done)
+    assert sample(folder, *argv, "--seed", "1") != printed
 
 
 def test_speculation_gives_the_same_text(folder):
@@ -53,18 +50,17 @@ def test_speculation_gives_the_same_text(folder):
 
 
 def test_json_has_the_fields_that_others_read(folder):
-    (done,) = objects(folder, "--prompt", "the ", *BRIEF, "--seed", "3")
-    assert list(done)[: len(FIELDS)] == FIELDS
-    assert done["seed"] == 3 and done["sample"] == 0
+    argv = ["--prompt", "the ", *BRIEF, "--seed", "3"]
+    (done,) = objects(folder, *argv)
+    assert list(done) == [*FIELDS, "timing"]
+    assert (done["seed"], done["sample"], done["proposed"], done["accepted"]) == (3, 0, 0, 0)
     assert "compilation is left out" in done["timing"] and "start-up" in done["timing"]
     assert done["finish_reason"] in ("length", "eos")
     assert len(done["token_ids"]) == len(done["logprobs"]) <= 12
-    assert all(p < 0 for p in done["logprobs"])
     assert done["prefill_seconds"] > 0 and done["decode_seconds"] > 0
     rate = (len(done["token_ids"]) - 1) / done["decode_seconds"]
     assert done["tokens_per_second"] == pytest.approx(rate)
-    assert (done["proposed"], done["accepted"]) == (0, 0)
-    printed = call("sample", folder, "--prompt", "the ", *BRIEF, "--seed", "3")
+    printed = call("sample", folder, *argv)
     assert printed.out == "the " + done["text"] + "\n"
     assert "prefill" in printed.err and "compilation left out" in printed.err
 
@@ -159,34 +155,14 @@ def test_a_full_context_as_the_user_wants_it(folder):
 # Several rows on one output.
 
 
-def test_each_line_of_json_is_printed_when_its_row_has_ended(folder, monkeypatch):
-    """In the order of the rows, although the last end first."""
-    counts, honest = [], generate.stream
-
-    def watched(model, prompts, settings, **options):
-        each = [dataclasses.replace(settings, max_new_tokens=n) for n in (3, 7, 5, 2)]
-        for piece in honest(model, prompts, each, **options, chunk=1):
-            yield piece
-            counts.append((len(piece.completion.token_ids), sys.stdout.getvalue().count("\n")))
-
-    monkeypatch.setattr(generate, "stream", watched)
-    done = objects(folder, *TWO, "--prompt", "x", "--prompt", "y", "--ignore-eos")
-    assert [d["prompt"] for d in done] == ["the ", "a cat", "x", "y"]
-    assert [len(d["token_ids"]) for d in done] == [3, 7, 5, 2]
-    lines = dict(counts)  # after so many tokens, so many lines
-    assert (lines[2], lines[4], lines[6], lines[7]) == (0, 1, 1, 4)
-
-
-def test_ctrl_c_in_a_conversation_keeps_samples_that_have_ended(monkeypatch, capsys):
+def test_ctrl_c_in_a_conversation_keeps_samples_that_have_ended(capsys):
     """The second has ended, and waits for the first, which is in the middle of a line."""
     first, second = (Completion("the ", [], 0, 0, finish_reason=reason) for reason in (None, "eos"))
     pieces = [Piece(0, "one", first), Piece(1, "two", second)]
-    monkeypatch.setattr(generate, "stream", lambda *_, **__: iter(pieces))
-    sample_py = program("sample")
-    args = sample_py.Args(Path("run"), settings=gpt.Settings(num_samples=2))
+    args = sample_flags.Args(Path("run"), settings=gpt.Settings(num_samples=2))
     model = SimpleNamespace(tokenizer=None, config=gpt.ModelConfig())
     pressed = iter([False, True])
-    sample_py.generate(model, args, ["the "], lambda: next(pressed))
+    program("sample").show(pieces, model, args, 1, lambda: next(pressed))
     label = "--- prompt 1, sample {} ---\nthe {}\n"
     shown = capsys.readouterr()
     assert shown.out == label.format(1, "one") + label.format(2, "two\n")
@@ -197,29 +173,16 @@ def test_ctrl_c_in_a_conversation_keeps_samples_that_have_ended(monkeypatch, cap
 
 
 def test_the_likeliest_tokens_of_each_step(folder):
-    argv = ["--prompt", "the ", *BRIEF]
-    (done,) = objects(folder, *argv, "--show-probs", "257")
-    assert len(done["top"]) == len(done["token_ids"])
+    argv = ["--prompt", "the ", *BRIEF, "--show-probs", "257"]
+    (done,) = objects(folder, *argv)
     for token, logprob, top in zip(done["token_ids"], done["logprobs"], done["top"], strict=True):
         probabilities = [p for _, p in top]
-        assert sorted(probabilities, reverse=True) == probabilities
-        assert sum(probabilities) == pytest.approx(1, abs=1e-4) and len(dict(top)) == 257
+        assert sorted(probabilities, reverse=True) == probabilities and len(dict(top)) == 257
         assert dict(top)[token] == pytest.approx(np.exp(logprob), rel=1e-3)
-    printed = sample(folder, *argv, "--show-probs", "257")
-    assert printed.startswith("after prefill\n") and printed.endswith("the " + done["text"] + "\n")
-    table = printed[: -len("the " + done["text"] + "\n")].splitlines()
-    assert sum(line.startswith("  * ") for line in table) == len(done["token_ids"])
-    assert sum(line.startswith("step ") for line in table) == len(done["token_ids"]) - 1
-    assert "top" not in objects(folder, *argv)[0]
-
-
-def test_beams_are_not_told_to_slide(folder):
-    """Which they cannot: neither when the context is full nor when the prompt is too long."""
-    argv = ["--prompt", "the ", "--ignore-eos", "--beam-width", "2"]
-    full = call("sample", folder, *argv)
-    assert full.err.endswith("stopped by context; the model's context of 16 tokens is full\n")
-    long = call("sample", folder, "--prompt", "x" * 17, "--beam-width", "2")
-    assert long.code == 2 and long.err.endswith("the model's context of 16: shorten it\n")
+    text = "the " + done["text"] + "\n"
+    printed = sample(folder, *argv)
+    assert printed.startswith("after prefill\n") and printed.endswith(text)
+    assert printed.removesuffix(text).count("\n  * ") == len(done["token_ids"])
 
 
 def test_beams_are_the_best_texts_with_their_scores(folder):
@@ -242,8 +205,11 @@ def test_programs_are_listed_with_their_shapes_where_asked_for(folder):
     argv = ["--prompt", "the ", "--num-samples", "5", "--max-new-tokens", "9"]
     done = call("sample", folder, *argv, "--verbose", "--show-probs", "7")
     lines = done.err.splitlines()
-    for program_and_sizes in ("sample_first (batch 5, top 7)", "prefill (batch 1, bucket 16)",
-                              "decode_chunk (batch 5, capacity 16, top 7)"):  # fmt: skip
+    for program_and_sizes in (
+        "sample_first (batch 5, top 7)",
+        "prefill (batch 1, bucket 16)",
+        "decode_chunk (batch 5, capacity 16, top 7)",
+    ):
         assert any(line.startswith(f"compiled {program_and_sizes} in ") for line in lines)
     assert lines[-1].endswith("from the cache")
     assert "compiled" not in call("sample", folder, *argv).err.replace("compilation", "")
@@ -255,12 +221,8 @@ def test_programs_are_listed_with_their_shapes_where_asked_for(folder):
 def test_a_score_has_the_fields_that_others_read(folder):
     (score,) = objects(folder, "--score", "the cat sat")
     assert list(score)[:4] == ["tokens", "mean_nll", "bits_per_byte", "perplexity"]
+    assert score == gpt.load(folder).score("the cat sat").to_json()
     assert score["tokens"] == len(score["token_ids"]) == len(score["logprobs"]) == 11
-    logprobs = gpt.load(folder).score("the cat sat").logprobs
-    assert score["logprobs"] == logprobs
-    assert score["mean_nll"] == pytest.approx(-np.mean(logprobs))
-    assert score["perplexity"] == pytest.approx(np.exp(-np.mean(logprobs)))
-    assert score["bits_per_byte"] == pytest.approx(-np.sum(logprobs) / np.log(2) / 11)
     lines = sample(folder, "--score", "a 天").splitlines()  # as text it shows each token
     assert len(lines) == 6 and lines[-1].startswith("5 tokens: ")
     assert [line.split(maxsplit=1)[1] for line in lines[:2]] == ["'a'", "' '"]
@@ -286,29 +248,23 @@ def test_the_loss_of_quantizing_is_that_of_one_checkpoint(finished, tmp_path, mo
 def test_a_file_of_any_length_is_scored_with_a_stated_stride(folder, tmp_path, monkeypatch):
     text = "the cat sat on the hill\r\n" * 20
     (tmp_path / "text").write_bytes(text.encode())
-    (whole,) = objects(folder, "--score-file", tmp_path / "text")
-    assert (whole["tokens"], whole["context"], whole["stride"]) == (500, 16, 8)
-    (close,) = objects(folder, "--score-file", tmp_path / "text", "--stride", "1")
-    assert close["stride"] == 1 and close["mean_nll"] != whole["mean_nll"]
-    (small,) = objects(folder, "--score-file", tmp_path / "text", "--window", "8")
-    assert (small["context"], small["stride"]) == (8, 4)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    printed = sample(folder, "--score-file", "-", "--stride", "8").splitlines()
-    assert len(printed) == 501 and printed[-1].endswith("context 16, stride 8)")
-    assert printed[-1].startswith(f"500 tokens: {whole['mean_nll']:.4f} nats per token")
+    flags = {(): (16, 8), ("--stride", "1"): (16, 1), ("--window", "8"): (8, 4)}
+    for more, (context, stride) in flags.items():
+        (score,) = objects(folder, "--score-file", tmp_path / "text", *more)
+        assert (score["tokens"], score["context"], score["stride"]) == (500, context, stride)
+    type_in(text.encode(), monkeypatch)
     monkeypatch.setattr(terminal, "SHOWN_TOKENS", 3)
-    printed = sample(folder, "--score-file", tmp_path / "text").splitlines()
+    printed = sample(folder, "--score-file", "-").splitlines()
     assert len(printed) == 5 and printed[3].startswith("... and 497 more tokens")
+    assert printed[-1].startswith("500 tokens: ") and printed[-1].endswith("stride 8)")
 
 
 def test_token_ids_are_scored(folder):
-    ids = objects(folder, "--score-ids", "116 104 101")
-    assert objects(folder, "--score", "the") == ids
-    (other,) = objects(folder, "--score-ids", "256 255")
-    assert other["token_ids"] == [256, 255] and other["prefix"] == [256]
+    assert objects(folder, "--score-ids", "116 104 101") == objects(folder, "--score", "the")
+    (after_eot,) = objects(folder, "--score-ids", "255")
     (alone,) = objects(folder, "--score-ids", "256 255", "--prefix", "none")
     assert (alone["token_ids"], alone["prefix"]) == ([255], [256])
-    assert alone["logprobs"] == objects(folder, "--score-ids", "255")[0]["logprobs"]
+    assert alone["logprobs"] == after_eot["logprobs"]
 
 
 @pytest.mark.parametrize(("difference", "code"), [(0.0, 0), (2.0, 1)])

@@ -100,21 +100,3 @@ def test_a_conversation(folder, tmp_path):
     typist.press(b"\x04")
     assert typist.process.wait(PATIENCE) == 0
     os.close(typist.master)
-
-
-@pytest.mark.slow
-def test_what_a_terminal_shows_after_a_text_has_its_own_line(folder):
-    """Ctrl-C in the middle of a line that is not to end: no line break, no filter."""
-    letters = ["--prompt", "the ", *ENDLESS, "--logit-bias", "65", "200"]
-    typist = Typist(folder, *letters)
-    typist.wait_for(lambda shown: len(shown) > 1000)
-    typist.press(b"\x03")
-    assert typist.wait_for(lambda shown: shown.endswith("\n")).count("\n") == 1
-    assert typist.process.wait(PATIENCE) == 130
-    os.close(typist.master)
-    full = ["--prompt", "the ", "--logit-bias", "65", "200", "--on-context-full", "error"]
-    typist = Typist(folder, *full)
-    shown = typist.wait_for(lambda shown: "context of 16 tokens is full" in shown)
-    assert "AAA\r\nerror: the context of 16" in shown
-    assert typist.process.wait(PATIENCE) == 2
-    os.close(typist.master)

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from gpt import cli, sample_flags, terminal, train_flags
 from gpt.errors import UserError
+from gpt.sampling.completion import Completion
 from gpt.wording import counted
 
 
@@ -31,24 +33,18 @@ def pipe(content: bytes) -> io.TextIOWrapper:
 # What is shown.
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
+def test_what_a_terminal_would_obey_is_spelled_out(monkeypatch):
+    """On a terminal alone: a pipe gets the text to the byte."""
+    for text, shown in (
         ("\x1b[2Jhello\n\tworld", "\\x1b[2Jhello\n\tworld"),
         ("a\rb\x00\x7f\x9b", "a\\rb\\x00\\x7f\\x9b"),
         ("x\u202ey\u2066z", "x\\u202ey\\u2066z"),
         ("今天 é 🎉 \\x1b \ufffd", "今天 é 🎉 \\x1b \ufffd"),
-    ],
-)
-def test_what_a_terminal_would_obey_is_spelled_out(text, shown):
-    assert terminal.visible(text) == shown
-
-
-def test_only_a_terminal_is_protected(monkeypatch):
-    for stream, shown in ((Terminal(), "\\x1b[31m天\n"), (io.StringIO(), "\x1b[31m天\n")):
-        monkeypatch.setattr(sys, "stdout", stream)
-        terminal.write("\x1b[31m天\n")
-        assert stream.getvalue() == shown
+    ):
+        for stream, expected in ((Terminal(), shown), (io.StringIO(), text)):
+            monkeypatch.setattr(sys, "stdout", stream)
+            terminal.write(text)
+            assert stream.getvalue() == expected
 
 
 def test_no_text_fails_for_the_locale(monkeypatch):
@@ -83,33 +79,24 @@ def test_a_table_holds_the_drawn_token_even_if_it_is_not_among_the_likeliest():
     ]  # fmt: skip
 
 
-def completion(reason, decode=0.5, rate=20.0, n_tokens=9, proposed=0):
-    return SimpleNamespace(
-        finish_reason=reason,
-        prefill_seconds=0.01,
-        decode_seconds=decode,
-        tokens_per_second=rate,
-        prompt_ids=[1] * 8,
-        token_ids=[1] * n_tokens,
-        proposed=proposed,
-        accepted=proposed // 2,
-    )
+def completion(reason, decode=0.5, n_tokens=9, proposed=0):
+    done = Completion("", [1] * 8, 0, 0, token_ids=[1] * n_tokens, finish_reason=reason)
+    seconds = {"prefill_seconds": 0.01, "decode_seconds": decode}
+    return replace(done, **seconds, proposed=proposed, accepted=proposed // 2)
 
 
 def test_the_end_is_told_in_words():
     one = terminal.describe_end([completion("context")], 16)
-    assert one.startswith("prefill 10.0 ms, decode 0.50 s, 20 tokens/s per row (compilation left")
+    assert one.startswith("prefill 10.0 ms, decode 0.50 s, 16 tokens/s per row (compilation left")
     assert one.endswith("stopped by context; the model's context of 16 tokens is full")
-    several = [completion("eos"), completion("length", 0.7, None), completion("eos")]
+    several = [completion("eos"), completion("length", 0.7, n_tokens=1), completion("eos")]
     assert terminal.describe_end(several, 64).endswith(
         "decode 0.70 s (compilation left out); stopped by eos (2 times), length; "
         "--max-new-tokens for more"
     )
-    speculative = terminal.describe_end([completion("eos", proposed=6)] * 2, 64, speculates=True)
-    assert "20 tokens/s per row, 6 of 12 proposed tokens accepted (comp" in speculative
-    unforeseen = terminal.describe_end([completion("eos")], 64, speculates=True)
-    assert "20 tokens/s per row, 0 tokens proposed because" in unforeseen
-    assert terminal.describe_end([completion(None)], 64).endswith("stopped by Ctrl-C")
+    for proposed, said in ((6, "6 of 12 proposed tokens accepted"), (0, "0 tokens proposed")):
+        both = [completion("eos", proposed=proposed)] * 2
+        assert f"per row, {said}" in terminal.describe_end(both, 64, speculates=True)
     outgrown = terminal.describe_end([completion("length"), completion("length", n_tokens=10)], 16)
     assert "context of 16 tokens, so the model saw only the last 8 to 16 of them" in outgrown
 
@@ -117,17 +104,6 @@ def test_the_end_is_told_in_words():
 def test_a_number_agrees_with_its_noun():
     found = [counted(1, "file"), counted(0, "file"), counted(2000, "file"), counted(3, "branch")]
     assert found == ["1 file", "0 files", "2,000 files", "3 branches"]
-
-
-def test_programs_are_listed():
-    sizes = "batch 2, bucket 32"
-    each = [SimpleNamespace(name="prefill", seconds=1.25, cached=False, sizes=sizes)]
-    each += [SimpleNamespace(name="start_decoding", seconds=0.5, cached=True, sizes="")]
-    assert terminal.describe_programs(each).splitlines() == [
-        "compiled prefill (batch 2, bucket 32) in 1.25 s",
-        "compiled start_decoding in 0.50 s, from the cache",
-        "2 programs in 1.8 s, 1 of them from the cache",
-    ]
 
 
 # Rows.
@@ -152,23 +128,24 @@ def test_rows_never_interleave(texts, random):
             assert out.getvalue() == expected
 
 
-def test_an_interruption_loses_no_row_that_has_ended(capsys):
-    output = terminal.InOrder(3)
-    output.add(0, "a1", ended=False)
-    output.add(1, "b1", ended=False)
-    output.add(2, "c\n", ended=True)
-    output.flush(end_line=False)
-    assert capsys.readouterr().out == "a1\nc\n"
-
-
-@pytest.mark.parametrize("text", ["open", "closed\n", ""])
-def test_only_an_open_line_is_ended(text, capsys):
-    ended = "open\n" if text == "open" else text
-    for end_line, shown in ((True, ended), (False, text)):
-        output = terminal.InOrder(1)
-        output.add(0, text, ended=False)
+@pytest.mark.parametrize(
+    ("texts", "shown", "shown_at_the_end_of_a_line"),
+    [
+        (["open", "", ""], "open", "open\n"),
+        (["closed\n", "", ""], "closed\n", "closed\n"),
+        (["", "", ""], "", ""),
+        (["open", "lost", "ended\n"], "open\nended\n", "open\nended\n"),
+    ],
+)
+def test_an_interruption_loses_no_row_that_has_ended(
+    texts, shown, shown_at_the_end_of_a_line, capsys
+):
+    for end_line, expected in ((False, shown), (True, shown_at_the_end_of_a_line)):
+        output = terminal.InOrder(3)
+        for row, text in enumerate(texts):
+            output.add(row, text, ended=text.startswith("ended"))
         output.flush(end_line)
-        assert capsys.readouterr().out == shown
+        assert capsys.readouterr().out == expected
 
 
 # What is read.
@@ -198,6 +175,7 @@ def test_text_that_is_piped_in_without_being_asked_for_is_left_with_a_note(capsy
     """A shell's loop or script may be what is there. /dev/null holds nothing, and stays silent."""
     read, write = os.pipe()
     os.write(write, b"def ")
+    nothing = os.open(os.devnull, os.O_RDONLY)
 
     def sample(argv):
         sample_flags.read_inputs(sample_flags.parse_args(argv, "")[0])
@@ -205,18 +183,18 @@ def test_text_that_is_piped_in_without_being_asked_for_is_left_with_a_note(capsy
     def train(argv):
         train_flags.parse_args(argv, "")
 
-    for stdin, main, argv, said in (
-        (read, sample, ["run"], "note: standard input is not read; use --prompt-file - to read"),
-        (read, sample, ["run", "--prompt", "def "], ""),
-        (read, train, [], "note: standard input is not read; use --data - to read"),
-        (read, train, ["--data", "my.txt"], ""),
-        (os.open(os.devnull, os.O_RDONLY), sample, ["run"], ""),
+    for stdin, main, argv, flag in (
+        (read, sample, ["run"], "--prompt-file"),
+        (read, sample, ["run", "--prompt", "def "], None),
+        (read, train, [], "--data"),
+        (read, train, ["--data", "my.txt"], None),
+        (nothing, sample, ["run"], None),
     ):
         with open(stdin, closefd=False) as stream:
             monkeypatch.setattr(sys, "stdin", stream)
             main(argv)
-        err = capsys.readouterr().err
-        assert err.startswith(said) if said else err == ""
+        said = f"note: standard input is not read; use {flag} - to read" if flag else ""
+        assert capsys.readouterr().err[: len(said) or None] == said
     assert os.read(read, 9) == b"def "
 
 

@@ -25,7 +25,7 @@ from gpt.config import ModelConfig, TrainConfig
 from gpt.errors import require
 from gpt.hardware import timed
 from gpt.sampling import engine, generate
-from gpt.sampling.decode_loop import DecodeState, count_slots, decode_chunk, start_decoding
+from gpt.sampling.decode_loop import DecodeState, decode_chunk, start_decoding
 from gpt.sampling.language_model import LanguageModel
 from gpt.sampling.prompts import pad_prompts
 from gpt.sampling.sampler import sampling_params
@@ -199,7 +199,7 @@ def decode(config: ModelConfig, params: dict, state, sampling, chunk: int) -> li
     seconds = []
     while np.any(np.asarray(state.remaining_B) > 0):
         start = hardware.clock()
-        n_slots = int(count_slots(state, n_ahead))
+        n_slots = generate.count_slots(state.cache.length_B, state.remaining_B, n_ahead)
         if n_slots > state.cache.capacity:
             state = generate.grow(config, state, n_slots)
         found = decode_chunk(config, params, state, sampling, active_B, chunk)

@@ -247,19 +247,19 @@ def sample_recording(logits_BV, rows: SamplingParams, seen_BV, position_B, names
     adjusted_BV = sampler.adjust_logits(logits_BV, rows, seen_BV)
 
     # Turn the filters off, then on one after the other.
-    filters = rows
-    for field, token_filter in sampler.FILTERS.items():
-        off_B = jnp.full_like(getattr(rows, field), token_filter.off)
-        filters = replace(filters, **{field: off_B})
+    filters = {
+        field: jnp.full_like(rows.filters[field], token_filter.off)
+        for field, token_filter in sampler.FILTERS.items()
+    }
     stages = [logits_BV]
     for name in names:
         field = name.replace("-", "_")
         if field in sampler.FILTERS:
-            filters = replace(filters, **{field: getattr(rows, field)})
+            filters = filters | {field: rows.filters[field]}
         if name == "penalty":
             stages.append(adjusted_BV)
         else:
-            stages.append(sampler.filter_logits(adjusted_BV, filters))
+            stages.append(sampler.filter_logits(adjusted_BV, replace(rows, filters=filters)))
     probs = [jax.nn.softmax(stage_BV[0]) for stage_BV in stages]
     return token_B[0], sampler.uniform(rows, position_B)[0], probs
 

@@ -5,11 +5,15 @@ that have ended. A step scores all continuations of the live texts. Of the `2 * 
 (more where several ids end a text), those that end and are among the first `width` move to the
 pool, and the first `width` that do not end live on, so that endings do not crowd out live texts.
 
+The score of a text is the sum of the log-probabilities that the search followed (the model's own
+unless bias, penalty or `ignore_eos` changed them), divided by length ** length_penalty. The length
+counts what was generated, end-of-text included, as in Hugging Face transformers
+(generation/utils.py, `_update_finished_beams`).
+
 Shape letters: see gpt/model/transformer.py; P prompts, W width, C candidates; S is also the room
 for the tokens of a text.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -92,19 +96,6 @@ class BeamSettings:
         )
 
 
-@dataclass
-class Hypothesis(Completion):
-    """A text that was found; `sample` is its rank, 0 the best. Its seconds are those of the search.
-
-    `score`: the sum of the log-probabilities that the search followed (the model's own unless bias,
-    penalty or `ignore_eos` changed them), divided by length ** length_penalty. The length counts
-    what was generated, end-of-text included, as in Hugging Face transformers
-    (generation/utils.py, `_update_finished_beams`).
-    """
-
-    score: float = -math.inf
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Texts:
@@ -166,12 +157,12 @@ class SearchState:
         return jnp.repeat(self.running_P, self.live.value_PW.shape[1])
 
 
-def search(model, prompts: Sequence[Prompt], settings: BeamSettings) -> list[list[Hypothesis]]:
-    """The `n_best` likeliest texts after each prompt (text or token ids), the best first.
+def search(model, prompts: Sequence[Prompt], settings: BeamSettings) -> list[list[Completion]]:
+    """The `n_best` likeliest texts after each prompt (text or token ids), the best first; fewer if
+    no more are possible. Their seconds are those of the search.
 
-    `model` as in `generate.stream`. A prompt has fewer texts if no more are possible. Raises
-    UserError if a prompt exceeds the context, if every token is forbidden, or if the model gives no
-    numbers.
+    `model` as in `generate.stream`. Raises UserError if a prompt exceeds the context, if every
+    token is forbidden, or if the model gives no numbers.
     """
     rows = make_rows(model, prompts, settings.as_settings(), beam_width=settings.width)
     prefill_timer, decode_timer = Stopwatch(), Stopwatch()
@@ -192,12 +183,12 @@ def search(model, prompts: Sequence[Prompt], settings: BeamSettings) -> list[lis
         require(n > 0, "logit_bias forbids every token: leave at least one allowed")
         found.append([])
         for rank in range(n):
-            text = Row(model, row.prompt, rank, settings.as_settings())
+            text = Row(model, row.prompt, rank, row.settings)
             text.add(ended.tokens_PWS[p, rank], ended.logprobs_PWS[p, rank])
+            text.completion.score = float(ended.value_PW[p, rank])
             text.completion.prefill_seconds = prefill_timer.seconds
             text.completion.decode_seconds = decode_timer.seconds
-            score = float(ended.value_PW[p, rank])
-            found[-1].append(Hypothesis(**vars(text.completion), score=score))
+            found[-1].append(text.completion)
     return found
 
 
@@ -206,7 +197,7 @@ def start_search(model, rows: Sequence[Row], settings: BeamSettings) -> tuple[Se
     config = model.config
     shared = settings.as_settings()
     rules = Rules(
-        max_tokens_P=np.array([min(row.max_tokens, row.room) for row in rows], np.int32),
+        max_tokens_P=np.array([min(settings.max_new_tokens, row.room) for row in rows], np.int32),
         sampling=sampler.sampling_params([shared], [sampler.logit_bias(model, shared)]),
         end_ids=np.array(model.special_ids.ends, np.int32),
         length_penalty=float(settings.length_penalty),
@@ -215,7 +206,7 @@ def start_search(model, rows: Sequence[Row], settings: BeamSettings) -> tuple[Se
         is_exact=settings.early_stopping == "never",
     )
     prompts = [row.prompt.ids for row in rows]
-    tokens_PT, n_P = pad_prompts(prompts, config.context_length, may_slide=False)
+    tokens_PT, n_P = pad_prompts(prompts, config.context_length)
     with compilations.of(bucket=tokens_PT.shape[1]):
         cache, logits_PV = engine.prefill_in_pieces(config, model.params, tokens_PT, n_P)
     longest = int((n_P + rules.max_tokens_P).max()) - 1  # the last token of a text is not read

@@ -30,7 +30,8 @@ class Completion:
     stop string, whose last token is still in `token_ids`), "eos", "length" or "context"; None while
     it grows. `end_id`: the end-of-text that was sampled. `prefill_seconds` and `decode_seconds` are
     those of the whole batch until this row ended, without compilation. `proposed` and `accepted`:
-    tokens that speculation guessed, and how many of them were right.
+    tokens that speculation guessed, and how many of them were right. `score`: of a text that beam
+    search found, see beam_search.py; `sample` is then its rank, 0 the best.
     """
 
     prompt: str
@@ -47,6 +48,7 @@ class Completion:
     decode_seconds: float = 0.0
     proposed: int = 0
     accepted: int = 0
+    score: float | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -88,9 +90,9 @@ class PromptTokens:
 class Row:
     """A completion in progress: `completion` is what users see of it, `prompt` what it continues.
 
-    `text`: decodes its tokens. `window`: what is read of the prompt. `max_tokens`: how many tokens
-    it may have. `room`: how many until the context is full. `hint`: tokens that speculation looks
-    through in addition to the row's own.
+    `text`: decodes its tokens. `window`: what is read of the prompt. `room`: how many tokens it may
+    have until the context is full. `hint`: tokens that speculation looks through in addition to the
+    row's own.
     """
 
     def __init__(self, model, prompt: PromptTokens, sample: int, settings: Settings):
@@ -99,7 +101,6 @@ class Row:
         self.completion = Completion(prompt.text, prompt.ids, sample, settings.seed)
         self.text = TextStream(model.tokenizer.decode_bytes, settings.stop, prompt.unfinished)
         self.end_ids = model.special_ids.ends
-        self.max_tokens = settings.max_new_tokens
         self.window = prompt.ids
         self.hint: list[int] = []
         # A token may stand at the end of the context, but none after it: it would have no position.
@@ -138,7 +139,7 @@ class Row:
             gained += self.text.push([token])
             if self.text.stopped:
                 done.finish_reason = "stop"
-            elif len(done.token_ids) == self.max_tokens:
+            elif len(done.token_ids) == self.settings.max_new_tokens:
                 done.finish_reason = "length"
             elif len(done.token_ids) == self.room:
                 done.finish_reason = "context"
@@ -208,11 +209,8 @@ class TextStream:
             return text[:start]
 
         # Hold back the longest end of the text that is the beginning of a stop string.
-        n_held = 0
-        for stop in self.stops:
-            for n in range(n_held + 1, min(len(text) + 1, len(stop))):
-                if text.endswith(stop[:n]):
-                    n_held = n
+        beginnings = [stop[:n] for stop in self.stops for n in range(1, len(stop))]
+        n_held = max((len(one) for one in beginnings if text.endswith(one)), default=0)
         self.held = text[len(text) - n_held :]
         return text[: len(text) - n_held]
 

@@ -10,7 +10,7 @@ body of the loop:
    values of all slots up to that one.
 3. `GPT.unembed` gives logits_BV of the next token, and `KVCache.advanced` adds 1 to the length of
    each row that still runs.
-4. `sampler.sample` draws the next token of each row, which becomes `token_B` of the next step.
+4. `draw` samples the next token of each row (sampler.py), which becomes `token_B` of the next step.
 Before the first step, `start_decoding` draws a token from the logits of the prefill.
 
 There is one program of `sample_first` for each batch size, and one of `decode_chunk` for each
@@ -63,19 +63,10 @@ class SampledTokens:
     top_probs_BCK: jax.Array
 
 
-@jax.jit
-def find_full_rows(state: DecodeState) -> jax.Array:
-    """Which rows go on and have filled the cache, bool [B]."""
-    return (state.remaining_B > 0) & (state.cache.length_B >= state.cache.capacity)
-
-
-@partial(jax.jit, static_argnames="n_steps")
-def count_slots(state: DecodeState, n_steps: int) -> jax.Array:
-    """Slots of the cache that the next `n_steps` steps fill, int32: those of the row that will be
-    the longest, counting no more tokens than it may still gain; 0 if all rows are done."""
-    gained_B = jnp.minimum(state.remaining_B, n_steps)
-    filled_B = jnp.where(gained_B > 0, state.cache.length_B + gained_B, 0)
-    return filled_B.max()
+def find_running_rows(state: DecodeState) -> jax.Array:
+    """Which rows the next step gives a token, bool [B]: not those that are done, nor those that
+    have filled the cache."""
+    return (state.remaining_B > 0) & (state.cache.length_B < state.cache.capacity)
 
 
 def start_decoding(
@@ -97,15 +88,9 @@ def sample_first(
     state: DecodeState, logits_BV: jax.Array, sampling: SamplingParams, top: int
 ) -> tuple[DecodeState, SampledTokens]:
     """The compiled part of `start_decoding`."""
-    position_B = state.cache.length_B + state.dropped_B
-    token_B = sampler.sample(logits_BV, sampling, state.seen_BV, position_B)
-    state = replace(
-        state,
-        token_B=token_B,
-        remaining_B=count_remaining(state, token_B),
-        seen_BV=mark_seen(state.seen_BV, token_B),
-    )
-    return constrain_state(state), as_sampled_tokens(logits_BV, token_B, top)
+    running_B = jnp.ones(len(logits_BV), bool)
+    state, sampled = draw(state, logits_BV, running_B, sampling, top)
+    return constrain_state(state), sampled
 
 
 @partial(jax.jit, static_argnames=("config", "size", "top"), donate_argnames="state")
@@ -158,7 +143,9 @@ def run_steps(
 
     def goes_on(carry):
         i, state, carried, _ = carry
-        goes_on = (i < size) & jnp.any(state.remaining_B > 0) & ~jnp.any(find_full_rows(state))
+        running_B = find_running_rows(state)
+        none_is_full = jnp.all(running_B == (state.remaining_B > 0))
+        goes_on = (i < size) & jnp.any(running_B) & none_is_full
         return goes_on & ((i == 0) | pays(state, carried))
 
     def advance(carry):
@@ -176,18 +163,27 @@ def run_steps(
 def decode_and_sample(
     config: ModelConfig, params: dict, state: DecodeState, sampling: SamplingParams, top: int
 ) -> tuple[DecodeState, SampledTokens]:
-    """One decode step of all rows, and the token that each gains: none, where it is done or has
-    filled the cache."""
-    running_B = (state.remaining_B > 0) & ~find_full_rows(state)
+    """One decode step of all rows, and the token that each gains, if it is running."""
+    running_B = find_running_rows(state)
     cache, logits_BV = engine.decode_step(config, params, state.cache, state.token_B, running_B)
-    position_B = cache.length_B + state.dropped_B
+    return draw(replace(state, cache=cache), logits_BV, running_B, sampling, top)
+
+
+def draw(
+    state: DecodeState,
+    logits_BV: jax.Array,
+    running_B: jax.Array,
+    sampling: SamplingParams,
+    top: int,
+) -> tuple[DecodeState, SampledTokens]:
+    """A token for each running row, from the logits after what is in the cache."""
+    position_B = state.cache.length_B + state.dropped_B
     token_B = sampler.sample(logits_BV, sampling, state.seen_BV, position_B)
     token_B = jnp.where(running_B, token_B, state.token_B)
     sampled = as_sampled_tokens(logits_BV, token_B, top)
     tokens_BC = jnp.where(running_B[:, None], sampled.tokens_BC, NO_TOKEN)
     state = replace(
         state,
-        cache=cache,
         token_B=token_B,
         remaining_B=jnp.where(running_B, count_remaining(state, token_B), state.remaining_B),
         seen_BV=mark_seen(state.seen_BV, token_B),
@@ -241,15 +237,17 @@ def reread(
 
 
 def constrain_state(state: DecodeState) -> DecodeState:
-    """The state laid out on the mesh as the sharding table says. Left to the compiler the layout
-    could change from one program to the next, and each change would recompile the next program."""
-    cache = state.cache
-    k, v = jax.tree.map(lambda a: constrain(a, *kv.AXES), (cache.k, cache.v))
-    return replace(
-        state,
-        cache=replace(cache, k=k, v=v, length_B=constrain(cache.length_B, "batch")),
-        token_B=constrain(state.token_B, "batch"),
-        remaining_B=constrain(state.remaining_B, "batch"),
-        seen_BV=constrain(state.seen_BV, "batch", None),
-        dropped_B=constrain(state.dropped_B, "batch"),
-    )
+    """The state laid out on the mesh by `constrain_rows`."""
+    return replace(constrain_rows(state), end_ids=state.end_ids)
+
+
+def constrain_rows(tree):
+    """Arrays whose first axis is rows, and caches, laid out on the mesh as the sharding table says.
+    Left to the compiler the layout could change from one program to the next, and each change would
+    recompile the next program."""
+
+    def lay_out(a: jax.Array) -> jax.Array:
+        names = kv.AXES if a.ndim == len(kv.AXES) else ("batch", None)[: a.ndim]
+        return constrain(a, *names)
+
+    return jax.tree.map(lay_out, tree)

@@ -20,19 +20,15 @@ from gpt.sampling.completion import Completion, Piece, Row
 from gpt.sampling.decode_loop import (
     DecodeState,
     SampledTokens,
-    count_slots,
     decode_chunk,
-    find_full_rows,
     reread,
     start_decoding,
 )
-from gpt.sampling.prompts import PaddedPrompts, Prompt, make_rows, pad_prompts
+from gpt.sampling.prompts import Prompt, make_rows, pad_prompts
 from gpt.sampling.sampler import SamplingParams, logit_bias, sampling_params
 from gpt.sampling.settings import Settings
 from gpt.sampling.speculation import run_speculative_chunk
 from gpt.sharding import on_mesh, platform
-
-MAX_INT32 = 2**31 - 1
 
 
 def chunk_size(device: str) -> int:
@@ -89,7 +85,7 @@ def stream(
 def _stream(
     model,
     rows: list[Row],
-    padded: PaddedPrompts,
+    padded: tuple[np.ndarray, np.ndarray],
     sampling: SamplingParams,
     chunk: int | None,
     top: int,
@@ -101,12 +97,12 @@ def _stream(
         chunk = chunk or chunk_size(platform())
         n_ahead = steps_ahead(platform(), chunk)
         state, sampled = prefill_and_sample(model, rows, padded, sampling, top)
-        found = sampled, find_full_rows(state), count_slots(state, n_ahead)
-        sampled, full_B, n_slots = jax.device_get(found)
+        found = sampled, state.cache.length_B, state.remaining_B
+        sampled, length_B, remaining_B = jax.device_get(found)
 
     speculates = any(row.settings.speculate for row in rows)
     speculation = None
-    record = None
+    proposed_B = accepted_B = np.zeros(len(rows), np.int32)
     recompilations = RecompilationCheck()
     while True:
         # What each row has gained.
@@ -121,9 +117,8 @@ def _stream(
                 )
                 row.completion.prefill_seconds = prefill_timer.seconds
                 row.completion.decode_seconds = decode_timer.seconds
-                if record is not None:
-                    row.completion.proposed = int(record.proposed_B[index])
-                    row.completion.accepted = int(record.accepted_B[index])
+                row.completion.proposed = int(proposed_B[index])
+                row.completion.accepted = int(accepted_B[index])
                 pieces.append(Piece(index, text, row.completion))
         if all(row.has_ended for row in rows):
             yield from pieces
@@ -134,26 +129,28 @@ def _stream(
         with decode_timer:
             recompilations.begin()
             capacity = state.cache.capacity
+            n_slots = count_slots(length_B, remaining_B, n_ahead)
+            full_B = (remaining_B > 0) & (length_B >= capacity)
             must_make_room = bool(n_slots > capacity or full_B.any())
             draft_has_read = speculation is not None and speculation.draft_cache is not None
             with on_mesh(model.mesh), compilations.of(batch=len(rows)):
-                state = make_room(model, state, rows, int(n_slots), full_B)
+                state = make_room(model, state, rows, n_slots, full_B)
                 if speculates:
                     state, speculation, sampled = run_speculative_chunk(
                         model, rows, state, speculation, sampling, chunk, top
                     )
+                    proposed_B, accepted_B = speculation.proposed_B, speculation.accepted_B
                 else:
                     active_B = np.array([not row.has_ended for row in rows])
                     with compilations.of(capacity=state.cache.capacity, top=top):
                         state, sampled = decode_chunk(
                             model.config, model.params, state, sampling, active_B, chunk, top
                         )
-                record = speculation.record if speculates else None
-                found = sampled, find_full_rows(state), count_slots(state, n_ahead), record
+            found = sampled, state.cache.length_B, state.remaining_B, proposed_B, accepted_B
             shape = capacity, must_make_room, draft_has_read, sampled.tokens_BC.shape
             recompilations.end(shape, state.cache.capacity)
             yield from pieces
-            sampled, full_B, n_slots, record = jax.device_get(found)
+            sampled, length_B, remaining_B, proposed_B, accepted_B = jax.device_get(found)
 
     for row in rows:
         require(
@@ -173,11 +170,15 @@ def complete(
     return [completions[row] for row in sorted(completions)]
 
 
-# What the driver calls: prefill, and room in the cache between chunks.
+# Prefill, and room in the cache between chunks.
 
 
 def prefill_and_sample(
-    model, rows: Sequence[Row], padded: PaddedPrompts, sampling: SamplingParams, top: int
+    model,
+    rows: Sequence[Row],
+    padded: tuple[np.ndarray, np.ndarray],
+    sampling: SamplingParams,
+    top: int,
 ) -> tuple[DecodeState, SampledTokens]:
     """Read each prompt once, and sample the first token of each row."""
     config = model.config
@@ -193,7 +194,7 @@ def prefill_and_sample(
     for index, row in enumerate(rows):
         seen_BV[index, row.prompt.ids] = True
     n_prompt_B = np.array([len(row.prompt.ids) for row in rows], np.int32)
-    remaining_B = np.array([min(row.max_tokens, row.room, MAX_INT32) for row in rows], np.int32)
+    remaining_B = np.array([min(row.settings.max_new_tokens, row.room) for row in rows], np.int32)
     state = DecodeState(
         cache=cache,
         token_B=jnp.zeros(len(rows), jnp.int32),
@@ -204,6 +205,13 @@ def prefill_and_sample(
     )
     with compilations.of(batch=len(rows), top=top):
         return start_decoding(state, logits_BV, sampling, top)
+
+
+def count_slots(length_B: np.ndarray, remaining_B: np.ndarray, n_steps: int) -> int:
+    """Slots of the cache that the next `n_steps` steps fill: those of the row that will be the
+    longest, counting no more tokens than it may still gain; 0 if all rows are done."""
+    gained_B = np.minimum(remaining_B, n_steps)
+    return int(np.max(np.where(gained_B > 0, length_B + gained_B, 0)))
 
 
 def make_room(

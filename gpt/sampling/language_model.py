@@ -1,7 +1,5 @@
 """A trained model as an object: weights ready for decoding, its config and its tokenizer."""
 
-import dataclasses
-import difflib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +24,7 @@ from gpt.config import (
 from gpt.data import tokenizers
 from gpt.errors import require
 from gpt.model import int8, transformer
-from gpt.sampling import beam_search, draft_model, generate, scoring
+from gpt.sampling import beam_search, generate, scoring
 from gpt.sampling.completion import Completion, Piece
 from gpt.sampling.prompts import pad_prompts, read_prompt
 from gpt.sampling.settings import Prefix, Settings
@@ -61,7 +59,16 @@ class LanguageModel:
     def with_draft(self, draft: "LanguageModel") -> "LanguageModel":
         """This model with a smaller one that proposes tokens where `Settings.speculate` asks for
         them. UserError if it has a different tokenizer or a shorter context."""
-        draft_model.require_usable(self, draft)
+        require(
+            tokenizers.to_json(self.tokenizer) == tokenizers.to_json(draft.tokenizer),
+            "the draft has a different tokenizer: expected a model with the same one, such as a "
+            "smaller model trained on the same data",
+        )
+        wanted, found = self.config.context_length, draft.config.context_length
+        require(
+            found >= wanted,
+            f"the draft has a context of {found} tokens: expected at least the model's, {wanted}",
+        )
         return replace(self, draft=draft)
 
     @functools.cached_property
@@ -91,7 +98,7 @@ class LanguageModel:
         """Beam search: the likeliest texts after a prompt, the best first, each with its `score`;
         for several prompts a list of such lists. `settings`: the fields of BeamSettings."""
         prompts, is_one = as_list(prompt)
-        found = beam_search.search(self, prompts, make_settings(beam_search.BeamSettings, settings))
+        found = beam_search.search(self, prompts, beam_search.BeamSettings(**settings))
         return found[0] if is_one else found
 
     def score(
@@ -104,7 +111,7 @@ class LanguageModel:
     def logits(self, text: str | Sequence[int]) -> np.ndarray:
         """float32 logits [T, V] of the next token after each token of a text (or of token ids)."""
         prompt = read_prompt(self, text)
-        tokens_BT, n_B = pad_prompts([prompt.ids], self.config.context_length, may_slide=False)
+        tokens_BT, n_B = pad_prompts([prompt.ids], self.config.context_length)
         with sharding.on_mesh(self.mesh):
             logits_BTV = forward(self.config, self.params, tokens_BT)
         return np.asarray(logits_BTV)[0, : n_B[0]]
@@ -124,20 +131,7 @@ def as_list(prompt: Prompts) -> tuple[Sequence[str] | Sequence[Sequence[int]], b
 def as_settings(settings: PerPrompt, fields: dict) -> Settings | Sequence[Settings]:
     """The settings given whole, or made of their fields."""
     require(settings is None or not fields, "give settings or their fields by name, not both")
-    return make_settings(Settings, fields) if settings is None else settings
-
-
-def make_settings(kind: type, values: dict):
-    """Settings of the class `kind`; UserError for a name that is not one of its fields."""
-    known = [one.name for one in dataclasses.fields(kind)]
-    for name in values:
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        guess = f"; did you mean {close[0]}?" if close else ""
-        require(
-            name in known,
-            f"unknown setting {name!r}: expected one of {', '.join(known)}{guess}",
-        )
-    return kind(**values)
+    return Settings(**fields) if settings is None else settings
 
 
 def load(

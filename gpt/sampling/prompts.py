@@ -4,7 +4,6 @@ Shape letters: see gpt/model/transformer.py.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,18 +14,10 @@ from gpt.data.tokenizers import without_lone_surrogates
 from gpt.errors import require
 from gpt.sampling import engine
 from gpt.sampling.completion import PromptTokens, Row, split_end
-from gpt.sampling.sampler import logit_bias
 from gpt.sampling.settings import Settings
 from gpt.wording import counted
 
 Prompt = str | Sequence[int]
-
-
-class PaddedPrompts(NamedTuple):
-    """Prompts as one array: the `n_B[b]` first ids of each row of `tokens_BT` are real."""
-
-    tokens_BT: np.ndarray
-    n_B: np.ndarray
 
 
 def make_rows(
@@ -48,7 +39,16 @@ def make_rows(
         len(settings) == len(prompts),
         f"{len(settings)} settings for {len(prompts)} prompts: expected one for each",
     )
-    require_usable(model, settings, top)
+    config = model.config
+    require(
+        0 <= top <= config.vocab_size,
+        f"show_probs is {top}: expected 0 to {config.vocab_size}, the size of the vocabulary",
+    )
+    for one in settings:
+        require(
+            one.on_context_full != "slide" or config.context_length > 1,
+            "a context of one token cannot slide: choose stop",
+        )
     read = [read_prompt(model, prompt) for prompt in prompts]
 
     # Keys and values of the last token are not kept.
@@ -64,36 +64,13 @@ def make_rows(
     ]
 
 
-def require_usable(model, settings: Sequence[Settings], top: int = 0) -> None:
-    """Raise UserError if this model cannot complete any prompt with these settings."""
-    config = model.config
-    require(
-        0 <= top <= config.vocab_size,
-        f"show_probs is {top}: expected 0 to {config.vocab_size}, the size of the vocabulary",
-    )
-    for one in settings:
-        logit_bias(model, one)
-        require(
-            one.on_context_full != "slide" or config.context_length > 1,
-            "a context of one token cannot slide: choose stop",
-        )
-    require_room(model, sum(one.num_samples for one in settings), longest=1)
-
-
 def read_prompt(model, prompt: Prompt) -> PromptTokens:
     """A prompt, text or token ids, as both, after what stands before it (`model.prefix`)."""
-    tokenizer, vocab_size = model.tokenizer, model.config.vocab_size
+    own_ids = to_ids(model, prompt)
     if isinstance(prompt, str):
         text, unfinished = without_lone_surrogates(prompt), b""
-        own_ids = tokenizer.encode_ordinary(text)
     else:
-        for token in prompt:
-            require(
-                isinstance(token, (int, np.integer)) and 0 <= token < vocab_size,
-                f"token id {token!r} in the prompt: expected an integer from 0 to {vocab_size - 1}",
-            )
-        own_ids = [int(token) for token in prompt]
-        text, unfinished = split_end(tokenizer.decode_bytes(own_ids))
+        text, unfinished = split_end(model.tokenizer.decode_bytes(own_ids))
     are_ids = len(own_ids) > 0 and not isinstance(prompt, str)
     before = model.special_ids.prefix(model.prefix, are_ids, is_needed=not own_ids)
     require(
@@ -103,25 +80,35 @@ def read_prompt(model, prompt: Prompt) -> PromptTokens:
     return PromptTokens(text, own_ids, before + own_ids, unfinished)
 
 
-def pad_prompts(
-    prompts: Sequence[Sequence[int]], context_length: int, may_slide: bool = True
-) -> PaddedPrompts:
-    """The prompts, padded on the right to their bucket.
+def to_ids(model, text: Prompt) -> list[int]:
+    """The ids of a text, or those that are given in its place; UserError if one does not exist."""
+    if isinstance(text, str):
+        return model.tokenizer.encode_ordinary(without_lone_surrogates(text))
+    vocab_size = model.config.vocab_size
+    for token in text:
+        require(
+            isinstance(token, (int, np.integer)) and 0 <= token < vocab_size,
+            f"token id {token!r} does not exist: expected an integer from 0 to {vocab_size - 1}",
+        )
+    return [int(token) for token in text]
 
-    Raises UserError if one is too long; `may_slide`: whether to advise to let the context slide.
-    """
+
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], context_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens_BT, n_B): the prompts, padded on the right to their bucket, and their lengths.
+    UserError if one is too long."""
     n_B = np.array([len(prompt) for prompt in prompts], np.int32)
     longest = int(n_B.argmax())
-    advice = ", or let the context slide (on_context_full slide)" if may_slide else ""
     require(
         n_B[longest] <= context_length,
         f"prompt {longest + 1} has {n_B[longest]} tokens, which exceeds the model's context of "
-        f"{context_length}: shorten it{advice}",
+        f"{context_length}: shorten it, or sample with on_context_full slide",
     )
     tokens_BT = np.zeros((len(prompts), engine.bucket(int(n_B[longest]), context_length)), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt)] = prompt
-    return PaddedPrompts(tokens_BT, n_B)
+    return tokens_BT, n_B
 
 
 def require_room(model, n_rows: int, longest: int, n_read: int = 1) -> None:

@@ -35,17 +35,16 @@ PART = 1024  # entries of a row that an accelerator sums before it sums these su
 class SamplingParams:
     """How each row of a batch samples: the settings of the same names, one entry per row.
 
-    `bias_BV` is added to the logits. A row's noise depends on its `seed`, its `sample` (the number
-    among the completions of one prompt) and the position, and on nothing else. `stages`: those of
-    `needed_stages` that some row needs; None: found out while the program runs.
+    `bias_BV` is added to the logits. `filters`: the setting of each of FILTERS. A row's noise
+    depends on its `seed`, its `sample` (the number among the completions of one prompt) and the
+    position, and on nothing else. `stages`: those of `needed_stages` that some row needs; None:
+    found out while the program runs.
     """
 
     bias_BV: jax.Array
     repetition_penalty: jax.Array
     temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
+    filters: dict[str, jax.Array]
     seed: jax.Array
     sample: jax.Array
     stages: frozenset[str] | None = field(default=None, metadata={"static": True})
@@ -61,20 +60,17 @@ def sampling_params(
     and the ids of the `prompts` enter the noise: without the latter all prompts of one length would
     share one random number per step."""
 
-    def column(name: str, dtype) -> jax.Array:
-        return jnp.array([getattr(one, name) for one in settings], dtype)
+    def column(name: str) -> jax.Array:
+        return jnp.array([float(getattr(one, name)) for one in settings], jnp.float32)
 
-    seed = column("seed", jnp.uint32)
+    seed = jnp.array([one.seed for one in settings], jnp.uint32)
     if prompts is not None:
         seed ^= jnp.array([prompt.checksum for prompt in prompts], jnp.uint32)
-    vocab_size = len(bias_BV[0])
     params = SamplingParams(
         bias_BV=jnp.asarray(np.stack(bias_BV)),
-        repetition_penalty=column("repetition_penalty", jnp.float32),
-        temperature=column("temperature", jnp.float32),
-        top_k=jnp.array([min(one.top_k, vocab_size) for one in settings], jnp.int32),
-        top_p=column("top_p", jnp.float32),
-        min_p=column("min_p", jnp.float32),
+        repetition_penalty=column("repetition_penalty"),
+        temperature=column("temperature"),
+        filters={name: column(name) for name in FILTERS},
         seed=seed,
         sample=jnp.array(samples or [0] * len(settings), jnp.uint32),
     )
@@ -109,7 +105,7 @@ def needed_stages(sampling: SamplingParams) -> dict[str, jax.Array]:
         "draw": jnp.any(sampling.temperature > 0),
     }
     for name, token_filter in FILTERS.items():
-        needed[name] = jnp.any(getattr(sampling, name) != token_filter.off)
+        needed[name] = jnp.any(sampling.filters[name] != token_filter.off)
     return needed
 
 
@@ -147,16 +143,12 @@ def adjust_logits(logits_BV: jax.Array, sampling: SamplingParams, seen_BV: jax.A
     return do_if_needed("adjust", sampling, adjusted, logits_BV, logits_BV)
 
 
-def ordered_bits(x: jax.Array) -> jax.Array:
-    """uint32 in the same order as the float32 `x`."""
-    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # -0 equals 0
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
 def keep_largest(x_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) -> jax.Array:
     """True at the smallest set of largest entries whose weights sum to at least the target, and at
     all entries that equal the smallest of them."""
-    bits_BV = ordered_bits(x_BV)
+    # uint32 in the same order as the float32 numbers, of which -0 equals 0.
+    bits_BV = jax.lax.bitcast_convert_type(jnp.where(x_BV == 0, 0.0, x_BV), jnp.uint32)
+    bits_BV = jnp.where(bits_BV >> 31 == 1, ~bits_BV, bits_BV | jnp.uint32(1 << 31))
     find_threshold = by_halves if platform() == "cpu" else by_digits
     return bits_BV >= find_threshold(bits_BV, weight_BV, target_B)[:, None]
 
@@ -234,7 +226,7 @@ class Filter(NamedTuple):
     off: float
 
 
-# By the name of the setting, in the order in which they are applied.
+# By the name of the field of `Settings`, in the order in which they are applied.
 FILTERS = {
     "top_k": Filter(keep_top_k, off=0),
     "top_p": Filter(keep_top_p, off=1),
@@ -253,7 +245,7 @@ def filter_logits(logits_BV: jax.Array, sampling: SamplingParams) -> jax.Array:
     x_BV = jnp.where(logits_BV > MASKED, x_BV, MASKED)  # forbidden at any temperature
 
     for name, token_filter in FILTERS.items():
-        keep = partial(token_filter.keep, getattr(sampling, name))
+        keep = partial(token_filter.keep, sampling.filters[name])
         x_BV = do_if_needed(name, sampling, keep, x_BV, x_BV)
     return x_BV
 

@@ -18,13 +18,12 @@ import numpy as np
 from gpt import flops
 from gpt.compile_log import compilations
 from gpt.config import ModelConfig
-from gpt.data.tokenizers import without_lone_surrogates
 from gpt.errors import require
 from gpt.model import kv_cache as kv
 from gpt.model import transformer
 from gpt.sampling import engine, sampler
 from gpt.sampling.completion import require_number
-from gpt.sampling.prompts import require_memory
+from gpt.sampling.prompts import require_memory, to_ids
 from gpt.sharding import on_mesh
 
 ROWS = 8  # windows read together; the remaining ones, and those in several pieces, one by one
@@ -101,16 +100,7 @@ def score(
     not suffice, or if the model gives no numbers.
     """
     config, special = model.config, model.special_ids
-    if isinstance(text, str):
-        ids = model.tokenizer.encode_ordinary(without_lone_surrogates(text))
-    else:
-        ids = list(text)
-    for token in ids:
-        require(
-            0 <= token < config.vocab_size,
-            f"token id {token} does not exist: expected 0 to {config.vocab_size - 1}",
-        )
-
+    ids = to_ids(model, text)
     prefix = special.prefix(model.prefix, is_needed=True)
     before = model.tokenizer.decode_bytes(prefix).decode("utf-8", "replace") if prefix else None
     if not prefix:

@@ -4,7 +4,7 @@ A decode step reads all weights to draw one token for each row; drawing five fro
 takes little longer. So tokens are proposed and read together with the last one, and the model draws
 a token after each of them. Proposals are kept up to the first that is not what was drawn, and the
 token that was drawn in its place is kept too. Proposals are looked up in the text so far, or drawn
-by a smaller model (draft_model.py). With three proposals, two of which are right:
+by a draft, a smaller model with the same tokenizer. With three proposals, two of which are right:
 
     text so far         a b c d e f . . . a b c            "a b c" was there before
     proposed                                    d e f
@@ -15,6 +15,9 @@ by a smaller model (draft_model.py). With three proposals, two of which are righ
 The token drawn at a position depends on the text before it, the seed, the sample and the position,
 and on nothing else: a proposal is accepted exactly when plain decoding would have drawn it. (Up to
 rounding: a step that reads several tokens adds the same numbers in another order.)
+
+The draft draws with the settings and the noise of the model, so where both find the same tokens
+likely it draws the same ones. Its cache holds the tokens that the model's holds, slot by slot.
 
 Reading a proposal that is then refused wastes time. So every row keeps count of how often its
 proposals are right, whether they are read or not, and none is read while they would cost more time
@@ -37,11 +40,11 @@ from gpt.compile_log import compilations
 from gpt.config import ModelConfig
 from gpt.model import kv_cache as kv
 from gpt.model import transformer
-from gpt.sampling import decode_loop, draft_model, sampler
+from gpt.sampling import decode_loop, engine, sampler
 from gpt.sampling.completion import NO_TOKEN, Row
 from gpt.sampling.decode_loop import DecodeState, SampledTokens
 from gpt.sampling.sampler import SamplingParams
-from gpt.sharding import constrain, platform
+from gpt.sharding import platform
 
 LONGEST_MATCH = 4  # last tokens of the text that are looked up; longer matches count as this long
 NEWEST_WEIGHT = 1 / 16  # of the newest token in the moving average `agreement_B`
@@ -51,31 +54,21 @@ N_JUDGED = 16  # last tokens of the prompt, from which `agreement_B` starts
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Record:
-    """How often proposals are right.
-
-    `agreement_B`: the share of recent tokens that were proposed, or would have been, as a moving
-    average. `proposed_B`, `accepted_B`: proposals that were read, and those that were right.
-    """
-
-    agreement_B: jax.Array
-    proposed_B: jax.Array
-    accepted_B: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
 class Speculation:
     """What the device carries for proposals from one chunk to the next.
 
     `text_BR`: the last R tokens of each row, prompt included, the newest on the right; NO_TOKEN
-    before the first. `limit_B`: proposals that a row may have in a step. `draft_cache`: keys and
+    before the first. `limit_B`: proposals that a row may have in a step. `agreement_B`: the share
+    of recent tokens that were proposed, or would have been, as a moving average. `proposed_B`,
+    `accepted_B`: proposals that were read, and those that were right. `draft_cache`: keys and
     values of the draft; None without a draft, and while it does not run.
     """
 
     text_BR: jax.Array
     limit_B: jax.Array
-    record: Record
+    agreement_B: jax.Array
+    proposed_B: jax.Array
+    accepted_B: jax.Array
     draft_cache: kv.KVCache | None = None
 
 
@@ -116,14 +109,10 @@ def run_speculative_chunk(
         )
 
     draft = model.draft
-    draft_config = None
-    draft_params = None
-    draft_cost = 0.0
-    if draft is not None:
-        draft_config = draft.config
-        draft_params = draft.params
-        draft_cost = cost_of_draft(draft.config, model.config)
-    agreement_B = np.asarray(speculation.record.agreement_B)
+    draft_config = None if draft is None else draft.config
+    draft_params = None if draft is None else draft.params
+    draft_cost = cost_of_draft(draft_config, model.config)
+    agreement_B = np.asarray(speculation.agreement_B)
     n_proposals = choose_n_proposals(limit_B * active_B, agreement_B, draft_cost)
     # An accelerator takes all steps of a chunk, even if no row needs them: as many as gain the same
     # number of tokens where all proposals are right.
@@ -131,9 +120,18 @@ def run_speculative_chunk(
         chunk = max(chunk // (n_proposals + 1), 1)
 
     with compilations.of(capacity=state.cache.capacity, top=top, proposals=n_proposals):
+        if draft is not None and n_proposals == 0:
+            # The draft rests. Whether it would have been right is unknown: it is tried again after
+            # some time.
+            state, sampled = decode_loop.decode_chunk(
+                model.config, model.params, state, sampling, active_B, chunk, top
+            )
+            agreement_B = speculation.agreement_B + IDLE_GAIN * chunk
+            return state, replace(speculation, agreement_B=agreement_B, draft_cache=None), sampled
+
         draft_cache = None
-        if draft is not None and n_proposals > 0:
-            draft_cache = draft_model.catch_up(draft, speculation.draft_cache, rows, state)
+        if draft is not None:
+            draft_cache = catch_up_draft(draft, speculation.draft_cache, rows, state)
         return speculate_chunk(
             model.config,
             (model.params, draft_params),
@@ -145,8 +143,31 @@ def run_speculative_chunk(
         )
 
 
-def cost_of_draft(draft: ModelConfig, model: ModelConfig) -> float:
+def catch_up_draft(
+    draft, cache: kv.KVCache | None, rows: Sequence[Row], state: DecodeState
+) -> kv.KVCache:
+    """The draft's cache before a chunk: with as many slots as the model's, and the same tokens.
+    The draft reads them again at the start, after a slide, and after chunks without proposals."""
+    length_B = np.asarray(state.cache.length_B)
+    active_B = np.array([not row.has_ended for row in rows])
+    if cache is not None and np.all((np.asarray(cache.length_B) == length_B)[active_B]):
+        if cache.capacity < state.cache.capacity:
+            cache = engine.grow(cache, state.cache.capacity)
+        return cache
+
+    tokens_BT = np.zeros((len(rows), state.cache.capacity), np.int32)
+    for b, (row, n) in enumerate(zip(rows, length_B, strict=True)):
+        # The last token is in no cache yet. A row that has ended may have fewer than its cache.
+        ids = (row.prompt.ids + row.completion.token_ids)[-n - 1 : -1]
+        tokens_BT[b, : len(ids)] = ids
+    cache, _ = engine.prefill_in_pieces(draft.config, draft.params, tokens_BT, length_B)
+    return cache
+
+
+def cost_of_draft(draft: ModelConfig | None, model: ModelConfig) -> float:
     """The time of a step of the draft, as a share of a plain step of the model."""
+    if draft is None:
+        return 0.0
     share_of_bytes = flops.weight_bytes(draft) / flops.weight_bytes(model)
     if platform() == "cpu":
         return share_of_bytes
@@ -216,8 +237,8 @@ def start_speculation(
     if has_draft:
         agreement_B = jnp.ones_like(agreement_B)
     none_B = jnp.zeros_like(limit_B)
-    record = Record(agreement_B, none_B, none_B)
-    return constrain_rows(Speculation(text_BR, limit_B, record))
+    speculation = Speculation(text_BR, limit_B, agreement_B, none_B, none_B)
+    return decode_loop.constrain_rows(speculation)
 
 
 def look_up(text_BR: jax.Array, n: int) -> jax.Array:
@@ -247,6 +268,33 @@ def look_up(text_BR: jax.Array, n: int) -> jax.Array:
     return jnp.where(longest_B1 > 0, jnp.take_along_axis(text_BR, place_BN, axis=-1), NO_TOKEN)
 
 
+def propose_by_draft(
+    config: ModelConfig,
+    params: dict,
+    cache: kv.KVCache,
+    state: DecodeState,
+    sampling: SamplingParams,
+    n: int,
+) -> tuple[jax.Array, kv.KVCache]:
+    """proposals_BN, what the draft draws after the last token of each row, and its cache.
+
+    It reads the last proposal too, in case the model keeps it. The caller sets the lengths of
+    the cache when it knows what has been kept.
+    """
+    running_B = decode_loop.find_running_rows(state)
+
+    def step(carry, _):
+        cache, token_B, seen_BV = carry
+        cache, logits_BV = engine.decode_step(config, params, cache, token_B, running_B)
+        position_B = cache.length_B + state.dropped_B
+        token_B = sampler.sample(logits_BV, sampling, seen_BV, position_B)
+        return (cache, token_B, decode_loop.mark_seen(seen_BV, token_B)), token_B
+
+    start = cache, state.token_B, state.seen_BV
+    (cache, _, _), drawn_TB = jax.lax.scan(step, start, length=n + 1)
+    return drawn_TB[:n].T, cache
+
+
 @partial(
     jax.jit,
     static_argnames=("config", "shape"),
@@ -262,23 +310,20 @@ def speculate_chunk(
     shape: ChunkShape,
 ) -> tuple[DecodeState, Speculation, SampledTokens]:
     """As `decode_chunk`, with `n_proposals` read in each step, in which a row gains at most one
-    token more than that. With 0 it decodes plainly and counts how many proposals would have been
-    right. `weights`: the model's and the draft's. `state` and `speculation` are consumed."""
+    token more than that. With 0, and no draft, it decodes plainly and counts how many proposals
+    would have been right. `weights`: the model's and the draft's. `state` and `speculation` are
+    consumed."""
     params, draft_params = weights
     size, n_proposals, top, draft_config = shape
     state = replace(state, remaining_B=jnp.where(active_B, state.remaining_B, 0))
 
     def step(state: DecodeState, speculation: Speculation):
-        draft_rests = draft_config is not None and n_proposals == 0
-
         # Propose. A plain step looks up one token, to count whether it would have been right.
         draft_cache = speculation.draft_cache
         if draft_config is None:
             proposals_BN = look_up(speculation.text_BR, max(n_proposals, 1))
-        elif draft_rests:
-            proposals_BN = jnp.full((len(active_B), 1), NO_TOKEN)
         else:
-            proposals_BN, draft_cache = draft_model.propose(
+            proposals_BN, draft_cache = propose_by_draft(
                 draft_config, draft_params, draft_cache, state, sampling, n_proposals
             )
         is_allowed_BN = jnp.arange(proposals_BN.shape[1]) < speculation.limit_B[:, None]
@@ -293,29 +338,26 @@ def speculate_chunk(
             draft_cache = replace(draft_cache, length_B=state.cache.length_B)
 
         # Keep count.
-        record = count_right(speculation.record, proposals_BN, new.tokens_BC)
-        if draft_rests:
-            # Whether the draft would have been right is unknown: it is tried again after some time.
-            agreement_B = speculation.record.agreement_B + IDLE_GAIN
-            record = replace(record, agreement_B=agreement_B)
-        text_BR = append(speculation.text_BR, new.tokens_BC)
-        speculation = replace(speculation, text_BR=text_BR, record=record, draft_cache=draft_cache)
+        speculation = replace(
+            count_right(speculation, proposals_BN, new.tokens_BC),
+            text_BR=append(speculation.text_BR, new.tokens_BC),
+            draft_cache=draft_cache,
+        )
         return state, speculation, new
 
-    draft_cost = 0.0 if draft_config is None else cost_of_draft(draft_config, config)
+    draft_cost = cost_of_draft(draft_config, config)
 
     def pays(state: DecodeState, speculation: Speculation):
         """Else the rest of the chunk is for the program that reads no proposals."""
         if n_proposals == 0:
             return True
         limit_B = jnp.where(state.remaining_B > 0, speculation.limit_B, 0)
-        agreement_B = speculation.record.agreement_B
-        return proposals_pay(jnp, n_proposals, limit_B, agreement_B, draft_cost)
+        return proposals_pay(jnp, n_proposals, limit_B, speculation.agreement_B, draft_cost)
 
     state, speculation, sampled = decode_loop.run_steps(
         step, state, speculation, size, width=n_proposals + 1, top=top, pays=pays
     )
-    return decode_loop.constrain_state(state), constrain_rows(speculation), sampled
+    return decode_loop.constrain_state(state), decode_loop.constrain_rows(speculation), sampled
 
 
 def read_and_accept(
@@ -328,7 +370,7 @@ def read_and_accept(
 ) -> tuple[DecodeState, SampledTokens]:
     """One step that reads the last token of each row and its proposals: the tokens that each row
     gains, T columns. NO_TOKEN is never right."""
-    running_B = (state.remaining_B > 0) & ~decode_loop.find_full_rows(state)
+    running_B = decode_loop.find_running_rows(state)
     read_BT = jnp.concatenate([state.token_B[:, None], jnp.maximum(proposals_BN, 0)], axis=1)
     B, T = read_BT.shape
     model = transformer.bind(config, params)
@@ -376,26 +418,29 @@ def read_and_accept(
     return state, replace(sampled, tokens_BC=jnp.where(is_kept_BT, drawn_BT, NO_TOKEN))
 
 
-def count_right(record: Record, proposals_BN: jax.Array, tokens_BT: jax.Array) -> Record:
-    """`record` after a step in which each row gained `tokens_BT`, NO_TOKEN after its last."""
+def count_right(
+    speculation: Speculation, proposals_BN: jax.Array, tokens_BT: jax.Array
+) -> Speculation:
+    """`speculation` after a step in which each row gained `tokens_BT`, NO_TOKEN after its last.
+    Proposals were read if a row could gain more than one token."""
     N, T = proposals_BN.shape[1], tokens_BT.shape[1]
     is_kept_BT = tokens_BT != NO_TOKEN
     is_right_BN = is_kept_BT[:, :N] & (tokens_BT[:, :N] == proposals_BN)
 
-    agreement_B = record.agreement_B
+    agreement_B = speculation.agreement_B
     for is_kept_B, is_right_B in zip(is_kept_BT.T[:N], is_right_BN.T, strict=True):
         newer_B = (1 - NEWEST_WEIGHT) * agreement_B + NEWEST_WEIGHT * is_right_B
         agreement_B = jnp.where(is_kept_B, newer_B, agreement_B)
-    record = replace(record, agreement_B=agreement_B)
-    if T > 1:  # else it was a plain step, which read no proposal
+    speculation = replace(speculation, agreement_B=agreement_B)
+    if T > 1:
         was_running_B1 = is_kept_BT[:, :1]
         was_read_BN = (proposals_BN != NO_TOKEN) & was_running_B1
-        record = replace(
-            record,
-            proposed_B=record.proposed_B + jnp.sum(was_read_BN, axis=1),
-            accepted_B=record.accepted_B + jnp.sum(is_right_BN, axis=1),
+        speculation = replace(
+            speculation,
+            proposed_B=speculation.proposed_B + jnp.sum(was_read_BN, axis=1),
+            accepted_B=speculation.accepted_B + jnp.sum(is_right_BN, axis=1),
         )
-    return record
+    return speculation
 
 
 def append(text_BR: jax.Array, tokens_BT: jax.Array) -> jax.Array:
@@ -404,14 +449,3 @@ def append(text_BR: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     longer = jnp.concatenate([text_BR, tokens_BT], axis=1)
     slice_row = partial(jax.lax.dynamic_slice_in_dim, slice_size=text_BR.shape[1])
     return jax.vmap(slice_row)(longer, n_gained_B)
-
-
-def constrain_rows(speculation: Speculation) -> Speculation:
-    """Laid out as the state is, see `decode_loop.constrain_state`."""
-
-    def lay_out(a: jax.Array) -> jax.Array:
-        if a.ndim == 4:  # keys or values of the draft's cache
-            return constrain(a, *kv.AXES)
-        return constrain(a, *("batch", None)[: a.ndim])
-
-    return jax.tree.map(lay_out, speculation)

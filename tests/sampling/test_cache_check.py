@@ -11,7 +11,7 @@ from byte_models import make_model
 
 from gpt.config import ModelConfig
 from gpt.model import attention, flash_attention, kv_cache, transformer
-from gpt.sampling import cache_check, engine, generate, speculation
+from gpt.sampling import cache_check, generate, speculation
 
 CONFIG = ModelConfig(257, context_length=64, n_layers=2, n_heads=4, d_model=32)
 SMALL = dataclasses.replace(CONFIG, context_length=24, n_layers=1)
@@ -35,7 +35,7 @@ def unused_model(config):
 def test_contract_holds(n_kv_heads, dtype):
     config = dataclasses.replace(CONFIG, n_kv_heads=n_kv_heads).computing_in(dtype)
     results = list(cache_check.run_checks(make_model(config, loudness=3)))
-    assert len(results) == 8 and all(result.passed for result in results)
+    assert len(results) == 6 and all(result.passed for result in results)
 
 
 @pytest.mark.parametrize(("context_length", "dtype"), [(1, "float32"), (7, "bfloat16")])
@@ -60,10 +60,6 @@ def one_stale_slot(honest):
 
 
 def mask_one_too_wide(honest):
-    return lambda pos, t, s: honest(None if pos is None else pos + 1, t, s)
-
-
-def mask_one_too_wide_everywhere(honest):
     def visible(pos, t, s):
         pos = np.arange(t)[None] if pos is None else pos
         return np.arange(s) <= (pos + 1)[:, :, None]
@@ -87,13 +83,6 @@ def recompiling_setting(honest):
     return recompiling
 
 
-def growth_that_loses(honest):
-    def forgetful(kv, capacity):
-        return jax.tree.map(lambda a: a * (kv.capacity == capacity), honest(kv, capacity))
-
-    return forgetful
-
-
 def speculation_with_noise_of_the_next_position(honest):
     def shifted(config, params, state, *rest):
         later = dataclasses.replace(state, dropped_B=state.dropped_B + 1)
@@ -106,12 +95,10 @@ def speculation_with_noise_of_the_next_position(honest):
 BUGS = {
     position_off_by_one: (transformer.GPT, "embed", cache_check.check_cached),
     one_stale_slot: (kv_cache, "write", cache_check.check_cached),
-    mask_one_too_wide: (attention, "visible", cache_check.check_cached),
     first_rows_length_for_all: (kv_cache.KVCache, "advanced", cache_check.check_ragged),
-    mask_one_too_wide_everywhere: (attention, "visible", cache_check.check_causality),
+    mask_one_too_wide: (attention, "visible", cache_check.check_causality),
     neighbour_leaks: (attention, "attend", cache_check.check_order),
     recompiling_setting: (generate, "decode_chunk", cache_check.check_programs),
-    growth_that_loses: (engine, "grow", cache_check.check_growth),
     speculation_with_noise_of_the_next_position: (
         speculation,
         "read_and_accept",
@@ -119,7 +106,7 @@ BUGS = {
     ),
 }
 CASES = [(bug, "float32") for bug in BUGS]
-CASES += [(bug, "bfloat16") for bug in (position_off_by_one, one_stale_slot, mask_one_too_wide)]
+CASES += [(bug, "bfloat16") for bug in (position_off_by_one, one_stale_slot)]
 
 
 @pytest.mark.parametrize(("bug", "dtype"), CASES, ids=lambda one: getattr(one, "__name__", one))
@@ -127,15 +114,6 @@ def test_a_planted_bug_turns_its_check_red(bug, dtype, monkeypatch):
     owner, name, check = BUGS[bug]
     monkeypatch.setattr(owner, name, bug(getattr(owner, name)))
     assert not check(cache_check.Probe(unused_model(SMALL.computing_in(dtype)))).passed
-
-
-def test_a_full_pass_that_rounds_is_not_what_cached_results_may_do(monkeypatch):
-    """What is allowed comes from the plain full pass: a wrong fused kernel does not widen it."""
-    model = unused_model(SMALL.computing_in("bfloat16"))
-    allowed = cache_check.Probe(model).allowed
-    assert 0 < allowed < 0.2
-    monkeypatch.setattr(flash_attention, "attend", lambda q, *_: q * 9)
-    assert cache_check.Probe(model).allowed == allowed
 
 
 def honest_kernel(q_BTNH, k_BKSH, v_BKSH):

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 
-import numpy as np
 import pytest
 import standin_tokenizers
 from byte_models import LETTERS, make_model
@@ -51,11 +50,10 @@ def test_special_ids_of_a_tokenizer_that_came_with_a_model_and_of_our_own():
 def test_any_end_ends_a_text_and_all_can_be_ignored(which):
     model, _, *ends = llama()
     bias = {ends[which]: 1e6}
-    for settings in (Settings(9, bias), Settings(9, bias, temperature=0)):
-        (done,) = generate.complete(model, ["the"], settings)
-        assert (done.finish_reason, done.end_id, done.token_ids) == ("eos", ends[which], [])
-        (done,) = generate.complete(model, ["the"], dataclasses.replace(settings, ignore_eos=True))
-        assert len(done.token_ids) == 9 and not set(done.token_ids) & set(ends)
+    (done,) = generate.complete(model, ["the"], Settings(9, bias))
+    assert (done.finish_reason, done.end_id, done.token_ids) == ("eos", ends[which], [])
+    (done,) = generate.complete(model, ["the"], Settings(9, bias, ignore_eos=True))
+    assert len(done.token_ids) == 9 and not set(done.token_ids) & set(ends)
     beam = functools.partial(beam_search.BeamSettings, 2, max_new_tokens=4, logit_bias=bias)
     ((best,),) = beam_search.search(model, ["the"], beam())
     assert (best.finish_reason, best.end_id) == ("eos", ends[which])
@@ -99,10 +97,5 @@ def test_texts_follow_what_the_tokenizer_puts_before_them():
 
     scored = model.score("the cat")
     assert (scored.prefix, scored.n_bytes) == ([bos], 7)
-    assert scored.to_json()["prefix"] == [bos]
-    logits_TV = model.logits([bos, *ids])
-    logprobs_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
-    assert np.allclose(scored.logprobs, [logprobs_TV[i, token] for i, token in enumerate(ids)],
-                       atol=1e-4)  # fmt: skip
     after_end = dataclasses.replace(model, prefix="eos").score("the cat")
     assert after_end.prefix == [end] and after_end.logprobs != scored.logprobs

@@ -11,7 +11,6 @@ from byte_models import CONFIG, make_model
 from gpt.compile_log import compilations
 from gpt.data.tokenizers import IdTokenizer
 from gpt.errors import UserError
-from gpt.model import int8
 from gpt.sampling import decode_loop, generate, sampler, speculation
 from gpt.sampling.completion import NO_TOKEN
 from gpt.sampling.settings import Settings
@@ -127,19 +126,6 @@ def test_a_small_draft_costs_an_accelerator_its_layers(model, monkeypatch):
     on_cpu = speculation.cost_of_draft(draft, CONFIG)
     monkeypatch.setattr(speculation, "platform", lambda: "gpu")
     assert on_cpu < 0.2 < speculation.cost_of_draft(draft, CONFIG) == 1 / CONFIG.n_layers
-
-
-def test_int8_weights_draw_the_same_text(model, monkeypatch):
-    """Some proposals are right and some wrong."""
-    monkeypatch.setattr(speculation, "choose_n_proposals", lambda *_: 4)
-    monkeypatch.setattr(speculation, "proposals_pay", lambda *_: True)
-    model = dataclasses.replace(model, params=int8.quantize(model.params))
-    plain = complete_plainly(model)
-    hint = hint_of(plain)
-    hint[40] ^= 1
-    found = complete(model, hints=[hint])
-    assert found.token_ids == plain.token_ids
-    assert 12 < found.accepted < found.proposed
 
 
 def test_a_text_foreseen_takes_fewer_steps_and_a_new_one_no_proposals(model, watch):
