@@ -59,8 +59,8 @@ def leave_out_residuals() -> None:
 
     class Bare(transformer.Block):
         def __call__(self, x_BTD, past, dropout_key_B, positions, attend):
-            drop = self.weights_drop(dropout_key_B)
-            x_BTD, past = self.attention(self.attention_norm(x_BTD), past, positions, attend, drop)
+            y_BTD = self.attention_norm(x_BTD)
+            x_BTD, past = self.attention(y_BTD, past, dropout_key_B, positions, attend)
             return self.mlp(self.mlp_norm(x_BTD)), past
 
     transformer.BLOCKS["pre"] = Bare

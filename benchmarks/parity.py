@@ -24,7 +24,7 @@ from gpt.model import attention, flash_attention
 # One program is compiled for the device for each.
 SIZES = [(1024, 12, 12, 64), (640, 8, 2, 128)]
 PARTS = ("mix", "gradient of q", "gradient of k", "gradient of v")
-plain = functools.partial(attention.attend, pos_BT=None, drop=None)
+plain = attention.plain_attention
 
 
 def inputs(T: int, N: int, K: int, H: int, B: int = 2) -> list[np.ndarray]:

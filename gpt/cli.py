@@ -40,6 +40,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from gpt.errors import Failed, UserError, is_out_of_memory, require
+from gpt.wording import counted
 
 Args = TypeVar("Args")
 
@@ -65,7 +66,7 @@ def parse(
     *,
     program: str,
     description: str,
-    default: Args | None = None,
+    default: Args = tyro.MISSING_NONPROP,
     guesses: dict[str, str] | None = None,
 ) -> Args:
     """`argv` parsed into the dataclass `kind`; fields it does not mention come from `default`.
@@ -73,9 +74,6 @@ def parse(
     `--help` prints every flag and exits with code 0. Raises UserError, in one line, for flags that
     cannot be parsed; the dataclasses' own UserErrors pass through. `guesses`: see suggest.
     """
-    options = {"prog": program, "description": description}
-    if default is not None:
-        options["default"] = default
     # tyro leaves flags that were given out of its help, so ask for the help of nothing else, except
     # of a subcommand.
     has_subcommands = typing.get_origin(kind) in (typing.Union, types.UnionType)
@@ -85,7 +83,7 @@ def parse(
     def run_tyro(argv: list[str]) -> Args:
         """`argv` parsed; what tyro prints, its help or a message, is left in `printed`."""
         with constructors, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            return tyro.cli(kind, args=argv, **options)
+            return tyro.cli(kind, prog=program, description=description, args=argv, default=default)
 
     printed = io.StringIO()
     try:
@@ -118,7 +116,6 @@ MISSING = re.compile(r"Missing from .*?: (\S+) (.*?)\.? \(required\)")
 NO_VALUE = re.compile(r"Missing value for argument '(.*?)'\. Expected (\d+)")
 NO_CHOICE = re.compile(r"invalid choice '(.*?)' for argument '(.*?)'\. .*? of (\(.*\))")
 NO_PAIR = re.compile(r"Error parsing (--\S+): Failed to parse key-value pairs")
-TOO_FEW = re.compile(r"Error parsing (--\S+): no type matching .* did not match .* count (\d+)")
 NO_NUMBER = re.compile(r"Error parsing (--\S+): .*(int\(\)|to float).*?: ('.*?')")
 NO_WORD = re.compile(r"does not match choices \('(\w+)',\)")  # beside NO_NUMBER: "auto", or "None"
 
@@ -130,9 +127,7 @@ def reword(problem: str) -> str:
     if found := MISSING.match(problem):
         return f"{found[1]} is missing: {found[2]}"
     if found := NO_VALUE.match(problem):
-        if found[2] == "1":
-            return f"{found[1]} has no value: give one after it"
-        return f"{found[1]} needs {found[2]} values after it"
+        return f"{found[1]} needs {counted(int(found[2]), 'value')} after it"
     if found := NO_CHOICE.match(problem):
         word, argument = found[1], found[2]
         choices = [choice for choice in ast.literal_eval(found[3]) if choice != "None"]
@@ -142,8 +137,6 @@ def reword(problem: str) -> str:
         return f"{subject}: expected one of {', '.join(choices)}{guess}"
     if found := NO_PAIR.match(problem):
         return f"{found[1]} needs two numbers after it, the first an integer"
-    if found := TOO_FEW.match(problem):
-        return f"{found[1]} needs {found[2]} values after it"
     if found := NO_NUMBER.match(problem):
         expected = ["a number" if found[2] == "to float" else "an integer"]
         expected += [word for word in NO_WORD.findall(problem) if word != "None"]

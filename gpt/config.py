@@ -3,19 +3,28 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Suppress
 
-from gpt import errors
-from gpt.errors import UserError, above_zero, each, fraction, not_negative, positive, require
+from gpt.errors import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    above_zero,
+    check_fields,
+    positive,
+    require,
+)
 
 Dtype = Literal["float32", "bfloat16"]
 PositionKind = Literal["learned", "sinusoidal", "rope", "none"]
 NormKind = Literal["layer", "rms"]
 NormPlace = Literal["pre", "post"]
-MlpKind = Literal["relu", "gelu", "gelu_tanh", "relu2", "swiglu"]
+MlpKind = Literal["relu", "gelu", "gelu_tanh", "relu2", "swiglu"]  # model/layers.py: ACTIVATIONS
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "linear", "wsd"]
 Remat = Literal["auto", "none", "products", "blocks"]
@@ -35,54 +44,55 @@ def optional(metavar: str, default: str = ""):
 
 DTYPES = "{float32,bfloat16}"
 BY_PLATFORM = "float32 on CPU, bfloat16 on accelerators"
+FF_WIDTH = "4 x d_model; swiglu 8/3 x d_model"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a decoder-only Transformer; the defaults are those of GPT-2's architecture."""
 
-    vocab_size: Suppress[int] = 256  # tokens; decided by the tokenizer
-    context_length: int = 256
+    vocab_size: Suppress[PositiveInt] = 256  # tokens; decided by the tokenizer
+    context_length: PositiveInt = 256
     """Longest sequence the model can attend over, tokens."""
-    n_layers: int = 4
+    n_layers: PositiveInt = 4
     """Transformer blocks."""
-    n_heads: int = 4
+    n_heads: PositiveInt = 4
     """Query heads per block; must divide d_model."""
-    n_kv_heads: Annotated[int | None, optional("INT", "n_heads")] = None
+    n_kv_heads: Annotated[int | None, optional("INT", "n_heads"), positive] = None
     """Key/value heads per block; must divide n_heads."""
-    d_model: int = 128
+    d_model: PositiveInt = 128
     """Width of the residual stream."""
-    d_head: Annotated[int | None, optional("INT", "d_model / n_heads")] = None
+    d_head: Annotated[int | None, optional("INT", "d_model / n_heads"), positive] = None
     """Width of one head."""
-    d_ff: Annotated[int | None, optional("INT", "4 x d_model; swiglu 8/3 x d_model")] = None
+    d_ff: Annotated[int | None, optional("INT", FF_WIDTH), positive] = None
     """Width of the MLP."""
     positions: PositionKind = "learned"
     """How positions are encoded: `learned` adds a learned table, `sinusoidal` the waves of Vaswani
     et al. 2017, `rope` rotates queries and keys (Su et al. 2021), `none` leaves it to the causal
     mask. All refuse text longer than the context: a table has no entry there, and the others were
     never trained on such positions (Press et al. 2022)."""
-    rope_theta: float = 10_000.0
+    rope_theta: PositiveFloat = 10_000.0
     """RoPE: base of the wavelengths."""
-    rope_factor: float = 1.0
+    rope_factor: PositiveFloat = 1.0
     """RoPE scaled as in Llama 3.1: low frequencies are divided by this (1: not scaled)."""
-    rope_low: float = 1.0
+    rope_low: PositiveFloat = 1.0
     """Scaled RoPE: a frequency is low if it makes fewer turns than this within rope_context."""
     rope_high: float = 4.0
     """Scaled RoPE: a frequency that makes more turns than this within rope_context is kept; between
     rope_low and rope_high, in proportion."""
-    rope_context: int = 8192
+    rope_context: PositiveInt = 8192
     """Scaled RoPE: the context, in tokens, that the model was first trained with."""
     norm: NormKind = "layer"
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019)."""
     norm_place: NormPlace = "pre"
     """pre: before each sublayer and at the end (GPT-2); post: after each sum (Vaswani et al.)."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: PositiveFloat = 1e-5
     """Added to the variance before the square root."""
     mlp: MlpKind = "gelu_tanh"
     """Activation of the MLP; swiglu has a third matrix, its gate (Shazeer 2020)."""
     qk_norm: bool = False
     """Normalize each head's queries and keys, before RoPE (Dehghani et al. 2023)."""
-    logit_softcap: float = 0.0
+    logit_softcap: NonNegativeFloat = 0.0
     """Squash logits into (-cap, cap) by tanh (Gemma 2); 0: off."""
     tied: bool = True
     """Use the embedding table as the head."""
@@ -96,9 +106,9 @@ class ModelConfig:
     """Bias of the attention's output projection."""
     mlp_bias: Annotated[bool | None, optional("{True,False}", "bias")] = None
     """Biases of the MLP."""
-    init_std: float = 0.02
+    init_std: NonNegativeFloat = 0.02
     """Standard deviation of fresh weights (GPT-2: 0.02; narrow models learn faster from more)."""
-    dropout: float = 0.0
+    dropout: Fraction = 0.0
     """Probability of dropping an activation while training: embedding, attention, residual."""
     param_dtype: Dtype = "float32"
     """Type in which weights are stored."""
@@ -108,13 +118,8 @@ class ModelConfig:
     """Type of the cached keys and values."""
 
     def __post_init__(self):
-        errors.check_names(self, "model.")
-        each(positive, self, "vocab_size context_length n_layers n_heads d_model", "model.")
-        each(positive, self, "n_kv_heads d_head d_ff rope_context", "model.")
-        each(above_zero, self, "rope_theta rope_factor rope_low norm_epsilon", "model.")
+        check_fields(self, "model.")
         above_zero("model.rope_high - model.rope_low", self.rope_high - self.rope_low)
-        each(not_negative, self, "logit_softcap init_std", "model.")
-        fraction("model.dropout", self.dropout)
         require(
             self.d_head is not None or self.d_model % self.n_heads == 0,
             f"model.d_model {self.d_model} is not divisible by model.n_heads {self.n_heads}: "
@@ -233,6 +238,7 @@ class MeshConfig:
     """Devices that heads, MLP and vocabulary are split over."""
 
     def __post_init__(self):
+        check_fields(self, "mesh.")
         sizes = [self.data, self.fsdp, self.tensor]
         require(
             all(n >= 1 or n == -1 for n in sizes) and sizes.count(-1) <= 1,
@@ -251,50 +257,51 @@ class TrainConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     tokenizer: str = "byte"
     """byte, char, bpe (trained on the data), gpt2, cl100k_base, o200k_base, or a file's path."""
-    vocab_size: int = 4096
+    vocab_size: PositiveInt = 4096
     """Entries of a trained BPE, end-of-text included (only for --tokenizer bpe)."""
-    steps: int = 2000
+    steps: PositiveInt = 2000
     """Optimizer steps of the whole run."""
-    extra_steps: Suppress[int] = 0  # of these, after the schedule has ended: train.py --extend
-    batch_size: int = 16
+    # Of these, after the schedule has ended: train.py --extend.
+    extra_steps: Suppress[NonNegativeInt] = 0
+    batch_size: PositiveInt = 16
     """Sequences in one optimizer step, over all devices."""
-    seq_len: Annotated[int | None, optional("INT", "model.context-length")] = None
+    seq_len: Annotated[int | None, optional("INT", "model.context-length"), positive] = None
     """Tokens in a training sequence; the model's context becomes this too, since positions that are
     never trained would be noise."""
     grad_accum: Annotated[int | Literal["auto"], tyro.conf.arg(metavar="INT|auto")] = 1
     """Micro-batches that one step's batch is split into, to save memory; auto: the fewest that are
     expected to fit. This changes results only by rounding."""
-    learning_rate: float = 1e-3
+    learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
     min_learning_rate: float = 1e-4
     """Learning rate at the last step, where the schedule ends."""
-    warmup_steps: int = 100
+    warmup_steps: NonNegativeInt = 100
     """Steps over which the learning rate rises linearly to its peak."""
-    beta1: float = 0.9
+    beta1: Fraction = 0.9
     """AdamW: decay of the first moment."""
-    beta2: float = 0.99
+    beta2: Fraction = 0.99
     """AdamW: decay of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay per step, times the learning rate; only matrices and embeddings."""
     optimizer: Optimizer = "adamw"
     """adamw for all weights, or muon (Jordan et al. 2024) for the blocks' matrices and adamw for
     the rest."""
-    muon_learning_rate: float = 0.02
+    muon_learning_rate: PositiveFloat = 0.02
     """Muon: peak learning rate of the matrices it updates; follows the same schedule."""
     schedule: Schedule = "cosine"
     """After the warm-up. cosine, linear: down to the minimum over all steps; wsd: constant, then
     linear to the minimum over the last decay_fraction of the steps."""
     decay_fraction: float = 0.2
     """wsd: fraction of the steps over which the learning rate falls."""
-    label_smoothing: float = 0.0
+    label_smoothing: Fraction = 0.0
     """Fraction of each target spread evenly over the vocabulary (Szegedy et al. 2016)."""
-    z_loss: float = 0.0
+    z_loss: NonNegativeFloat = 0.0
     """Weight of log(sum of exp(logits)) squared in the loss (PaLM, section 5)."""
-    ema_decay: float = 0.0
+    ema_decay: Fraction = 0.0
     """Decay per step of an exponential moving average of the weights, kept beside them; 0: none."""
-    clip_norm: float = 1.0
+    clip_norm: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
-    max_bad_steps: int = 10
+    max_bad_steps: PositiveInt = 10
     """The run ends after this many consecutive steps whose loss or gradient is not finite; the
     update of such a step is skipped."""
     remat: Remat = "blocks"
@@ -315,32 +322,26 @@ class TrainConfig:
     """Data type to compute in."""
     seed: int = 0
     """Seed of the weights, the order of the data and the dropout."""
-    log_every: int = 10
+    log_every: PositiveInt = 10
     """Steps between lines of metrics."""
-    eval_every: int = 250
+    eval_every: PositiveInt = 250
     """Steps between evaluations on held-out text."""
-    eval_tokens: int = 131_072
+    eval_tokens: NonNegativeInt = 131_072
     """Most held-out tokens that one evaluation reads; 0: all of them."""
-    sample_every: int = 500
+    sample_every: NonNegativeInt = 500
     """Steps between printed samples; 0 for none."""
-    save_every: int = 500
+    save_every: PositiveInt = 500
     """Steps between checkpoints."""
-    keep: int = 2
+    keep: PositiveInt = 2
     """Latest checkpoints to keep."""
-    keep_best: int = 1
+    keep_best: NonNegativeInt = 1
     """Checkpoints with the lowest validation loss to keep as well; 0: none. Otherwise every
     checkpoint is evaluated."""
     keep_going: bool = False
     """Keep training when a checkpoint cannot be written, for example on a full disk."""
 
     def __post_init__(self):
-        errors.check_names(self)
-        each(positive, self, "steps batch_size log_every eval_every save_every keep")
-        each(positive, self, "vocab_size max_bad_steps")
-        each(not_negative, self, "warmup_steps eval_tokens sample_every weight_decay clip_norm")
-        each(not_negative, self, "z_loss keep_best extra_steps")
-        each(fraction, self, "beta1 beta2 label_smoothing ema_decay")
-        each(above_zero, self, "learning_rate muon_learning_rate")
+        check_fields(self)
         require(
             0 < self.decay_fraction <= 1,
             f"decay_fraction is {self.decay_fraction}: expected 0 < decay_fraction <= 1",
@@ -359,7 +360,6 @@ class TrainConfig:
             )
         for n, name in ((self.seed, "seed"), (self.steps, "steps")):
             require(0 <= n < 2**31, f"{name} is {n}: expected 0 <= {name} < 2^31")
-        each(positive, self, "seq_len")
 
     @property
     def schedule_steps(self) -> int:
@@ -394,16 +394,8 @@ def to_json(config: ModelConfig | TrainConfig) -> dict[str, Any]:
 def from_json(kind: type, values: dict[str, Any]):
     """A config of class `kind` from to_json's values; UserError names a field that is not one."""
     require(isinstance(values, dict), f"{kind.__name__}: expected a JSON object, got {values!r}")
-    fields = {f.name: f for f in dataclasses.fields(kind)}
+    fields = {f.name for f in dataclasses.fields(kind)}
     for name in values:
         require(name in fields, f"{kind.__name__} has no field {name!r}: made by another version?")
     nested = {"model": ModelConfig, "mesh": MeshConfig}
-    made = {k: from_json(nested[k], v) if k in nested else v for k, v in values.items()}
-    hints = get_type_hints(kind)
-    for name, value in made.items():
-        is_right = errors.is_of(value, hints[name])
-        require(is_right, f"{kind.__name__}.{name} is {value!r}: expected {hints[name]}")
-    try:
-        return kind(**made)
-    except TypeError as error:  # a field is missing
-        raise UserError(f"{kind.__name__} cannot be read: {error}") from None
+    return kind(**{k: from_json(nested[k], v) if k in nested else v for k, v in values.items()})

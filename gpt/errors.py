@@ -4,10 +4,9 @@ Knows nothing of the rest of the project.
 """
 
 import math
-from collections.abc import Callable
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
@@ -41,48 +40,6 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def check_names(config: object, prefix: str = "") -> None:
-    """Raise UserError unless each Literal field of a dataclass has one of its values."""
-    for name, kind in get_type_hints(type(config)).items():
-        kinds = (kind,) if get_origin(kind) is Literal else get_args(kind)
-        if int in kinds and isinstance(getattr(config, name), int):
-            continue
-        names = [word for k in kinds if get_origin(k) is Literal for word in get_args(k)]
-        value = getattr(config, name)
-        good = not names or value in names or (value is None and type(None) in kinds)
-        require(good, f"{prefix}{name} is {value!r}: expected one of {', '.join(names)}")
-
-
-def check_numbers(config: object) -> None:
-    """Raise UserError unless the int and float fields of a dataclass hold such numbers."""
-    for name, kind in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if kind is int:
-            require(isinstance(value, Integral), f"{name} is {value!r}: expected an integer")
-        if kind is float:
-            require(isinstance(value, Real), f"{name} is {value!r}: expected a number")
-
-
-def is_of(value: Any, kind: Any) -> bool:
-    """Whether `value` is of type `kind`: a class, a Literal, or a union of these."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_args(kind):
-        return any(is_of(value, one) for one in get_args(kind))
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-def each(check: Callable[[str, Any], None], config: object, names: str, prefix: str = "") -> None:
-    """Call `check` on the fields of a config listed in `names`, except those that are None.
-
-    `names` is separated by spaces.
-    """
-    for name in names.split():
-        value = getattr(config, name)
-        if value is not None:
-            check(prefix + name, value)
-
-
 def positive(name: str, value: int) -> None:
     """Raise UserError unless `value` is at least 1."""
     require(value >= 1, f"{name} is {value}: expected at least 1")
@@ -108,3 +65,50 @@ def require_file_path(flag: str, path: Path) -> None:
     folder = path.absolute().parent
     require(folder.is_dir(), f"{flag} {path}: folder {folder} does not exist; create it")
     require(not path.is_dir(), f"{flag} {path}: is a folder; give the name of a file in it")
+
+
+# Types of fields that `check_fields` checks.
+PositiveInt = Annotated[int, positive]
+PositiveFloat = Annotated[float, above_zero]
+NonNegativeInt = Annotated[int, not_negative]
+NonNegativeFloat = Annotated[float, not_negative]
+Fraction = Annotated[float, fraction]
+BOUNDS = (positive, above_zero, not_negative, fraction)
+TYPE_NAMES = {int: "an integer", float: "a number", bool: "True or False", type(None): "None"}
+
+
+def check_fields(config: object, prefix: str = "") -> None:
+    """Raise UserError unless each field of a dataclass has a value of its type, within the bounds
+    that its annotation names; None has no bounds."""
+    for name, annotated in get_type_hints(type(config), include_extras=True).items():
+        kind, *notes = get_args(annotated) if get_origin(annotated) is Annotated else [annotated]
+        value = getattr(config, name)
+        is_right = is_of(value, kind)
+        require(is_right, f"{prefix}{name} is {value!r}: expected {describe_type(kind)}")
+        for check in BOUNDS:
+            if check in notes and value is not None:
+                check(prefix + name, value)
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether `value` is of type `kind`: a class, a Literal, or a union of these. NumPy's numbers
+    are numbers, and integers are floats too. Dicts and tuples are not looked at."""
+    if get_origin(kind) in (dict, tuple):
+        return True
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_args(kind):
+        return any(is_of(value, one) for one in get_args(kind))
+    if kind in (int, float):
+        number = Integral if kind is int else Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def describe_type(kind: Any) -> str:
+    """A class, a Literal, or a union of these, in words."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    if get_args(kind):
+        return " or ".join(map(describe_type, get_args(kind)))
+    return TYPE_NAMES.get(kind, str(kind))

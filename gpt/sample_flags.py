@@ -8,7 +8,7 @@ import tyro
 
 from gpt import cli, terminal
 from gpt.config import DTYPES, ONE_DEVICE, Dtype, MeshConfig, Quantize, Weights, optional
-from gpt.errors import UserError, each, positive, require
+from gpt.errors import PositiveInt, UserError, check_fields, positive, require
 from gpt.sampling.settings import Prefix, Settings
 
 DEFAULT = Settings()
@@ -49,7 +49,7 @@ class Args:
     draft: Annotated[Path | None, optional("RUN")] = None
     """Folder of a smaller model with the same tokenizer, which proposes the tokens of --speculate
     in place of looking them up."""
-    beam_width: int = 1
+    beam_width: PositiveInt = 1
     """Above 1: search for the likeliest texts, following this many at once, instead of sampling;
     --num-samples is then how many of the best to print."""
     length_penalty: float = 1.0
@@ -57,7 +57,7 @@ class Args:
     early_stopping: Annotated[bool | Literal["never"], EARLY_STOPPING] = False
     """Beam search: stop as soon as enough texts have ended (True), when no other is likely to beat
     them (False), or when none can (never), as in Hugging Face transformers."""
-    show_probs: Annotated[int | None, optional("INT")] = None
+    show_probs: Annotated[int | None, optional("INT"), positive] = None
     """Show this many likeliest next tokens, after prefill and at each step; * marks the chosen one.
     Each new number compiles another loop."""
     score: Annotated[str | None, optional("TEXT")] = None
@@ -66,9 +66,9 @@ class Args:
     """Do not sample: score a file of text of any length; - is standard input."""
     score_ids: Annotated[str | None, optional("IDS")] = None
     """Do not sample: score token ids, separated by spaces: "1 2 3"."""
-    window: Annotated[int | None, optional("INT", "the context")] = None
+    window: Annotated[int | None, optional("INT", "the context"), positive] = None
     """Scoring: tokens that are read at once; a longer text is read in several windows."""
-    stride: Annotated[int | None, optional("INT", "half the window")] = None
+    stride: Annotated[int | None, optional("INT", "half the window"), positive] = None
     """Scoring: tokens from one window to the next; a smaller stride gives each token more context
     and takes longer."""
     check: bool = False
@@ -113,7 +113,7 @@ def parse_args(argv: list[str], description: str) -> tuple[Args, str]:
     if len(argv) > 1 and not argv[0].startswith("-") and not argv[1].startswith("-"):
         raise UserError(f"unexpected argument {argv[1]!r}: to continue a text, use --prompt TEXT")
     args = cli.parse(Args, argv, program="sample.py", description=description, guesses=GUESSES)
-    each(positive, args, "window stride show_probs beam_width")
+    check_fields(args)
     # Of two biases for the same token only the last would be left.
     n_biases = sum(word.partition("=")[0] in ("--logit-bias", "--logit_bias") for word in argv)
     require(

@@ -8,7 +8,7 @@ each layer predicts, the cache in prefill and decode, and how the settings shape
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich import filesize
@@ -28,7 +28,7 @@ class TourSettings(Settings):
     logit_bias: tyro.conf.Suppress[dict[int, float]] = field(default_factory=dict)
     ignore_eos: tyro.conf.Suppress[bool] = False
     stop: tyro.conf.Suppress[tuple[str, ...]] = ()
-    on_context_full: tyro.conf.Suppress[Any] = "stop"
+    on_context_full: tyro.conf.Suppress[str] = "stop"
     num_samples: tyro.conf.Suppress[int] = 1
     speculate: tyro.conf.Suppress[int] = 0
 

@@ -1,5 +1,6 @@
 """The flags of train.py and their checks, without JAX: `--help` and a refusal are quick."""
 
+import itertools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +10,15 @@ import tyro
 from gpt import cli, terminal
 from gpt.config import TrainConfig, optional
 from gpt.data.options import DataOptions
-from gpt.errors import above_zero, each, not_negative, positive, require, require_file_path
+from gpt.errors import (
+    NonNegativeInt,
+    PositiveInt,
+    above_zero,
+    check_fields,
+    positive,
+    require,
+    require_file_path,
+)
 from gpt.presets import PRESETS
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
@@ -43,6 +52,15 @@ GUESSES = {
     ),
     cli.HOW_DEVICES_ARE_CHOSEN: "device gpu cuda cpu tpu",
 }
+# Flags that contradict each other: any of the first with any of the second, and why.
+CONTRADICTIONS = (
+    ("minutes", "steps", "choose one"),
+    ("minutes", "resume", "--minutes sets the number of steps of a new run"),
+    ("extend", "steps", "--extend adds to the steps that the run has"),
+    ("resume", "out overwrite init_from", "--resume takes the folder and the weights of the run"),
+    ("devices", "topology", "choose virtual devices of this CPU, or accelerators"),
+    ("devices topology", "data init_from resume", "a plan reads no text and no weights"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,17 +72,15 @@ class Processes:
 
     coordinator: Annotated[str | None, optional("HOST:PORT")] = None
     """Address at which process 0 listens; not needed under a launcher."""
-    num_processes: Annotated[int | None, optional("INT")] = None
+    num_processes: Annotated[int | None, optional("INT"), positive] = None
     """Number of processes that train together; 1: this one alone, whatever a launcher has set."""
     process_id: Annotated[int | None, optional("INT")] = None
     """Number of this process, from 0; process 0 writes logs and checkpoint metadata."""
-    heartbeat: int = 60
+    heartbeat: PositiveInt = 60
     """Seconds without a heartbeat after which a process counts as dead and all others exit."""
 
     def __post_init__(self):
-        positive("heartbeat", self.heartbeat)
-        if self.num_processes is not None:
-            positive("num_processes", self.num_processes)
+        check_fields(self)
         given = [x is not None for x in (self.coordinator, self.num_processes, self.process_id)]
         alone = self.num_processes == 1 and self.coordinator is None
         require(
@@ -104,21 +120,21 @@ class Args:
     """Start afresh: remove the run that --out holds."""
     resume: Annotated[Path | None, optional("DIR")] = None
     """Continue the run in this folder with its own settings and its own text."""
-    extend: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
+    extend: Annotated[NonNegativeInt, tyro.conf.arg(metavar="STEPS")] = 0
     """With --resume: train this many steps beyond the end of the run, at the last learning rate of
     its schedule."""
     init_from: Annotated[Path | None, optional("DIR")] = None
     """Start from the weights, the tokenizer and the model settings of another run."""
-    minutes: Annotated[float | None, optional("M")] = None
+    minutes: Annotated[float | None, optional("M"), above_zero] = None
     """Train for about this many minutes. A few steps are measured first to set the number of steps,
     and with it the schedule. Reading the text and compiling are not counted."""
     dry_run: bool = False
     """Print what this would train, and stop."""
     verify_resume: bool = False
     """Prove on a few steps that stopping and continuing changes no bit; exit code 1 if it does."""
-    memory_gb: Annotated[float | None, optional("GB", "what is found here")] = None
+    memory_gb: Annotated[float | None, optional("GB", "what is found here"), above_zero] = None
     """Memory of one device in 10^9 bytes, for --dry-run and for settings that are auto."""
-    devices: Annotated[int | None, optional("INT")] = None
+    devices: Annotated[int | None, optional("INT"), positive] = None
     """With --dry-run: plan for this many virtual devices on this CPU."""
     topology: Annotated[str | None, optional("NAME")] = None
     """With --dry-run: plan for TPUs or GPUs that this machine does not have, with their own
@@ -129,13 +145,13 @@ class Args:
     """Also send metrics, samples and settings to DIR/tensorboard, Weights & Biases or Trackio."""
     eval_tasks: Annotated[str | None, optional("NAME,NAME,...")] = None
     """Tasks of lm-eval to evaluate the model on while it trains (docs/evaluate.md)."""
-    eval_tasks_every: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 1000
+    eval_tasks_every: Annotated[PositiveInt, tyro.conf.arg(metavar="STEPS")] = 1000
     """Steps between evaluations on these tasks; another one follows the last step."""
-    eval_tasks_limit: int = 200
+    eval_tasks_limit: PositiveInt = 200
     """Ask only this many questions of each task, the first ones."""
     eval_tasks_path: Annotated[Path | None, optional("DIR")] = None
     """A folder with tasks of your own."""
-    profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
+    profile: Annotated[NonNegativeInt, tyro.conf.arg(metavar="STEPS")] = 0
     """Steps to trace for XProf after a short warm-up, in DIR/profile; 0: none."""
     compile_cache: bool = True
     """Keep compiled programs in your cache folder for the next run."""
@@ -143,45 +159,19 @@ class Args:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = PRESETS["tiny"]
 
     def __post_init__(self):
+        check_fields(self)
         require(self.data != (), "--data needs at least one path")
-        not_negative("profile", self.profile)
-        positive("eval_tasks_every", self.eval_tasks_every)
-        positive("eval_tasks_limit", self.eval_tasks_limit)
         folder = self.eval_tasks_path
         require(folder is None or folder.is_dir(), f"--eval-tasks-path {folder}: no such folder")
-        not_negative("extend", self.extend)
-        require(
-            self.resume is None or self.minutes is None,
-            "--minutes sets the number of steps of a new run: drop --minutes or --resume",
-        )
-        require(
-            self.resume is None or not (self.out or self.overwrite or self.init_from),
-            "--resume takes the folder and the weights from the run: drop --out, --overwrite and "
-            "--init-from",
-        )
         require(
             self.extend == 0 or self.resume is not None,
             "--extend adds steps to an existing run: add --resume DIR",
         )
-        each(above_zero, self, "memory_gb minutes")
-        each(positive, self, "devices")
-        if not self.plans_absent:
-            require(self.json is None, "--json writes a plan: add --devices or --topology")
-            return
-        require(
-            self.devices is None or self.topology is None,
-            "--devices and --topology cannot be combined: choose virtual devices of this CPU, or "
-            "accelerators",
-        )
-        require(
-            self.dry_run,
-            "--devices and --topology only plan: add --dry-run",
-        )
+        if self.plans_absent:
+            require(self.dry_run, "--devices and --topology only plan: add --dry-run")
         if self.json is not None:
+            require(self.plans_absent, "--json writes a plan: add --devices or --topology")
             require_file_path("--json", self.json)
-        given = {"--data": self.data, "--init-from": self.init_from, "--resume": self.resume}
-        for flag, value in given.items():
-            require(not value, f"--devices and --topology plan without reading text: drop {flag}")
 
     @property
     def is_trial(self) -> bool:
@@ -217,15 +207,12 @@ def parse_args(argv: list[str], description: str) -> Args:
     options = {"program": "train.py", "description": description, "guesses": GUESSES}
     args = cli.parse(Args, argv, default=default, **options)
     require(args.preset == preset, f"{args.preset} must come first: train.py {args.preset} ...")
-    require(
-        args.minutes is None or "steps" not in cli.flags_given(argv),
-        "--minutes and --steps cannot be combined: choose one",
-    )
-    require(
-        args.extend == 0 or "steps" not in cli.flags_given(argv),
-        f"--extend and --steps cannot be combined: --extend {args.extend} adds to the steps that "
-        "the run has, so drop --steps",
-    )
+    given = {name for name in cli.flags_given(argv) if getattr(args, name, True) is not False}
+    for names, others, why in CONTRADICTIONS:
+        for pair in itertools.product(names.split(), others.split()):
+            one, other = map(terminal.flag, pair)
+            message = f"{one} and {other} cannot be combined: {why}"
+            require(not given.issuperset(pair), message)
     require(
         args.resume is None or first not in PRESETS,
         f"--resume takes all settings from the run: drop the preset {first}",

@@ -13,7 +13,7 @@ import pytest
 from programs import ROOT, program, run_python
 
 from gpt import cli, sample_flags, train_flags
-from gpt.errors import UserError
+from gpt.errors import Failed, UserError
 from gpt.presets import PRESETS
 
 
@@ -49,29 +49,21 @@ def test_hyphens_and_underscores_are_one():
 
 UNREADABLE = {
     "--steps many": "--steps is 'many': expected an integer;",
-    "--learning-rate much": "--learning-rate is 'much': expected a number;",
     "--minutes 1m": "--minutes is '1m': expected a number;",  # may be left out
-    "--devices x": "--devices is 'x': expected an integer;",
     "--grad-accum x": "--grad-accum is 'x': expected an integer or auto;",
-    "--steps": "--steps has no value",
+    "--steps": "--steps needs 1 value after it",
     "tinny": "; did you mean tiny?;",
     "--dtype float8": "--dtype is 'float8': expected one of",
-    "--mesh.data x": "--mesh.data is 'x'",
     "tiny extra": "unexpected argument extra",
     "--learning-rate nan": "learning_rate is nan: expected a positive number",
     # The flags of other programs, and slips.
     "--stepz 5": "unknown flag --stepz: did you mean --steps?; see train.py --help",
-    "--lr 1": "unknown flag --lr: did you mean --learning-rate?",
     "--epochs=3": "unknown flag --epochs: the length is set by --steps or --minutes,",
     "--max_iters 1": "did you mean --steps?",
-    "--block-size 1": "did you mean --seq-len?",
-    "--n-layer 1": "did you mean --model.n-layers?",
     "--dropout 1": "did you mean --model.dropout?",  # a setting of the model
-    "--model.n-layer 1": "did you mean --model.n-layers?",
     "--no-bias 1": "did you mean --model.no-bias?",
     "--warmup 1": "did you mean --warmup-steps?",  # the beginning
-    "--device 1": "JAX_PLATFORMS=cpu",
-    "--config 1": "names a preset",
+    "--dat 1": "did you mean --data?",  # and not --mesh.data
     "--file-system x": "unknown flag --file-system; see train.py --help",  # nothing absurd
 }
 
@@ -81,11 +73,6 @@ def test_an_unreadable_flag_is_one_line(typed):
     message = refusal(*typed.split())
     assert UNREADABLE[typed] in message
     assert "\n" not in message and "---" not in message
-
-
-def test_the_nearest_flag_is_suggested():
-    assert cli.suggest("--topk", ["--top-k", "--stop"], {}) == ": did you mean --top-k?"
-    assert cli.suggest("--dat", ["--data", "--mesh.data"], {}) == ": did you mean --data?"
 
 
 def test_every_guess_names_a_flag(capsys):
@@ -145,22 +132,16 @@ def raising(error: BaseException):
     [
         (lambda argv: None, 0, ""),
         (lambda argv: 1, 1, ""),
-        (raising(UserError("no such thing")), 2, "error: no such thing\n"),
         (raising(SystemExit(0)), 0, ""),
+        (raising(UserError("no such thing")), 2, "error: no such thing\n"),
+        (raising(Failed("it diverged")), 1, "error: it diverged\n"),
+        (raising(OSError(errno.ENOENT, "missing", "gone.txt")), 2, "error: gone.txt: missing\n"),
+        (raising(OSError(errno.ENOSPC, "full")), 2, "error: full\n"),
     ],
 )
-def test_exit_codes(main, code, stderr, capsys):
-    assert leave(main, capsys) == (code, stderr)
-
-
-@pytest.mark.parametrize(
-    ("number", "path"), [(errno.ENOENT, "gone.txt"), (errno.EROFS, "disc"), (errno.ENOSPC, None)]
-)
-def test_a_failure_of_the_file_system_is_one_line_with_the_path(number, path, capsys, monkeypatch):
+def test_exit_codes(main, code, stderr, capsys, monkeypatch):
     monkeypatch.setattr(cli, "_discard_stdout", lambda: None)
-    code, stderr = leave(raising(OSError(number, os.strerror(number), path)), capsys)
-    prefix = f"{path}: " if path else ""
-    assert (code, stderr) == (2, f"error: {prefix}{os.strerror(number)}\n")
+    assert leave(main, capsys) == (code, stderr)
 
 
 @pytest.mark.parametrize("take", [lambda: np.empty(2**60, np.int8), lambda: jnp.zeros(10**14)])
@@ -170,7 +151,7 @@ def test_too_little_memory_is_one_line(take, capsys):
     assert code == 2 and stderr.startswith("error: out of memory: ") and stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [ValueError("bug"), OSError(errno.EIO, "bug"), TypeError("bug")])
+@pytest.mark.parametrize("error", [ValueError("bug"), OSError(errno.EIO, "bug")])
 def test_our_own_bugs_keep_their_traceback(error):
     with pytest.raises(type(error)):
         cli.run(raising(error))
@@ -224,7 +205,7 @@ def python(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("program", ["train.py", "sample.py", "-m gpt.bench"])
+@pytest.mark.parametrize("program", ["train.py", "-m gpt.bench"])
 def test_without_the_environment_it_says_what_to_type(program):
     """With -S Python finds none of the packages."""
     done = run_python("-S", *program.split(), "--help")
@@ -274,7 +255,6 @@ OURS = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
     [
         ({}, "jax_plugins", OURS),
         ({"XLA_FLAGS": "--xla_dump_to=x"}, "jax_plugins", f"--xla_dump_to=x {OURS}"),
-        ({"JAX_PLATFORMS": "cuda,cpu"}, "jax_plugins", OURS),
         ({"JAX_PLATFORMS": "cpu"}, "jax_plugins", None),
         ({}, "libtpu", None),
     ],
@@ -320,10 +300,8 @@ def test_xla_is_asked_before_jax_starts_its_backend(finished):
     ("told", "plugin", "expected"),
     [
         ("cpu", "libtpu", True),
-        ("cuda,cpu", None, False),
         (None, None, True),
         (None, "jax_plugins", False),
-        (None, "libtpu", False),
     ],
 )
 def test_whether_jax_will_run_on_the_cpu(told, plugin, expected, monkeypatch):

@@ -221,7 +221,7 @@ def test_a_finished_run_is_extended_where_its_schedule_ended(text, finished):
     for words, *flags in (
         ("--extend 12 for steps after its schedule", *TINY, "--steps", "27", "--out", finished),
         ("drop the preset gpt2", "gpt2", "--resume", finished),
-        ("drop --out", "--resume", finished, "--out", finished),
+        ("--resume and --out cannot be combined", "--resume", finished, "--out", finished),
         ("--extend adds steps", "--extend", "3"),
         ("--extend and --steps", "--resume", finished, "--extend", "3", "--steps", "20"),
         ("steps: the run has 15 steps (the last 3 of them by --extend), you asked", *fifteen),

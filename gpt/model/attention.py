@@ -1,12 +1,17 @@
 """Attention: projections, scores, mask, mix.
 
-The forward pass takes `attend` as an argument, so that a fused kernel or a recorder of attention
-maps can stand in for the plain einsums below.
+The forward pass takes the function that computes it as an argument, `attend`:
+  plain_attention    the einsums below
+  fused_attention    a kernel of the platform where one fits, else plain (flash_attention.py)
+  prompt_attention   the same, for a prompt whose keys and values become the cache
+  decode_attention   one token a row, which attends to the cache
+The tour passes a function that also keeps the weights (reports/tour_recorder.py).
 Shape letters: see transformer.py.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +19,7 @@ from flax import nnx
 
 from gpt.config import ModelConfig
 from gpt.model import kv_cache as kv
-from gpt.model.layers import NORMS, Linear, normal
+from gpt.model.layers import NORMS, Linear, dropout, normal
 from gpt.model.positions import Positions, apply_rope
 from gpt.sharding import constrain
 
@@ -32,12 +37,12 @@ def visible(pos_BT: jax.Array | None, n_queries: int, n_slots: int) -> jax.Array
     return jnp.arange(n_slots) <= pos[:, :, None]
 
 
-def attend(
+def plain_attention(
     q_BTNH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
-    pos_BT: jax.Array | None,
-    drop: Drop | None,
+    pos_BT: jax.Array | None = None,
+    drop: Drop | None = None,
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v over the visible slots (Vaswani et al. 2017, section 3.2.1).
 
@@ -85,6 +90,7 @@ class Attention(nnx.Module):
             dtype=config.param_dtype,
             kernel_init=normal(config.residual_std),
         )
+        self.dropout = config.dropout
         self.q_norm = NORMS[config.norm](config, H) if config.qk_norm else None
         self.k_norm = NORMS[config.norm](config, H) if config.qk_norm else None
 
@@ -99,9 +105,9 @@ class Attention(nnx.Module):
         self,
         x_BTD: jax.Array,
         past: tuple[jax.Array, jax.Array] | None,
+        dropout_key_B: jax.Array | None,
         positions: Positions,
         attend: Attend,
-        drop: Drop | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """The mixed values, [B, T, D], and the layer's cached keys and values with these in them.
 
@@ -121,6 +127,10 @@ class Attention(nnx.Module):
             v_BKSH = kv.write(past[1], v_BKTH, positions.pos_BT)
             past = k_BKSH, v_BKSH
 
+        drop = None  # which a fused kernel needs
+        if dropout_key_B is not None and self.dropout > 0:
+            site = "attention_weights"
+            drop = partial(dropout, dropout_key_B=dropout_key_B, rate=self.dropout, site=site)
         k_BKSH, v_BKSH = k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype)
         mix_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, positions.pos_BT, drop)
         return self.o(mix_BTNH), past

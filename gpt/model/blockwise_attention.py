@@ -34,8 +34,8 @@ def split(T: int) -> list[slice]:
 
 
 @jax.custom_vjp
-def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
-    """As attention.attend where `pos_BT` is None, for a length that `fits`."""
+def by_blocks(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
+    """As `plain_attention` where `pos_BT` is None, for a length that `fits`."""
     mix_BTNH, _ = forward(q_BTNH, k_BKSH, v_BKSH)
     return mix_BTNH
 
@@ -109,4 +109,4 @@ def backward(kept, grad_BTNH):
     )
 
 
-attend.defvjp(forward, backward)
+by_blocks.defvjp(forward, backward)

@@ -29,38 +29,29 @@ HOPPER_OR_LATER = re.compile(r"\bG?[HB]\d")  # in data centres
 TILES = (512, 256, 128)  # tokens per tile on a TPU: the largest that divides the sequence
 
 
-def attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
-    """As attention.attend, by the platform's kernel where there is one for it."""
-    kernel = kernel_for(q_BTNH)
+def fused_attention(
+    q_BTNH, k_BKSH, v_BKSH, pos_BT=None, drop=None, *, deterministic: bool = False
+) -> jax.Array:
+    """As `plain_attention`, by the platform's kernel where there is one for it.
+
+    `deterministic`: under the flags of --deterministic, see `kernel_for`.
+    """
+    kernel = kernel_for(q_BTNH, deterministic)
     if kernel is None or pos_BT is not None or drop is not None:
-        return attention.attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
+        return attention.plain_attention(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
     return on_each_device(kernel, q_BTNH, k_BKSH, v_BKSH)
 
 
-def attend_reproducibly(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
-    """As `attend`, under the flags of --deterministic: on a GPU in blocks of queries, by matrix
-    products. XLA compiles cuDNN's gradient with its flag for determinism, but cannot run it: it
-    looks the kernel up by another key than the one it was stored with (jax 0.11.2 on an H200;
-    github.com/openxla/xla/pull/46500).
-    """
-    if platform() != "gpu":
-        return attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
-    fits = blockwise_attention.fits(q_BTNH.shape[1], q_BTNH.shape[3], q_BTNH.dtype)
-    if not fits or pos_BT is not None or drop is not None:
-        return attention.attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
-    return on_each_device(blockwise_attention.attend, q_BTNH, k_BKSH, v_BKSH)
-
-
-def attend_prompt(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
-    """As `attend`, for a prompt whose keys and values become the cache: cuDNN reads them in the
-    cache's layout, so that they are written once."""
+def prompt_attention(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
+    """As `fused_attention`, for a prompt whose keys and values become the cache: cuDNN reads them
+    in the cache's layout, so that they are written once."""
     if cudnn is not None and pos_BT is None and kernel_for(q_BTNH) is by_cudnn:
         return on_each_device(cudnn_on_cache_layout, q_BTNH, k_BKSH, v_BKSH)
-    return attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
+    return fused_attention(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
 
 
-def attend_token(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
-    """As attention.attend in a decode step, where a row's T queries are the same token, T times.
+def decode_attention(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
+    """As `plain_attention` in a decode step, where a row's T queries are the same token, T times.
 
     All of them get the result of the first. A single row has too few heads for the kernel to keep
     a GPU busy.
@@ -69,13 +60,24 @@ def attend_token(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
         # The position of a full row is one past the last slot.
         n_B = jnp.minimum(pos_BT[:, 0] + 1, k_BKSH.shape[2])
         return on_each_device(cudnn_on_cache_layout, q_BTNH, k_BKSH, v_BKSH, n_B)
-    mix_B1NH = attention.attend(q_BTNH[:, :1], k_BKSH, v_BKSH, pos_BT[:, :1], drop)
+    mix_B1NH = attention.plain_attention(q_BTNH[:, :1], k_BKSH, v_BKSH, pos_BT[:, :1], drop)
     return jnp.broadcast_to(mix_B1NH, q_BTNH.shape)
 
 
-def kernel_for(q_BTNH: jax.Array | jax.ShapeDtypeStruct) -> Kernel | None:
-    """The platform's kernel for queries of this shape and type, if it has one."""
-    kernel, fits = KERNELS.get(platform(), (None, None))
+def kernel_for(
+    q_BTNH: jax.Array | jax.ShapeDtypeStruct, deterministic: bool = False
+) -> Kernel | None:
+    """The platform's kernel for queries of this shape and type, if it has one.
+
+    A deterministic run on a GPU takes the form of a CPU, in blocks of queries by matrix products.
+    XLA compiles cuDNN's gradient with its flag for determinism, but cannot run it: it looks the
+    kernel up by another key than the one it was stored with (jax 0.11.2 on an H200;
+    github.com/openxla/xla/pull/46500).
+    """
+    kind = platform()
+    if deterministic and kind == "gpu":
+        kind = "cpu"
+    kernel, fits = KERNELS.get(kind, (None, None))
     if kernel is None or not fits(q_BTNH.shape[1], q_BTNH.shape[3], q_BTNH.dtype):
         return None
     return kernel
@@ -177,7 +179,7 @@ def fits_splash(n_tokens: int, width: int, dtype: jnp.dtype) -> bool:
 
 
 KERNELS = {
-    "cpu": (blockwise_attention.attend, blockwise_attention.fits),
+    "cpu": (blockwise_attention.by_blocks, blockwise_attention.fits),
     "gpu": (by_cudnn, fits_cudnn),
     "tpu": (by_splash, fits_splash),
 }

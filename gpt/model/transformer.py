@@ -23,9 +23,9 @@ from jax.sharding import Mesh
 
 from gpt.config import ModelConfig
 from gpt.errors import require
-from gpt.model import flash_attention
 from gpt.model import kv_cache as kv
-from gpt.model.attention import MASKED, Attend, Attention, Drop
+from gpt.model.attention import MASKED, Attend, Attention
+from gpt.model.flash_attention import fused_attention
 from gpt.model.int8 import Int8
 from gpt.model.layers import (
     MLP,
@@ -52,14 +52,6 @@ class Block(nnx.Module):
         self.mlp_norm = NORMS[config.norm](config, config.d_model)
         self.mlp = MLP(config, mlp_key)
 
-    def weights_drop(self, dropout_key_B: jax.Array | None) -> Drop | None:
-        """Dropout of attention weights; None where there is none, which a fused kernel needs."""
-        if dropout_key_B is None or self.dropout == 0:
-            return None
-        return functools.partial(
-            dropout, dropout_key_B=dropout_key_B, rate=self.dropout, site="attention_weights"
-        )
-
     def __call__(
         self,
         x_BTD: jax.Array,
@@ -69,8 +61,8 @@ class Block(nnx.Module):
         attend: Attend,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """The residual stream after this block, and the layer's keys and values, if kept."""
-        drop = self.weights_drop(dropout_key_B)
-        y_BTD, past = self.attention(self.attention_norm(x_BTD), past, positions, attend, drop)
+        y_BTD = self.attention_norm(x_BTD)
+        y_BTD, past = self.attention(y_BTD, past, dropout_key_B, positions, attend)
         x_BTD = x_BTD + dropout(y_BTD, dropout_key_B, self.dropout, site="attention")
         x_BTD = constrain(x_BTD, "batch", None, None)
 
@@ -83,17 +75,12 @@ class PostNormBlock(Block):
     """The norm after each sum (Vaswani et al. 2017, section 3.1)."""
 
     def __call__(self, x_BTD, past, dropout_key_B, positions, attend):
-        y_BTD, past = self.attention(
-            x_BTD, past, positions, attend, self.weights_drop(dropout_key_B)
-        )
-        x_BTD = self.attention_norm(
-            x_BTD + dropout(y_BTD, dropout_key_B, self.dropout, site="attention")
-        )
-        x_BTD = constrain(x_BTD, "batch", None, None)
+        y_BTD, past = self.attention(x_BTD, past, dropout_key_B, positions, attend)
+        y_BTD = dropout(y_BTD, dropout_key_B, self.dropout, site="attention")
+        x_BTD = constrain(self.attention_norm(x_BTD + y_BTD), "batch", None, None)
 
-        y_BTD = self.mlp(x_BTD)
-        x_BTD = self.mlp_norm(x_BTD + dropout(y_BTD, dropout_key_B, self.dropout, site="mlp"))
-        return constrain(x_BTD, "batch", None, None), past
+        y_BTD = dropout(self.mlp(x_BTD), dropout_key_B, self.dropout, site="mlp")
+        return constrain(self.mlp_norm(x_BTD + y_BTD), "batch", None, None), past
 
 
 BLOCKS = {"pre": Block, "post": PostNormBlock}
@@ -146,7 +133,7 @@ class GPT(nnx.Module):
         cache: kv.KVCache | None = None,
         *,
         dropout_key_B: jax.Array | None = None,
-        attend: Attend = flash_attention.attend,
+        attend: Attend = fused_attention,
         remat: str = "blocks",
         unroll: bool = False,
     ) -> tuple[jax.Array, kv.KVCache | None]:
@@ -350,12 +337,6 @@ def unstack(params: dict) -> dict:
         return jax.tree.map(lambda leaf: leaf[i], params["blocks"])
 
     return params | {"blocks": {i: layer(i) for i in range(n_layers)}}
-
-
-def stack(params: dict) -> dict:
-    """The inverse of `unstack`."""
-    layers = params["blocks"].values()
-    return params | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
 
 
 def require_fit(config: ModelConfig, mesh: Mesh, fsdp: bool = True) -> list[str]:

@@ -18,7 +18,7 @@ from gpt.config import ModelConfig
 from gpt.errors import require
 from gpt.model import kv_cache as kv
 from gpt.model import transformer
-from gpt.model.attention import attend
+from gpt.model.attention import plain_attention
 from gpt.sampling import engine, sampler
 from gpt.sampling.prompts import Prompt, read_prompt
 from gpt.sampling.sampler import SamplingParams
@@ -186,18 +186,18 @@ def forward_recording(config: ModelConfig, params: dict, cache: kv.KVCache, toke
     """The forward pass: the new cache, logits_BTV, and the arrays of every layer."""
     layers: list[dict] = []
 
-    def attend_recording(q_BTNH, k_BKSH, v_BKSH, pos_BT, _):
+    def recording_attention(q_BTNH, k_BKSH, v_BKSH, pos_BT, _):
         B, T, N, H = q_BTNH.shape
         K, S = k_BKSH.shape[1:3]
 
-        # `attend` hands its weights to the function that would apply dropout; this one keeps them.
+        # The weights are handed to the function that would apply dropout; this one keeps them.
         kept = []
 
         def keep(weights_BKGTS):
             kept.append(weights_BKGTS)
             return weights_BKGTS
 
-        mix_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, pos_BT, keep)
+        mix_BTNH = plain_attention(q_BTNH, k_BKSH, v_BKSH, pos_BT, keep)
         (weights_BKGTS,) = kept
         weights_BTKGS = weights_BKGTS.transpose(0, 3, 1, 2, 4)
 
@@ -217,7 +217,7 @@ def forward_recording(config: ModelConfig, params: dict, cache: kv.KVCache, toke
         return mix_BTNH
 
     model = transformer.bind(config, params)
-    x_BTD, cache = model.hidden(tokens_BT, cache, attend=attend_recording)
+    x_BTD, cache = model.hidden(tokens_BT, cache, attend=recording_attention)
     logits_BTV = model.unembed(x_BTD)
     arrays = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
     return cache.advanced(jnp.int32(tokens_BT.shape[1])), logits_BTV, arrays

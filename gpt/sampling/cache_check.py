@@ -81,9 +81,10 @@ class Probe:
         self.ragged_B = np.array(lengths, np.int32)
         self.steps = min(6, self.T - lengths[0])
 
-        self.logits_BTV = self.full_pass(attention.attend)
+        self.logits_BTV = self.full_pass(attention.plain_attention)
         exact = replace(self.config, compute_dtype="float32", cache_dtype="float32")
-        exact_BTV = np.asarray(forward(exact, self.params, self.tokens_BT, attend=attention.attend))
+        exact_BTV = forward(exact, self.params, self.tokens_BT, attend=attention.plain_attention)
+        exact_BTV = np.asarray(exact_BTV)
         has_int8 = any(leaf.dtype == np.int8 for leaf in jax.tree.leaves(self.params))
         tolerance = INT8_TOLERANCE if has_int8 else FLOAT32_TOLERANCE
         in_float32 = tolerance * max(1.0, float(exact_BTV.std()))
@@ -129,7 +130,7 @@ def check_causality(probe: Probe) -> Check:
     cut = probe.T // 2
     changed = probe.tokens_BT.copy()
     changed[:, cut:] = (changed[:, cut:] + 1) % probe.config.vocab_size
-    difference = probe.full_pass(attention.attend, changed) - probe.logits_BTV
+    difference = probe.full_pass(attention.plain_attention, changed) - probe.logits_BTV
     largest = np.abs(difference[:, :cut]).max(initial=0)
     return Check("no token sees its future", float(largest), 0.0)
 
@@ -224,7 +225,7 @@ def check_fused(model) -> Check | None:
     if T == 0 or flash_attention.kernel_for(queries) is None:
         return None
     probe = Probe(model, T)
-    difference = probe.full_pass(flash_attention.attend) - probe.logits_BTV
+    difference = probe.full_pass(flash_attention.fused_attention) - probe.logits_BTV
     return Check("fused attention equals plain attention", rms(difference), probe.allowed)
 
 

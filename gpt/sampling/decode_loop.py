@@ -6,7 +6,7 @@ body of the loop:
    with `token_B`, the token that each row drew last. It is not in the cache yet: that holds
    `length_B` tokens of each row, so this one stands at position `length_B`.
 2. In each layer (`loop_blocks`, `Block`), `Attention` computes the token's query, key and value.
-   `kv_cache.write` puts the key and the value at slot `length_B`, and `attend_token` mixes the
+   `kv_cache.write` puts the key and the value at slot `length_B`, and `decode_attention` mixes the
    values of all slots up to that one.
 3. `GPT.unembed` gives logits_BV of the next token, and `KVCache.advanced` adds 1 to the length of
    each row that still runs.

@@ -48,7 +48,7 @@ def prefill(config: ModelConfig, params: dict, tokens_BT: jax.Array, n_B: jax.Ar
     """
     empty = kv.empty(config, len(tokens_BT))
     model = transformer.bind(config, params)
-    x_BTD, cache = model.hidden(tokens_BT, empty, attend=flash_attention.attend_prompt)
+    x_BTD, cache = model.hidden(tokens_BT, empty, attend=flash_attention.prompt_attention)
     return cache.advanced(n_B), last_logits(model, x_BTD, n_B)
 
 
@@ -94,7 +94,7 @@ def decode_step(config: ModelConfig, params: dict, cache: kv.KVCache, token_B, r
     # reads its token twice; the second result is dropped, and its slot is overwritten.
     n_times = 2 if len(token_B) == 1 and platform() == "gpu" else 1
     tokens_BT = jnp.repeat(token_B[:, None], n_times, axis=1)
-    x_BTD, cache = model.hidden(tokens_BT, cache, attend=flash_attention.attend_token)
+    x_BTD, cache = model.hidden(tokens_BT, cache, attend=flash_attention.decode_attention)
     logits_BV = model.unembed(x_BTD)[:, 0]
     return cache.advanced(running_B.astype(jnp.int32)), logits_BV
 

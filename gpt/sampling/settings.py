@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gpt.errors import above_zero, check_names, check_numbers, not_negative, positive, require
+from gpt.errors import above_zero, check_fields, not_negative, positive, require
 
 MAX_TEMPERATURE = 1e30  # within float32; all tokens are equally likely long before
 Full = Literal["auto", "stop", "error", "slide"]
@@ -46,8 +46,7 @@ class Settings:
     less time (0: none)."""
 
     def __post_init__(self):
-        check_names(self)
-        check_numbers(self)
+        check_fields(self)
         positive("max_new_tokens", self.max_new_tokens)
         require(
             self.max_new_tokens < 2**31,

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from gpt.config import TrainConfig
 from gpt.data import batches
 from gpt.data.token_files import Tokens
-from gpt.training.loss import attend_of, sequence_losses
+from gpt.training.loss import attention_for, sequence_losses
 
 
 def eval_step(config: TrainConfig, params: dict, tokens_BU: jax.Array, weight_BT: jax.Array):
     """Summed loss in nats, and summed weight, of the targets of `tokens_BU`."""
-    losses_BT, *_ = sequence_losses(config.model, params, tokens_BU, attend=attend_of(config))
+    losses_BT, *_ = sequence_losses(config.model, params, tokens_BU, attend=attention_for(config))
     return jnp.sum(losses_BT * weight_BT), jnp.sum(weight_BT)
 
 

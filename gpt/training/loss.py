@@ -9,6 +9,7 @@ is reduced across devices once, and not once per chunk.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def hidden_states(
     tokens_BU: jax.Array,
     dropout_key_B: jax.Array | None = None,
     *,
-    attend: Attend = flash_attention.attend,
+    attend: Attend = flash_attention.fused_attention,
     remat: str = "blocks",
     unroll: bool = False,
 ) -> tuple[GPT, jax.Array, jax.Array]:
@@ -101,13 +102,11 @@ def hidden_states(
     return model, x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.ravel()
 
 
-def attend_of(config: TrainConfig) -> Attend:
+def attention_for(config: TrainConfig) -> Attend:
     """The attention that a run asks for."""
     if config.attention == "plain":
-        return attention.attend
-    if config.deterministic:
-        return flash_attention.attend_reproducibly
-    return flash_attention.attend
+        return attention.plain_attention
+    return partial(flash_attention.fused_attention, deterministic=config.deterministic)
 
 
 def sequence_losses(

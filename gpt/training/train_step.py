@@ -28,7 +28,7 @@ from gpt.errors import require
 from gpt.model import flash_attention, transformer
 from gpt.training import fused_loss, memory_plan
 from gpt.training.evaluation import eval_step
-from gpt.training.loss import add_regularizers, attend_of, hidden_states, sequence_losses
+from gpt.training.loss import add_regularizers, attention_for, hidden_states, sequence_losses
 from gpt.training.optimizer import make_optimizer, make_schedule
 from gpt.training.train_state import TrainState, abstract_state, shardings_of
 
@@ -154,7 +154,7 @@ def objective(
     """What training minimizes (see loss.add_regularizers) and the plain cross-entropy in nats, both
     means over the tokens. On a CPU by loss.py, in chunks of the vocabulary; elsewhere by
     fused_loss.py, in chunks of tokens."""
-    options = {"attend": attend_of(config), "remat": config.remat, "unroll": config.unroll}
+    options = {"attend": attention_for(config), "remat": config.remat, "unroll": config.unroll}
     if sharding.platform() != "cpu":
         model, x_MD, target_M = hidden_states(
             config.model, params, tokens_BU, dropout_key_B, **options

@@ -206,7 +206,7 @@ def test_tpus_send_what_is_predicted(tmp_path, sizes):
         (["--topology", "v5e:4x4"], "add --dry-run"),
         (["--dry-run", "--devices", "8", "--topology", "v5e:4x4"], "cannot be combined"),
         (["--dry-run", "--devices", "0"], "devices is 0: expected at least 1"),
-        (["--dry-run", "--devices", "8", "--data", "x"], "without reading text: drop --data"),
+        (["--dry-run", "--devices", "8", "--data", "x"], "a plan reads no text"),
         (["--dry-run", "--json", "plan.json"], "add --devices or --topology"),
         (["--dry-run", "--devices", "8", "--json", "none/plan.json"], "does not exist"),
     ],

@@ -34,7 +34,7 @@ def test_the_pencil_page_is_what_attention_computes(capsys):
     # Values that are rows of the identity matrix give the weights.
     parts = [jnp.eye(8)[None, None, :7, half : half + 4] for half in (0, 4)]
     query = names["q"][None, :, None]
-    outputs = [attention.attend(query, k_SH[None, None], part, None, None) for part in parts]
+    outputs = [attention.plain_attention(query, k_SH[None, None], part) for part in parts]
     weights_S = np.concatenate([output[0, 5, 0] for output in outputs])[:7]
 
     table = re.findall(r"^\| ([写代码的中年人]) \|(.*)\|$", GUIDE, re.MULTILINE)

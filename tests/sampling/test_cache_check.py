@@ -97,7 +97,7 @@ BUGS = {
     one_stale_slot: (kv_cache, "write", cache_check.check_cached),
     first_rows_length_for_all: (kv_cache.KVCache, "advanced", cache_check.check_ragged),
     mask_one_too_wide: (attention, "visible", cache_check.check_causality),
-    neighbour_leaks: (attention, "attend", cache_check.check_order),
+    neighbour_leaks: (attention, "plain_attention", cache_check.check_order),
     recompiling_setting: (generate, "decode_chunk", cache_check.check_programs),
     speculation_with_noise_of_the_next_position: (
         speculation,
@@ -119,7 +119,7 @@ def test_a_planted_bug_turns_its_check_red(bug, dtype, monkeypatch):
 def honest_kernel(q_BTNH, k_BKSH, v_BKSH):
     """Rounds in other places than the plain form, as a real kernel does."""
     q, k, v = (a.astype(jnp.float32) for a in (q_BTNH, k_BKSH, v_BKSH))
-    return attention.attend(q, k, v, None, None).astype(q_BTNH.dtype)
+    return attention.plain_attention(q, k, v).astype(q_BTNH.dtype)
 
 
 def test_the_fused_kernel_is_checked_where_there_is_one(monkeypatch):
