@@ -72,7 +72,7 @@ FAULTS = [
         ("growth", "(0, capacity - cache.capacity)", "(capacity - cache.capacity, 0)"),
         ("overflow", 'mode="drop"', 'mode="clip"'),
     ),
-    *faults_in("sampling/engine", "model/test_transformer sampling/test_generate",
+    *faults_in("sampling/engine", "sampling/test_generate",
         ("row that has ended", "running_B.astype(jnp.int32)), logits",
          "jnp.ones_like(token_B)), logits"),
         ("prompt in pieces", "jnp.where((more_B > 0)[:, None], after_BV, logits_BV)", "after_BV"),
