@@ -125,14 +125,21 @@ def planted(model, monkeypatch):
 
 
 def test_the_last_line_is_the_json_that_the_file_holds(planted, tmp_path, capsys):
-    """Each row is told on standard error too, after what is compiled for it."""
+    """Each row is told on standard error too, after what is compiled for it. int8 weights are
+    counted as such."""
     path = tmp_path / "result.json"
-    argv = ["--batch-sizes", "2", "--prompt-lengths", "32,20", "--new-tokens", "21"]
-    table, result, err = output(capsys, "--preset", "small", *argv, "--json", str(path))
+    argv = ["--preset", "small", "--quantize", "int8", "--batch-sizes", "2"]
+    argv += ["--prompt-lengths", "32,20", "--new-tokens", "21", "--json", str(path)]
+    table, result, err = output(capsys, *argv)
+    n_bytes = flops.weight_bytes(CONFIG, int8=True)
     assert result == json.loads(path.read_text()) and "incomplete" not in result
-    assert {"device", "jax", "model", "parameters", "weights", "weight_bytes"} <= set(result)
+    assert {"device", "jax", "model", "parameters"} <= set(result)
+    assert (result["weights"], result["weight_bytes"]) == ("int8", n_bytes)
+    assert f"{n_bytes / 1e3:.1f} kB of int8 weights" in table
     assert result["precision"] == "float32" and result["ceilings"] == CEILINGS
     assert [(c["batch"], c["prompt_length"]) for c in result["cells"]] == [(2, 20), (2, 32)]
+    n_bytes = result["cells"][0]["decode"]["bytes_per_step"]
+    assert n_bytes == flops.decode_bytes(CONFIG, 2, 29, int8=True)
     assert "batch 2, prompt 20: compiling prefill and decode\n" in err
     for cell in result["cells"]:
         assert f"{cell['prefill']['tokens_per_second']:,.0f}" in table
@@ -164,17 +171,6 @@ def test_a_benchmark_that_is_stopped_leaves_what_it_measured(planted, tmp_path, 
         bench.main(["--preset", "small", "--json", str(path)])
     left = json.loads(path.read_text())
     assert left["incomplete"] is True and [cell["batch"] for cell in left["cells"]] == [1]
-
-
-def test_int8_weights_are_counted_as_such(planted, capsys):
-    argv = ["--preset", "small", "--batch-sizes", "2", "--quantize", "int8"]
-    table, result, _ = output(capsys, *argv)
-    n_bytes = flops.weight_bytes(CONFIG, int8=True)
-    assert (result["weights"], result["weight_bytes"]) == ("int8", n_bytes)
-    assert f"{n_bytes / 1e3:.1f} kB of int8 weights" in table
-    (cell,) = result["cells"]
-    assert (cell["prompt_length"], cell["new_tokens"]) == (32, 32)
-    assert cell["decode"]["bytes_per_step"] == flops.decode_bytes(CONFIG, 2, 47, int8=True)
 
 
 def test_speculation_of_known_times(planted, tmp_path, monkeypatch, capsys):
