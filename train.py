@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     """From text to a trained model in `out`; the exit code."""
     from gpt import distributed, hardware, sharding
-    from gpt.training import auto_settings, resume, run_plan, verify
+    from gpt.training import auto_settings, resume, run_plan
     from gpt.training.run import Run, load_text
 
     dtype = hardware.default_dtype()  # before the text is read: there may be no device
@@ -43,29 +43,30 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
         # The devices, the settings that `auto` chooses for them, and whether the run is possible.
         mesh = sharding.make_mesh(args.config.mesh)
         config = auto_settings.complete_config(args, start, tokenizer.n_vocab, dtype, mesh)
-        run = Run(args, out, start, config, mesh, tokenizer, dataset, console, stop)
-        run.require_possible()
-        console.print(*run_plan.describe(config, mesh, dataset, run.minutes), sep="\n")
+        planned = Run(args, out, start, config, mesh, tokenizer, dataset, console, stop)
+        planned.require_possible()
+        console.print(*run_plan.describe(config, mesh, dataset, planned.minutes), sep="\n")
 
-    run.require_same_everywhere()
+    planned.require_same_everywhere()
     if args.dry_run:
         run_plan.print_memory(config, mesh, args.memory_bytes, console.print)
         console.print(f"dry run        nothing is written; the run would be in {out}")
         return 0
     if args.verify_resume:
-        return verify.verify_resume(run, fit, note_once)
+        from gpt.training import verify
+
+        return verify.verify_resume(planned, fit, note_once)
 
     # With --minutes a few steps that are thrown away show how many to make.
-    if run.minutes:
-        run = auto_settings.choose_steps_by_measuring(run)
+    run = auto_settings.settle_steps(planned)
     # Weights and optimizer state, on the mesh.
     state = resume.initial_state(run.config, mesh, start, note_once)
     if state.step < run.config.steps:
-        code = fit(run, state, run.config.steps)
+        fit(run, state, run.config.steps)
     else:
         steps = resume.describe_steps(run.config)
         console.print(f"complete       {steps}; to train longer: --resume {out} --extend STEPS")
-        code = run.finish()
+    code = run.finish()
     if code:
         console.print(
             f"stopped        to continue: {cli.command('train.py', '--resume', str(out))}"
@@ -74,31 +75,24 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     return code
 
 
-def fit(run: "Run", state: "TrainState", until: int) -> int:
-    """Train from `state` until step `until`, or until a signal; the exit code."""
+def fit(planned: "Run", state: "TrainState", until: int) -> None:
+    """Train from `state` until step `until` is saved, or until a signal."""
     from gpt.evaluate import in_training
-    from gpt.training import auto_settings
-    from gpt.training.evaluation import evaluate
+    from gpt.training import auto_settings, data_loader, evaluation
     from gpt.training.recorder import Recorder, is_due
 
-    first_step = int(state.step)
-    if first_step:
-        run.console.print(f"continues      from step {first_step:,}")
-
-    tasks = in_training.load_tasks(run)  # None without --eval-tasks
-
-    # Compiles gpt/training/train_step.py for the mesh. If a step takes more memory than there is,
-    # `auto` chooses again, so the run comes back with other settings.
-    run, train_step, eval_step = auto_settings.compile_run(run)
-    # From here on a signal no longer ends the run at once but after the next step.
-    run.stop.defer(first_step)
-    run.take_over_folder(first_step)  # not before: a refused run leaves it alone
+    tasks = in_training.load_tasks(planned)  # None without --eval-tasks
+    # If a step takes more memory than expected, `auto` chooses again: a run with other settings.
+    run, train_step, eval_step = auto_settings.compile_run(planned)
     config = run.config
+    first_step = int(state.step)
+    # Until here a signal ends the run at once, and its folder is as it was.
+    run.begin(first_step)
 
-    with Recorder(run, state, until) as recorder:
+    batches = data_loader.load_batches(config, run.mesh, run.dataset.train, first_step, until)
+    with Recorder(run, state) as recorder:
         recorder.try_save(state)
-        # Which tokens a batch has depends on the seed and the step alone: gpt/data/batches.py.
-        for step, batch in recorder.batches():
+        for step, batch in batches:
             state, metrics = train_step(state, batch)
             # Reads the previous step's numbers while the device computes this one.
             recorder.note_step(step, state, metrics)
@@ -117,7 +111,9 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
 
             val_loss = None
             if evaluates or (saves and config.keep_best):
-                val_loss, bits_per_byte = evaluate(config, weights, eval_step, run.dataset.val)
+                val_loss, bits_per_byte = evaluation.evaluate(
+                    config, weights, eval_step, run.dataset.val
+                )
                 recorder.log.evaluation(step, val_loss, bits_per_byte)
             if ending or saves:
                 recorder.save(step, state, val_loss, wait=ending)
@@ -129,7 +125,7 @@ def fit(run: "Run", state: "TrainState", until: int) -> int:
                     recorder.log.sample(step, in_training.write_sample(run, weights))
             if ending:
                 break
-    return run.finish()
+            recorder.log.timer.skip_until_now()
 
 
 def main(argv: list[str]) -> int:

@@ -90,7 +90,7 @@ def training_step(command: Command):
     from gpt.bench.measure import random_batch
     from gpt.config import ONE_DEVICE
     from gpt.presets import preset
-    from gpt.training import train_state, train_step
+    from gpt.training import step_functions, train_state
 
     config = preset(command.preset)
     config = dataclasses.replace(
@@ -103,7 +103,7 @@ def training_step(command: Command):
         unroll=command.remat == "none",
     )
     mesh = sharding.make_decoding_mesh(ONE_DEVICE)
-    step = train_step.compile_train_step(config, mesh)
+    step = step_functions.compile_train_step(config, mesh)
     state = train_state.make_state(config, mesh)
     tokens_ABU = random_batch(config, mesh)
 

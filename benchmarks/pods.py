@@ -30,7 +30,7 @@ from gpt.errors import is_out_of_memory, require  # noqa: E402
 from gpt.plan import absent, devices, programs  # noqa: E402
 from gpt.plan.programs import PlannedProgram  # noqa: E402
 from gpt.presets import PRESETS  # noqa: E402
-from gpt.training import memory_plan, train_step  # noqa: E402
+from gpt.training import memory_plan, step_functions  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "pods.json"
 SLICES = {8: "v5e:2x4", 64: "v5e:8x8", 256: "v5e:16x16"}
@@ -112,7 +112,7 @@ def measure(row: str) -> dict:
     config = dataclasses.replace(MODELS[model], tokenizer="char")
     config = absent.completed(config, "bfloat16")
     config = memory_plan.resolve_auto(config, training, chip.usable_bytes)
-    train_step.require_fit(config, training)
+    step_functions.require_fit(config, training)
     train, *_ = programs.planned(config, training)
     _, prefill, decode, _ = programs.planned(config, sampling)
 

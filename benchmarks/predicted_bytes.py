@@ -20,7 +20,7 @@ from gpt import sharding
 from gpt.config import ModelConfig, TrainConfig
 from gpt.flops import ITEM_BYTES
 from gpt.model import transformer
-from gpt.training import train_step
+from gpt.training import step_functions
 from gpt.training.loss import KEPT_LOGITS, count_chunks
 
 Row = tuple[str, tuple[str, ...]]
@@ -87,7 +87,7 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
 
     # Over data gradients move once, added up over all micro-batches, or in each of them.
     platform = "tpu" if tpu else "cpu"
-    reduces_once = train_step.reduces_over_data_once(config, mesh.shape, platform)
+    reduces_once = step_functions.reduces_over_data_once(config, mesh.shape, platform)
     data, batch = ("data",), BATCH
     if reduces_once:
         data, batch = (), ("fsdp",)

@@ -19,15 +19,14 @@ from gpt.errors import require
 AXES = ("data", "fsdp", "tensor")
 RULES = {
     "batch": ("data", "fsdp"),
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
 }
-DECODING_RULES = RULES | {
-    "embed": None
-}  # weights gathered at each step would cost more than the step
+# Weights gathered at each decode step would cost more than the step.
+DECODING_RULES = RULES | {"embed": ()}
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
@@ -68,20 +67,14 @@ def on_mesh(mesh: Mesh | None) -> Iterator[None]:
         yield
 
 
-def spec(*axes: str | None, rules: dict = RULES) -> PartitionSpec:
-    """The partition of an array whose axes bear these names (None: not split)."""
-    return PartitionSpec(*(rules.get(axis) for axis in axes))
-
-
 def fitting(mesh, shape: tuple[int, ...], axes: tuple, rules: dict = RULES) -> PartitionSpec:
-    """As `spec`, for an array of that shape on that mesh: split only where it divides, and over
-    axes that no `shard_map` has split already."""
+    """The partition of an array of that shape whose axes bear these names (None: not split): split
+    only where it divides, and over axes of the mesh that no `shard_map` has split already."""
     kept = []
-    for size, names in zip(shape, spec(*axes, rules=rules), strict=True):
-        mesh_axes = () if names is None else np.atleast_1d(names)
-        mesh_axes = tuple(str(axis) for axis in mesh_axes if axis not in mesh.manual_axes)
-        n_parts = math.prod(mesh.shape[axis] for axis in mesh_axes)
-        kept.append(mesh_axes if mesh_axes and size % n_parts == 0 else None)
+    for size, axis in zip(shape, axes, strict=True):
+        names = tuple(name for name in rules.get(axis, ()) if name not in mesh.manual_axes)
+        n_parts = math.prod(mesh.shape[name] for name in names)
+        kept.append(names if names and size % n_parts == 0 else None)
     return PartitionSpec(*kept)
 
 
@@ -100,9 +93,7 @@ def split_over(axis: str) -> tuple[str, ...]:
     mesh = mesh_in_force()
     if mesh is None:
         return ()
-    names = RULES[axis]
-    names = (names,) if isinstance(names, str) else names
-    return tuple(name for name in names if name in mesh.auto_axes)
+    return tuple(name for name in RULES[axis] if name in mesh.auto_axes)
 
 
 def count_parts(axis: str) -> int:
@@ -138,7 +129,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """The sharding of a batch whose rows lie along `axis`."""
-    return NamedSharding(mesh, spec(*[None] * axis, "batch"))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES["batch"]))
 
 
 def state_shardings(mesh: Mesh, axes: dict, state, rules: dict = RULES):

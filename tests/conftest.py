@@ -110,6 +110,28 @@ def watch(monkeypatch):
 
 
 @pytest.fixture
+def before_step(monkeypatch):
+    """before_step(action): runs call action(step, state) before each step, counted from 1."""
+    import programs  # which keeps the steps that it has compiled
+
+    honest = programs.step_functions.compile_steps
+
+    def plan(action):
+        def compile_steps(config, mesh):
+            train_step, eval_step = honest(config, mesh)
+
+            def watched(state, tokens):
+                action(int(state.step) + 1, state)
+                return train_step(state, tokens)
+
+            return watched, eval_step
+
+        monkeypatch.setattr(programs.step_functions, "compile_steps", compile_steps)
+
+    return plan
+
+
+@pytest.fixture
 def finished(trained, tmp_path):
     """A finished run of one's own."""
     return shutil.copytree(trained[1], tmp_path / "run")

@@ -9,16 +9,13 @@ import json
 import math
 import sys
 from dataclasses import replace
-from functools import partial
 
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # compiling is all that takes time
 
-import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-import optax  # noqa: E402
 from byte_models import LETTERS, weights  # noqa: E402
 from programs import TINY, call, keep_compiled  # noqa: E402
 
@@ -30,9 +27,7 @@ from gpt.model import transformer  # noqa: E402
 from gpt.sampling import beam_search, cache_check, generate  # noqa: E402
 from gpt.sampling.language_model import LanguageModel  # noqa: E402
 from gpt.sampling.settings import Settings  # noqa: E402
-from gpt.training import train_state, train_step  # noqa: E402
-from gpt.training.optimizer import make_optimizer  # noqa: E402
-from gpt.training.train_step import objective  # noqa: E402
+from gpt.training import step_functions, train_state  # noqa: E402
 
 MESHES = {
     "one": (1, 1, 1),
@@ -90,8 +85,8 @@ def train(name: str, n_kv_heads: int | None = None) -> dict:
     mesh = make_mesh(name)
     model = replace(MODEL, n_kv_heads=n_kv_heads)
     config = replace(CONFIG, model=model, mesh=MeshConfig(*MESHES[name]))
-    notes = train_step.require_fit(config, mesh)
-    step, eval_step = train_step.compile_steps(config, mesh)
+    notes = step_functions.require_fit(config, mesh)
+    step, eval_step = step_functions.compile_steps(config, mesh)
     state = train_state.make_state(config, mesh)
     losses = []
     for n in range(20):
@@ -106,34 +101,6 @@ def train(name: str, n_kv_heads: int | None = None) -> dict:
         "evaluation": float(total),
         "arrays": layout((state.params, state.opt_state)),
     }
-
-
-def train_by_pmap() -> dict:
-    """The same losses by data parallelism as it was once written: the oracle of the axis `data`.
-
-    Every device keeps all weights, takes its rows of the batch, and averages gradients with the
-    others (Dean et al. 2012, synchronous).
-    """
-    optimizer, params = make_optimizer(CONFIG), train_state.fresh_state(CONFIG).params
-
-    @partial(jax.pmap, axis_name="devices")
-    def update(params, moments, tokens_BU, dropout_key_B):
-        gradient = jax.value_and_grad(partial(objective, CONFIG), has_aux=True)
-        (_, loss), grads = gradient(params, tokens_BU, dropout_key_B)
-        loss, grads = jax.lax.pmean((loss, grads), "devices")
-        updates, moments = optimizer.update(grads, moments, params)
-        return optax.apply_updates(params, updates), moments, loss
-
-    def copied(tree):
-        return jax.tree.map(lambda a: jnp.broadcast_to(a, (8, *a.shape)), tree)
-
-    params, moments = copied(params), copied(optimizer.init(params))
-    losses = []
-    for n in range(20):
-        dropout_key_AB = train_step.dropout_keys(CONFIG, jnp.int32(n), 2, 8)
-        params, moments, loss = update(params, moments, tokens(n).swapaxes(0, 1), dropout_key_AB.T)
-        losses.append(float(loss[0]))
-    return {"losses": losses}
 
 
 # Sampling, searching and scoring.
@@ -188,7 +155,7 @@ def sample(name: str, checked: bool = False) -> dict:
     return found
 
 
-TASKS = {task.__name__: task for task in (run, train, train_by_pmap, sample)}
+TASKS = {task.__name__: task for task in (run, train, sample)}
 
 if __name__ == "__main__":
     keep_compiled()

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from gpt import checkpoint, cli, distributed, hardware
-from gpt.training import step_timer, train_step
+from gpt.training import step_functions, step_timer
 
 ROOT = Path(__file__).parent.parent
 SHAPE = [
@@ -79,7 +80,7 @@ NOT_COMPILED = {
     "keep_going": False,
     "max_bad_steps": 1,
 }
-compile_steps_anew = functools.cache(train_step.compile_steps)
+compile_steps_anew = functools.cache(step_functions.compile_steps)
 
 
 def compile_steps(config, mesh):
@@ -87,7 +88,7 @@ def compile_steps(config, mesh):
     return compile_steps_anew(dataclasses.replace(config, **NOT_COMPILED), mesh)
 
 
-train_step.compile_steps = compile_steps
+step_functions.compile_steps = compile_steps
 
 
 def call(name: str, *argv) -> Done:
@@ -116,6 +117,12 @@ def run_python(*words, **environment: str) -> subprocess.CompletedProcess:
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
 
 
 def succeed(name: str, *argv) -> Done:

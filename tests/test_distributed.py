@@ -4,7 +4,7 @@ import io
 
 import jax
 import pytest
-from programs import run_python
+from programs import free_port, run_python
 
 from gpt import distributed
 from gpt.distributed import connect, find_cluster
@@ -99,12 +99,6 @@ cli.run(lambda _: distributed.connect(processes, {}, lambda line: print(line, fi
 """
 
 
-def free_port() -> int:
-    with distributed.socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
-
-
 def test_if_the_others_never_come_the_first_says_so_at_once_and_ends_with_one_error():
     port = free_port()
     done = run_python("-c", NEVER_COME, port, 0)
@@ -133,12 +127,9 @@ def test_a_taken_port_and_an_unknown_host_are_refused():
     ("flags", "reason"),
     [
         ({"coordinator": "localhost:1234"}, "belong together"),
-        ({"num_processes": 2}, "belong together"),
         ({"process_id": 0, "num_processes": 2}, "belong together"),
         ({"num_processes": 0}, "num_processes is 0: expected at least 1"),
-        ({"heartbeat": 0}, "heartbeat is 0: expected at least 1"),
         ({"coordinator": "h:1", "num_processes": 2, "process_id": 2}, "expected 0 to 1"),
-        ({"coordinator": "h", "num_processes": 2, "process_id": 1}, "HOST:PORT"),
         ({"coordinator": "h:x", "num_processes": 2, "process_id": 1}, "HOST:PORT"),
     ],
 )

@@ -76,13 +76,6 @@ def test_every_mesh_trains_as_one_device(n_kv_heads):
 
 
 @pytest.mark.slow
-def test_the_data_axis_is_the_data_parallelism_of_pmap():
-    """With dropout and two micro-batches, which pmap's devices take as one."""
-    data, pmap = on_eight(("train", "data"), ("train_by_pmap",))
-    assert np.allclose(data["losses"], pmap["losses"], rtol=1e-5, atol=0)
-
-
-@pytest.mark.slow
 def test_five_hundred_steps_end(text, tmp_path):
     """Two steps in flight, evaluations and checkpoints between: no collective waits for another."""
     flags = ["--steps", "500", "--save-every", "500", "--eval-every", "100", "--sample-every", "0"]

@@ -4,13 +4,12 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
-from programs import ROOT, TINY, arrays, read_lines, same_losses, succeed
+from programs import ROOT, TINY, arrays, free_port, read_lines, same_losses, succeed
 
 from gpt import checkpoint
 from gpt.training.metrics import read_metrics
@@ -26,12 +25,6 @@ class Trainer(subprocess.Popen):
     """One process of a run, and what it has said when it has ended."""
 
     err = ""
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
 
 
 @contextlib.contextmanager

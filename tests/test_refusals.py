@@ -24,6 +24,7 @@ from gpt.training import resume
 TRAIN = {
     "text that cannot be read": (["--data", "gone.txt"], "gone.txt does not exist"),
     "a setting": (["--steps", "-3"], "steps is -3: expected at least 1"),
+    "too short a proof": (["--verify-resume", "--steps", "1"], "it needs --steps 2 or more"),
     "no path at all": (["--data"], "--data needs at least one path"),
     "an empty path": (["--data", ""], "a flag has an empty value"),
     "an empty folder": (["--out="], "--out= has an empty value"),

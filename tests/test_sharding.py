@@ -11,7 +11,7 @@ from gpt.checkpoint import named_leaves
 from gpt.config import MeshConfig, ModelConfig, TrainConfig
 from gpt.errors import UserError
 from gpt.model import transformer
-from gpt.training import train_state, train_step
+from gpt.training import step_functions, train_state
 
 MODEL = ModelConfig(300, context_length=16, n_layers=2, n_heads=4, d_model=32)
 CONFIG = TrainConfig(model=MODEL, ema_decay=0.9)
@@ -88,4 +88,4 @@ def test_what_does_not_divide_is_refused():
             transformer.require_fit(MODEL, mesh_of(*sizes))
     config = TrainConfig(batch_size=8, grad_accum=8)
     with pytest.raises(UserError, match=r"a micro-batch of 1 sequences .* among 4 devices"):
-        train_step.require_fit(config, mesh_of(2, 2, 2))
+        step_functions.require_fit(config, mesh_of(2, 2, 2))

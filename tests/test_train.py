@@ -5,10 +5,7 @@ import itertools
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-import time
 from types import SimpleNamespace
 
 import jax
@@ -16,7 +13,6 @@ import numpy as np
 import pytest
 from programs import (
     EVERY,
-    ROOT,
     SHAPE,
     STEPS,
     TIMINGS,
@@ -39,38 +35,10 @@ from gpt.data import tokenizers
 from gpt.errors import UserError
 from gpt.presets import PRESETS
 from gpt.sampling.language_model import load
-from gpt.training import auto_settings, resume, run_plan, train_state, train_step
+from gpt.training import auto_settings, resume, run_plan, step_functions, train_state
 from gpt.training.metrics import read_metrics
 
-
-@pytest.fixture
-def interrupt(monkeypatch):
-    """Have something happen in the middle of a run: interrupt(at_step, action)."""
-    honest = train_step.compile_steps
-
-    def plan(at: int, action):
-        def compile_steps(config, mesh):
-            train_step, eval_step = honest(config, mesh)
-
-            def watched(state, tokens):
-                if int(state.step) + 1 == at:
-                    action()
-                return train_step(state, tokens)
-
-            return watched, eval_step
-
-        monkeypatch.setattr(train_step, "compile_steps", compile_steps)
-
-    yield plan
-    monkeypatch.setattr(train_step, "compile_steps", honest)
-
-
 # What a run leaves.
-
-
-def sample_command(folder):
-    """The command that a run ends with, wherever the environment lies."""
-    return cli.command("sample.py", str(folder), "--prompt", "TEXT") + "\n"
 
 
 def test_a_run_leaves_what_the_next_command_needs(trained):
@@ -81,7 +49,7 @@ def test_a_run_leaves_what_the_next_command_needs(trained):
     assert checkpoint.saved_steps(folder) == [8, 12]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert tokenizers.load(folder / "tokenizer.json").name == "byte"
-    assert sample_command(folder) in done.err
+    assert cli.command("sample.py", str(folder), "--prompt", "TEXT") + "\n" in done.err
     assert done.err.count("--- sample ---") == 2  # after step 7, and at the end
     assert done.out == ""
     losses = [line["loss"] for line in read_lines(folder) if "loss" in line]
@@ -93,12 +61,7 @@ def test_metrics_have_the_fields_that_others_read(trained):
     training = [line for line in lines if "loss" in line]
     evaluation = [line for line in lines if "val_loss" in line]
     fields = {"step", "loss", "learning_rate", "grad_norm", "tokens", *TIMINGS}
-    for line in training:
-        assert fields <= line.keys() and 0 < line["mfu"] < 1
-        assert 0 < line["step_seconds_p50"] <= line["step_seconds_p90"] <= line["step_seconds_p99"]
-    (told,) = [x for x in trained[0].err.splitlines() if x.startswith("step time")]
-    for words in ("p50", "p99", "of the measured peak", "as PaLM and nanoGPT count attention"):
-        assert words in told
+    assert all(fields <= line.keys() and 0 < line["mfu"] < 1 for line in training)
     assert all({"step", "val_loss", "val_bits_per_byte"} <= line.keys() for line in evaluation)
     assert [line["step"] for line in training] == list(range(1, 13))
     assert [line["step"] for line in evaluation] == [4, 5, 8, 10, 12]  # and at saves
@@ -130,63 +93,39 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(text, trained, tmp_path, m
 # Continuing.
 
 
-def test_a_crashed_run_continues_to_the_bit(text, trained, tmp_path, interrupt):
+def test_a_crashed_run_continues_to_the_bit(text, trained, tmp_path, before_step):
     """From the checkpoint of step 8; the lines of 9 and 10 are written anew."""
 
-    def crash():
-        raise RuntimeError("the power went")
+    def crash(step, state):
+        if step == 11:
+            raise RuntimeError("the power went")
 
     argv = [*TINY, "--data", text, "--out", tmp_path / "run"]
-    interrupt(11, crash)
+    before_step(crash)
     with pytest.raises(RuntimeError, match="the power went"):
         call("train", *argv)
     assert checkpoint.saved_steps(tmp_path / "run") == [4, 8]
     assert read_lines(tmp_path / "run")[-1]["step"] > 8
-    interrupt(0, None)
+    before_step(lambda *_: None)
     succeed("train", *argv)
     assert same_bits(arrays(tmp_path / "run", 12), arrays(trained[1], 12))
     assert read_lines(tmp_path / "run") == read_lines(trained[1])
 
 
-def test_a_real_process_saves_before_it_leaves(text, tmp_path):
-    argv = [*SHAPE, "--steps", "1000000", "--log-every", "1", "--data", text, "--out", tmp_path]
-    argv += ["--save-every", "1000000", "--eval-every", "1000000", "--sample-every", "0"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *map(str, argv)], stderr=subprocess.PIPE, text=True
-    )
-    try:
-        metrics, waited = tmp_path / "metrics.jsonl", time.monotonic() + 120
-        while not (metrics.exists() and metrics.stat().st_size):
-            assert process.poll() is None and time.monotonic() < waited
-            time.sleep(0.05)
-        process.terminate()
-        _, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 143 and "Traceback" not in err
-    (saved,) = checkpoint.saved_steps(tmp_path)
-    assert read_lines(tmp_path)[-1]["step"] == saved > 0
-
-
-def test_a_run_is_resumed_by_its_folder_alone(text, trained, finished):
+def test_a_run_is_resumed_by_its_folder_alone(trained, finished, monkeypatch):
     """Settings and text are its own; what changes no result may be changed."""
-    shutil.rmtree(checkpoint.step_dir(finished, 12))
-    done = call("train", "--resume", finished, "--log-every", "2", "--mesh.fsdp", "1")
-    assert done.code == 0 and "continues      from step 8" in done.err, done.err
-    assert same_bits(arrays(finished, 12), arrays(trained[1], 12))
-    assert read_lines(finished)[-1] == read_lines(trained[1])[-1]
-    assert checkpoint.read_metadata(finished, 12)["model"]["compute_dtype"] is None  # still open
-
-
-def test_a_deterministic_run_stays_so(finished, text, monkeypatch):
-    """Resumed, as it was saved. It may also be asked for later: nothing else changes."""
     asked = []
     monkeypatch.setattr(cli, "make_deterministic", lambda: asked.append(True))
     shutil.rmtree(checkpoint.step_dir(finished, 12))
-    done = call("train", *TINY, "--data", text, "--out", finished, "--deterministic")
-    assert done.code == 0 and "the same from run to run without this flag" in done.err, done.err
+    changed = ["--log-every", "2", "--mesh.fsdp", "1", "--deterministic"]
+    done = succeed("train", "--resume", finished, *changed)
+    assert "continues      from step 8" in done.err
+    assert "the same from run to run without this flag" in done.err
+    assert same_bits(arrays(finished, 12), arrays(trained[1], 12))
+    assert read_lines(finished)[-1] == read_lines(trained[1])[-1]
+    assert checkpoint.read_metadata(finished, 12)["model"]["compute_dtype"] is None  # still open
     succeed("train", "--resume", finished, "--extend", "1")
-    assert asked == [True, True]
+    assert asked == [True, True]  # the second time as it was saved
 
 
 def test_what_a_run_does_beside_training_is_resumed_too(finished, monkeypatch):
@@ -236,7 +175,7 @@ def test_the_same_command_on_a_finished_run(text, finished):
     before = snapshot(finished)
     (finished / "loss.png").unlink()
     done = call("train", *TINY, "--data", text, "--out", finished)
-    assert done.code == 0 and "complete" in done.err and sample_command(finished) in done.err
+    assert done.code == 0 and "complete" in done.err and "sample it" in done.err
     assert snapshot(finished) == before and "best validation" not in done.err
 
     # Had it been better before, it would say so.
@@ -266,11 +205,8 @@ def test_minutes_settle_the_steps_and_the_schedule(text, tmp_path, monkeypatch):
         assert call("train", *flags).code == 2
 
 
-def test_changed_settings_or_data_are_refused_with_the_differences(text, finished, tmp_path):
+def test_changed_settings_are_refused_with_the_differences(text, finished):
     before = snapshot(finished)
-    other = write_text(tmp_path / "text.txt", seed=1)
-    argv = [*TINY, "--data", other, "--out", finished]
-    refuse("--data: the run was trained on different text", "train", *argv)
     changed = ["--learning-rate", "2e-3", "--tokenizer", "char", "--seq-len", "8"]
     done = call("train", *TINY, *changed, "--data", text, "--out", finished)
     assert done.code == 2
@@ -287,9 +223,10 @@ def test_only_what_changes_no_result_may_differ(trained):
     about = checkpoint.read_metadata(trained[1], 12)
     config = from_json(TrainConfig, about["train"])
     replace = dataclasses.replace
-    may = replace(config, log_every=3, eval_tokens=64, grad_accum=1, mesh=MeshConfig(fsdp=2))
+    may = replace(config, log_every=3, grad_accum=1, mesh=MeshConfig(fsdp=2))
     assert resume.differences(about["train"], may, 12) == []
-    for name, value in {"steps": 24, "batch_size": 8, "dtype": "bfloat16", "seed": 7}.items():
+    # Other tokens of an evaluation have another loss, by which the best checkpoint is chosen.
+    for name, value in {"steps": 24, "batch_size": 8, "eval_tokens": 64, "seed": 7}.items():
         (line,) = resume.differences(about["train"], replace(config, **{name: value}), 12)
         assert line.startswith(f"{name}: the run has ")
 
@@ -305,10 +242,10 @@ def test_only_what_changes_no_result_may_differ(trained):
     assert changed == ["clip_norm: the run has 1.0, you asked for 0.5"]
 
 
-def test_overwrite_starts_afresh_and_removes_only_what_a_run_wrote(text, finished, interrupt):
+def test_overwrite_starts_afresh_and_removes_only_what_a_run_wrote(text, finished, before_step):
     for place in (finished, finished / "checkpoints"):
         (place / "notes.txt").write_text("mine")
-    interrupt(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    before_step(lambda step, _: step == 3 and os.kill(os.getpid(), signal.SIGTERM))
     done = call("train", *TINY, "--data", text, "--out", finished, "--overwrite")
     assert done.code == 143, done.err
     assert checkpoint.saved_steps(finished) == [3]
@@ -323,7 +260,7 @@ def test_overwrite_removes_nothing_when_it_is_refused(text, finished, tmp_path, 
     def compile_steps(config, mesh):
         raise UserError("out of memory: a step takes 2 GiB")
 
-    monkeypatch.setattr(train_step, "compile_steps", compile_steps)
+    monkeypatch.setattr(step_functions, "compile_steps", compile_steps)
     before = snapshot(tmp_path)
     for words, *more in (
         ("--seq-len 100000", "--data", text, "--seq-len", "100000"),
@@ -345,8 +282,10 @@ def verify(text, tmp_path, monkeypatch):
     return [*TINY, "--ema-decay", "0.9", "--data", text, "--verify-resume", "--out"]
 
 
-def test_a_stopped_run_is_proven_to_equal_one_that_is_not(verify, tmp_path):
-    done = succeed("train", *verify, tmp_path / "run")
+def test_a_stopped_run_is_proven_to_equal_one_that_is_not(verify, trained, tmp_path):
+    """Beside a run that is there, which is left alone."""
+    before = snapshot(trained[1])
+    done = succeed("train", *verify, trained[1])
     compared = [line for line in done.err.splitlines() if line.startswith("compared")]
     assert all(line.endswith("equal to the bit") for line in compared)
     parts = [line.removeprefix("compared").strip().split(",")[0] for line in compared]
@@ -354,7 +293,7 @@ def test_a_stopped_run_is_proven_to_equal_one_that_is_not(verify, tmp_path):
     assert "metrics, 8 lines" in compared[-1]
     assert "grad_norm" in compared[-1] and "val_loss" in compared[-1]
     assert "verified       3 steps, a stop and 3 more equal 6 steps at once" in done.err
-    assert snapshot(tmp_path) == {}
+    assert snapshot(tmp_path) == {} and snapshot(trained[1]) == before
 
 
 def test_what_a_stop_loses_is_noticed(verify, tmp_path, monkeypatch):
@@ -371,13 +310,6 @@ def test_what_a_stop_loses_is_noticed(verify, tmp_path, monkeypatch):
     assert done.code == 1
     assert "NOT verified" in done.err and "differs, " in done.err and "Traceback" not in done.err
     assert snapshot(tmp_path) == {}
-
-
-def test_a_proof_does_not_touch_a_run_that_is_there(trained, verify, monkeypatch):
-    before = snapshot(trained[1])
-    monkeypatch.setattr(train_step, "compile_steps", lambda *_: pytest.fail("it is refused before"))
-    refuse("--steps 2 or more", "train", *verify, trained[1], "--steps", "1")
-    assert snapshot(trained[1]) == before
 
 
 # The average, and weights of another run.
@@ -440,11 +372,3 @@ def test_model_flags_win_over_the_other_run_even_with_the_value_of_the_preset(tr
     assert (model.dropout, model.n_heads, model.bias) == (preset.dropout, preset.n_heads, False)
     assert (model.n_layers, model.d_model, model.context_length) == (2, 16, 16)
     assert model.compute_dtype == preset.compute_dtype
-
-
-def test_init_from_another_shape_lists_the_shapes(text, trained, tmp_path):
-    argv = [*TINY, "--model.d-model", "32", "--data", text, "--init-from", trained[1]]
-    done = call("train", *argv, "--out", tmp_path / "run")
-    assert done.code == 2
-    assert "\n  tokens: stored (384, 16), expected (384, 32)\n" in done.err
-    assert snapshot(tmp_path) == {}

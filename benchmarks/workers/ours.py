@@ -28,7 +28,7 @@ from gpt.config import ONE_DEVICE  # noqa: E402
 from gpt.model import int8, transformer  # noqa: E402
 from gpt.presets import preset  # noqa: E402
 from gpt.sampling.language_model import LanguageModel  # noqa: E402
-from gpt.training import train_state, train_step  # noqa: E402
+from gpt.training import step_functions, train_state  # noqa: E402
 
 SEQ_LEN = {"gpt2": 256, "shakespeare-char": 64}  # others: the preset's
 STEPS_PER_TURN = {"gpt2": 1}  # others: 20
@@ -47,7 +47,7 @@ def train(name: str, batch: int) -> None:
         grad_accum=1,
     )
     mesh = sharding.make_decoding_mesh(ONE_DEVICE)
-    step, _ = train_step.compile_steps(config, mesh)
+    step, _ = step_functions.compile_steps(config, mesh)
     state = train_state.make_state(config, mesh)
     tokens = random_batch(config, mesh)
     n_steps = STEPS_PER_TURN.get(name, 20)

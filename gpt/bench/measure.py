@@ -30,7 +30,7 @@ from gpt.sampling.language_model import LanguageModel
 from gpt.sampling.prompts import pad_prompts
 from gpt.sampling.sampler import sampling_params
 from gpt.sampling.settings import Settings
-from gpt.training import train_state, train_step
+from gpt.training import step_functions, train_state
 from gpt.wording import counted
 
 NO_EOT = -1  # no token ends a row: every repeat does the same work
@@ -268,10 +268,10 @@ def random_batch(config: TrainConfig, mesh: Mesh) -> jax.Array:
 
 def measure_train_step(config: TrainConfig, mesh: Mesh, repeats: int, ceilings: dict) -> dict:
     """The figures of one batch size as JSON values: medians of `repeats` repeats."""
-    train_step.require_fit(config, mesh)
+    step_functions.require_fit(config, mesh)
     compiling = Stopwatch()
     with compiling:
-        step, _ = train_step.compile_steps(config, mesh)
+        step, _ = step_functions.compile_steps(config, mesh)
         state = train_state.make_state(config, mesh)
         tokens_ABU = random_batch(config, mesh)
 

@@ -17,7 +17,7 @@ from gpt.data import tokenizers
 from gpt.errors import is_out_of_memory
 from gpt.plan import collectives, devices, kernels, program_text, programs
 from gpt.plan.devices import Chip
-from gpt.training import memory_plan, run_plan, train_state, train_step
+from gpt.training import memory_plan, run_plan, step_functions, train_state
 from gpt.training.metrics import make_console
 from gpt.wording import counted
 
@@ -45,7 +45,7 @@ def print_plan(args) -> int:
     mesh = sharding.make_mesh(args.config.mesh, found)
     config = completed(args.config, "bfloat16" if chip else "float32")
     config = memory_plan.resolve_auto(config, mesh, limit or math.inf)
-    notes = train_step.require_fit(config, mesh)
+    notes = step_functions.require_fit(config, mesh)
 
     # The run, and the arrays that each device keeps.
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())

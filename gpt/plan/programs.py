@@ -19,7 +19,7 @@ from gpt.sampling import decode_loop, engine, generate, sampler
 from gpt.sampling.decode_loop import DecodeState
 from gpt.sampling.sampler import SamplingParams
 from gpt.sampling.settings import Settings
-from gpt.training import train_step
+from gpt.training import step_functions
 
 ROWS = 8  # sampled together on each part of the batch axes
 
@@ -65,7 +65,7 @@ def planned(config: TrainConfig, mesh: Mesh) -> list[PlannedProgram]:
     )
     return [
         PlannedProgram(
-            "training step", partial(train_step.compile_train_step, config, mesh), train_flops
+            "training step", partial(step_functions.compile_train_step, config, mesh), train_flops
         ),
         PlannedProgram("prefill", prefill, prefill_flops),
         PlannedProgram("decode step", decode, decode_flops, decode_bytes),

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from gpt.compile_log import Stopwatch
 from gpt.config import AUTO, TrainConfig, from_json
 from gpt.errors import UserError, is_out_of_memory
-from gpt.training import memory_plan, train_step
-from gpt.training.recorder import read_batch
+from gpt.training import memory_plan, step_functions
+from gpt.training.data_loader import load_batch
 from gpt.training.resume import StartingPoint, initial_state
 from gpt.training.run import Run, require_same_choices
 from gpt.training.run_plan import describe_length
@@ -51,7 +51,7 @@ def complete_config(
 
 
 def compile_run(run: Run) -> tuple[Run, Callable, Callable]:
-    """The training step and the evaluation step, see train_step.compile_steps.
+    """`run`, and its training step and evaluation step compiled for the mesh.
 
     If the step takes more memory than expected and `auto` has another choice, that one is compiled.
     The returned run has the config that was compiled. Raises UserError if no choice fits.
@@ -72,7 +72,7 @@ def compile_run(run: Run) -> tuple[Run, Callable, Callable]:
             )
         try:
             with Stopwatch() as watch:
-                compiled = train_step.compile_steps(config, run.mesh)
+                compiled = step_functions.compile_steps(config, run.mesh)
             break
         except Exception as error:
             out_of_memory = isinstance(error, UserError) or is_out_of_memory(error)
@@ -83,12 +83,14 @@ def compile_run(run: Run) -> tuple[Run, Callable, Callable]:
     return replace(run, config=config), *compiled
 
 
-def choose_steps_by_measuring(run: Run) -> Run:
-    """`run` with the number of steps, and so the schedule, that takes about --minutes.
+def settle_steps(run: Run) -> Run:
+    """`run`; with --minutes its number of steps, and so its schedule, takes about that long.
 
-    It trains a few steps on a state that is thrown away. The schedule is part of the compiled step,
-    which is compiled again: neither compilation counts.
+    For that it trains a few steps on a state that is thrown away. The schedule is part of the
+    compiled step, which is compiled again: neither compilation counts.
     """
+    if run.minutes is None:
+        return run
     run.console.print("measuring      a few steps, to see how many fit into --minutes")
     run, compiled_step, _ = compile_run(run)
     config = run.config
@@ -96,7 +98,7 @@ def choose_steps_by_measuring(run: Run) -> Run:
     seconds = []
     measured = 0.0  # their sum in the first process, which decides for all
     while len(seconds) < 4 or (measured < MEASURED_SECONDS and len(seconds) < 50):
-        tokens = read_batch(run, len(seconds))
+        tokens = load_batch(config, run.mesh, run.dataset.train, len(seconds))
         begun = time.perf_counter()
         state, metrics = compiled_step(state, tokens)
         jax.block_until_ready(metrics)

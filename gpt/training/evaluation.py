@@ -4,28 +4,20 @@ import math
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from gpt.config import TrainConfig
 from gpt.data import batches
 from gpt.data.token_files import Tokens
-from gpt.training.loss import attention_for, sequence_losses
-
-
-def eval_step(config: TrainConfig, params: dict, tokens_BU: jax.Array, weight_BT: jax.Array):
-    """Summed loss in nats, and summed weight, of the targets of `tokens_BU`."""
-    losses_BT, *_ = sequence_losses(config.model, params, tokens_BU, attend=attention_for(config))
-    return jnp.sum(losses_BT * weight_BT), jnp.sum(weight_BT)
 
 
 def evaluate(
-    config: TrainConfig, params: dict, run_eval_step: Callable, val: Tokens
+    config: TrainConfig, params: dict, eval_step: Callable, val: Tokens
 ) -> tuple[float, float]:
     """The loss on held-out text in nats per token, and in bits per byte.
 
-    `run_eval_step`: the second function of train_step.compile_steps. At most `config.eval_tokens`
-    tokens are read. Bits per byte are computed with the bytes per token of the
-    whole held-out text, so if only a part of it is read, they are an estimate.
+    `eval_step`: compiled by step_functions.compile_steps. At most `config.eval_tokens` tokens are
+    read. Bits per byte are computed with the bytes per token of the whole held-out text, so if only
+    a part of it is read, they are an estimate.
     """
     rows = config.batch_size // config.grad_accum
     total_loss = total_weight = 0.0
@@ -33,7 +25,7 @@ def evaluate(
         val, config.sequence_length, config.eval_tokens, rows
     ):
         # Wait for each: on a CPU steps with collectives must not pile up.
-        loss, weight = jax.device_get(run_eval_step(params, tokens, weights))
+        loss, weight = jax.device_get(eval_step(params, tokens, weights))
         total_loss += loss
         total_weight += weight
     nats_per_token = float(total_loss / total_weight)

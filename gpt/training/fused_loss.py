@@ -1,20 +1,18 @@
 """The loss that training minimizes together with its gradient, in one pass over the logits.
 
-For accelerators, whose time goes into moving logits to memory and back. Each logit is computed
-once, in the type of the products, a chunk of tokens at a time. While a chunk's logits are in
-memory, so is all that their gradient needs. It is multiplied at once into the gradients of the
-hidden states and of the head's table (Hsu et al. 2024, Liger Kernel, section 3.2). The backward
-pass only scales these two. Sums are in float32.
+For accelerators. A chunk of tokens at a time, each logit is computed once, and while a chunk's
+logits are in memory, their gradient is multiplied into the gradients of the hidden states and of
+the head's table (Hsu et al. 2024, Liger Kernel, section 3.2). The backward pass only scales these
+two. Logits are kept in the type of the products; sums are in float32.
 
 With a table split over several devices each has the logits of its own rows of the vocabulary, and
 softmax's maximum and sum are taken over all of them.
-Shape letters: see gpt/model/transformer.py; here M the tokens on a device, C those of a chunk, V
+Shape letters as in gpt/model/transformer.py; here M the tokens on a device, C those of a chunk, V
 the rows of the table on a device.
 """
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,22 +26,16 @@ from gpt.training.loss import add_regularizers
 LOGITS_BYTES = 2**29  # at most, for one chunk on a device; their gradient takes the same again
 
 Means = tuple[jax.Array, jax.Array]
-
-
-class Axes(NamedTuple):
-    """The axes of the mesh over which tokens, the table's rows and its width are split."""
-
-    tokens: tuple[str, ...]
-    vocab: tuple[str, ...]
-    embed: tuple[str, ...]
+# The axes of the mesh over which tokens, the table's rows and its width are split.
+Axes = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def objective_and_loss(
     config: TrainConfig, x_MD: jax.Array, table_VD: jax.Array, target_M: jax.Array
 ) -> Means:
-    """What training minimizes (see loss.add_regularizers) and the plain cross-entropy in nats,
-    means over all tokens, float32. Only the first is differentiable.
+    """What training minimizes and the plain cross-entropy in nats, means over all tokens, float32.
+    Only the first is differentiable.
 
     `x_MD`: hidden states in the type of the products. `table_VD`: the head, padded.
     """
@@ -51,7 +43,7 @@ def objective_and_loss(
     return means
 
 
-def _backward(config, gradients, cotangents):
+def scale_gradients(config, gradients, cotangents):
     scale, _ = cotangents
     scaled = [(gradient * scale).astype(gradient.dtype) for gradient in gradients]
     return *scaled, None
@@ -62,7 +54,7 @@ def losses_and_gradients(
 ) -> tuple[Means, tuple[jax.Array, jax.Array]]:
     """`objective_and_loss`, and the gradients of the first of them with respect to `x_MD` and
     `table_VD`, each in the type of its array."""
-    axes = Axes(*map(sharding.split_over, ("batch", "vocab", "embed")))
+    axes = tuple(map(sharding.split_over, ("batch", "vocab", "embed")))
     on_device = functools.partial(device_losses, config, axes, len(x_MD))
     mesh = sharding.mesh_in_force()
     if mesh is None:
@@ -80,7 +72,7 @@ def losses_and_gradients(
     )(x_MD, table_VD, target_M)
 
 
-objective_and_loss.defvjp(losses_and_gradients, _backward)
+objective_and_loss.defvjp(losses_and_gradients, scale_gradients)
 
 
 def device_losses(

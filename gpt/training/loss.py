@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt import sharding
-from gpt.config import ModelConfig, TrainConfig
+from gpt.config import TrainConfig
 from gpt.model import attention, flash_attention, transformer
 from gpt.model.attention import MASKED
 from gpt.model.transformer import GPT, Attend
@@ -83,23 +83,22 @@ def token_losses(
 
 
 def hidden_states(
-    config: ModelConfig,
+    config: TrainConfig,
     params: dict,
     tokens_BU: jax.Array,
     dropout_key_B: jax.Array | None = None,
-    *,
-    attend: Attend = flash_attention.fused_attention,
-    remat: str = "blocks",
-    unroll: bool = False,
 ) -> tuple[GPT, jax.Array, jax.Array]:
     """The model, its hidden states [M, D] of tokens 0..T-1 (U = T + 1), and the tokens 1..T [M]
     that are to be predicted from them."""
-    inputs_BT, targets_BT = tokens_BU[:, :-1], tokens_BU[:, 1:]
-    model = transformer.bind(config, params)
+    model = transformer.bind(config.model, params)
     x_BTD, _ = model.hidden(
-        inputs_BT, dropout_key_B=dropout_key_B, attend=attend, remat=remat, unroll=unroll
+        tokens_BU[:, :-1],
+        dropout_key_B=dropout_key_B,
+        attend=attention_for(config),
+        remat=config.remat,
+        unroll=config.unroll,
     )
-    return model, x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.ravel()
+    return model, x_BTD.reshape(-1, x_BTD.shape[-1]), tokens_BU[:, 1:].ravel()
 
 
 def attention_for(config: TrainConfig) -> Attend:
@@ -107,14 +106,6 @@ def attention_for(config: TrainConfig) -> Attend:
     if config.attention == "plain":
         return attention.plain_attention
     return partial(flash_attention.fused_attention, deterministic=config.deterministic)
-
-
-def sequence_losses(
-    config: ModelConfig, params: dict, tokens_BU: jax.Array, dropout_key_B=None, **options
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`token_losses`, each [B, T], of sequences of T + 1 tokens; `options`: of `hidden_states`."""
-    losses = token_losses(*hidden_states(config, params, tokens_BU, dropout_key_B, **options))
-    return tuple(loss_M.reshape(len(tokens_BU), -1) for loss_M in losses)
 
 
 def add_regularizers(

@@ -184,11 +184,7 @@ def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        if config.grad_accum == AUTO:
-            batches = f"batches of {config.batch_size:,} sequences"
-        else:
-            batches = f"micro-batches of {config.batch_size // config.grad_accum:,} sequences"
         raise UserError(
-            f"out of memory with {batches} of "
+            f"out of memory with batches of {config.batch_size:,} sequences of "
             f"{config.sequence_length:,} tokens: {MEMORY_ADVICE}; --dry-run shows what fits"
         ) from None

@@ -19,7 +19,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from gpt.config import TrainConfig, to_json
 from gpt.training.step_timer import StepTimer
-from gpt.training.trackers import Trackers
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, without a terminal
 
@@ -28,7 +27,7 @@ class RunLog:
     """Writes the numbers of a run, as they come, to files below `out` and to `console`.
 
     `out` None keeps no files. `first_step`: the step after which the run continues.
-    `peak_flops`: as in StepTimer. `log_to`: names of trackers. Close it after use.
+    `peak_flops`: FLOP/s of all devices. `log_to`: names of trackers. Close it after use.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class RunLog:
         first_step: int,
         config: TrainConfig,
         console: Console,
-        peak_flops: float | None = None,
+        peak_flops: float,
         log_to: Sequence[str] = (),
     ):
         self.out = out
@@ -47,6 +46,8 @@ class RunLog:
         self.file = None if out is None else open_metrics(out / "metrics.jsonl", first_step)
         self.trackers = None
         if log_to and out is not None:
+            from gpt.training.trackers import Trackers
+
             settings = flatten_dict(to_json(config), sep=".")
             self.trackers = Trackers(log_to, out, first_step, settings, console.print)
         self.last_line_at = -math.inf
@@ -69,7 +70,7 @@ class RunLog:
         `metrics`: scalars `loss` (nats per token), `learning_rate`, `grad_norm`, `skipped` (updates
         so far) and any others, on the device or not: they are fetched only for a line.
         """
-        self.timer.note(step)
+        self.timer.note_step()
         if self.bar:
             self.bar.update(self.bar_task, completed=step)
         if step % self.config.log_every and step != self.config.steps:
@@ -84,12 +85,10 @@ class RunLog:
         # SECONDS_BETWEEN_LINES.
         speed = line["tokens_per_second"]
         tokens_left = (self.config.steps - step) * self.timer.tokens_per_step
-        text = f"loss {line['loss']:.4f}  {speed:,.0f} tokens/s"
-        if "mfu" in line:
-            text += f", MFU {line['mfu']:.0%}"
+        text = f"loss {line['loss']:.4f}  {speed:,.0f} tokens/s, MFU {line['mfu']:.0%}"
         if line["skipped"]:
             text += f"  {line['skipped']} skipped"
-        if tokens_left and speed:
+        if tokens_left:
             text += f"  {timedelta(seconds=round(tokens_left / speed))} left"
         now = time.perf_counter()
         if self.bar:

@@ -1,7 +1,7 @@
 """A step whose loss or gradient is not finite: where the first bad value arose.
 
-The training step itself skips the update of such a step, on the device (train_step.py). When too
-many follow one another the run ends, and the first of them is computed again, part by part.
+The training step itself skips the update of such a step, on the device. When too many follow one
+another the run ends, and the first of them is computed again, part by part.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from gpt.config import ModelConfig, TrainConfig
 from gpt.digest import named_leaves
 from gpt.errors import Failed
 from gpt.model import transformer
-from gpt.training.train_step import dropout_keys, mean_gradients
+from gpt.training.step_functions import dropout_keys, mean_gradients
 from gpt.wording import counted
 
 

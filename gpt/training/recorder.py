@@ -1,21 +1,19 @@
-"""The inputs and outputs of the training loop: batches in; metrics, checkpoints and samples out.
+"""The outputs of the training loop: metrics, checkpoints and traces.
 
 The details that the loop need not show are here: metrics are read one step late, skipped steps are
 counted, a failed save is explained, and of several processes one writes.
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator
 
 import jax
-import numpy as np
 
-from gpt import checkpoint, distributed, hardware, sharding
+from gpt import checkpoint, distributed, hardware
 from gpt.config import TrainConfig
-from gpt.data import batches
 from gpt.errors import UserError, is_out_of_memory
-from gpt.training import train_step
+from gpt.training import step_functions
+from gpt.training.data_loader import load_batch
 from gpt.training.metrics import RunLog
 from gpt.training.resume import checkpoint_metadata
 from gpt.training.run import PROFILE_AFTER, Run
@@ -23,24 +21,23 @@ from gpt.training.train_state import TrainState, checkpoint_trees
 
 
 class Recorder(contextlib.ExitStack):
-    """Supplies the batches of a run from `state` until step `until`, and records their results.
+    """Records the results of a run that trains from `state`.
 
     The metrics of a step are read one step late, while the device computes the next one. Use it in
     `with`: the end of the block waits for the last save and closes the log.
     """
 
-    def __init__(self, run: Run, state: TrainState, until: int):
+    def __init__(self, run: Run, state: TrainState):
         super().__init__()
         config = run.config
         is_first = distributed.is_first()  # of several processes, the one that writes
         self.run = run
-        self.until = until
         self.first_step = int(state.step)
         self.unread = None  # the last step and its metrics, until they are read
-        self.skipped = self.first_step - int(train_step.count_updates(state.opt_state))
+        self.skipped = self.first_step - int(step_functions.count_updates(state.opt_state))
         self.n_bad = 0  # steps that were skipped one after another, up to the last one read
         self.n_profiled = run.args.profile if is_first else 0
-        self.metadata = checkpoint_metadata(run.args, config, run.tokenizer, run.dataset, run.start)
+        self.metadata = checkpoint_metadata(run)
 
         self.checkpoints = self.enter_context(
             checkpoint.CheckpointManager(
@@ -58,15 +55,6 @@ class Recorder(contextlib.ExitStack):
         self.callback(self.log.close)
         self.trace = self.enter_context(contextlib.ExitStack())
 
-    def batches(self) -> Iterator[tuple[int, jax.Array]]:
-        """Each step that is to be made, counted from 1, and its tokens [A, B, T+1]."""
-        read = functools.partial(read_batch, self.run)
-        ready = batches.prefetch(read, self.first_step, self.until)
-        with contextlib.closing(ready):
-            for step, tokens in enumerate(ready, self.first_step + 1):
-                yield step, tokens
-                self.log.timer.resume()
-
     def note_step(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> None:
         """`step`, which gave `state` and `metrics`, has been handed to the device."""
         self._profile(step, metrics)
@@ -78,10 +66,9 @@ class Recorder(contextlib.ExitStack):
             self._read_last_step(state)
 
     def catch_up(self, state: TrainState) -> bool:
-        """Wait for the last step, and stop the clock until the next one. Returns whether its update
-        was applied; if not, this must neither be the last step nor be saved."""
+        """Wait for the last step. Returns whether its update was applied; if not, this must neither
+        be the last step nor be saved."""
         self._read_last_step(state)
-        self.log.timer.pause()
         return self.n_bad == 0
 
     def _read_last_step(self, state: TrainState) -> None:
@@ -102,7 +89,7 @@ class Recorder(contextlib.ExitStack):
 
             self.checkpoints.wait()
             first_bad = step - self.n_bad + 1
-            tokens = read_batch(self.run, first_bad - 1)
+            tokens = load_batch(config, self.run.mesh, self.run.dataset.train, first_bad - 1)
             raise nonfinite.explain_divergence(
                 config, first_bad, self.n_bad, self.run.out, state.params, tokens
             )
@@ -124,10 +111,9 @@ class Recorder(contextlib.ExitStack):
         """Before the first save of a run, save the state and remove it again, so that a save that
         cannot succeed is noticed before hours of training."""
         if self.checkpoints.latest is None:
-            self.log.timer.pause()
             with self._explain_failed_save(continues=self.run.config.keep_going):
                 self.checkpoints.try_save(checkpoint_trees(state), self.metadata | {"step": 0})
-            self.log.timer.resume()
+            self.log.timer.skip_until_now()
 
     def save(self, step: int, state: TrainState, val_loss: float | None, wait: bool) -> None:
         """Save a checkpoint in the background; with `wait` return when it is on disk.
@@ -174,33 +160,6 @@ class Recorder(contextlib.ExitStack):
             if not isinstance(error, UserError) and not is_out_of_memory(error):
                 raise
             self.run.console.print(f"note: no {what} at step {step:,}: {error}")
-
-
-def read_batch(run: Run, index: int) -> jax.Array:
-    """Batch `index`, counted from 0, on its devices: int32 [grad_accum, rows, T+1].
-
-    Step n of a run, counted from 1, trains on batch n - 1. Each process reads only the rows that
-    its own devices hold.
-    """
-    config = run.config
-    A = config.grad_accum
-    B = config.batch_size // A
-    T = config.sequence_length
-
-    @functools.cache  # some devices hold the same rows
-    def read(first: int, end: int) -> np.ndarray:
-        rows = np.arange(A)[:, None] * B + np.arange(first, end)  # in the whole batch
-        found = batches.batch(
-            run.dataset.train, config.seed, index, config.batch_size, T, rows.ravel()
-        )
-        return found.reshape(A, end - first, T + 1)
-
-    def part_of_device(where: tuple[slice, ...]) -> np.ndarray:
-        first, end, _ = where[1].indices(B)
-        return read(first, end)
-
-    sharded = sharding.rows(run.mesh, axis=1)
-    return jax.make_array_from_callback((A, B, T + 1), sharded, part_of_device)
 
 
 def is_due(config: TrainConfig, step: int, every: int) -> bool:

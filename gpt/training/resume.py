@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
@@ -14,14 +14,16 @@ from gpt import checkpoint
 from gpt.config import ModelConfig, TrainConfig, from_json, to_json
 from gpt.data import tokenizers
 from gpt.data.options import DataOptions
-from gpt.data.token_files import Dataset
-from gpt.data.tokenizers import Tokenizer
 from gpt.errors import require
 from gpt.training import train_state
 from gpt.training.train_state import TrainState, abstract_state, make_state, start_ema
 from gpt.wording import counted
 
-# These settings change what is printed or kept, or how it is computed, but not what is learned.
+if TYPE_CHECKING:
+    from gpt.training.run import Run
+
+# These settings change what is printed or kept, or how it is computed, but not what is learned. Not
+# eval_tokens: the best checkpoint is chosen by losses, which must be those of the same tokens.
 MAY_CHANGE = {
     "mesh",
     "grad_accum",
@@ -31,7 +33,6 @@ MAY_CHANGE = {
     "deterministic",
     "log_every",
     "eval_every",
-    "eval_tokens",
     "sample_every",
     "save_every",
     "keep",
@@ -213,36 +214,31 @@ def initial_state(
     return dataclasses.replace(state, params=params, ema_params=start_ema(config, params))
 
 
-def checkpoint_metadata(
-    args: Any,
-    config: TrainConfig,
-    tokenizer: Tokenizer,
-    dataset: Dataset,
-    start: StartingPoint,
-) -> dict[str, Any]:
-    """The metadata of a checkpoint, as JSON: with it the checkpoint can be used alone.
+def checkpoint_metadata(run: "Run") -> dict[str, Any]:
+    """The metadata of a checkpoint of `run`, as JSON: with it the checkpoint can be used alone.
 
-    Types that `args` left open stay open, since another machine fills them in its own way. The
+    Types that the flags left open stay open, since another machine fills them in its own way. The
     paths are as they were typed, so that the command can be repeated.
     """
+    args, config = run.args, run.config
     model = dataclasses.replace(
         args.config.model,
         vocab_size=config.model.vocab_size,
         context_length=config.model.context_length,
     )
     init_from = None if args.init_from is None else str(args.init_from)
-    if start.resuming:
-        init_from = start.metadata["init_from"]  # as when it began
+    if run.start.resuming:
+        init_from = run.start.metadata["init_from"]  # as when it began
     flags = {name: getattr(args, name) for name in KEPT_FLAGS}
     if args.eval_tasks_path:
         flags["eval_tasks_path"] = str(args.eval_tasks_path)
     return {
         "model": to_json(model),
         "train": to_json(config),
-        "tokenizer": tokenizers.to_json(tokenizer),
+        "tokenizer": tokenizers.to_json(run.tokenizer),
         "data": {
-            "fingerprint": dataset.fingerprint,
-            "files": dataset.files,
+            "fingerprint": run.dataset.fingerprint,
+            "files": run.dataset.files,
             "paths": [str(path) for path in args.data or ()],
             "options": args.data_options.to_json(),
         },

@@ -15,7 +15,7 @@ from gpt.data.dataset import load_dataset
 from gpt.data.progress import tokenizing_bar
 from gpt.data.token_files import Dataset
 from gpt.errors import require
-from gpt.training import memory_plan, run_dir, trackers, train_step
+from gpt.training import memory_plan, run_dir, step_functions
 from gpt.training.loss_curve import save_loss_curve
 from gpt.training.metrics import read_metrics
 from gpt.training.resume import StartingPoint, require_same_settings
@@ -27,8 +27,8 @@ PROFILE_AFTER = 3  # steps: the first ones still wait for data and memory
 def load_text(
     args: Any, start: StartingPoint, store: Path, console: Console
 ) -> tuple[tokenizers.Tokenizer, Dataset]:
-    """The tokenizer and the tokens of --data, see gpt.data.dataset. A run that continues keeps its
-    tokenizer and must have the same text; one that starts from other weights keeps theirs."""
+    """The tokenizer and the tokens of --data. A run that continues keeps its tokenizer and must
+    have the same text; one that starts from other weights keeps theirs."""
     with tokenizing_bar(console) as report:
         return load_dataset(
             args.data or (),
@@ -49,7 +49,7 @@ def load_text(
 class Run:
     """A run whose text, settings and devices are decided.
 
-    `args`: the flags of train.py. `config`: the settings to train with, see auto_settings.py.
+    `args`: the flags of train.py. `config`: the settings to train with.
     """
 
     args: Any
@@ -70,7 +70,7 @@ class Run:
     def require_possible(self) -> None:
         """Raise UserError unless the run can do what was asked for, with its text and devices."""
         args, config, start = self.args, self.config, self.start
-        for note in train_step.require_fit(config, self.mesh):
+        for note in step_functions.require_fit(config, self.mesh):
             self.console.print(note)
         batches.require_length(self.dataset.train, config.sequence_length)
         if not args.dry_run:
@@ -94,7 +94,10 @@ class Run:
                 f"--profile {args.profile} traces steps after the first {PROFILE_AFTER}, but the "
                 f"run has {config.steps} steps: ask for fewer, or for more --steps",
             )
-        trackers.require_installed(args.log_to)
+        if args.log_to:
+            from gpt.training import trackers
+
+            trackers.require_installed(args.log_to)
         require(
             not (args.verify_resume and distributed.is_multi_process()),
             "--verify-resume works with one process alone: add --num-processes 1",
@@ -114,8 +117,12 @@ class Run:
         )
         require_same_choices(self.config)
 
-    def take_over_folder(self, first_step: int) -> None:
-        """Remove the run that --overwrite replaces from the folder, and write the tokenizer."""
+    def begin(self, first_step: int) -> None:
+        """Have signals wait for the next step, remove the run that --overwrite replaces from the
+        folder, and write the tokenizer."""
+        if first_step:
+            self.console.print(f"continues      from step {first_step:,}")
+        self.stop.defer(first_step)
         with distributed.fail_together():
             if distributed.is_first():
                 if self.args.overwrite and first_step == 0:

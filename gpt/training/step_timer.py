@@ -21,60 +21,45 @@ SPEED_FIELDS = (
 class StepTimer:
     """Times the steps of a run that starts after `first_step`, which is now.
 
-    `peak_flops`: FLOP/s of matrix products as measured on all devices; None: MFU is not reported.
+    `peak_flops`: FLOP/s of matrix products as measured on all devices.
     """
 
-    def __init__(self, config: TrainConfig, first_step: int, peak_flops: float | None):
+    def __init__(self, config: TrainConfig, first_step: int, peak_flops: float):
         self.tokens_per_step = config.batch_size * config.sequence_length
         self.flops_per_token = flops.train_flops_per_token(config.model)
         self.palm_factor = flops.palm_factor(config.model)
         self.peak_flops = peak_flops
         self.first_step = first_step
-        self.last_step = first_step
-        self.window_first_step = first_step  # of the steps since the last `measure`
-        self.window_seconds: list[float] = []
+        self.window_seconds: list[float] = []  # of each step since the last `measure`
         self.earlier_seconds: list[float] = []
-        self.started_at = self.window_started_at = self.last_at = time.perf_counter()
-        self.paused_at = None
+        self.started_at = self.last_at = time.perf_counter()
 
-    def pause(self) -> None:
-        """Stop the clock until `resume`: an evaluation, a save and a sample are not step time."""
-        self.paused_at = time.perf_counter()
+    def skip_until_now(self) -> None:
+        """Leave out the time since the last step: evaluating, saving and sampling take none of a
+        step's."""
+        self.last_at = time.perf_counter()
 
-    def resume(self) -> None:
-        if self.paused_at is not None:
-            elapsed = time.perf_counter() - self.paused_at
-            self.window_started_at += elapsed
-            self.last_at += elapsed
-            self.paused_at = None
-
-    def note(self, step: int) -> None:
-        """`step` has been computed."""
+    def note_step(self) -> None:
+        """A step has been computed."""
         now = time.perf_counter()
-        n_steps = max(step - self.last_step, 1)
-        self.window_seconds.append((now - self.last_at) / n_steps)
-        self.last_step, self.last_at = step, now
+        self.window_seconds.append(now - self.last_at)
+        self.last_at = now
 
     def measure(self) -> dict[str, float]:
         """The speed since the last call, and seconds since this process began its first step."""
-        n_tokens = (self.last_step - self.window_first_step) * self.tokens_per_step
-        tokens_per_second = n_tokens / max(self.last_at - self.window_started_at, 1e-9)
+        tokens_per_second = self.tokens_per_step / max(np.mean(self.window_seconds), 1e-9)
         measured = {
-            "tokens_per_second": tokens_per_second,
+            "tokens_per_second": float(tokens_per_second),
             "seconds": self.last_at - self.started_at,
             "since_step": self.first_step,
-        }
-        if self.peak_flops:
             # Model FLOPs utilization: the arithmetic of the model as a fraction of the peak
             # (Chowdhery et al. 2022, PaLM, appendix B).
-            measured["mfu"] = tokens_per_second * self.flops_per_token / self.peak_flops
-        if self.window_seconds:
-            for p in PERCENTILES:
-                measured[f"step_seconds_p{p}"] = float(np.percentile(self.window_seconds, p))
-
+            "mfu": float(tokens_per_second * self.flops_per_token / self.peak_flops),
+        }
+        for p in PERCENTILES:
+            measured[f"step_seconds_p{p}"] = float(np.percentile(self.window_seconds, p))
         self.earlier_seconds += self.window_seconds
         self.window_seconds = []
-        self.window_first_step, self.window_started_at = self.last_step, self.last_at
         return measured
 
     def summary(self) -> str:
@@ -83,12 +68,9 @@ class StepTimer:
         if not all_seconds:
             return ""
         times = [f"p{p} {np.percentile(all_seconds, p) * 1e3:,.1f}" for p in PERCENTILES]
-        line = f"step time      {', '.join(times)} ms"
-        if self.peak_flops:
-            flops_per_second = self.tokens_per_step * self.flops_per_token / np.mean(all_seconds)
-            mfu = flops_per_second / self.peak_flops
-            line += (
-                f"; MFU {mfu:.1%} of the measured peak, {mfu * self.palm_factor:.1%} as PaLM and "
-                "nanoGPT count attention"
-            )
-        return line
+        flops_per_second = self.tokens_per_step * self.flops_per_token / np.mean(all_seconds)
+        mfu = flops_per_second / self.peak_flops
+        return (
+            f"step time      {', '.join(times)} ms; MFU {mfu:.1%} of the measured peak, "
+            f"{mfu * self.palm_factor:.1%} as PaLM and nanoGPT count attention"
+        )

@@ -11,23 +11,13 @@ import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from gpt.errors import one_line, require
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 ID_FILE = "tracking-id"  # in a run's folder: a run that continues is the same run to a tracker
 PROJECT = "gpt-jax"
-
-
-class Tracker(Protocol):
-    """One of these programs."""
-
-    def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def sample(self, step: int, text: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:
@@ -93,7 +83,7 @@ class Trackers:
         log: Callable[[str], None],
     ):
         self.log = log
-        self.open: dict[str, Tracker] = {}
+        self.open: dict[str, TensorBoard | Board] = {}
         id_file = out / ID_FILE
         if first_step == 0 or not id_file.is_file():
             id_file.write_text(secrets.token_hex(4))
@@ -121,7 +111,7 @@ class Trackers:
         """Let each tracker send what it has buffered."""
         self._each(lambda tracker: tracker.close())
 
-    def _each(self, call: Callable[[Tracker], None]) -> None:
+    def _each(self, call: Callable[[TensorBoard | Board], None]) -> None:
         for name, tracker in list(self.open.items()):
             try:
                 call(tracker)

@@ -22,13 +22,13 @@ MOST_STEPS = 3  # before the stop, and after it
 
 def verify_resume(
     run: Run,
-    fit: Callable[[Run, TrainState, int], int],
+    fit: Callable[[Run, TrainState, int], None],
     log: Callable[[str], None],
 ) -> int:
     """Train 2N steps at once, and N steps, a stop and N more; compare. The exit code.
 
-    `fit(run, state, until)` trains from `state` until step `until` is saved and returns the exit
-    code. Everything is in a temporary folder.
+    `fit(run, state, until)` trains from `state` until step `until` is saved. Everything is in a
+    temporary folder.
     """
     config = run.config
     require(config.steps > 1, "--verify-resume stops halfway: it needs --steps 2 or more")
@@ -48,9 +48,9 @@ def verify_resume(
             log(f"verifying      steps {first_step + 1} to {until}, {folder.name}")
             from_here = StartingPoint(folder, resuming=True) if first_step else run.start
             state = initial_state(config, run.mesh, from_here, log)
-            code = fit(dataclasses.replace(run, out=folder), state, until)
-            if code:
-                return code
+            fit(dataclasses.replace(run, out=folder), state, until)
+            if run.stop.code:
+                return run.stop.code
         compared = compare_runs(whole, halves, 2 * n)
 
     for part, differing in compared.items():

@@ -249,7 +249,7 @@ def test_bad_input_is_one_line(given, message):
 
 def test_training_figures_of_known_times(monkeypatch, capsys):
     """The clock moves by 2 seconds a step: 10 steps per repeat, tokens and FLOPs by formulas."""
-    now, honest = [0.0], measure.train_step.compile_steps
+    now, honest = [0.0], measure.step_functions.compile_steps
 
     def compile_steps(config, mesh):
         train_step, evaluate = honest(config, mesh)
@@ -260,7 +260,7 @@ def test_training_figures_of_known_times(monkeypatch, capsys):
 
         return slow, evaluate
 
-    monkeypatch.setattr(measure.train_step, "compile_steps", compile_steps)
+    monkeypatch.setattr(measure.step_functions, "compile_steps", compile_steps)
     monkeypatch.setattr(hardware, "clock", lambda: now[0])
     argv = ["--preset", "small", "--train", "--batch-sizes", "4", "--repeats", "2"]
     table, result, _ = output(capsys, *argv)

@@ -17,7 +17,7 @@ from gpt.errors import UserError
 from gpt.model import attention, blockwise_attention, flash_attention, transformer
 from gpt.sampling import engine
 from gpt.sharding import AXES
-from gpt.training import train_step
+from gpt.training import step_functions
 from gpt.training.loss import attention_for
 
 CONFIG = ModelConfig(64, context_length=32, n_layers=2, n_heads=4, n_kv_heads=2, d_model=32)
@@ -100,21 +100,21 @@ def test_a_run_chooses_the_plain_form_or_insists_on_the_kernel(seen, monkeypatch
     config = TrainConfig(model=CONFIG, attention="fused", grad_accum=1)
     params = transformer.abstract(CONFIG)
     plain = dataclasses.replace(config, attention="plain")
-    jax.eval_shape(functools.partial(train_step.objective, plain), params, TOKENS)
+    jax.eval_shape(functools.partial(step_functions.objective, plain), params, TOKENS)
     assert not seen
-    jax.eval_shape(functools.partial(train_step.objective, config), params, TOKENS)
+    jax.eval_shape(functools.partial(step_functions.objective, config), params, TOKENS)
     assert seen
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     deterministic = dataclasses.replace(config, deterministic=True)
     for possible in (config, deterministic):
-        assert train_step.require_fit(possible, mesh) == []
+        assert step_functions.require_fit(possible, mesh) == []
     for refused in ({"dropout": 0.1}, {"compute_dtype": "float32"}):
         model = dataclasses.replace(CONFIG, **refused)
         with pytest.raises(UserError, match="--attention fused: no kernel fits"):
-            train_step.require_fit(dataclasses.replace(config, model=model), mesh)
+            step_functions.require_fit(dataclasses.replace(config, model=model), mesh)
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
     with pytest.raises(UserError, match="cannot be combined with --deterministic on a GPU"):
-        train_step.require_fit(deterministic, mesh)
+        step_functions.require_fit(deterministic, mesh)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from flax import nnx
 from jax.extend import core
 from jax.sharding import PartitionSpec as P
 
-from gpt.config import ModelConfig
+from gpt.config import ModelConfig, TrainConfig
 from gpt.model import kv_cache as kv
 from gpt.model import layers, transformer
-from gpt.training import loss
+from gpt.training import step_functions
 
 SMALL = ModelConfig(300, context_length=24, n_layers=3, n_heads=4, d_model=32)
 TOKENS = np.random.default_rng(1).integers(300, size=(4, 16)).astype(np.int32)
@@ -72,7 +72,7 @@ def test_float32_is_full_float32_on_accelerators_too(dtype):
     config = SMALL.computing_in(dtype)
 
     def loss_of(params):
-        return loss.sequence_losses(config, params, TOKENS)[0].mean()
+        return step_functions.objective(TrainConfig(model=config), params, TOKENS)[0]
 
     with jax.default_matmul_precision(None):  # as a user has it; the tests themselves set another
         traced = jax.make_jaxpr(jax.grad(loss_of))(transformer.abstract(config))

@@ -24,12 +24,13 @@ from programs import succeed  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
 import gpt  # noqa: E402
+from gpt.config import TrainConfig  # noqa: E402
 from gpt.data.tokenizers import IdTokenizer  # noqa: E402
 from gpt.model import transformer  # noqa: E402
 from gpt.sampling import generate  # noqa: E402
 from gpt.sampling.language_model import LanguageModel  # noqa: E402
 from gpt.sampling.settings import Settings  # noqa: E402
-from gpt.training import loss  # noqa: E402
+from gpt.training import step_functions  # noqa: E402
 
 KINDS = their_models.KINDS
 forward = jax.jit(transformer.forward, static_argnums=0)
@@ -117,8 +118,9 @@ def test_loss_and_greedy_text(name, tmp_path):
     agree(forward(config, params, ids), their_models.logits_of(model, ids))
     with torch.no_grad():
         expected = model(torch.tensor(ids), labels=torch.tensor(ids)).loss.item()
-    losses, *_ = jax.jit(loss.sequence_losses, static_argnums=0)(config, params, ids)
-    assert expected > 1 and float(losses.mean()) == pytest.approx(expected, rel=1e-5)
+    objective = jax.jit(step_functions.objective, static_argnums=0)
+    _, loss = objective(TrainConfig(model=config), params, ids)
+    assert expected > 1 and float(loss) == pytest.approx(expected, rel=1e-5)
 
     prompts = [token_ids(config, 1, length, seed=length)[0].tolist() for length in (1, 33, 60)]
     lm = LanguageModel(config, transformer.unstack(params), IdTokenizer(config.vocab_size), step=0)

@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 from gpt.config import ModelConfig, TrainConfig
 from gpt.model import transformer
-from gpt.training import fused_loss, loss, train_state, train_step
+from gpt.training import fused_loss, loss, step_functions, train_state
 
 MODEL = ModelConfig(300, context_length=16, n_layers=2, n_heads=2, d_model=32)  # 384 padded rows
 CONFIG = TrainConfig(model=MODEL, batch_size=8)
@@ -41,7 +41,7 @@ def learned():
 
     @jax.jit
     def update(params, moments):
-        gradient = jax.grad(lambda params: train_step.objective(CONFIG, params, TOKENS[:4])[0])
+        gradient = jax.grad(lambda params: step_functions.objective(CONFIG, params, TOKENS[:4])[0])
         updates, moments = optimizer.update(gradient(params), moments)
         return optax.apply_updates(params, updates), moments
 
@@ -81,7 +81,7 @@ def relative_error(x, expected) -> float:
 def agrees(config, params, tokens) -> bool:
     """Whether the objective, the loss in nats and the gradient are the textbook's, to rounding."""
     expected = values_and_gradient(functools.partial(textbook, config, tokens))(params)
-    objective = functools.partial(train_step.objective, config, tokens_BU=tokens)
+    objective = functools.partial(step_functions.objective, config, tokens_BU=tokens)
     found = values_and_gradient(objective)(params)
     return all(relative_error(x, y) < 1e-5 for x, y in zip(found, expected, strict=True))
 
@@ -134,7 +134,7 @@ def test_only_a_chunk_of_logits_exists(monkeypatch):
     monkeypatch.setattr(loss.sharding, "platform", lambda: "an accelerator")
     monkeypatch.setattr(fused_loss, "LOGITS_BYTES", N_TOKENS * 50_304 * 4 // 4)
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, vocab_size=50_257))
-    gradient = jax.grad(functools.partial(train_step.objective, config), has_aux=True)
+    gradient = jax.grad(functools.partial(step_functions.objective, config), has_aux=True)
     params = transformer.abstract(config.model)
     jaxpr = str(jax.make_jaxpr(gradient)(params, TOKENS))
     assert "f32[27,50304]" in jaxpr and f"[{N_TOKENS},50304]" not in jaxpr
@@ -150,7 +150,7 @@ def test_full_logits_never_exist_where_they_are_many(monkeypatch, kept):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, vocab_size=50257))
     tokens = np.zeros((1, 8, 17), np.int32)
     state = jax.eval_shape(lambda: train_state.fresh_state(config))
-    jaxpr = str(jax.make_jaxpr(lambda s, t: train_step.train_step(config, s, t))(state, tokens))
+    jaxpr = str(jax.make_jaxpr(lambda s, t: step_functions.train_step(config, s, t))(state, tokens))
     n_tokens = 8 * 16
     assert f"f32[{n_tokens},{50304 // 4}]" in jaxpr
     assert f"[{n_tokens},50304]" not in jaxpr and f"[{n_tokens},50257]" not in jaxpr

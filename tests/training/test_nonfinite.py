@@ -18,7 +18,7 @@ from programs import TINY, arrays, bits, call, read_lines, same_bits, succeed
 from gpt import checkpoint, flops, sharding
 from gpt.config import MeshConfig, ModelConfig, TrainConfig
 from gpt.model import layers
-from gpt.training import memory_plan, train_state, train_step
+from gpt.training import memory_plan, step_functions, train_state
 from gpt.training.nonfinite import locate_first_nonfinite
 from gpt.training.recorder import Recorder
 
@@ -59,8 +59,8 @@ def test_a_bad_step_changes_only_the_number_of_steps(device, monkeypatch):
     config = CONFIG
     if device != "a CPU":
         config = dataclasses.replace(CONFIG, optimizer="muon")
-        monkeypatch.setattr(train_step.sharding, "platform", lambda: "gpu")
-    run = jax.jit(train_step.train_step, static_argnums=0)
+        monkeypatch.setattr(step_functions.sharding, "platform", lambda: "gpu")
+    run = jax.jit(step_functions.train_step, static_argnums=0)
     state, metrics = run(config, fresh(config), batch())
     assert metrics["skipped"] == 0 and int(state.step) == 1
     bad = dataclasses.replace(state, params=planted(state.params, 2))
@@ -72,20 +72,20 @@ def test_a_bad_step_changes_only_the_number_of_steps(device, monkeypatch):
     again = dataclasses.replace(after, params=state.params)
     late, metrics = run(config, again, batch(2))
     assert (int(metrics["skipped"]), int(late.step)) == (1, 3)
-    assert train_step.count_updates(late.opt_state) == 2
+    assert step_functions.count_updates(late.opt_state) == 2
     assert bits(late.params) != bits(state.params)
 
 
 def test_a_gradient_alone_is_enough(monkeypatch):
     """A loss that is finite, and an overflow on the way back."""
-    honest = train_step.mean_gradients
-    run = jax.jit(train_step.train_step, static_argnums=0)
+    honest = step_functions.mean_gradients
+    run = jax.jit(step_functions.train_step, static_argnums=0)
 
     def gradients(*args):
         loss, grads = honest(*args)
         return loss, grads | {"tokens": grads["tokens"].at[3, 3].set(jnp.inf)}
 
-    monkeypatch.setattr(train_step, "mean_gradients", gradients)
+    monkeypatch.setattr(step_functions, "mean_gradients", gradients)
     config = dataclasses.replace(CONFIG, seed=1)  # which is not compiled yet
     state = fresh(config)
     after, metrics = run(config, state, batch())
@@ -98,9 +98,9 @@ def test_the_guard_takes_no_memory(monkeypatch):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     model = dataclasses.replace(MODEL, vocab_size=5000)
     config = dataclasses.replace(CONFIG, model=model)
-    guarded = memory_plan.need_of(train_step.compile_train_step(config, mesh)).total
+    guarded = memory_plan.need_of(step_functions.compile_train_step(config, mesh)).total
     monkeypatch.setattr(jax.lax, "cond", lambda good, update, keep, state: update(state))
-    free = memory_plan.need_of(train_step.compile_train_step(config, mesh)).total
+    free = memory_plan.need_of(step_functions.compile_train_step(config, mesh)).total
     assert guarded < free + 10_000 < free + flops.weight_bytes(model) // 10
 
 
@@ -143,13 +143,6 @@ def test_a_bad_output(params):
     assert located(params | huge).endswith("the output of the embedding")
     assert located(params | {"head": params["head"] + 3e38}).endswith("the output of the head")
 
-    # Where norms come after the sums.
-    post = dataclasses.replace(LOCATED.model, norm_place="post")
-    config = dataclasses.replace(LOCATED, model=post)
-    params = jax.tree.map(np.asarray, fresh(config).params)
-    said = located(too_much_for_float32(params, 1), config)
-    assert said.endswith("the output of block 1 of 0 to 3")
-
 
 def test_a_bad_gradient_is_met_on_the_way_back(params, monkeypatch):
     """An activation without a derivative where it is zero: the last block meets it first."""
@@ -167,31 +160,24 @@ AT, LAYER = 7, 1
 
 
 @pytest.fixture
-def plant(monkeypatch):
+def plant(before_step):
     """Have the weights of a layer be bad in some steps, and good again after them; a list of the
     steps that were made."""
-    honest, made = train_step.compile_steps, []
 
     def in_steps(bad):
-        def compile_steps(config, mesh):
-            train_step, eval_step = honest(config, mesh)
+        made, good = [], []
 
-            def watched(state, tokens):
-                step = int(state.step) + 1
-                made.append(step)
-                up = state.params["blocks"]["mlp"]["up"]
-                good = jnp.copy(up["kernel"][LAYER])
-                if step in bad:
-                    up["kernel"] = up["kernel"].at[LAYER, 0].set(jnp.nan)
-                state, metrics = train_step(state, tokens)
-                if step in bad and step != max(bad):
-                    up = state.params["blocks"]["mlp"]["up"]
-                    up["kernel"] = up["kernel"].at[LAYER].set(good)
-                return jax.block_until_ready(state), metrics
+        def spoil_or_heal(step, state):
+            made.append(step)
+            up = state.params["blocks"]["mlp"]["up"]
+            if step in bad:
+                good.append(up["kernel"])
+                up["kernel"] = up["kernel"].at[LAYER, 0].set(jnp.nan)
+            elif good:
+                up["kernel"] = good[0]
+                good.clear()
 
-            return watched, eval_step
-
-        monkeypatch.setattr(train_step, "compile_steps", compile_steps)
+        before_step(spoil_or_heal)
         return made
 
     return in_steps
@@ -218,7 +204,7 @@ def test_a_planted_nan_is_reported_with_its_step_and_layer(text, tmp_path, plant
 def test_a_few_bad_steps_are_skipped_and_shown(text, tmp_path, plant):
     """The run goes on with the next data; where it stops and continues, it ends the same."""
     run = tmp_path / "run"
-    plant({AT, 20})
+    plant({AT})
     done = succeed("train", *RUN, "--data", text, "--out", run)
     lines = [line for line in read_lines(run) if "loss" in line]
     assert [line["skipped"] for line in lines] == [0] * (AT - 1) + [1] * (13 - AT)
@@ -246,7 +232,7 @@ def test_a_signal_at_a_skipped_step_waits_for_one_that_can_be_saved(
     text, tmp_path, plant, monkeypatch
 ):
     """A whole interval of steps would be lost otherwise."""
-    plant({AT, 99})  # and made good again
+    plant({AT})
     honest = Recorder.note_step
 
     def step(recorder, step, state, metrics):

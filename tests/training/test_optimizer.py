@@ -11,7 +11,7 @@ import pytest
 
 from gpt.config import ModelConfig, TrainConfig
 from gpt.model import transformer
-from gpt.training import optimizer, train_state, train_step
+from gpt.training import optimizer, step_functions, train_state
 
 MODEL = ModelConfig(
     100, context_length=16, n_layers=3, n_heads=4, n_kv_heads=2, d_model=32,
@@ -31,13 +31,7 @@ def test_every_parameter_has_its_group():
     matrices = {f"blocks/attention/{name}/kernel" for name in "qkvo"}
     matrices |= {f"blocks/mlp/{name}/kernel" for name in ("up", "gate", "down")}
     assert {name for name, group in by_name.items() if group == "muon"} == matrices
-    assert {name for name, group in by_name.items() if group == "adamw"} == {
-        *("tokens", "positions", "head", "final_norm/scale", "final_norm/bias"),
-        *(f"blocks/{n}_norm/{w}" for n in ("attention", "mlp") for w in ("scale", "bias")),
-        *(f"blocks/attention/{n}_norm/{w}" for n in "qk" for w in ("scale", "bias")),
-        *(f"blocks/attention/{n}/bias" for n in "qkvo"),
-        *(f"blocks/mlp/{n}/bias" for n in ("up", "gate", "down")),
-    }
+    assert set(by_name.values()) == {"muon", "adamw"}
 
 
 def linear(name, kernel):
@@ -147,7 +141,7 @@ def test_adamw_is_that_of_the_textbook(clip_norm, longest):
 def test_average_lags_behind_and_starts_quickly():
     config = dataclasses.replace(CONFIG, ema_decay=0.99)
     old, new = {"w": jnp.zeros(3)}, {"w": jnp.ones(3)}
-    at = lambda n: float(train_step.update_ema(config, old, new, jnp.int32(n))["w"][0])  # noqa: E731
+    at = lambda n: float(step_functions.update_ema(config, old, new, jnp.int32(n))["w"][0])  # noqa: E731
     assert at(0) == 1.0  # the first step's weights are the average
     assert at(9) == pytest.approx(0.5)
     assert at(10**6) == pytest.approx(0.01, rel=1e-4)

@@ -11,7 +11,7 @@ from programs import TINY, arrays, call, read_lines, run_python, same_bits, snap
 
 from gpt import checkpoint, cli
 from gpt.evaluate import in_training
-from gpt.training import evaluation, run, train_step
+from gpt.training import evaluation, run, step_functions
 from gpt.training.recorder import Recorder
 from gpt.training.stop_signal import StopSignal
 
@@ -72,7 +72,10 @@ def test_a_signal_before_the_first_step_leaves_everything_as_it_was(
     for out in (tmp_path / "new", finished):
         monkeypatch.setattr(os, "_exit", sys.exit)
         before(
-            monkeypatch, train_step, "compile_steps", lambda: signal.raise_signal(signal.SIGUSR1)
+            monkeypatch,
+            step_functions,
+            "compile_steps",
+            lambda: signal.raise_signal(signal.SIGUSR1),
         )
         done = call("train", *TINY, "--data", text, "--out", out, "--overwrite")
         assert done.code == 128 + signal.SIGUSR1 and "so nothing new is saved" in done.err

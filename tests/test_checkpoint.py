@@ -8,23 +8,54 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from checkpoint.trees import (
-    METADATA,
-    abstract,
-    files_of,
-    newest_metadata,
-    params,
-    restore_all,
-    save,
-    state,
-)
 from programs import run_python, same_bits
 
 from gpt import checkpoint
-from gpt.checkpoint import FORMAT, CheckpointManager, Damaged, SaveFailed
+from gpt.checkpoint import FORMAT, CheckpointManager, Damaged
 from gpt.digest import digest, digest_array
 from gpt.errors import UserError
+
+METADATA = {"text": "今天", "none": None, "fraction": 0.1, "nested": {"list": [1, 2]}}
+
+
+def params(seed: int = 0):
+    return {
+        "blocks": {
+            "q": jax.random.normal(jax.random.key(seed), (4, 8, 16)),
+            "scale": jax.random.normal(jax.random.key(seed + 1), (4, 8), jnp.bfloat16),
+        },
+        "dotted.name": jnp.arange(5, dtype=jnp.int32) + seed,
+        "mask": jnp.array([1, 0, 1], jnp.int8),
+        "scalar": jnp.float32(3 + seed),
+        "bits": jnp.array([0, 2**32 - 1], jnp.uint32),
+        "odd": jnp.array([jnp.nan, -jnp.inf, -0.0]),
+    }
+
+
+def state(seed: int = 0):
+    """Trees as a training run has them: nested dicts, an optimizer's NamedTuples, a tuple."""
+    weights = params(seed)
+    return {"params": weights, "opt": (optax.adamw(1e-3).init(weights), jnp.int32(seed))}
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def save(folder, *steps):
+    with CheckpointManager(folder, keep=10) as writer:
+        for step in steps:
+            writer.save(step, state(step), METADATA | {"step": step})
+
+
+def files_of(folder, step):
+    return sorted(p for p in checkpoint.step_dir(folder, step).rglob("*") if p.is_file())
+
+
+def newest_metadata(folder):
+    return checkpoint.latest_good(folder, lambda step: checkpoint.read_metadata(folder, step))
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +74,9 @@ def mine(saved, tmp_path):
 def test_trees_and_metadata_come_back_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save("runs/mine", 2)  # a relative path
-    metadata, restored = restore_all("runs/mine", 2)
-    assert metadata == METADATA | {"step": 2}
-    assert same_bits(restored, state(2))
+    assert checkpoint.read_metadata("runs/mine", 2) == METADATA | {"step": 2}
+    for name, tree in state(2).items():
+        assert same_bits(checkpoint.restore("runs/mine", 2, name, abstract(tree)), tree)
 
 
 def test_one_tree_is_restored_without_the_others(mine):
@@ -90,19 +121,12 @@ def test_the_latest_are_kept_and_those_of_lowest_loss(tmp_path):
     assert checkpoint.saved_steps(tmp_path) == [9]
 
 
-def test_saving_the_latest_step_again_does_nothing(mine):
-    before = {p: p.stat().st_mtime_ns for p in files_of(mine, 2)}
-    with CheckpointManager(mine, keep=5) as writer:
-        writer.save(2, state(7), {}, wait=True)
-    assert {p: p.stat().st_mtime_ns for p in files_of(mine, 2)} == before
-
-
 def test_a_save_that_is_tried_leaves_nothing(tmp_path):
     with CheckpointManager(tmp_path, keep=1) as writer:
         writer.try_save(state(), {})
         assert not list((tmp_path / "checkpoints").iterdir())
-        writer.save(0, state(3), METADATA | {"step": 0})
-    assert same_bits(restore_all(tmp_path, 0)[1], state(3))
+        writer.save(0, state(3), {})
+    assert same_bits(checkpoint.restore(tmp_path, 0, "params", abstract(params())), params(3))
 
 
 def test_steps_past_the_resumed_one_are_replaced(tmp_path):
@@ -132,15 +156,6 @@ def test_shapes_that_differ_are_listed(saved):
     assert "new: stored none, expected (3,)" in message
     assert "mask: stored (3,), expected none" in message
     assert "dotted" not in message and not isinstance(caught.value, Damaged)
-
-
-def test_a_folder_or_a_step_that_is_not_there_is_named(saved, tmp_path):
-    for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(UserError, match=r"no (checkpoint in|folder) .*: expected a run's"):
-            newest_metadata(folder)
-    assert not (tmp_path / "absent").exists()
-    with pytest.raises(UserError, match=r"no checkpoint of step 3 in .*: it has \[1, 2\]"):
-        checkpoint.read_metadata(saved, 3)
 
 
 # The digest sees any one changed element, and agrees with an independent computation.
@@ -182,11 +197,6 @@ def test_any_flipped_bit_is_seen(axis):
 # Damage is passed over by name, or nothing has changed: never in silence.
 
 
-def change_a_digit(folder, step):
-    path = checkpoint.step_dir(folder, step) / "_CHECKPOINT_METADATA"
-    path.write_text(path.read_text().replace("0.1", "0.2"))
-
-
 def damages(data: bytes, flips: int, random: np.random.Generator):
     """The file deleted, cut in half, and with one bit flipped, `flips` times."""
     yield None
@@ -220,16 +230,6 @@ def test_any_damage_to_the_newest_falls_back_or_changes_nothing(flips, tmp_path)
     assert fallbacks > 10
 
 
-def test_if_all_are_damaged_one_error_names_each(mine):
-    change_a_digit(mine, 2)
-    step, _, notes = newest_metadata(mine)
-    assert step == 1 and len(notes) == 1
-    assert "checkpoints/2 is damaged: its metadata does not match its digest" in notes[0]
-    change_a_digit(mine, 1)
-    with pytest.raises(UserError, match=r"is intact: .*checkpoints/2 .*checkpoints/1 "):
-        newest_metadata(mine)
-
-
 def test_a_flipped_bit_in_the_weights_names_the_array(mine):
     data_files = [path for path in files_of(mine, 2) if "params/ocdbt.process_0/d" in str(path)]
     path = max(data_files, key=lambda path: path.stat().st_size)
@@ -249,54 +249,39 @@ def test_an_error_that_is_no_damage_is_not_passed_over(saved):
         checkpoint.latest_good(saved, load)
 
 
-def test_a_renamed_step_is_not_taken_for_another(mine):
-    checkpoint.step_dir(mine, 2).rename(checkpoint.step_dir(mine, 100))
-    with pytest.raises(Damaged, match="it was saved as step 2"):
-        checkpoint.read_metadata(mine, 100)
-
-
-@pytest.mark.parametrize(
-    ("version", "maker"), [(FORMAT - 1, "an earlier version"), (FORMAT + 1, "a later version")]
-)
-def test_a_checkpoint_of_another_version_is_refused_in_one_line(version, maker, mine, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", version)
+def test_a_checkpoint_of_another_version_is_refused(mine, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", FORMAT + 1)
     save(mine, 3)
     monkeypatch.undo()
-    with pytest.raises(UserError, match=f"checkpoints/3 was made by {maker} of this") as caught:
+    with pytest.raises(UserError, match="checkpoints/3 was made by another version"):
         newest_metadata(mine)
-    assert "\n" not in str(caught.value)
 
 
 # What orbax does besides raising
 
 
 QUIET = """
-import logging, sys, warnings
-sys.path.insert(0, "tests/checkpoint")
-import jax, orbax.checkpoint.experimental.v1
-def outside():
-    loggers = [logging.getLogger(name) for name in (None, "absl", "asyncio")]
-    return list(warnings.filters), [(x.level, x.handlers) for x in loggers]
-before, hook = outside(), sys.unraisablehook
-import trees as t
+import sys
+import jax
 from gpt import checkpoint
-assert outside() == before and sys.unraisablehook is hook
 
-folder = sys.argv[1]
-t.save(folder, 1, 2, 3, keep=2)
+folder, x = sys.argv[1], jax.numpy.ones((8, 16))
+trees = {"params": {str(i): x for i in range(7)}, "opt": {"x": x}}
+with checkpoint.CheckpointManager(folder, keep=2) as manager:
+    for step in (1, 2, 3):
+        manager.save(step, trees, {})
+load = lambda step: [checkpoint.restore(folder, step, *named) for named in trees.items()]
 for name in ("opt/_METADATA", "params/manifest.ocdbt"):  # orbax fails early, or among many reads
     path = checkpoint.step_dir(folder, 3) / name
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    step, _, damaged = checkpoint.latest_good(folder, lambda s: t.restore_all(folder, s))
+    step, _, damaged = checkpoint.latest_good(folder, load)
     assert step == 2 and len(damaged) == 1, (step, damaged)
     path.write_bytes(whole)
-assert outside() == before
 """
 
 
 def test_orbax_reaches_the_terminal_neither_in_success_nor_in_damage(tmp_path):
-    """And nothing that belongs to others is changed: filters, levels, handlers."""
     done = run_python("-c", QUIET, tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -335,7 +320,6 @@ with checkpoint.CheckpointManager(sys.argv[1], keep=1) as manager:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
 def test_a_save_that_fails_or_is_killed_harms_nothing_and_leaves_nothing(tmp_path):
-    assert issubclass(SaveFailed, UserError)
     done = run_python("-c", FULL, tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (9, "", "")
 

@@ -1,16 +1,11 @@
-"""One optimizer step, a pure function, and its compilation for a mesh.
+"""The training step and the evaluation step: pure functions, and their compilation for a mesh.
 
-How gradients are averaged over devices: over `data` each device averages over its own rows of all
-micro-batches, and one all-reduce at the end of the step averages over the devices (where that is
-possible: `reduces_over_data_once`). Over `fsdp` and `tensor` it is left to the compiler, except
-for the head's table in fused_loss.py: the loss is a mean over all rows, so the gradient with
-respect to the weights is a sum over devices, and in each micro-batch the compiler inserts the
-reduce-scatter (over `fsdp`) or the all-reduces that compute it. Over `fsdp` the sum could also wait
-for the end of the step, but then each device would hold a gradient of all weights, and `fsdp` is
-for weights that do not fit: gpt2 on eight H100s (four micro-batches, compiled) would send 0.9 GB
-instead of 3.7, but need 1.6 GB of temporaries, not 1.0.
+Gradients are averaged over devices in two ways. Over `data` each device averages over its own rows
+of all micro-batches, and one all-reduce at the end of the step averages over the devices (where
+`reduces_over_data_once` allows it). Over `fsdp` and `tensor` the compiler inserts the collectives
+of each micro-batch, because the loss is a mean over all rows.
 
-Shape letters: see gpt/model/transformer.py; A micro-batches of one step, U = T + 1 tokens.
+Shape letters as in gpt/model/transformer.py; A micro-batches of one step, U = T + 1 tokens.
 """
 
 import dataclasses
@@ -27,8 +22,7 @@ from gpt.config import TrainConfig
 from gpt.errors import require
 from gpt.model import flash_attention, transformer
 from gpt.training import fused_loss, memory_plan
-from gpt.training.evaluation import eval_step
-from gpt.training.loss import add_regularizers, attention_for, hidden_states, sequence_losses
+from gpt.training.loss import add_regularizers, hidden_states, token_losses
 from gpt.training.optimizer import make_optimizer, make_schedule
 from gpt.training.train_state import TrainState, abstract_state, shardings_of
 
@@ -75,11 +69,7 @@ def mean_gradients(
     config: TrainConfig, params: dict, tokens_ABU: jax.Array, step: jax.Array
 ) -> tuple[jax.Array, dict]:
     """The mean cross-entropy in nats per token over all micro-batches, and the gradient of what
-    training minimizes.
-
-    Where it can, each device averages over its own rows of all micro-batches, and only those
-    averages are sent over `data`.
-    """
+    training minimizes."""
     dropout_key_AB = dropout_keys(config, step, *tokens_ABU.shape[:2])
     mesh = sharding.mesh_in_force()
     if mesh is None or not reduces_over_data_once(config, mesh.shape, sharding.platform()):
@@ -106,10 +96,7 @@ def mean_gradients(
 def reduces_over_data_once(config: TrainConfig, sizes: Mapping[str, int], platform: str) -> bool:
     """Whether gradients are sent over `data` only at the end of a step, on a mesh of these sizes.
 
-    Two cases are left out because of XLA (jax 0.10.2 and 0.12.0.1). Inside a `shard_map` over
-    `data` its partitioner aborts on lookups if both `fsdp` and `tensor` are left to it. For TPUs
-    it splits activations that are kept over `tensor` and gathers them again: in a micro-batch of a
-    small model on v5e:4x4 it sends 227 MB instead of 139, which costs more than the 72 MB saved.
+    The two exceptions are due to XLA: docs/parallelism.md describes them.
     """
     if sizes["fsdp"] > 1 and sizes["tensor"] > 1:
         return False
@@ -151,21 +138,25 @@ def gradients_of_rows(
 def objective(
     config: TrainConfig, params: dict, tokens_BU: jax.Array, dropout_key_B: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """What training minimizes (see loss.add_regularizers) and the plain cross-entropy in nats, both
-    means over the tokens. On a CPU by loss.py, in chunks of the vocabulary; elsewhere by
-    fused_loss.py, in chunks of tokens."""
-    options = {"attend": attention_for(config), "remat": config.remat, "unroll": config.unroll}
-    if sharding.platform() != "cpu":
-        model, x_MD, target_M = hidden_states(
-            config.model, params, tokens_BU, dropout_key_B, **options
-        )
-        return fused_loss.objective_and_loss(config, x_MD, model.head_table, target_M)
+    """What training minimizes and the plain cross-entropy in nats, both means over the tokens.
 
-    loss_BT, log_total_BT, uniform_BT = sequence_losses(
-        config.model, params, tokens_BU, dropout_key_B, **options
-    )
-    objective_BT = add_regularizers(config, loss_BT, log_total_BT, uniform_BT)
-    return objective_BT.mean(), loss_BT.mean()
+    On a CPU by loss.py, in chunks of the vocabulary; elsewhere by fused_loss.py, in chunks of
+    tokens.
+    """
+    model, x_MD, target_M = hidden_states(config, params, tokens_BU, dropout_key_B)
+    if sharding.platform() != "cpu":
+        return fused_loss.objective_and_loss(config, x_MD, model.head_table, target_M)
+    loss_M, log_total_M, uniform_M = token_losses(model, x_MD, target_M)
+    objective_M = add_regularizers(config, loss_M, log_total_M, uniform_M)
+    return objective_M.mean(), loss_M.mean()
+
+
+def eval_step(config: TrainConfig, params: dict, tokens_BU: jax.Array, weight_BT: jax.Array):
+    """Summed loss in nats, and summed weight, of the targets of `tokens_BU`."""
+    config = dataclasses.replace(config, unroll=False)  # which would only take longer to compile
+    loss_M, *_ = token_losses(*hidden_states(config, params, tokens_BU))
+    losses_BT = loss_M.reshape(weight_BT.shape)
+    return jnp.sum(losses_BT * weight_BT), jnp.sum(weight_BT)
 
 
 def dropout_keys(config: TrainConfig, step: jax.Array, A: int, B: int) -> jax.Array | None:
