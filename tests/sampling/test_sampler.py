@@ -11,7 +11,8 @@ from gpt.model.attention import MASKED
 from gpt.sampling import sampler
 
 V = 17
-NEUTRAL = {"repetition_penalty": 1.0, "temperature": 1.0, "top_k": 0.0, "top_p": 1.0, "min_p": 0.0}
+NEUTRAL = {"repetition_penalty": 1.0, "temperature": 1.0}
+NEUTRAL |= {name: one.off for name, one in sampler.FILTERS.items()}
 NOISE = {"seed": 0, "sample": 0}
 adjust, filtered = jax.jit(sampler.adjust_logits), jax.jit(sampler.filter_logits)
 inverse_cdf, sample = jax.jit(sampler.inverse_cdf), jax.jit(sampler.sample)
