@@ -157,7 +157,7 @@ FAULTS = [
         ("stride of windows", "n_windows) * np.uint64(seq_len)",
          "n_windows) * np.uint64(seq_len - 1)"),
         ("epoch", "seed)) ^ epoch)", "seed)))"),
-        ("targets counted twice", "np.arange(seq_len) >= (", "np.arange(seq_len) >= -1 + ("),
+        ("targets counted twice", "(target >= first[", "(target + 1 >= first["),
     ),
     *faults_in("data/prepare", "data/test_prepare",
         ("end of a document", "if last and marks_ends:", "if marks_ends:"),

@@ -1,4 +1,4 @@
-"""Documents in files of every format and compression."""
+"""Documents in files of every format and compression, and as tokens."""
 
 import bz2
 import gzip
@@ -9,6 +9,12 @@ import lzma
 import pyarrow
 import pyarrow.parquet
 
+from gpt.data import prepare, tokenizers
+from gpt.data.options import Reading
+from gpt.data.sources import find, open_text
+
+BYTE = tokenizers.create("byte", lambda: (), 0)
+PLAIN = Reading()
 DOCS = ["eins", "zwei\nzeilen é 今天 🙂", '{"text": "quoted"}', "  spaced\r\n", "x" * 300]
 
 
@@ -56,3 +62,10 @@ COMPRESSORS = {
 def write(path, form, compression="", docs=DOCS):
     path.write_bytes(COMPRESSORS[compression](WRITERS[form](docs)))
     return path
+
+
+def tokenize(path, folder, held_out=None, reading=PLAIN):
+    """The text of a path as byte tokens in a folder that train.py takes."""
+    job = prepare.Job(open_text(find([path]), reading), BYTE, reading, held_out)
+    prepare.tokenize(job, folder, "f", {})
+    return folder

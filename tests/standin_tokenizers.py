@@ -10,6 +10,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers import pre_tokenizers as cut
 from tokenizers.trainers import BpeTrainer, UnigramTrainer
 
+from gpt.data import tokenizers as ours
+
 END = "<|endoftext|>"
 N_VOCAB = 700  # the model's ids: more than any of these tokenizers has
 TEXT = [
@@ -41,13 +43,17 @@ WILD = [
 ]
 
 
-def openai_parts(name, ranks):
-    """What tiktoken makes one of OpenAI's encodings of, with `ranks` in place of a download."""
+def openai_encoding(name, tokens):
+    """One of OpenAI's encodings with these tokens in place of a download, and two unused ids."""
+    ranks = {token: i for i, token in enumerate(tokens)}
+    special = {END: len(tokens) + 1, "<|endofprompt|>": len(tokens) + 3}
     with (
         mock.patch.object(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks),
         mock.patch.object(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda **_: ranks),
     ):
-        return openai_public.ENCODING_CONSTRUCTORS[name]()
+        parts = openai_public.ENCODING_CONSTRUCTORS[name]() | {"special_tokens": special}
+    with mock.patch.dict(openai_public.ENCODING_CONSTRUCTORS, {name: lambda: parts}):
+        return ours.create(name, lambda: (), 0)
 
 
 def split(pattern):

@@ -7,12 +7,15 @@ GPT-2 and Llama, by the names that the files have, in float64: independent of th
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from numpy_transformer import ACTIVATIONS, sigmoid, softmax, turn
 from safetensors.numpy import save_file
+
+from gpt.config import ModelConfig
 
 HUB = json.loads(Path(__file__).with_name("hub_configs.json").read_text())
 
@@ -52,6 +55,8 @@ def small(c):
     return c | sizes
 
 
+SMALL = ModelConfig(257, context_length=64, n_layers=2, n_heads=2, d_model=16, d_ff=20)
+MODERN = replace(SMALL, positions="rope", norm="rms", mlp="swiglu", bias=False)
 GPT2 = small(HUB["gpt2"]) | {"n_embd": 24, "n_head": 3, "bos_token_id": 299, "eos_token_id": 299}
 LLAMA = small(HUB["TinyLlama-1.1B"]) | {
     "hidden_size": 24,
@@ -64,13 +69,15 @@ del LLAMA["bos_token_id"]
 STRETCHED = small(HUB["Llama-3.2-1B"])["rope_scaling"] | {"factor": 8.0}
 KINDS = {
     "gpt2": GPT2,
-    "gpt2, untied, exact gelu": GPT2
-    | {"tie_word_embeddings": False, "activation_function": "gelu"},
-    "llama": LLAMA,
+    "gpt2, untied, exact gelu, narrow mlp": GPT2
+    | {"tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 40},
+    "gpt2, relu": GPT2 | {"activation_function": "relu", "layer_norm_epsilon": 1e-2},
+    "llama": LLAMA | {"rms_norm_eps": 1e-2},
     "llama 3": LLAMA
     | {"rope_scaling": STRETCHED, "rope_theta": 500.0, "tie_word_embeddings": True},
-    "llama, biases": LLAMA | {"attention_bias": True, "mlp_bias": True, "head_dim": 8},
-    "mistral": LLAMA | {"model_type": "mistral", "sliding_window": None},
+    "llama, biases": LLAMA
+    | {"attention_bias": True, "mlp_bias": True, "head_dim": 8, "num_key_value_heads": 4},
+    "mistral": LLAMA | {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 1},
     "qwen2": LLAMA | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096},
     "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 10, "tie_word_embeddings": True},
 }
@@ -89,18 +96,16 @@ def shapes(c):
 
 def gpt2_shapes(c):
     D, V = c["n_embd"], c["vocab_size"]
+    F = c.get("n_inner") or 4 * D
+    linear = {"attn.c_attn": (D, 3 * D), "attn.c_proj": (D, D)}
+    linear |= {"mlp.c_fc": (D, F), "mlp.c_proj": (F, D)}
     found = {"transformer.wte.weight": (V, D), "transformer.wpe.weight": (c["n_positions"], D)}
     for i in range(c["n_layer"]):
         h = f"transformer.h.{i}"
         for name in ("ln_1", "ln_2"):
             found |= {f"{h}.{name}.weight": (D,), f"{h}.{name}.bias": (D,)}
-        for name, a, b in (
-            ("attn.c_attn", D, 3 * D),
-            ("attn.c_proj", D, D),
-            ("mlp.c_fc", D, 4 * D),
-            ("mlp.c_proj", 4 * D, D),
-        ):
-            found |= {f"{h}.{name}.weight": (a, b), f"{h}.{name}.bias": (b,)}
+        for name, shape in linear.items():
+            found |= {f"{h}.{name}.weight": shape, f"{h}.{name}.bias": shape[1:]}
     found |= {"transformer.ln_f.weight": (D,), "transformer.ln_f.bias": (D,)}
     return found | ({} if c.get("tie_word_embeddings", True) else {"lm_head.weight": (V, D)})
 
@@ -109,28 +114,21 @@ def llama_shapes(c):
     D, V, F = c["hidden_size"], c["vocab_size"], c["intermediate_size"]
     N, K = c["num_attention_heads"], c["num_key_value_heads"]
     H, kind = c.get("head_dim") or D // N, c["model_type"]
-    biased = {n: c.get("attention_bias") or (kind == "qwen2" and n != "o") for n in "qkvo"}
-    found = {"model.embed_tokens.weight": (V, D)}
+    linear = {"self_attn.q": (N * H, D), "self_attn.k": (K * H, D), "self_attn.v": (K * H, D)}
+    linear |= {"self_attn.o": (D, N * H), "mlp.gate": (F, D), "mlp.up": (F, D), "mlp.down": (D, F)}
+    biased = {n: c.get("attention_bias") or (kind == "qwen2" and n[-1] != "o") for n in linear}
+    biased |= {n: c.get("mlp_bias") for n in linear if n.startswith("mlp")}
+    found = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
     for i in range(c["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         for name in ("input_layernorm", "post_attention_layernorm"):
             found[f"{layer}.{name}.weight"] = (D,)
-        for name, rows, columns in (
-            ("q", N * H, D),
-            ("k", K * H, D),
-            ("v", K * H, D),
-            ("o", D, N * H),
-        ):
-            found[f"{layer}.self_attn.{name}_proj.weight"] = (rows, columns)
-            if biased[name]:
-                found[f"{layer}.self_attn.{name}_proj.bias"] = (rows,)
         if kind == "qwen3":
             found |= {f"{layer}.self_attn.{n}_norm.weight": (H,) for n in "qk"}
-        for name, rows, columns in (("gate", F, D), ("up", F, D), ("down", D, F)):
-            found[f"{layer}.mlp.{name}_proj.weight"] = (rows, columns)
-            if c.get("mlp_bias"):
-                found[f"{layer}.mlp.{name}_proj.bias"] = (rows,)
-    found["model.norm.weight"] = (D,)
+        for name, shape in linear.items():
+            found[f"{layer}.{name}_proj.weight"] = shape
+            if biased[name]:
+                found[f"{layer}.{name}_proj.bias"] = shape[:1]
     return found | ({} if c["tie_word_embeddings"] else {"lm_head.weight": (V, D)})
 
 

@@ -111,7 +111,7 @@ def export_tokenizer(tokenizer: tokenizers.Tokenizer, context_length: int) -> di
         sample = tokenizer.characters * 2
     else:
         made = byte_level_tokenizer(tokenizer)
-        tokens = [token.decode("utf-8", "ignore") for token in tokenizer.ranks]
+        tokens = [token.decode("utf-8", "ignore") for token in tokenizer.tokens]
         sample = SAMPLE + " ".join(tokens)
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -140,18 +140,16 @@ def byte_level_tokenizer(tokenizer: tokenizers.ByteLevelTokenizer) -> library.To
     come first in a list of merges. So every cut of a token into two tokens is a merge, in the order
     of the tokens' ranks. Both take a whole piece of text first, if it is a token.
     """
-    ranks = tokenizer.ranks
     spelled = {
-        token: "".join(CHARACTER_OF_BYTE[byte] for byte in token)
-        for token in sorted(ranks, key=ranks.__getitem__)
+        token: "".join(CHARACTER_OF_BYTE[byte] for byte in token) for token in tokenizer.tokens
     }
     merges = [
         (spelled[token[:i]], spelled[token[i:]])
         for token in spelled
         for i in range(1, len(token))
-        if token[:i] in ranks and token[i:] in ranks
+        if token[:i] in spelled and token[i:] in spelled
     ]
-    vocabulary = {text: ranks[token] for token, text in spelled.items()}
+    vocabulary = {text: i for i, text in enumerate(spelled.values())}
     made = library.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
 
     # Oniguruma reads two things differently from tiktoken's engine: "{1,3}+" repeats a repetition

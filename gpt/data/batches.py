@@ -38,7 +38,7 @@ def batch(
     index: int,
     batch_size: int,
     seq_len: int,
-    rows: slice | np.ndarray | None = None,
+    rows: slice | np.ndarray = slice(None),
 ) -> np.ndarray:
     """The sequences of batch `index`, counted from 0: int32 [rows, T+1], which hold T inputs and,
     shifted by one, their T targets. Step n of a run, counted from 1, trains on batch n - 1.
@@ -47,7 +47,7 @@ def batch(
     them or their numbers. Raises UserError if the text is shorter than one sequence.
     """
     require_length(tokens, seq_len)
-    row = np.arange(batch_size, dtype=np.uint64)[slice(None) if rows is None else rows]
+    row = np.arange(batch_size, dtype=np.uint64)[rows]
     sequence = np.uint64(index * batch_size) + row
     if not isinstance(tokens, Mixture):
         return windows(tokens, seed, sequence, seq_len)
@@ -92,10 +92,12 @@ def count_windows(n_tokens: int, seq_len: int) -> tuple[int, int]:
 
 
 def gather(tokens: Tokens, starts: np.ndarray, seq_len: int) -> np.ndarray:
-    """The windows of T+1 tokens that begin at `starts`: int32 [rows, T+1]."""
-    out = np.empty((len(starts), seq_len + 1), np.int32)
+    """The windows of T+1 tokens that begin at `starts`, with zeros after the last token: int32
+    [rows, T+1]."""
+    out = np.zeros((len(starts), seq_len + 1), np.int32)
     for row, start in zip(out, starts.tolist(), strict=True):
-        row[:] = tokens[start : start + seq_len + 1]
+        found = tokens[start : start + seq_len + 1]
+        row[: len(found)] = found
     return out
 
 
@@ -143,35 +145,21 @@ def evaluation_windows(
     exactly once; otherwise whole windows are taken, evenly spread. Weight 0 marks targets that were
     counted before and the padding of the last batch: all batches have one shape.
     """
-    starts, fresh = choose_windows(len(tokens) - 1, seq_len, max_tokens)
-    padded = tokens
-    if len(tokens) <= seq_len:
-        padded = Tokens([np.pad(tokens[:], (0, seq_len))], tokens.n_bytes)
-    for first in range(0, len(starts), batch_size):
-        chosen = slice(first, first + batch_size)
-        missing = (0, batch_size - len(starts[chosen]))
-        weights = np.arange(seq_len) >= (seq_len - fresh[chosen])[:, None]
-        if len(tokens) <= seq_len:
-            weights = weights[:, ::-1]
-        rows = gather(padded, starts[chosen], seq_len)
-        yield (
-            np.pad(rows, (missing, (0, 0))),
-            np.pad(weights.astype(np.float32), (missing, (0, 0))),
-        )
-
-
-def choose_windows(n_targets: int, seq_len: int, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where evaluation's windows start, and how many targets at the end of each are new."""
-    whole, rest = divmod(n_targets, seq_len)
-    if 0 < max_tokens < n_targets and whole:
-        chosen = max(1, min(max_tokens // seq_len, whole))
-        starts = np.arange(chosen) * whole // chosen * seq_len
-        return starts, np.full(chosen, seq_len)
-    starts = np.arange(whole + (rest > 0)) * seq_len
-    fresh = np.full(len(starts), seq_len)
-    if rest:
-        starts[-1], fresh[-1] = max(n_targets - seq_len, 0), rest
-    return starts, fresh
+    n_targets = len(tokens) - 1
+    n_whole = n_targets // seq_len
+    first = np.arange(0, n_targets, seq_len)  # target that each window is the first to reach
+    if 0 < max_tokens < n_targets and n_whole:
+        n_chosen = max(1, min(max_tokens // seq_len, n_whole))
+        first = np.arange(n_chosen) * n_whole // n_chosen * seq_len
+    # The last window is moved back until it fits.
+    starts = np.minimum(first, max(n_targets - seq_len, 0))
+    for i in range(0, len(starts), batch_size):
+        chosen = slice(i, i + batch_size)
+        target = starts[chosen, None] + np.arange(seq_len)
+        is_counted = (target >= first[chosen, None]) & (target < n_targets)
+        missing = ((0, batch_size - len(target)), (0, 0))
+        rows = gather(tokens, starts[chosen], seq_len)
+        yield np.pad(rows, missing), np.pad(is_counted.astype(np.float32), missing)
 
 
 def prefetch(make: Callable[[int], Made], first: int, end: int, depth: int = 2) -> Iterator[Made]:

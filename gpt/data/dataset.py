@@ -36,8 +36,8 @@ class Origin:
     """One source of data: text, or a folder of our tokens, or files of others' tokens.
 
     weight: its share in the batches; None for the only source. held_out: as in `prepare.Job`.
-    `identify` fills in the fingerprint, a digest of each file by name, and the folder of the tokens
-    of a text, if it exists. splits: the tokens, once they are open.
+    folder: of a text, once its tokens are known. files: a digest of each file by name. splits: the
+    tokens, once they are open.
     """
 
     weight: float | None
@@ -48,6 +48,11 @@ class Origin:
     fingerprint: str = ""
     files: dict[str, str] = field(default_factory=dict)
     splits: dict[str, Tokens] = field(default_factory=dict)
+
+    def start_key(self, tokenizer: Tokenizer, options: Reading) -> list:
+        """Changes whenever the tokens of a text do, and is known without reading it."""
+        settings = prepare.token_settings(tokenizer, options, self.held_out)
+        return [*settings, [file.stat for file in self.text.files]]
 
 
 def load_dataset(  # noqa: PLR0913 - each is one decision of the user
@@ -62,7 +67,7 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
     expected: dict[str, Any] | None = None,
     keep: bool = True,
     estimate: bool = False,
-    progress: prepare.Progress | None = None,
+    progress: prepare.Progress = lambda done, total: None,
 ) -> tuple[Tokenizer, Dataset]:
     """The tokenizer and the tokens of `paths`, or of Python's standard library if there are none.
 
@@ -77,20 +82,21 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
     """
     origins = find_origins(paths, options)
     with TokenStore(options.tokens or store, keep) as kept:
-        texts = [origin.text for origin in origins if origin.text]
-        is_sample = estimate and sum(text.size for text in texts) > SMALL
+        texts = [origin for origin in origins if origin.text]
+        is_sample = estimate and sum(origin.text.size for origin in texts) > SMALL
         if saved_tokenizer:
             chosen = tokenizers.from_json(saved_tokenizer)
         else:
             chosen = choose_tokenizer(origins, tokenizer, vocab_size, options, kept, is_sample)
 
-        keys = [stat_key(origin, chosen, options) for origin in origins]
-        if is_sample and not all(kept.recall_folder(key) for key in keys if key):
-            return chosen, estimate_tokens(texts, chosen, options, log)
+        for origin in texts:
+            origin.folder = kept.recall_folder(origin.start_key(chosen, options))
+        if is_sample and not all(origin.folder for origin in texts):
+            return chosen, estimate_tokens([origin.text for origin in texts], chosen, options, log)
 
         # Identify all origins first: text that has changed is refused before it is tokenized.
-        for origin, key in zip(origins, keys, strict=True):
-            identify(origin, chosen, options, kept.recall_folder(key), log)
+        for origin in origins:
+            identify(origin, chosen, options, log)
         fingerprint = origins[0].fingerprint
         if len(origins) > 1:
             weights = [origin.weight for origin in origins]
@@ -98,18 +104,17 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
         files = {name: digest[:16] for one in origins for name, digest in one.files.items()}
         if len(files) > MOST_NAMES:
             files = {}
-        if expected:
-            require_same(expected, fingerprint, files)
+        require_same(expected, fingerprint, files)
 
         # Make the tokens that do not exist yet, and open all.
-        for origin, key in zip(origins, keys, strict=True):
+        for origin in origins:
             if origin.text and not origin.folder:
                 origin.folder = kept.folder(origin.fingerprint)
                 kept.remove_leftovers(but=origin.folder)
                 text = open_text(origin.text, options)
                 job = prepare.Job(text, chosen, options, origin.held_out, progress=progress)
                 prepare.tokenize(job, origin.folder, origin.fingerprint, origin.files)
-                kept.remember(key, origin.folder.name)
+                kept.remember(origin.start_key(chosen, options), origin.folder.name)
             if origin.folder:
                 origin.splits = token_files.open_shards(origin.folder, chosen, options.verify_data)
                 is_kept = keep or origin.folder.parent != kept.new
@@ -236,29 +241,17 @@ def choose_tokenizer(
     return chosen
 
 
-def stat_key(origin: Origin, tokenizer: Tokenizer, options: Reading) -> list | None:
-    """Changes whenever a text's tokens do, and is known without reading it; None for tokens."""
-    if origin.text is None:
-        return None
-    settings = prepare.token_settings(tokenizer, options, origin.held_out)
-    return [*settings, [file.stat for file in origin.text.files]]
-
-
-def identify(
-    origin: Origin, tokenizer: Tokenizer, options: DataOptions, known: Path | None, log: Log
-) -> None:
-    """Fill in the fingerprint and the files of an origin.
-
-    A text is read for this, unless its tokens are in the folder `known`.
-    """
+def identify(origin: Origin, tokenizer: Tokenizer, options: DataOptions, log: Log) -> None:
+    """Fill in the fingerprint and the files of an origin: by reading a text whose tokens are not
+    in a known folder, or is to be verified."""
     if origin.shards:
         origin.splits, origin.fingerprint = token_files.open_others(
             origin.shards, tokenizer, origin.held_out, options.verify_data
         )
         return
-    if known and not options.verify_data:
-        origin.folder = known
     notes = []
+    if origin.text and options.verify_data:
+        origin.folder = None
     if origin.folder:
         header = token_files.read_header(origin.folder)
         origin.fingerprint = header["fingerprint"]
@@ -278,9 +271,9 @@ def identify(
         log(note)
 
 
-def require_same(expected: dict[str, Any], fingerprint: str, files: dict[str, str]) -> None:
+def require_same(expected: dict | None, fingerprint: str, files: dict[str, str]) -> None:
     """Raise UserError if a resumed run would continue with other data."""
-    if fingerprint == expected["fingerprint"]:
+    if expected is None or fingerprint == expected["fingerprint"]:
         return
     before = expected.get("files", {})
     differing = [

@@ -105,7 +105,7 @@ class Job:
     reading: Reading
     held_out: float | None
     workers: int = THREADS
-    progress: Progress | None = None
+    progress: Progress = lambda done, total: None
 
 
 def token_settings(tokenizer: Tokenizer, reading: Reading, held_out: float | None) -> list:
@@ -267,8 +267,7 @@ def run_tasks(job: Job, hold_out: HoldOut, folder: Path) -> list[Counts]:
     def add(n_bytes: int) -> None:
         nonlocal done
         done += n_bytes
-        if job.progress:
-            job.progress(done, total)
+        job.progress(done, total)
 
     return [run_task(task, job.tokenizer, THREADS, add) for task in tasks]
 
@@ -286,8 +285,7 @@ def run_in_workers(job: Job, tasks: list[Task], workers: int) -> list[Counts]:
         waiting = set(futures)
         while waiting:
             finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-            if job.progress:
-                job.progress(sum(done), total)
+            job.progress(sum(done), total)
             for future in finished:
                 future.result()
         pool.shutdown()

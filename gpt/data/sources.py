@@ -185,7 +185,7 @@ def open_text(source: Source, reading: Reading) -> Source:
         if isinstance(found, Exception):
             reason = f"{file.path} cannot be read as text ({found}): {EXPECTED}"
             require(file.path not in source.named, reason)
-            skipped.append((file, str(found)))
+            skipped.append((file, found))
         elif found:
             used.append(dataclasses.replace(file, file_format=found))
 
@@ -198,17 +198,15 @@ def open_text(source: Source, reading: Reading) -> Source:
         notes += [f"not used       {file.name}: it is about the data" for file in about]
 
     if skipped:
-        verb = "is" if len(skipped) == 1 else "are"
-        what = f"{counted(len(skipped), 'file')} that {verb}"
         listed = ", ".join(f"{file.name} ({reason})" for file, reason in skipped[:5])
-        more = ", ..." if len(skipped) > 5 else ""
-        notes.append(f"skipped        {what} not text: {listed}{more}")
+        listed += ", ..." if len(skipped) > 5 else ""
+        notes.append(f"skipped        {counted(len(skipped), 'file')}, not text: {listed}")
         n_skipped = sum(file.size for file, _ in skipped)
         n_used = sum(file.size for file in used)
         require(
             n_skipped <= n_used or reading.skip_bad_documents or not used,
             f"{source.title}: most of it is not text, {n_skipped:,} bytes beside {n_used:,} of "
-            f"text: {listed}{more}; name the files to read, or add --skip-bad-documents",
+            f"text: {listed}; name the files to read, or add --skip-bad-documents",
         )
     require(bool(used), f"{source.title} holds no text: {EXPECTED}")
     return dataclasses.replace(source, files=used, notes=notes)

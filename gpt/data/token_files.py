@@ -243,14 +243,13 @@ def open_others(
             arrays.setdefault("train", []).append(array[:left])
             arrays["val"].append(array[left:])
             left = max(left - len(array), 0)
-    splits = {split: [array for array in arrays[split] if len(array)] for split in SPLITS}
-    require(bool(splits["train"]) or share == 1, f"{paths[0].parent} holds no tokens to train on")
-    total = sum(len(array) for parts in splits.values() for array in parts)
+    counts = {split: sum(len(array) for array in arrays[split]) for split in SPLITS}
+    require(counts["train"] > 0 or share == 1, f"{paths[0].parent} holds no tokens to train on")
     found = {}
-    for split, parts in splits.items():
-        if parts:
-            n_tokens = sum(len(array) for array in parts)
-            found[split] = Tokens(parts, round(n_bytes * n_tokens / total))
+    for split, count in counts.items():
+        if count:
+            n_bytes_here = round(n_bytes * count / sum(counts.values()))
+            found[split] = Tokens(arrays[split], n_bytes_here)
     return found, fingerprint.hexdigest()
 
 

@@ -64,7 +64,7 @@ def create(name: str, documents: Callable[[], Iterable[str]], vocab_size: int) -
     Raises UserError for a wrong name, file or size, and for a vocabulary that cannot be downloaded.
     """
     if name == "byte":
-        return byte_level("byte", BYTE_PATTERN, SINGLE_BYTES)
+        return ByteLevelTokenizer("byte", BYTE_PATTERN, SINGLE_BYTES)
     if name == "char":
         characters = sorted(set().union(*documents()))
         require(bool(characters), "the char tokenizer needs text to learn its characters from")
@@ -82,7 +82,7 @@ def create(name: str, documents: Callable[[], Iterable[str]], vocab_size: int) -
             pattern=GPT4_PATTERN,
         )
         by_rank = sorted(trainer.get_mergeable_ranks(), key=lambda entry: entry[1])
-        return byte_level("bpe", GPT4_PATTERN, [bytes(token) for token, _ in by_rank])
+        return ByteLevelTokenizer("bpe", GPT4_PATTERN, [bytes(token) for token, _ in by_rank])
     if name in OPENAI_ENCODINGS:
         return openai_encoding(name)
     names = ", ".join(["byte", "char", "bpe", *OPENAI_ENCODINGS])
@@ -102,31 +102,31 @@ class ByteLevelTokenizer(tiktoken.Encoding):
     """A tiktoken encoding that remembers what it was made of.
 
     pattern: the regular expression that cuts text into pieces before merging.
-    ranks: the id of each token; lower ids are merged first.
-    special_tokens: the ids of `END_OF_TEXT` and of other tokens that no text encodes to.
+    tokens: in the order of their ids, in which they are merged.
+    special_tokens: the ids of tokens that no text encodes to; by default only `END_OF_TEXT`.
     """
 
     def __init__(
-        self, name: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]
+        self,
+        name: str,
+        pattern: str,
+        tokens: list[bytes],
+        special_tokens: dict[str, int] | None = None,
     ):
-        super().__init__(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
-        )
         self.pattern = pattern
-        self.ranks = ranks
-        self.special_tokens = special_tokens
-        by_rank = sorted(ranks, key=ranks.__getitem__)
+        self.tokens = tokens
+        self.special_tokens = special_tokens or {END_OF_TEXT: len(tokens)}
+        super().__init__(
+            name,
+            pat_str=pattern,
+            mergeable_ranks={token: i for i, token in enumerate(tokens)},
+            special_tokens=self.special_tokens,
+        )
         self.contents = {
             "pattern": pattern,
-            "ranks": [base64.b64encode(token).decode() for token in by_rank],
-            "special_tokens": dict(sorted(special_tokens.items())),
+            "ranks": [base64.b64encode(token).decode() for token in tokens],
+            "special_tokens": dict(sorted(self.special_tokens.items())),
         }
-
-    def encode_ordinary_batch(self, texts: list[str], *, num_threads: int = 8) -> list[list[int]]:
-        """Ids of each text; one thread is not worth the pool that tiktoken starts."""
-        if num_threads == 1:
-            return [self.encode_ordinary(text) for text in texts]
-        return super().encode_ordinary_batch(texts, num_threads=num_threads)
 
 
 class CharTokenizer(Tokenizer):
@@ -147,12 +147,11 @@ class CharTokenizer(Tokenizer):
         try:
             return [self._ids[character] for character in text]
         except KeyError:
-            unknown = dict.fromkeys(one for one in text if one not in self._ids)
-            names = ", ".join(map(repr, list(unknown)[:20]))
-            if len(unknown) > 20:
-                names += f" and {len(unknown) - 20} more"
+            unknown = list(dict.fromkeys(one for one in text if one not in self._ids))
+            more = ", ..." if len(unknown) > 20 else ""
             raise UserError(
-                f"this model was not trained on these characters: {names}. It knows "
+                "this model was not trained on these characters: "
+                f"{', '.join(map(repr, unknown[:20]))}{more}. It knows "
                 f"{counted(len(self.characters), 'other')}: leave these out, or train a model that "
                 "knows every character, with --tokenizer byte or bpe"
             ) from None
@@ -206,12 +205,6 @@ def beginning(texts: Iterable[str]) -> Iterator[str]:
             return
 
 
-def byte_level(name: str, pattern: str, tokens: Iterable[bytes]) -> ByteLevelTokenizer:
-    """A byte-level BPE of `tokens` in the order in which they are merged; end-of-text is last."""
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    return ByteLevelTokenizer(name, pattern, ranks, {END_OF_TEXT: len(ranks)})
-
-
 def openai_encoding(name: str) -> ByteLevelTokenizer:
     """OpenAI's encoding; tiktoken finds its vocabulary in its cache or downloads it."""
     try:
@@ -232,7 +225,8 @@ def openai_encoding(name: str) -> ByteLevelTokenizer:
     for i in range(len(ranks), max(special_tokens.values())):
         if i not in special_tokens.values():
             special_tokens[f"<|unused_{i}|>"] = i
-    return ByteLevelTokenizer(name, parts["pat_str"], ranks, special_tokens)
+    tokens = sorted(ranks, key=ranks.__getitem__)
+    return ByteLevelTokenizer(name, parts["pat_str"], tokens, special_tokens)
 
 
 def without_lone_surrogates(text: str) -> str:
@@ -248,10 +242,10 @@ def without_lone_surrogates(text: str) -> str:
 
 
 def load(path: Path) -> Tokenizer:
-    """The tokenizer in `path`: a JSON file written by `save`, a `.tiktoken` file of ranks, or a
-    Hugging Face tokenizer (see `hf_tokenizer.open_files`), or a folder of one of these.
+    """The tokenizer in `path`: a JSON file written by `save`, or a Hugging Face tokenizer's
+    tokenizer.json or vocab.json and merges.txt, or a folder of one of these.
 
-    A rank file holds no pattern: text is split by cl100k_base's. UserError for a damaged file.
+    UserError for a damaged file.
     """
     try:
         if path.is_dir() or path.name in PAIR:
@@ -259,19 +253,9 @@ def load(path: Path) -> Tokenizer:
             path = folder / FILE
             if not path.is_file():
                 return open_pair(folder)
-        text = path.read_text(encoding="utf-8")
-        if path.suffix != ".tiktoken":
-            values = json.loads(text)
-            is_theirs = isinstance(values, dict) and "model" in values
-            return open_file(path) if is_theirs else from_json(values)
-
-        # On each line a token in base64 and its rank.
-        lines = [line.split() for line in text.splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        are_complete = sorted(ranks.values()) == list(range(len(lines)))
-        require(are_complete, "its ranks are not 0, 1, 2, ...")
-        require(ranks.keys() >= set(SINGLE_BYTES), "a single byte has no token")
-        return byte_level(path.stem, GPT4_PATTERN, sorted(ranks, key=ranks.__getitem__))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        is_theirs = isinstance(values, dict) and "model" in values
+        return open_file(path) if is_theirs else from_json(values)
     except (OSError, ValueError, RecursionError, UserError) as error:
         raise UserError(f"cannot read the tokenizer {path}: {error}") from None
 
@@ -321,8 +305,7 @@ def from_json(values: Any) -> Tokenizer:
         if "n_vocab" in contents:
             return IdTokenizer(contents["n_vocab"], contents["end"])
         tokens = [base64.b64decode(token) for token in contents["ranks"]]
-        ranks = {token: rank for rank, token in enumerate(tokens)}
         special_tokens = contents["special_tokens"]
-        return ByteLevelTokenizer(values["name"], contents["pattern"], ranks, special_tokens)
+        return ByteLevelTokenizer(values["name"], contents["pattern"], tokens, special_tokens)
     except (KeyError, TypeError, ValueError, zlib.error) as error:
         raise UserError(f"the saved tokenizer is damaged: {error!r}") from None

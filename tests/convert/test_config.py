@@ -7,13 +7,11 @@ import pytest
 import standins
 import tyro
 from programs import ROOT
+from standins import MODERN, SMALL
 
-from gpt.config import ModelConfig, TrainConfig
+from gpt.config import TrainConfig
 from gpt.convert.hf_config import FAMILIES, read_config, to_hf_config
 from gpt.errors import UserError
-
-SMALL = ModelConfig(257, context_length=64, n_layers=2, n_heads=2, d_model=16, d_ff=20)
-MODERN = dataclasses.replace(SMALL, positions="rope", norm="rms", mlp="swiglu", bias=False)
 
 
 @pytest.mark.parametrize("name", standins.HUB)

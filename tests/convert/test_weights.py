@@ -12,12 +12,12 @@ import pytest
 import standins
 from programs import objects, program, refuse, snapshot, succeed
 from safetensors.numpy import load_file, save_file
+from standins import MODERN, SMALL
 
 from gpt import checkpoint
-from gpt.config import ModelConfig, TrainConfig, to_json
+from gpt.config import TrainConfig, to_json
 from gpt.convert import convert, hf_weights
 from gpt.convert.hf_config import read_config, to_hf_config
-from gpt.convert.hf_weights import GPT2
 from gpt.data import tokenizers
 from gpt.errors import UserError
 from gpt.model import transformer
@@ -26,7 +26,8 @@ IDS = np.random.default_rng(0).integers(257, size=24)
 # Each family once; among them every type of weights, whole files and shards.
 FAMILIES = {
     "gpt2": (np.float32, 2),
-    "gpt2, untied, exact gelu": (np.float16, 1),
+    "gpt2, untied, exact gelu, narrow mlp": (np.float16, 1),
+    "gpt2, relu": (np.float32, 1),
     "llama": (ml_dtypes.bfloat16, 1),
     "llama 3": (np.float32, 1),
     "llama, biases": (np.float16, 3),
@@ -117,10 +118,9 @@ def test_tensors_that_do_not_fit_are_listed_together(tmp_path):
         assert problem in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [np.nan, -np.inf])
-def test_weights_that_are_not_finite_are_refused(value, tmp_path):
+def test_weights_that_are_not_finite_are_refused(tmp_path):
     weights = standins.tensors(standins.LLAMA)
-    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = value
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = -np.inf
     folder = standins.write(tmp_path / "in", standins.LLAMA, weights)
     words = "layers.1.mlp.up_proj.weight holds NaN or infinity"
     refuse(words, CONVERT, "import", folder, tmp_path / "o")
@@ -130,7 +130,6 @@ def test_weights_that_are_not_finite_are_refused(value, tmp_path):
 DAMAGES = {
     "cut weights": ("model.safetensors", lambda data: data[: len(data) // 2]),
     "a header beyond the file": ("model.safetensors", lambda data: b"\xff" * 4 + data[4:]),
-    "another shape": ("model.safetensors", lambda data: data.replace(b"[24]", b"[42]", 1)),
     "a cut config": ("config.json", lambda data: data[:-9]),
     "a config that is no object": ("config.json", lambda data: b"[1]"),
 }
@@ -148,7 +147,7 @@ def test_a_damaged_folder_is_refused_in_one_sentence(damage, tmp_path):
 
 @pytest.mark.parametrize(
     ("index", "reason"),
-    [({"t": 1}, "not a file"), ({"t": "c.safetensors"}, "not a file"), ([1], "no weight_map")],
+    [({"t": "c.safetensors"}, "not a file"), ([1], "no weight_map")],
 )
 def test_an_index_that_does_not_fit_is_refused(index, reason, tmp_path):
     save_file({"t": np.ones(2)}, tmp_path / "a.safetensors")
@@ -250,18 +249,14 @@ def test_gpt2_xl_fits_in_little_more_than_its_file():
 
 # Runs of ours going out: the function that was trained, under the names of transformers.
 
-
-SMALL = ModelConfig(257, context_length=64, n_layers=2, n_heads=2, d_model=16, d_ff=20)
-MODERN = dataclasses.replace(SMALL, positions="rope", norm="rms", mlp="swiglu", bias=False)
 OURS = {
-    "gpt2": SMALL,
     "gpt2 without biases": dataclasses.replace(SMALL, bias=False, tied=False, mlp="relu2"),
     "gpt2 with some biases": dataclasses.replace(SMALL, bias=False, qkv_bias=True, norm_bias=True),
-    "llama": dataclasses.replace(MODERN, n_kv_heads=1, tied=False),
     "llama, output biases alone": dataclasses.replace(MODERN, out_bias=True, d_head=6),
-    "llama, stretched": dataclasses.replace(MODERN, rope_factor=4.0, rope_context=16),
+    "llama, stretched": dataclasses.replace(
+        MODERN, rope_factor=4.0, rope_context=16, n_kv_heads=1, tied=False
+    ),
     "qwen2": dataclasses.replace(MODERN, qkv_bias=True, d_head=MODERN.head_width),
-    "qwen3": dataclasses.replace(MODERN, qk_norm=True, d_head=10),
     "qwen3, query biases": dataclasses.replace(MODERN, qk_norm=True, qkv_bias=True),
 }
 
@@ -286,8 +281,7 @@ def test_the_function_that_goes_out_is_ours(name):
     shapes = hf_weights.tensor_shapes(declared, family)
     tensors = hf_weights.to_tensors(declared, family, params, np.dtype(np.float32))
     weights = dict(zip(shapes, tensors, strict=True))
-    if family is not GPT2:  # whose stand-in has an MLP of 4 x n_embd
-        assert {n: w.shape for n, w in weights.items()} == standins.shapes(values)
+    assert {n: w.shape for n, w in weights.items()} == standins.shapes(values)
     exact = standins.logits(values, weights, IDS)
     ours = numpy_transformer.forward(jax.device_get(params), IDS, config)
     assert np.abs(ours - exact).max() < 1e-5 * max(1, np.abs(exact).max())
@@ -308,15 +302,20 @@ def save(folder, config, trees=None, train=None):
 
 
 def test_the_average_goes_out_unless_the_last_weights_are_asked_for(tmp_path):
-    train = TrainConfig(model=SMALL, ema_decay=0.9)
+    """Into a new folder with the rights of any other, not those of a temporary one."""
     trees = {"params": random_weights(SMALL, 1), "ema_params": random_weights(SMALL, 2)}
-    save(tmp_path / "run", SMALL, trees, train)
+    save(tmp_path / "run", SMALL, trees, TrainConfig(model=SMALL, ema_decay=0.9))
+    (tmp_path / "usual").mkdir()
     for flags, tree in (((), "ema_params"), (("--weights", "raw"), "params")):
-        out = tmp_path / tree
+        out = tmp_path / "deep" / tree
         done = succeed(CONVERT, "export", tmp_path / "run", out, *flags)
         assert done.out == "" and "GPT2LMHeadModel in float32" in done.err
         table = load_file(out / "model.safetensors")["transformer.wte.weight"]
         assert np.array_equal(table, np.asarray(trees[tree]["tokens"])[:257])
+        assert out.stat().st_mode == (tmp_path / "usual").stat().st_mode
+        for name in ("config.json", "generation_config.json"):
+            assert json.loads((out / name).read_text())["eos_token_id"] == 256
+        assert (out / "tokenizer.json").exists() and (out / "tokenizer_config.json").exists()
 
 
 def test_what_is_asked_for_in_vain(tmp_path):
@@ -330,18 +329,3 @@ def test_what_is_asked_for_in_vain(tmp_path):
     ):
         refuse(told, CONVERT, "export", tmp_path / argv[0], tmp_path / "out", *argv[1:])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["formless", "run"]
-
-
-def test_the_folder_and_its_rights(tmp_path):
-    """Not those of a temporary folder, which nobody else may read."""
-    save(tmp_path / "run", SMALL)
-    (tmp_path / "usual").mkdir()
-    convert.export_model(tmp_path / "run", tmp_path / "deep/out", None, None, log=pytest.fail)
-    assert (tmp_path / "deep/out").stat().st_mode == (tmp_path / "usual").stat().st_mode
-    files = {path.name: path.read_bytes() for path in (tmp_path / "deep/out").iterdir()}
-    assert files.keys() == {
-        *("config.json", "generation_config.json", "model.safetensors"),
-        *("tokenizer.json", "tokenizer_config.json"),
-    }
-    for name in ("config.json", "generation_config.json"):
-        assert json.loads(files[name])["eos_token_id"] == 256

@@ -58,39 +58,28 @@ def test_text_is_described_and_what_is_not_text_is_listed(load, text, tmp_path):
     tokenizer, dataset = load([text], log=lines.append)
     assert tokenizer.decode([*dataset.train[:], *dataset.val[:]]) == TEXT
     assert "1 file (1 text), 600 bytes" in lines[0] and "--data PATH" not in lines[0]
-    assert lines[1] == "skipped        1 file that is not text: photo.jpg (it holds zero bytes)"
+    assert lines[1] == "skipped        1 file, not text: photo.jpg (it holds zero bytes)"
     assert "540 to train on and 60 held out, of 1 document (" in lines[2]
     assert str(kept(tmp_path)[0]) in lines[2] and "1.2 kB" in lines[2]
 
 
 def test_a_start_reads_no_file_that_looks_as_before(load, text, tmp_path, monkeypatch):
-    _, first = load([text], "bpe")
+    """By whatever path: renamed, by a pattern, one by one, through a link."""
+    (text / "b.txt").write_text("more words\n" * 30)
+    tokenizer, first = load([text], "bpe")
     for module, name in ((datasets, "open_text"), (prepare, "hash_file"), (prepare, "fill")):
         monkeypatch.setattr(module, name, None)
-    (tmp_path / "elsewhere").mkdir()
-    text = text.rename(tmp_path / "elsewhere" / "renamed")
-    tokenizer, again = load([text], "bpe", expected=expected_of(first))
-    assert again.fingerprint == first.fingerprint and ids(again.train) == ids(first.train)
+    text = text.rename(tmp_path / "renamed")
+    (tmp_path / "link").symlink_to(text)
+    for paths in ([text], [text / "*.txt"], [text / "a.txt", text / "b.txt"], [tmp_path / "link"]):
+        _, again = load(paths, "bpe", expected=expected_of(first))
+        assert again.fingerprint == first.fingerprint and ids(again.train) == ids(first.train)
     assert load([text], "bpe", saved_tokenizer=tokenizers.to_json(tokenizer))
     with pytest.raises(TypeError):  # another tokenizer, other text
         load([text], "byte")
     (text / "a.txt").write_text(TEXT + "more")
     with pytest.raises(TypeError):
         load([text], "bpe")
-
-
-def test_the_same_files_by_another_path_are_the_same_text(load, text, tmp_path, monkeypatch):
-    """Named by a pattern, one by one, through a link, beside text that is held out."""
-    (text / "b.txt").write_text("more words\n" * 30)
-    (tmp_path / "val.txt").write_text("held out words")
-    (tmp_path / "link").symlink_to(text)
-    options = DataOptions(val_data=(tmp_path / "val.txt",))
-    first = [load([text])[1], load([text], options=options)[1]]
-    for module, name in ((prepare, "hash_file"), (prepare, "fill")):
-        monkeypatch.setattr(module, name, None)
-    for paths in ([text / "*.txt"], [text / "a.txt", text / "b.txt"], [tmp_path / "link"]):
-        again = [load(paths)[1], load(paths, options=options)[1]]
-        assert [one.fingerprint for one in again] == [one.fingerprint for one in first]
 
 
 def test_files_with_another_time_are_hashed_and_not_tokenized_again(load, text, monkeypatch):
@@ -137,27 +126,22 @@ def test_a_trial_leaves_nothing_and_uses_what_is_kept(load, text, tmp_path, monk
     assert f"in {tmp_path / 'store'}" in lines[-1]
 
 
-def test_a_plan_of_much_text_counts_tokens_by_a_sample(load, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "SMALL", 100)
-    monkeypatch.setattr(prepare, "hash_file", None)
-    lines = []
-    tokenizer, plan = load([text], "bpe", keep=False, estimate=True, log=lines.append)
-    assert not (tmp_path / "store").exists() and "from a sample" in lines[1]
-    exact = len(tokenizer.encode_ordinary(TEXT))
-    assert exact <= len(plan.train) + len(plan.val) <= exact + 4
-
-
-def test_the_sample_takes_each_format_by_itself(load, tmp_path, monkeypatch):
-    """Files of a compressed format beside others: one file of each is read."""
+def test_a_plan_of_much_text_counts_tokens_by_a_sample(load, tmp_path, monkeypatch):
+    """Of each format by itself, since compressed text takes fewer bytes: one file of each."""
     monkeypatch.setattr(datasets, "SMALL", 100)
     monkeypatch.setattr(datasets, "SAMPLED_FILES", 1)
+    monkeypatch.setattr(prepare, "hash_file", None)
     folder = tmp_path / "mixed"
     folder.mkdir()
+    words = "the cat sat. " * 1000
     for number in range(4):
-        (folder / f"{number}a.txt.gz").write_bytes(gzip.compress(b"the cat sat. " * 1000))
-        (folder / f"{number}b.txt").write_bytes(b"the cat sat. " * 1000)
-    _, plan = load([folder], keep=False, estimate=True)
-    assert len(plan.train) + len(plan.val) == pytest.approx(8 * 13_000, rel=0.01)
+        (folder / f"{number}a.txt.gz").write_bytes(gzip.compress(words.encode()))
+        (folder / f"{number}b.txt").write_text(words)
+    lines = []
+    tokenizer, plan = load([folder], "bpe", keep=False, estimate=True, log=lines.append)
+    assert not (tmp_path / "store").exists() and "from a sample" in lines[1]
+    exact = 8 * len(tokenizer.encode_ordinary(words))
+    assert len(plan.train) + len(plan.val) == pytest.approx(exact, rel=0.01)
 
 
 def test_leftovers_of_a_killed_process_are_removed(load, text, tmp_path):
@@ -169,18 +153,6 @@ def test_leftovers_of_a_killed_process_are_removed(load, text, tmp_path):
     with FileLock(store / ".4567.lock"):  # a process is making them
         load([text])
         assert used.exists() and not left.exists() and len(kept(tmp_path)) == 1
-
-
-def test_prepared_tokens_bring_their_tokenizer(load, text, tmp_path):
-    tokenizer, dataset = load([text], "bpe")
-    folder = shutil.move(kept(tmp_path)[0], tmp_path / "moved")
-    found, again = load([folder])
-    assert tokenizers.digest(found) == tokenizers.digest(tokenizer)
-    assert again.fingerprint == dataset.fingerprint and ids(again.val) == ids(dataset.val)
-    with pytest.raises(UserError, match="give each a weight"):
-        load([folder, text])
-    with pytest.raises(UserError, match="trained on different text"):
-        load([folder], expected={"fingerprint": "0" * 64})
 
 
 def test_tokens_of_others_need_a_tokenizer_that_is_named(load, tmp_path):
@@ -248,21 +220,23 @@ def lines(tmp_path):
     return path
 
 
-def test_text_is_prepared_once_and_trained_on_anywhere(lines, tmp_path):
-    argv = [lines, "--text-column", "content", "--tokenizer", "byte"]
-    done = prepare_tokens(*argv, "--out", tmp_path / "tokens", "--val-fraction", "0.2")
+def test_text_is_prepared_once_and_trained_on_anywhere(load, lines, tmp_path):
+    argv = [lines, "--text-column", "content", "--tokenizer", "byte", "--val-fraction", "0.2"]
+    done = prepare_tokens(*argv, "--out", tmp_path / "tokens")
     assert done.code == 0, done.err
     assert "of 100 documents" in done.err and str(tmp_path / "tokens") in done.err
-    again = prepare_tokens(*argv, "--out", tmp_path / "tokens", "--val-fraction", "0.2")
+    again = prepare_tokens(*argv, "--out", tmp_path / "tokens")
     assert again.code == 0 and "prepared in" not in again.err
-    lines.unlink()
     moved = shutil.move(tmp_path / "tokens", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="give each a weight"):
+        load([moved, lines])
+    lines.unlink()
     notes = []
-    tokenizer, dataset = load_dataset(
-        [moved], "bpe", 300, DataOptions(), store=tmp_path / "store", log=notes.append
-    )
+    tokenizer, dataset = load([moved], "bpe", log=notes.append)
     assert tokenizer.name == "byte" and len(dataset.train) > 4 * len(dataset.val) / 2 > 0
     assert str(moved) in notes[0] and not (tmp_path / "store").exists()
+    with pytest.raises(UserError, match="trained on different text"):
+        load([moved], expected={"fingerprint": "0" * 64})
 
 
 def test_ctrl_c_says_how_to_go_on(lines, tmp_path, monkeypatch, capsys):

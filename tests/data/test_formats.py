@@ -5,16 +5,12 @@ import itertools
 import json
 
 import pytest
-from data_files import COMPRESSORS, DOCS, WRITERS, json_lines, write
+from data_files import COMPRESSORS, DOCS, PLAIN, WRITERS, json_lines, tokenize, write
 
-from gpt.data import formats, tokenizers
+from gpt.data import formats
 from gpt.data.formats import BadDocuments, NotText, read_pieces, recognize
 from gpt.data.options import Reading
-from gpt.data.prepare import Job, tokenize
-from gpt.data.sources import find, open_text
 from gpt.errors import UserError
-
-PLAIN = Reading()
 
 
 def read(path, reading=PLAIN, bad=None):
@@ -30,24 +26,20 @@ def read(path, reading=PLAIN, bad=None):
     return texts
 
 
-@pytest.mark.parametrize("compression", COMPRESSORS)
+@pytest.mark.parametrize("compression", list(COMPRESSORS)[1:])
 @pytest.mark.parametrize("form", ["text", "JSON lines", "JSON"])
-def test_any_of_them_may_be_compressed(form, compression, tmp_path):
+def test_text_may_be_compressed(form, compression, tmp_path):
     path = write(tmp_path / "data.txt", form, compression)
-    assert recognize(path, PLAIN) == (f"{form}, {compression}" if compression else form)
+    assert recognize(path, PLAIN) == f"{form}, {compression}"
     assert read(path) == DOCS
 
 
 def test_every_format_gives_the_same_tokens(tmp_path):
     """To the byte: many documents, of which some are held out."""
     docs = [f"{i} {doc}" for i in range(20) for doc in DOCS]
-    byte = tokenizers.create("byte", lambda: [], 0)
     found = set()
     for form in WRITERS:
-        path = write(tmp_path / "data", form, docs=docs)
-        folder = tmp_path / form
-        job = Job(open_text(find([path]), PLAIN), byte, PLAIN, 0.3)
-        tokenize(job, folder, "f", {})
+        folder = tokenize(write(tmp_path / "data", form, docs=docs), tmp_path / form, 0.3)
         found.add(tuple(file.read_bytes() for file in sorted(folder.glob("*.bin"))))
     (shards,) = found
     assert len(shards) == 2
@@ -70,7 +62,7 @@ def test_what_is_cut_off_or_changed_is_refused_in_one_line(form, tmp_path):
             read(path)
 
 
-@pytest.mark.parametrize("name", ["data", "data.json", "data.json.gz"])
+@pytest.mark.parametrize("name", ["data", "data.json.gz"])
 def test_json_cut_off_inside_its_first_record_is_not_text(name, tmp_path):
     """Nor is a long first record that was saved with line ends."""
     whole = json.dumps([{"url": "x", "text": "word " * 50_000}], indent=1).encode()
@@ -84,12 +76,10 @@ def test_json_cut_off_inside_its_first_record_is_not_text(name, tmp_path):
     assert read(path) == ["word " * 50_000]
 
 
-CHINESE = "今天天气很好，我们去河边钓鱼。Tom said: fish!\n" * 50
 NO_TEXT = {
     "photo.jpg": (b"\xff\xd8\xff\xe0\0\x10JFIF", "zero bytes"),
     "latin.txt": (b"caf\xe9", "byte 3: 0xe9 is not valid UTF-8"),
-    "gbk.txt": (CHINESE.encode("gb18030"), "iconv -f .* GB18030"),
-    "big5.txt": ("今天天氣很好\n".encode("big5") * 50, "iconv -f .* BIG5"),
+    "gbk.txt": ("今天天气很好，我们去河边钓鱼。\n".encode("gb18030") * 50, "iconv -f .* GB18030"),
     "wide.txt": ("text".encode("utf-16"), "UTF-16"),
     "paper.pdf": (b"%PDF-1.4\n" + b"stream " * 50, "pdftotext"),
     "archive.zip": (b"PK\x03\x04\x14\0", "zip archive"),
@@ -112,7 +102,6 @@ def test_what_is_no_text_is_refused_with_advice(name, tmp_path):
     ("content", "form"),
     [
         (b'{\n "name": "package",\n "version": 1\n}\n', "text"),
-        (b'{"name": "package"}', "text"),
         (b"{% block %}\nwords\n{% endblock %}\n", "text"),
         (b"[link](to/a/page) and words\n", "text"),
         (b'["a", "list"]\nof code\n', "text"),
@@ -153,7 +142,7 @@ def test_separators_end_documents(tmp_path):
     assert read(path) == ["one", "two", "three"]
 
 
-@pytest.mark.parametrize("piece", [7, 8, 11, 100])
+@pytest.mark.parametrize("piece", [7, 8, 11])
 def test_a_separator_may_stand_anywhere_in_the_file(piece, tmp_path, monkeypatch):
     """At the end of what is read at once, or across it."""
     monkeypatch.setattr(formats, "PIECE", piece)

@@ -1,6 +1,5 @@
 """Text becomes tokens once, in shards that are the same however they were made."""
 
-import dataclasses
 import json
 import random
 import signal
@@ -10,9 +9,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import data_files
 import numpy as np
 import psutil
 import pytest
+from data_files import BYTE, PLAIN
 
 from gpt.data import formats, prepare, token_files, tokenizers
 from gpt.data.options import Reading
@@ -20,9 +21,7 @@ from gpt.data.prepare import Job, tokenize
 from gpt.data.sources import find, open_text
 from gpt.errors import UserError
 
-BYTE = tokenizers.create("byte", lambda: [], 0)
 END = BYTE.eot_token
-PLAIN = Reading()
 
 
 def write(folder, *texts):
@@ -49,25 +48,18 @@ def documents(tokens):
     return BYTE.decode(ids.tolist()).split("<|endoftext|>")[:-1]
 
 
-def test_one_file_is_split_as_nanogpt_does(tmp_path):
+def test_one_file_is_split_as_nanogpt_does(tmp_path, monkeypatch):
+    """Also where it is read in many pieces."""
+    monkeypatch.setattr(formats, "PIECE", 50)
+    monkeypatch.setattr(prepare, "GROUP", 100)
     text = "".join(chr(0x4E00 + i) for i in range(1234))
     data = make(write(tmp_path / "text", text), tmp_path / "tokens")
     assert text_of(data["train"]) == text[: int(1234 * 0.9)]
     assert text_of(data["val"]) == text[int(1234 * 0.9) :]
     assert END not in data["train"][:] and END not in data["val"][:]
     assert (data["train"].n_bytes, data["val"].n_bytes) == (1110 * 3, 124 * 3)
-    assert len(data["train"]) == 1110 * 3
     half = make(write(tmp_path / "text", text), tmp_path / "half", held_out=0.5)
     assert text_of(half["val"]) == text[617:]
-
-
-def test_a_long_file_is_split_the_same_across_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "PIECE", 50)
-    monkeypatch.setattr(prepare, "GROUP", 100)
-    text = "some words and then a line end\n" * 100
-    data = make(write(tmp_path / "text", text), tmp_path / "tokens")
-    assert text_of(data["train"]) + text_of(data["val"]) == text
-    assert len(data["train"]) == int(len(text) * 0.9)
 
 
 def test_few_documents_hold_out_the_tail_of_all(tmp_path):
@@ -233,14 +225,10 @@ def test_a_change_during_reading_is_noticed(tmp_path):
 
 def test_types_follow_the_vocabulary(tmp_path):
     characters = "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x13000)]))
-    text = write(tmp_path / "text", characters)
-    large = tokenizers.create("char", lambda: (piece for piece, _ in text.pieces(PLAIN)), 0)
-    assert large.n_vocab > 2**16
-    data = make(text, tmp_path / "large", large)
+    large = tokenizers.CharTokenizer(characters)
+    data = make(write(tmp_path / "text", characters), tmp_path / "large", large)
     assert data["train"][:].dtype == data["val"][:].dtype == np.uint32
-    ids = [*data["train"][:].tolist(), *data["val"][:].tolist()]
-    assert large.decode(ids) == characters
-    assert make(text, tmp_path / "small")["train"][:].dtype == np.uint16
+    assert large.decode([*data["train"][:].tolist(), *data["val"][:].tolist()]) == characters
     assert token_files.token_type(tokenizers.CharTokenizer(characters[: 2**16 - 1])) == np.uint16
     assert token_files.token_type(tokenizers.CharTokenizer(characters[: 2**16])) == np.uint32
 
@@ -263,13 +251,10 @@ def test_bad_documents_are_counted_in_the_header(tmp_path):
     lines[50] = "{"
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     reading = Reading(skip_bad_documents=True)
-    job = Job(open_text(find([tmp_path / "a.jsonl"]), reading), BYTE, reading, None)
-    tokenize(job, tmp_path / "tokens", "f", {})
-    header = token_files.read_header(tmp_path / "tokens")
+    folder = data_files.tokenize(tmp_path / "a.jsonl", tmp_path / "tokens", reading=reading)
+    header = token_files.read_header(folder)
     assert (header["documents"], header["bad_documents"]) == (99, 1)
     assert "a.jsonl, line 51" in header["first_bad"]
-    with pytest.raises(UserError, match="line 51"):
-        tokenize(dataclasses.replace(job, reading=PLAIN), tmp_path / "other", "f", {})
 
 
 @pytest.mark.slow

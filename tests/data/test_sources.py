@@ -3,13 +3,11 @@
 import os
 
 import pytest
-from data_files import write
+from data_files import PLAIN, write
 
 from gpt.data.options import Reading
 from gpt.data.sources import find, open_text, standard_library
 from gpt.errors import UserError
-
-PLAIN = Reading()
 
 
 def names(source):
@@ -37,7 +35,7 @@ def test_folders_are_read_in_order_without_hidden_and_binary_files(tmp_path):
     assert [file.name for file in text.files] == ["a.py", "b/two.md", "c.txt"]
     assert text.description.startswith("3 files (3 text), 47 bytes")
     (note,) = text.notes
-    assert "2 files that are not text: photo.jpg (it holds zero bytes), zeros.bin" in note
+    assert "2 files, not text: photo.jpg (it holds zero bytes), zeros.bin" in note
 
 
 def test_paths_are_read_in_their_order_and_patterns_sorted(tmp_path):

@@ -4,15 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from data_files import BYTE, tokenize
 
 from gpt.data import token_files, tokenizers
-from gpt.data.options import Reading
-from gpt.data.prepare import Job, tokenize
-from gpt.data.sources import expand, find, open_text
+from gpt.data.sources import expand
 from gpt.data.token_files import Tokens, find_shards, open_others, open_shards
 from gpt.errors import UserError
 
-BYTE = tokenizers.create("byte", lambda: [], 0)
 LARGE = tokenizers.IdTokenizer(70_000, 69_999)
 
 
@@ -20,9 +18,7 @@ LARGE = tokenizers.IdTokenizer(70_000, 69_999)
 def prepared(tmp_path):
     """A folder of our tokens."""
     (tmp_path / "text.txt").write_text("hello world " * 20)
-    text = open_text(find([tmp_path / "text.txt"]), Reading())
-    tokenize(Job(text, BYTE, Reading(), None), tmp_path / "tokens", "f", {})
-    return tmp_path / "tokens"
+    return tokenize(tmp_path / "text.txt", tmp_path / "tokens")
 
 
 def test_shards_are_sliced_as_one_array():
@@ -33,10 +29,7 @@ def test_shards_are_sliced_as_one_array():
     assert len(shards) == 100 and shards[:].tolist() == whole.tolist()
 
 
-def test_prepared_shards_are_recognised_and_opened(prepared, tmp_path):
-    assert token_files.is_prepared(prepared)
-    for path in (tmp_path, tmp_path / "missing", tmp_path / "text.txt"):
-        assert not token_files.is_prepared(path)
+def test_prepared_shards_are_opened_with_their_own_tokenizer(prepared):
     own = tokenizers.load(prepared / "tokenizer.json")
     assert len(open_shards(prepared, own)["val"]) == 24
     char = tokenizers.create("char", lambda: ["helo wrd"], 0)

@@ -1,16 +1,12 @@
 """Tokenizers: any text survives them, and a damaged file of one is refused."""
 
-import base64
 import json
 
 import pytest
 import standin_tokenizers
-import tiktoken
 import tiktoken.load
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from standin_tokenizers import openai_parts
-from tiktoken_ext import openai_public
 
 from gpt.data import tokenizers
 from gpt.errors import UserError
@@ -28,10 +24,6 @@ BYTE, BPE, CHAR = make("byte"), make("bpe"), make("char")
 KINDS = [BYTE, BPE, CHAR, tokenizers.IdTokenizer(9, 3)]
 
 
-def rank_file(tokens: list[bytes]) -> str:
-    return "".join(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens))
-
-
 @pytest.mark.parametrize("kind", [BYTE, BPE], ids=lambda kind: kind.name)
 @given(text=WILD)
 @settings(max_examples=50)
@@ -41,15 +33,6 @@ def test_any_text_survives_byte_level_tokenizers(kind, text):
     assert kind.decode_bytes(ids) == text.encode()
     assert kind.encode_ordinary_batch([text, text], num_threads=2) == [ids, ids]
     assert all(0 <= i < kind.n_vocab and i != kind.eot_token for i in ids)
-
-
-@given(text=st.text("".join(sorted(set("".join(CODE))))))
-@settings(max_examples=25)
-def test_known_characters_survive_the_char_tokenizer(text):
-    ids = CHAR.encode_ordinary(text)
-    assert CHAR.decode(ids) == text and len(ids) == len(text)
-    assert CHAR.encode_ordinary_batch([text, text], num_threads=2) == [ids, ids]
-    assert CHAR.eot_token not in ids
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -63,7 +46,10 @@ def test_a_saved_tokenizer_is_the_same_and_every_id_decodes(kind, tmp_path):
     ids = range(kind.n_vocab)
     assert [again.decode_bytes([i]) for i in ids] == [kind.decode_bytes([i]) for i in ids]
     if kind.name != "ids":
-        assert again.encode_ordinary_batch(CODE) == kind.encode_ordinary_batch(CODE)
+        encoded = kind.encode_ordinary_batch(CODE, num_threads=2)
+        assert [again.encode_ordinary(text) for text in CODE] == encoded
+        assert [kind.decode(one) for one in encoded] == CODE
+        assert not any(kind.eot_token in one for one in encoded)
         assert kind.decode([kind.eot_token]) == "<|endoftext|>"
 
 
@@ -102,11 +88,10 @@ def test_a_saved_tokenizer_with_any_other_value_is_refused(key, value):
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff\x00", b"{}", b"null"])
-@pytest.mark.parametrize("suffix", ["json", "tiktoken"])
-def test_a_damaged_file_is_named(content, suffix, tmp_path):
-    path = tmp_path / f"mine.{suffix}"
+def test_a_damaged_file_is_named(content, tmp_path):
+    path = tmp_path / "mine.json"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"cannot read the tokenizer .*mine.{suffix}"):
+    with pytest.raises(UserError, match=r"cannot read the tokenizer .*mine\.json"):
         tokenizers.create(str(path), lambda: [], 0)
 
 
@@ -116,47 +101,18 @@ def test_a_wrong_name_lists_the_right_ones(tmp_path):
             tokenizers.create(name, lambda: [], 0)
 
 
-def test_a_rank_file_is_read(tmp_path):
-    path = tmp_path / "mine.tiktoken"
-    tokens = sorted(BPE.ranks, key=BPE.ranks.get)
-    path.write_text(rank_file(tokens))
-    assert tokenizers.digest(tokenizers.load(path)) == tokenizers.digest(BPE)
-    for content, reason in (
-        (rank_file(tokens[1:]), "a single byte has no token"),
-        (rank_file(tokens).replace(" 7\n", " 8\n"), "ranks are not 0, 1, 2"),
-        (rank_file([*tokens, tokens[300]]), "ranks are not 0, 1, 2"),
-    ):
-        path.write_text(content)
-        with pytest.raises(UserError, match=reason):
-            tokenizers.load(path)
-
-
-# ------------------------------------------------------------ OpenAI's encodings
-
-
 @pytest.mark.parametrize("name", tokenizers.OPENAI_ENCODINGS)
-def test_an_openai_encoding_is_tiktokens_and_has_no_gap_in_its_ids(name, monkeypatch):
-    parts = openai_parts(name, BPE.ranks)
-    monkeypatch.setitem(openai_public.ENCODING_CONSTRUCTORS, name, lambda: parts)
-    assert parts["special_tokens"]["<|endoftext|>"] > 50_000
-    n = len(BPE.ranks)
-    ends = {"<|endoftext|>": n + 1, "<|endofprompt|>": n + 3}
-    parts["special_tokens"] = dict(ends)
-    made = make(name)
-    assert (made.n_vocab, made.eot_token) == (n + 4, n + 1)
-    unused = f"<|unused_{n}|> <|endoftext|> <|unused_{n + 2}|> <|endofprompt|>"
-    assert [made.decode([i]) for i in range(n, n + 4)] == unused.split()
+def test_an_openai_encoding_has_no_gap_in_its_ids(name):
+    made = standin_tokenizers.openai_encoding(name, BPE.tokens)
+    n = len(BPE.tokens)
+    assert (made.name, made.n_vocab, made.eot_token) == (name, n + 4, n + 1)
+    names = f"<|unused_{n}|> <|endoftext|> <|unused_{n + 2}|> <|endofprompt|>"
+    assert [made.decode([i]) for i in range(n, n + 4)] == names.split()
     assert tokenizers.from_json(tokenizers.to_json(made)).n_vocab == n + 4
-    theirs = tiktoken.Encoding(
-        name, pat_str=parts["pat_str"], mergeable_ranks=BPE.ranks, special_tokens=ends
-    )
-    for text in CODE:
-        assert made.encode_ordinary(text) == theirs.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("name", tokenizers.OPENAI_ENCODINGS)
 @pytest.mark.parametrize("answer", [ConnectionError("no route"), b"<html>please log in</html>"])
-def test_without_a_download_one_line_says_how_to_supply_it(name, answer, tmp_path, monkeypatch):
+def test_without_a_download_one_line_says_how_to_supply_it(answer, tmp_path, monkeypatch):
     def read_file(url):
         if isinstance(answer, bytes):
             return answer
@@ -165,8 +121,8 @@ def test_without_a_download_one_line_says_how_to_supply_it(name, answer, tmp_pat
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken.load, "read_file", read_file)
     with pytest.raises(UserError, match=r"set TIKTOKEN_CACHE_DIR to it; --tokenizer bpe") as caught:
-        make(name)
-    assert f"tiktoken.get_encoding('{name}')" in str(caught.value)
+        make("gpt2")
+    assert "tiktoken.get_encoding('gpt2')" in str(caught.value)
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
 
 
@@ -185,9 +141,6 @@ def test_a_tokenizer_json_trains_a_model_from_nothing(form, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "t"}}))
     again = tokenizers.create(str(tmp_path), lambda: (), 0)
     assert again.decode([again.eot_token]) in ("t", " t")
-    assert tokenizers.digest(tokenizers.from_json(tokenizers.to_json(again))) == tokenizers.digest(
-        again
-    )
 
 
 def test_vocab_and_merges_are_gpt2s_tokenizer(tmp_path):
@@ -210,7 +163,6 @@ def test_vocab_and_merges_are_gpt2s_tokenizer(tmp_path):
         ({"tokenizer.json": '{"model": {}}'}, "tokenizer.json cannot be read"),
         ({"vocab.json": "{}"}, "no merges.txt"),
         ({"vocab.json": "{", "merges.txt": ""}, "cannot be read"),
-        ({"other": ""}, "is not a known tokenizer or a file"),
     ],
 )
 def test_tokenizers_that_cannot_be_used(files, message, tmp_path):
