@@ -118,7 +118,7 @@ def llama_shapes(c):
     linear |= {"self_attn.o": (D, N * H), "mlp.gate": (F, D), "mlp.up": (F, D), "mlp.down": (D, F)}
     biased = {n: c.get("attention_bias") or (kind == "qwen2" and n[-1] != "o") for n in linear}
     biased |= {n: c.get("mlp_bias") for n in linear if n.startswith("mlp")}
-    found = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    found = {"model.embed_tokens.weight": (V, D)}
     for i in range(c["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         for name in ("input_layernorm", "post_attention_layernorm"):
@@ -129,6 +129,7 @@ def llama_shapes(c):
             found[f"{layer}.{name}_proj.weight"] = shape
             if biased[name]:
                 found[f"{layer}.{name}_proj.bias"] = shape[:1]
+    found["model.norm.weight"] = (D,)
     return found | ({} if c["tie_word_embeddings"] else {"lm_head.weight": (V, D)})
 
 

@@ -100,8 +100,8 @@ class GPTJax(TemplateLM):
         with tqdm(total=len(pairs), desc="log-likelihoods", disable=disable_tqdm) as bar:
             for batch in likelihood.loglikelihoods(self.model, pairs, self.batch_size):
                 for number, one in batch.items():
-                    found[number] = one.logprob, one.is_greedy
-                    self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
+                    found[number] = one
+                    self.cache_hook.add_partial("loglikelihood", requests[number][0], one)
                 bar.update(len(batch))
         return found
 
@@ -116,26 +116,19 @@ class GPTJax(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """The text after each context, up to a stop string of its task."""
-        longest_first = []
-        for number, request in enumerate(requests):
-            context, wanted = request.args
-            prompt, settings = self._prompt(context, wanted)
-            longest_first.append((len(prompt), number, prompt, settings))
-        longest_first.sort(key=lambda one: one[:2], reverse=True)
-
+        prompts = [self._prompt(*request.args) for request in requests]
+        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i][0]))
         found = [None] * len(requests)
         with tqdm(total=len(requests), desc="texts", disable=disable_tqdm) as bar:
-            for i in range(0, len(longest_first), self.batch_size):
-                batch = longest_first[i : i + self.batch_size]
-                prompts = [prompt for *_, prompt, _ in batch]
-                settings = [one for *_, one in batch]
-                completions = generate.complete(self.without_prefix, prompts, settings)
-                for (_, number, *_), completion in zip(batch, completions, strict=True):
+            for start in range(0, len(requests), self.batch_size):
+                numbers = longest_first[start : start + self.batch_size]
+                ids, settings = zip(*[prompts[number] for number in numbers], strict=True)
+                completions = generate.complete(self.without_prefix, ids, settings)
+                for number, completion in zip(numbers, completions, strict=True):
                     found[number] = completion.text
-                    self.cache_hook.add_partial(
-                        "generate_until", requests[number].args, completion.text
-                    )
-                bar.update(len(batch))
+                    args = requests[number].args
+                    self.cache_hook.add_partial("generate_until", args, completion.text)
+                bar.update(len(numbers))
         return found
 
     def _prompt(self, context: str, wanted: dict[str, Any]) -> tuple[list[int], Settings]:

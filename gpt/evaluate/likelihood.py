@@ -7,8 +7,8 @@ Shape letters: see model/transformer.py; here P are the predicted tokens of a ro
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,7 @@ Answer = tuple[int, Sequence[int]]  # the number of a request, and what follows 
 Group = tuple[Context, list[Answer]]
 
 
-@dataclass(frozen=True)
-class Likelihood:
+class Likelihood(NamedTuple):
     """log p(continuation | context) in nats; `is_greedy`: each of its tokens is the likeliest."""
 
     logprob: float
@@ -45,14 +44,20 @@ def loglikelihoods(
     """The likelihood of each request under a LanguageModel, by its number: a batch at a time, the
     longest first.
 
-    `batch_size`: continuations read together. A context that does not fit is cut from the left, see
-    `cut`. UserError for a continuation longer than the model's context, or where the model gives no
+    `batch_size`: continuations read together. A context that does not fit is cut from the left.
+    UserError for a continuation longer than the model's context, or where the model gives no
     numbers.
     """
+    context_length = model.config.context_length
     answers: dict[Context, list[Answer]] = {}
     for number, (context, continuation) in enumerate(requests):
-        kept = cut(context, continuation, model.config.context_length)
-        answers.setdefault(tuple(kept), []).append((number, continuation))
+        room = context_length + 1 - len(continuation)  # the last token is never read
+        require(
+            room > 0,
+            f"an answer has {len(continuation)} tokens, which exceeds the model's context of "
+            f"{context_length}: leave out this task, or evaluate a model with a longer context",
+        )
+        answers.setdefault(tuple(context[-room:]), []).append((number, continuation))
 
     # A context with several answers is read apart; so is a long one, which is read in pieces.
     apart = []
@@ -62,14 +67,15 @@ def loglikelihoods(
         kind = apart if is_shared or len(context) > engine.PIECE else whole
         kind.append((context, its_answers))
 
-    for groups, read in ((apart, read_contexts_apart), (whole, read_whole)):
+    for groups, is_apart in ((apart, True), (whole, False)):
         # Sorting by length saves padding; the longest come first and take the most memory.
-        groups.sort(key=lambda group: (padded(len(group[0])), longest(group)), reverse=True)
+        groups.sort(key=size, reverse=True)
         for batch in in_batches(groups, batch_size):
             with on_mesh(model.mesh):
-                logprobs_RP, is_likeliest_RP = jax.device_get(read(model, batch))
+                logprobs_RP, is_likeliest_RP = jax.device_get(read(model, batch, is_apart))
             found = {}
-            for row, (number, continuation) in enumerate(rows_of(batch)):
+            rows = [answer for _, its_answers in batch for answer in its_answers]
+            for row, (number, continuation) in enumerate(rows):
                 n = len(continuation)
                 logprob = float(logprobs_RP[row, :n].sum(dtype=np.float64))
                 require_number(logprob, n)
@@ -77,20 +83,10 @@ def loglikelihoods(
             yield found
 
 
-def cut(context: Sequence[int], continuation: Sequence[int], context_length: int) -> Sequence[int]:
-    """The end of a context that fits before a continuation. (Its last token is never read.)"""
-    require(
-        len(continuation) <= context_length,
-        f"an answer has {len(continuation)} tokens, which exceeds the model's context of "
-        f"{context_length}: leave out this task, or evaluate a model with a longer context",
-    )
-    room = context_length + 1 - len(continuation)
-    return context[-room:]
-
-
-def longest(group: Group) -> int:
-    """Tokens of the longest answer of a context."""
-    return max(len(continuation) for _, continuation in group[1])
+def size(group: Group) -> tuple[int, int]:
+    """Tokens of a context, padded, and of its longest answer."""
+    context, answers = group
+    return padded(len(context)), max(len(continuation) for _, continuation in answers)
 
 
 def in_batches(groups: Sequence[Group], batch_size: int) -> Iterator[list[Group]]:
@@ -106,11 +102,6 @@ def in_batches(groups: Sequence[Group], batch_size: int) -> Iterator[list[Group]
         n_rows += len(group[1])
     if batch:
         yield batch
-
-
-def rows_of(batch: Sequence[Group]) -> list[Answer]:
-    """The answers of a batch, row by row."""
-    return [answer for _, its_answers in batch for answer in its_answers]
 
 
 def padded(n: int) -> int:
@@ -129,70 +120,51 @@ def pad(sequences: Sequence[Sequence[int]], least: int = 1) -> np.ndarray:
     return tokens_RT
 
 
-def read_contexts_apart(model, batch: Sequence[Group]):
-    """Read each context of a batch once, but for its last token, which predicts the first of an
-    answer; then the answers on forks of its cache. Returns what `predictions` does."""
+def read(model, batch: Sequence[Group], is_apart: bool):
+    """log p of each token of the answers, and whether it is the likeliest one, both [R, P].
+
+    A row is a context with one answer. Or, `is_apart`, each context is read once but for its last
+    token, which predicts the first of an answer, and a row is an answer on a fork of its cache.
+    """
     config, params = model.config, model.params
-    tokens_CT = pad([context[:-1] for context, _ in batch], engine.SMALLEST_BUCKET)
-    tokens_CT = tokens_CT[:, : config.context_length]
-    n_C = np.ones(len(tokens_CT), np.int32)
-    n_C[: len(batch)] = [len(context) - 1 for context, _ in batch]
-
-    inputs = []
-    row_R = []
-    for number, (context, its_answers) in enumerate(batch):
-        for _, continuation in its_answers:
-            inputs.append([context[-1], *continuation[:-1]])
-            row_R.append(number)
-    tokens_RP = pad(inputs)
-    targets_RP = pad([continuation for _, continuation in rows_of(batch)])
-    row_R = np.pad(row_R, (0, len(tokens_RP) - len(row_R)))
-
-    with compilations.of(batch=len(tokens_RP), bucket=tokens_CT.shape[1]):
-        cache, _ = engine.prefill_in_pieces(config, params, tokens_CT, n_C)
-        capacity = padded(cache.capacity + tokens_RP.shape[1])
-        cache = engine.grow(cache, capacity)
-        return score_after(config, params, cache, row_R, tokens_RP, targets_RP)
-
-
-def read_whole(model, batch: Sequence[Group]):
-    """Read each context of a batch together with its answer. Returns what `predictions` does."""
     rows = []
-    first_R = []
+    first = []  # position in each row that predicts the first token of its answer
+    context_of = []
     targets = []
-    for context, its_answers in batch:
-        for _, continuation in its_answers:
-            rows.append([*context, *continuation[:-1]])
-            first_R.append(len(context) - 1)
+    for number, (context, answers) in enumerate(batch):
+        begun = context[-1:] if is_apart else context
+        for _, continuation in answers:
+            rows.append([*begun, *continuation[:-1]])
+            first.append(len(begun) - 1)
+            context_of.append(number)
             targets.append(continuation)
-    tokens_RT = pad(rows, engine.SMALLEST_BUCKET)[:, : model.config.context_length]
-    first_R = np.pad(first_R, (0, len(tokens_RT) - len(first_R)))
-    with compilations.of(batch=len(tokens_RT), bucket=tokens_RT.shape[1]):
-        return score_whole(model.config, model.params, tokens_RT, first_R, pad(targets))
+    least = 1 if is_apart else engine.SMALLEST_BUCKET
+    tokens_RT = pad(rows, least)[:, : config.context_length]
+    missing = (0, len(tokens_RT) - len(rows))
+    cache = None
+    with compilations.of(batch=len(tokens_RT), bucket=size(batch[0])[0]):
+        if is_apart:
+            tokens_CT = pad([context[:-1] for context, _ in batch], engine.SMALLEST_BUCKET)
+            tokens_CT = tokens_CT[:, : config.context_length]
+            n_C = np.ones(len(tokens_CT), np.int32)
+            n_C[: len(batch)] = [len(context) - 1 for context, _ in batch]
+            cache, _ = engine.prefill_in_pieces(config, params, tokens_CT, n_C)
+            cache = engine.grow(cache, padded(cache.capacity + tokens_RT.shape[1]))
+            cache = select(cache, np.pad(context_of, missing))
+        return score(config, params, cache, tokens_RT, np.pad(first, missing), pad(targets))
+
+
+select = jax.jit(kv.select)
 
 
 @partial(jax.jit, static_argnames="config")
-def score_whole(config: ModelConfig, params: dict, tokens_RT, first_R, targets_RP):
-    """Read whole rows, of which row r predicts `targets_RP[r]` from position `first_R[r]` on: see
-    `predictions`."""
+def score(config: ModelConfig, params: dict, cache, tokens_RT, first_R, targets_RP):
+    """Read rows, on top of a cache if there is one; row r predicts `targets_RP[r]` from its
+    position `first_R[r]` on. Returns log p of each target and whether it is the likeliest token."""
     model = transformer.bind(config, params)
-    x_RTD, _ = model.hidden(tokens_RT)
+    x_RTD, _ = model.hidden(tokens_RT, cache)
     where_RP = first_R[:, None] + jnp.arange(targets_RP.shape[1])
     x_RPD = jnp.take_along_axis(x_RTD, where_RP[..., None], axis=1, mode="clip")
-    return predictions(model, x_RPD, targets_RP)
-
-
-@partial(jax.jit, static_argnames="config")
-def score_after(config: ModelConfig, params: dict, cache, row_R, tokens_RP, targets_RP):
-    """Read tokens on top of the rows `row_R` of a cache that has room for them; each predicts a
-    target: see `predictions`."""
-    model = transformer.bind(config, params)
-    x_RPD, _ = model.hidden(tokens_RP, kv.select(cache, row_R))
-    return predictions(model, x_RPD, targets_RP)
-
-
-def predictions(model: transformer.GPT, x_RPD: jax.Array, targets_RP: jax.Array):
-    """log p of each target, and whether it is the likeliest token, both [R, P]."""
 
     def predict(position):
         x_D, target = position

@@ -83,21 +83,6 @@ def test_logits(pair):
     assert difference < 5e-5 * np.abs(expected).max()
 
 
-def test_greedy_tokens(pair):
-    """100 tokens, each side going on from its own."""
-    config, params, model = pair
-    ids = token_ids(config, 20)
-    model.reset()
-    model.eval(ids)
-    theirs = []
-    while len(theirs) < 100:
-        theirs.append(int(model.scores[model.n_tokens - 1].argmax()))
-        model.eval(theirs[-1:])
-    ours = ids + theirs  # one pass over the whole text: each token is the likeliest after the last
-    assert our_logits(config, params, ours)[19:119].argmax(-1).tolist() == theirs
-    assert len(set(theirs)) > 8
-
-
 def test_eight_bits_are_near(tmp_path):
     """Weights and, by llama.cpp, activations rounded to 8 bits: noise, and not another model."""
     params = random_weights(SMALL)
