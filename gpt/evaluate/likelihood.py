@@ -142,7 +142,8 @@ def read(model, batch: Sequence[Group], is_apart: bool):
     tokens_RT = pad(rows, least)[:, : config.context_length]
     missing = (0, len(tokens_RT) - len(rows))
     cache = None
-    with compilations.of(batch=len(tokens_RT), bucket=size(batch[0])[0]):
+    longest_context = padded(max(len(context) for context, _ in batch))
+    with compilations.of(batch=len(tokens_RT), bucket=longest_context):
         if is_apart:
             tokens_CT = pad([context[:-1] for context, _ in batch], engine.SMALLEST_BUCKET)
             tokens_CT = tokens_CT[:, : config.context_length]
