@@ -1,4 +1,9 @@
-"""The flags of train.py and their checks, without JAX: `--help` and a refusal are quick."""
+"""The flags of train.py and their checks, without JAX: `--help` and a refusal are quick.
+
+The settings of a run are those of the preset that the first word names, with the flags over them
+(`parse_args`). A run that continues takes its own, with the flags over them (training/resume.py).
+What is still open or `auto` is chosen by `complete_config` (training/auto_settings.py).
+"""
 
 import itertools
 from dataclasses import dataclass, field, replace

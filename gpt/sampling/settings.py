@@ -4,7 +4,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gpt.errors import above_zero, check_fields, not_negative, positive, require
+from gpt.errors import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    check_fields,
+    require,
+)
 
 MAX_TEMPERATURE = 1e30  # within float32; all tokens are equally likely long before
 Full = Literal["auto", "stop", "error", "slide"]
@@ -15,17 +22,17 @@ Prefix = Literal["bos", "eos", "none"]  # what stands before a text
 class Settings:
     """How to complete a prompt. The filters are applied in the order of their fields."""
 
-    max_new_tokens: int = 200
+    max_new_tokens: PositiveInt = 200
     """Most tokens to generate for each completion."""
     logit_bias: dict[int, float] = field(default_factory=dict, hash=False)
     """Added to the logit of a token: its id, then how much (-inf forbids it)."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: PositiveFloat = 1.0
     """Divides positive and multiplies negative logits of tokens already in the text (1: none)."""
     ignore_eos: bool = False
     """Never sample end-of-text."""
-    temperature: float = 0.8
+    temperature: NonNegativeFloat = 0.8
     """Divides the logits; 0 always takes the likeliest token."""
-    top_k: int = 0
+    top_k: NonNegativeInt = 0
     """Sample among the k likeliest tokens only (0: all)."""
     top_p: float = 1.0
     """Sample among the fewest likeliest tokens whose probabilities add up to this (1: all)."""
@@ -36,31 +43,25 @@ class Settings:
     on_context_full: Full = "auto"
     """When the context is full: auto continues after rereading its last half; slide does too, and
     also accepts a prompt that is too long; stop ends the text there; error fails."""
-    num_samples: int = 1
+    num_samples: PositiveInt = 1
     """Completions of each prompt, from one prefill."""
     seed: int = 0
     """Seed of the sampling: the same seed gives the same text."""
-    speculate: int = 0
+    speculate: NonNegativeInt = 0
     """Propose up to this many tokens in each step, those that followed when the last tokens of the
     text occurred before, and read them together. The text stays the same; repetitive text takes
     less time (0: none)."""
 
     def __post_init__(self):
         check_fields(self)
-        positive("max_new_tokens", self.max_new_tokens)
         require(
             self.max_new_tokens < 2**31,
             f"max_new_tokens is {self.max_new_tokens}: expected less than 2^31",
         )
-        positive("num_samples", self.num_samples)
-        above_zero("repetition_penalty", self.repetition_penalty)
-        not_negative("temperature", self.temperature)
         require(
             self.temperature <= MAX_TEMPERATURE,
             f"temperature is {self.temperature}: expected at most {MAX_TEMPERATURE:g}",
         )
-        not_negative("top_k", self.top_k)
-        not_negative("speculate", self.speculate)
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name} is {value}: expected a number from 0 to 1")
