@@ -74,7 +74,8 @@ NonNegativeInt = Annotated[int, not_negative]
 NonNegativeFloat = Annotated[float, not_negative]
 Fraction = Annotated[float, fraction]
 BOUNDS = (positive, above_zero, not_negative, fraction)
-TYPE_NAMES = {int: "an integer", float: "a number", bool: "True or False", type(None): "None"}
+TYPE_NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "text"}
+TYPE_NAMES |= {type(None): "None"}
 
 
 def check_fields(config: object, prefix: str = "") -> None:
