@@ -93,13 +93,12 @@ def recognize_content(path: Path, head: bytes, stream: BinaryIO, reading: Readin
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")) and head[4:8] != b"\xff\xff\xff\xff":
         require_pyarrow(path)
         return "arrow"
-    for beginning, what in UNREADABLE.items():
-        require(not head.startswith(beginning), f"{path} cannot be read: it is {what}")
-    require(head[257:262] != b"ustar", f"{path} cannot be read: it is a tar archive; unpack it")
-    require(
-        path.suffix not in (".pkl", ".pickle"),
-        f"{path} cannot be read: it is a pickle, which can run any program when it is opened",
-    )
+    unreadable = [what for beginning, what in UNREADABLE.items() if head.startswith(beginning)]
+    if head[257:262] == b"ustar":
+        unreadable.append("a tar archive, unpack it")
+    if path.suffix in (".pkl", ".pickle"):
+        unreadable.append("a pickle, which can run any program when it is opened")
+    require(not unreadable, f"{path} cannot be read: it is {', '.join(unreadable)}")
     named_table = TABLE_NAMES & suffixes
     require(
         not named_table,

@@ -36,11 +36,11 @@ def language_model_of(run, weights: dict) -> "LanguageModel | None":
     return LanguageModel(config.for_sampling(), params, run.tokenizer, step=0, mesh=mesh)
 
 
-def write_sample(run, weights: dict, n_tokens: int = 200) -> str | None:
+def write_sample(run, weights: dict) -> str | None:
     """What a model in training writes without a prompt; None where `language_model_of` is None.
     Raises UserError if the model or its cache does not fit."""
     model = language_model_of(run, weights)
-    return None if model is None else str(model.generate(max_new_tokens=n_tokens))
+    return None if model is None else str(model.generate(max_new_tokens=200))
 
 
 def load_tasks(run) -> list | None:
