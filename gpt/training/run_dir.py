@@ -26,13 +26,6 @@ WRITTEN = (
     "tensorboard/events.out.tfevents.*",
     "profile/plugins/profile/[0-9]*/*",  # by --profile
 )
-FOLDERS = (
-    "profile/plugins/profile/[0-9]*",
-    "profile/plugins/profile",
-    "profile/plugins",
-    "profile",
-    "tensorboard",
-)
 
 
 @contextlib.contextmanager
@@ -102,7 +95,7 @@ def remove_run(out: Path) -> None:
     for pattern in WRITTEN:
         for path in out.glob(pattern):
             path.unlink()
-    for pattern in FOLDERS:
-        for path in out.glob(pattern):
-            with contextlib.suppress(OSError):  # it holds somebody else's files
+    for folder in (out / "profile", out / "tensorboard"):
+        for path in sorted([folder, *folder.rglob("*")], reverse=True):  # the innermost first
+            with contextlib.suppress(OSError):  # not empty: it holds somebody else's files
                 path.rmdir()
