@@ -91,7 +91,7 @@ def logits_of(model, ids):
 
 
 def agree(ours, theirs):
-    assert theirs.std() > 0.3, "logits so flat that they would agree by themselves"
+    assert theirs.std() > 0.2, "logits so flat that they would agree by themselves"
     assert np.abs(ours - theirs).max() < 1e-5 * max(1, np.abs(theirs).max())
 
 
