@@ -129,4 +129,6 @@ def test_other_meshes_sample_and_score_what_one_device_does():
     assert tensor["notes"] == []
     for what in ("greedy", "drawn", "alone", "beam"):
         assert more[what] == one[what], what
-    assert more["notes"] == ["4 key/value heads do not divide among 8 devices: each keeps them all"]
+    assert more["notes"] == [
+        "4 key/value heads do not divide evenly among 8 devices, so each keeps them all"
+    ]

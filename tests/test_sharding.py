@@ -72,7 +72,7 @@ def test_heads_that_do_not_divide_are_kept_whole_and_told():
     few = ModelConfig(300, context_length=16, n_layers=2, n_heads=4, n_kv_heads=2, d_model=32)
     mesh = mesh_of(1, 1, 4)
     assert transformer.require_fit(few, mesh) == [
-        "2 key/value heads do not divide among 4 devices: each keeps them all"
+        "2 key/value heads do not divide evenly among 4 devices, so each keeps them all"
     ]
     state = train_state.abstract_state(TrainConfig(model=few), mesh)
     attention = state.params["blocks"]["attention"]

@@ -1,12 +1,12 @@
-"""Attention: projections, scores, mask, mix.
+"""Attention: projections, scores, masking, mixing.
 
-The forward pass takes the function that computes it as an argument, `attend`:
+The forward pass takes the attention function as an argument, `attend`:
   plain_attention    the einsums below
-  fused_attention    a kernel of the platform where one fits, else plain (flash_attention.py)
+  fused_attention    the platform's kernel if one fits, else plain (flash_attention.py)
   prompt_attention   the same, for a prompt whose keys and values become the cache
-  decode_attention   one token a row, which attends to the cache
-The tour passes a function that also keeps the weights (reports/tour_recorder.py).
-Shape letters: see transformer.py.
+  decode_attention   one token per row, attending to the cache
+The tour passes one that also records the weights (reports/tour_recorder.py).
+Shape letters are defined in transformer.py.
 """
 
 import math
@@ -25,13 +25,13 @@ from gpt.sharding import constrain
 
 Drop = Callable[[jax.Array], jax.Array]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, Drop | None], jax.Array]
-MASKED = -1e30  # finite, so that no difference of scores is ever NaN
+MASKED = -1e30  # finite, so differences of scores are never NaN
 
 
 def visible(pos_BT: jax.Array | None, n_queries: int, n_slots: int) -> jax.Array:
-    """True where a query may look: at slots up to its own position. [B or 1, T, S].
+    """The causal mask, [B or 1, T, S]: True at slots up to each query's own position.
 
-    `pos_BT`: of the queries; None: query t stands at position t.
+    `pos_BT`: the queries' positions; None means query t is at position t.
     """
     pos = jnp.arange(n_queries)[None] if pos_BT is None else pos_BT
     return jnp.arange(n_slots) <= pos[:, :, None]
@@ -46,8 +46,8 @@ def plain_attention(
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v over the visible slots (Vaswani et al. 2017, section 3.2.1).
 
-    Query head n reads key/value head n // (N/K). Softmax in float32. `drop` is applied to the
-    attention weights, where there is one. Returns mix_BTNH in the type of `v_BKSH`.
+    Query head n uses key/value head n // (N/K). The softmax is in float32. `drop`, if given, is
+    applied to the attention weights. Returns mix_BTNH in the dtype of `v_BKSH`.
     """
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
@@ -67,7 +67,7 @@ def plain_attention(
 class Attention(nnx.Module):
     """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2.2).
 
-    Fewer key/value heads than query heads: grouped queries (Ainslie et al. 2023).
+    With fewer key/value heads than query heads, it is grouped-query (Ainslie et al. 2023).
     """
 
     def __init__(self, config: ModelConfig, key: jax.Array):
@@ -95,7 +95,7 @@ class Attention(nnx.Module):
         self.k_norm = NORMS[config.norm](config, H) if config.qk_norm else None
 
     def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q_BTNH, k_BTKH, v_BTKH; queries and keys normalised where the model does so."""
+        """q_BTNH, k_BTKH, v_BTKH; queries and keys are normalized if the model has QK-norm."""
         q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         if self.q_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
@@ -109,17 +109,17 @@ class Attention(nnx.Module):
         positions: Positions,
         attend: Attend,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """The mixed values, [B, T, D], and the layer's cached keys and values with these in them.
+        """The attention output, [B, T, D], and the layer's updated cached keys and values.
 
-        `past`: keys and values of the layer, [B, K, S, H]; None where none are kept.
+        `past`: the layer's cached keys and values, [B, K, S, H]; None without a cache.
         """
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
         q_BTNH = constrain(apply_rope(q_BTNH, positions.rope), "batch", None, "heads", None)
         k_BKTH = apply_rope(k_BTKH, positions.rope).swapaxes(1, 2)
         v_BKTH = v_BTKH.swapaxes(1, 2)
 
-        # With a cache the tokens attend to its slots, where they have just been written; without
-        # one, to each other.
+        # With a cache, tokens attend to its slots, including those just written; without one, to
+        # each other.
         if past is None:
             k_BKSH, v_BKSH = k_BKTH, v_BKTH
         else:
@@ -127,7 +127,7 @@ class Attention(nnx.Module):
             v_BKSH = kv.write(past[1], v_BKTH, positions.pos_BT)
             past = k_BKSH, v_BKSH
 
-        drop = None  # which a fused kernel needs
+        drop = None  # fused kernels require drop=None
         if dropout_key_B is not None and self.dropout > 0:
             site = "attention_weights"
             drop = partial(dropout, dropout_key_B=dropout_key_B, rate=self.dropout, site=site)

@@ -1,10 +1,10 @@
-"""Causal attention on a CPU: in blocks of queries, with its gradient written out.
+"""Causal attention for CPUs, computed in blocks of queries with a hand-written gradient.
 
-A block of queries reads only the slots up to its last query: the others would be masked. The
-backward pass computes the weights again from the logarithm of each query's sum, and the softmax's
-gradient from sums over the width of a head instead of over all slots (Dao et al. 2022,
-FlashAttention, appendix B.4): sums over all slots are long, and slow on a CPU.
-Shape letters: see transformer.py; C queries of a block; S is the slots that a block reads.
+A block of queries reads only the slots up to its last query; the rest would be masked. The backward
+pass recomputes the weights from each query's log-sum-exp. It takes the softmax gradient from sums
+over the head width instead of over all slots (Dao et al. 2022, FlashAttention, appendix B.4), since
+sums over all slots are long, and slow on a CPU.
+Shape letters are defined in transformer.py; C is the queries in a block, S the slots it reads.
 """
 
 import math
@@ -15,33 +15,33 @@ import jax.numpy as jnp
 
 from gpt.model.attention import MASKED
 
-N_BLOCKS = 4  # more would skip more, and take longer to compile
-SHORTEST = 256  # tokens of a sequence for which this is faster than plain attention
+N_BLOCKS = 4  # more would skip more slots, but take longer to compile
+SHORTEST = 256  # tokens in the shortest sequence for which this beats plain attention
 
 product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def fits(n_tokens: int, width: int, dtype: jnp.dtype) -> bool:
-    """Whether a sequence is long enough, and divides into equal blocks. Heads of every width and
-    type fit."""
+    """Whether the sequence is long enough and splits into equal blocks; any head width and dtype
+    fits."""
     return n_tokens >= SHORTEST and n_tokens % N_BLOCKS == 0
 
 
 def split(T: int) -> list[slice]:
-    """The queries of each block."""
+    """Each block's queries."""
     C = T // N_BLOCKS
     return [slice(start, start + C) for start in range(0, T, C)]
 
 
 @jax.custom_vjp
 def by_blocks(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
-    """As `plain_attention` where `pos_BT` is None, for a length that `fits`."""
+    """Same as `plain_attention` with `pos_BT` None, for a length that `fits`."""
     mix_BTNH, _ = forward(q_BTNH, k_BKSH, v_BKSH)
     return mix_BTNH
 
 
 def scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, block: slice) -> jax.Array:
-    """Masked float32 scores [B, K, G, C, S] of a block of scaled queries."""
+    """Masked float32 scores [B, K, G, C, S] of one block of already scaled queries."""
     q_BKGCH = q_BKGTH[:, :, :, block]
     k_BKSH = k_BKSH[:, :, : block.stop]
     scores_BKGCS = product("BKGCH,BKSH->BKGCS", q_BKGCH, k_BKSH)
@@ -50,7 +50,7 @@ def scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, block: slice) -> jax.Array:
 
 
 def forward(q_BTNH, k_BKSH, v_BKSH):
-    """The mix, and what the backward pass needs."""
+    """The attention output, and the residuals for the backward pass."""
     B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
@@ -74,8 +74,8 @@ def forward(q_BTNH, k_BKSH, v_BKSH):
 def backward(kept, grad_BTNH):
     """Gradients with respect to q_BTNH, k_BKSH and v_BKSH.
 
-    With weights P = softmax(scores) and the gradient dP with respect to them, the gradient with
-    respect to the scores is P * (dP - sum over slots of P * dP). That sum is mix . grad.
+    With weights P = softmax(scores) and their gradient dP, the gradient of the scores is
+    P * (dP - sum over slots of P * dP). That sum equals mix . grad.
     """
     q_BKGTH, k_BKSH, v_BKSH, mix_BKGTH, log_sum_BKGT1 = kept
     B, K, G, T, H = q_BKGTH.shape

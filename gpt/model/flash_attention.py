@@ -1,11 +1,11 @@
-"""Fused attention: a kernel of the platform in place of the plain einsums, where one fits.
+"""Fused attention: the platform's kernel instead of plain einsums, if one fits.
 
-The scores of all pairs of tokens, which the plain form writes to memory and reads back, never leave
-the chip (Dao et al. 2022, FlashAttention). A kernel is used where `pos_BT` is None (see
-positions.Positions), in training and when a prompt is read, without dropout of weights; on
-accelerators in bfloat16. That is decided while a program is traced, by the devices that it is for.
-A CPU has no such kernel, and long sequences are computed in blocks there (blockwise_attention.py).
-Shape letters: see transformer.py.
+The scores of all token pairs, which the plain form writes to memory and reads back, never leave the
+chip (Dao et al. 2022, FlashAttention). A kernel is used in training and for reading prompts, where
+`pos_BT` is None (positions.Positions), without dropout of attention weights; accelerators also
+require bfloat16. The choice is made at trace time, from the target devices. CPUs have no such
+kernel; long sequences are computed in blocks there (blockwise_attention.py).
+Shape letters are defined in transformer.py.
 """
 
 import math
@@ -18,23 +18,23 @@ import jax.numpy as jnp
 from gpt.model import attention, blockwise_attention
 from gpt.sharding import fitting, mesh_in_force, platform, target_device
 
-try:  # what jax.nn.dot_product_attention calls: it knows our layout, and is not public
+try:  # what jax.nn.dot_product_attention calls; not public, but it accepts our layout
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 except ImportError:
     cudnn = None
 
-Kernel = Callable[..., jax.Array]  # of q_BTNH, k_BKSH, v_BKSH
+Kernel = Callable[..., jax.Array]  # takes q_BTNH, k_BKSH, v_BKSH
 BEFORE_AMPERE = re.compile(r"Tesla|TITAN|Quadro|GTX|MX\d|RTX 20\d0|Xavier|\b[KMPVT]\d")
-HOPPER_OR_LATER = re.compile(r"\bG?[HB]\d")  # in data centres
-TILES = (512, 256, 128)  # tokens per tile on a TPU: the largest that divides the sequence
+HOPPER_OR_LATER = re.compile(r"\bG?[HB]\d")  # data center GPUs
+TILES = (512, 256, 128)  # tokens per tile on a TPU; the largest that divides the sequence is used
 
 
 def fused_attention(
     q_BTNH, k_BKSH, v_BKSH, pos_BT=None, drop=None, *, deterministic: bool = False
 ) -> jax.Array:
-    """As `plain_attention`, by the platform's kernel where there is one for it.
+    """Same as `plain_attention`, using the platform's kernel if one fits.
 
-    `deterministic`: under the flags of --deterministic, see `kernel_for`.
+    `deterministic`: whether the run uses --deterministic (explained in `kernel_for`).
     """
     kernel = kernel_for(q_BTNH, deterministic)
     if kernel is None or pos_BT is not None or drop is not None:
@@ -43,21 +43,21 @@ def fused_attention(
 
 
 def prompt_attention(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
-    """As `fused_attention`, for a prompt whose keys and values become the cache: cuDNN reads them
-    in the cache's layout, so that they are written once."""
+    """Same as `fused_attention`, for a prompt whose keys and values become the cache. cuDNN reads
+    them in the cache's layout, so they are written only once."""
     if cudnn is not None and pos_BT is None and kernel_for(q_BTNH) is by_cudnn:
         return on_each_device(cudnn_on_cache_layout, q_BTNH, k_BKSH, v_BKSH)
     return fused_attention(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop)
 
 
 def decode_attention(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
-    """As `plain_attention` in a decode step, where a row's T queries are the same token, T times.
+    """Same as `plain_attention`, for a decode step: all T queries of a row are copies of one token.
 
-    All of them get the result of the first. A single row has too few heads for the kernel to keep
-    a GPU busy.
+    They all get the first one's result. A single row is left to the plain form, because it has too
+    few heads for the kernel to keep a GPU busy.
     """
     if cudnn is not None and len(q_BTNH) > 1 and kernel_for(q_BTNH) is by_cudnn:
-        # The position of a full row is one past the last slot.
+        # A full row's position is one past the last slot.
         n_B = jnp.minimum(pos_BT[:, 0] + 1, k_BKSH.shape[2])
         return on_each_device(cudnn_on_cache_layout, q_BTNH, k_BKSH, v_BKSH, n_B)
     mix_B1NH = attention.plain_attention(q_BTNH[:, :1], k_BKSH, v_BKSH, pos_BT[:, :1], drop)
@@ -67,11 +67,11 @@ def decode_attention(q_BTNH, k_BKSH, v_BKSH, pos_BT, drop) -> jax.Array:
 def kernel_for(
     q_BTNH: jax.Array | jax.ShapeDtypeStruct, deterministic: bool = False
 ) -> Kernel | None:
-    """The platform's kernel for queries of this shape and type, if it has one.
+    """The platform's kernel for queries of this shape and dtype, or None.
 
-    A deterministic run on a GPU takes the form of a CPU, in blocks of queries by matrix products.
-    XLA compiles cuDNN's gradient with its flag for determinism, but cannot run it: it looks the
-    kernel up by another key than the one it was stored with (jax 0.11.2 on an H200;
+    A deterministic run on a GPU uses the CPU's form: matrix products in blocks of queries. With its
+    determinism flag, XLA compiles cuDNN's gradient but cannot run it, because it looks up the
+    kernel under a different key than it was stored with (jax 0.11.2 on an H200;
     github.com/openxla/xla/pull/46500).
     """
     kind = platform()
@@ -86,16 +86,16 @@ def kernel_for(
 def on_each_device(
     kernel: Kernel, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *per_row
 ):
-    """`kernel` on each device's rows and heads: the compiler cannot split a kernel by itself.
+    """Run `kernel` on each device's rows and heads; the compiler cannot partition a kernel itself.
 
-    `per_row`: further arrays that the kernel takes, with an entry for each row.
+    `per_row`: further arrays for the kernel, with one entry per row.
     """
     mesh = mesh_in_force()
     if mesh is None:
         return kernel(q_BTNH, k_BKSH, v_BKSH, *per_row)
     q_spec = fitting(mesh, q_BTNH.shape, ("batch", None, "heads", None))
     kv_spec = fitting(mesh, k_BKSH.shape, ("batch", "kv_heads", None, None))
-    if kv_spec[1] != q_spec[2]:  # too few key/value heads for the devices: one for each query head
+    if kv_spec[1] != q_spec[2]:  # too few key/value heads to shard: repeat one per query head
         groups = q_BTNH.shape[2] // k_BKSH.shape[1]
         k_BKSH, v_BKSH = (jnp.repeat(a, groups, axis=1) for a in (k_BKSH, v_BKSH))
         kv_spec = fitting(mesh, k_BKSH.shape, ("batch", "heads", None, None))
@@ -105,7 +105,7 @@ def on_each_device(
         in_specs=(q_spec, kv_spec, kv_spec, *row_specs),
         out_specs=q_spec,
         axis_names=set(mesh.auto_axes),
-        check_vma=False,  # a kernel does not say over which axes of the mesh its result varies
+        check_vma=False,  # a kernel does not declare which mesh axes its result varies over
     )
     return on_device(q_BTNH, k_BKSH, v_BKSH, *per_row)
 
@@ -119,9 +119,9 @@ def by_cudnn(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Arr
 
 
 def cudnn_on_cache_layout(q_BTNH, k_BKSH, v_BKSH, n_B: jax.Array | None = None) -> jax.Array:
-    """As `by_cudnn`, on keys and values in the cache's layout, which jax.nn would transpose.
+    """Same as `by_cudnn`, but reads keys and values in the cache's layout, without transposing.
 
-    With `n_B` all queries of row b see its first `n_B[b]` slots, instead of those up to their own.
+    With `n_B`, all queries of row b see its first `n_B[b]` slots instead of those up to their own.
     """
     B, T, _, H = q_BTNH.shape
     options = {"mask_type": cudnn.MaskType.CAUSAL}
@@ -143,10 +143,10 @@ def cudnn_on_cache_layout(q_BTNH, k_BKSH, v_BKSH, n_B: jax.Array | None = None) 
 
 
 def fits_cudnn(n_tokens: int, width: int, dtype: jnp.dtype) -> bool:
-    """Whether cuDNN takes heads of this width: in bfloat16, on NVIDIA GPUs from Ampere on.
+    """Whether cuDNN supports heads of this width: in bfloat16, on NVIDIA GPUs since Ampere.
 
-    The name decides, since nothing else is known of a GPU that is not in this machine. For
-    programs compiled for such a GPU, JAX allows only the widths that every GPU takes.
+    GPUs are recognized by name, since nothing else is known about one that is not in this machine.
+    When compiling for such a GPU, JAX allows only the widths that every GPU supports.
     """
     kind = target_device().device_kind
     widest = 256 if HOPPER_OR_LATER.search(kind) and jax.default_backend() == "gpu" else 128
@@ -157,8 +157,8 @@ def fits_cudnn(n_tokens: int, width: int, dtype: jnp.dtype) -> bool:
 
 
 def by_splash(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
-    """JAX's own kernel for TPUs, which skips masked tiles."""
-    # Imported where it is used: half a second that no other platform should pay.
+    """JAX's own TPU kernel, which skips masked tiles."""
+    # Imported here because it takes half a second, which no other platform should pay.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     T, N, H = q_BTNH.shape[1:]
@@ -167,12 +167,12 @@ def by_splash(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Ar
     sizes = splash.BlockSizes(**{f"block_{name}": tile for name in names})
     mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * N)
     kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
-    q_BNTH = (q_BTNH / math.sqrt(H)).astype(q_BTNH.dtype).swapaxes(1, 2)  # it does not scale
+    q_BNTH = (q_BTNH / math.sqrt(H)).astype(q_BTNH.dtype).swapaxes(1, 2)  # splash does not scale
     return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH).swapaxes(1, 2)
 
 
 def fits_splash(n_tokens: int, width: int, dtype: jnp.dtype) -> bool:
-    """Whole tiles, and products in bfloat16: it compiles for nothing else."""
+    """Whether tiles are whole and products in bfloat16; the kernel compiles for nothing else."""
     whole_tiles = n_tokens % TILES[-1] == 0
     precision = jax.config.jax_default_matmul_precision
     return whole_tiles and dtype == jnp.bfloat16 and precision in (None, "default", "bfloat16")

@@ -1,7 +1,7 @@
-"""Weight matrices as int8 with a float32 scale an output channel, for decoding: a quarter of the
-bytes of float32, and decode's speed is that of reading them.
+"""Weight matrices as int8 with a float32 scale per output channel, for decoding.
 
-Shape letters: see transformer.py; M rows, I inputs, O outputs of a matrix.
+They take a quarter of the bytes of float32, and decoding is as fast as weights can be read.
+Shape letters are defined in transformer.py; here also M rows, I inputs, O outputs of a matrix.
 """
 
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-LEVELS = 127  # of each sign: the range is symmetric, -128 is not used
+LEVELS = 127  # per sign; the range is symmetric, so -128 is not used
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Int8:
-    """A matrix of `ints` [*outputs, I] times `scale` [*outputs]: its largest error is scale / 2."""
+    """A matrix stored as `ints` [*outputs, I] times `scale` [*outputs], accurate to scale / 2."""
 
     ints: jax.Array
     scale: jax.Array
@@ -30,7 +30,7 @@ class Int8:
         return len(self.ints)
 
     def rows(self, ids: jax.Array) -> jax.Array:
-        """The outputs `ids` of a table as float32 vectors, [*ids.shape, I]."""
+        """Rows `ids` of a table as float32 vectors, [*ids.shape, I]."""
         return self.ints[ids].astype(jnp.float32) * self.scale[ids][..., None]
 
     def product(self, x_MI: jax.Array) -> jax.Array:
@@ -41,21 +41,21 @@ class Int8:
 
 
 def plain_product(x_MI: jax.Array, ints_OI: jax.Array) -> jax.Array:
-    """The integers are converted on their way into the product: free of cost on accelerators."""
+    """x W, with the integers converted inside the product, which is free on accelerators."""
     ints_OI = ints_OI.astype(x_MI.dtype)
     return jnp.einsum("MI,OI->MO", x_MI, ints_OI, preferred_element_type=jnp.float32)
 
 
 def to_levels(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`x` as int8 times a scale for each of its rows, [..., 1]."""
+    """`x` as int8, and a scale per row, [..., 1]."""
     scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / LEVELS
     return jnp.round(x / jnp.where(scale == 0, 1, scale)).astype(jnp.int8), scale
 
 
 def split_product(x_MI: jax.Array, ints_OI: jax.Array) -> jax.Array:
-    """Products of integers: each row of x as a coarse row and the fine rest of it, 15 bits in all.
+    """x W in integers: each row of x is split into coarse and fine parts, 15 bits in all.
 
-    A CPU's product of int8 by float32 would convert the whole matrix at each call.
+    To multiply int8 by float32, a CPU would convert the whole matrix on every call.
     """
     x_MI = x_MI.astype(jnp.float32)
     coarse_MI, scale_M1 = to_levels(x_MI)
@@ -67,7 +67,7 @@ def split_product(x_MI: jax.Array, ints_OI: jax.Array) -> jax.Array:
 
 
 def quantize_matrix(w: jax.Array, inputs: tuple[int, ...]) -> Int8:
-    """The nearest integers, scaled by the largest weight of each output."""
+    """The nearest integers, with each output scaled by its largest weight."""
     outputs = [axis for axis in range(w.ndim) if axis not in inputs]
     shape = [w.shape[axis] for axis in outputs]
     rows = w.transpose(*outputs, *inputs).reshape(*shape, prod(w.shape[i] for i in inputs))
@@ -76,7 +76,7 @@ def quantize_matrix(w: jax.Array, inputs: tuple[int, ...]) -> Int8:
 
 
 def input_axes(path: tuple) -> tuple[int, ...] | None:
-    """The axes that the product with the weight at `path` contracts; None: not a matrix."""
+    """The axes contracted in a product with the weight at `path`; None if it is not a matrix."""
     name = path[-1].key
     if name in ("tokens", "head"):
         return (1,)
@@ -86,8 +86,7 @@ def input_axes(path: tuple) -> tuple[int, ...] | None:
 
 
 def map_matrices(function, tree: dict) -> dict:
-    """`function(leaf, input_axes)` for each weight that is quantized; the other leaves as they
-    are."""
+    """`tree` with `function(leaf, input_axes)` applied to each weight to be quantized."""
 
     def convert(path: tuple, leaf):
         inputs = input_axes(path)
@@ -102,7 +101,7 @@ def quantize(params: dict) -> dict:
 
 
 def quantize_axes(axes: dict) -> dict:
-    """The logical axes of `quantize(params)`, for those of `params`."""
+    """The logical axes of `quantize(params)`, given those of `params`."""
 
     def convert(names: PartitionSpec, inputs: tuple[int, ...]) -> Int8:
         outputs = [name for axis, name in enumerate(names) if axis not in inputs]

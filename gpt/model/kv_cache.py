@@ -1,7 +1,8 @@
-"""The KV cache: the keys and values of every position so far, with a length of its own per row.
+"""The KV cache: keys and values of every position so far, with a separate length for each row.
 
-One layout, [B, K, S, H] per layer. An empty cache has no slots at all: reading a prompt into it
-makes the prompt's own keys and values the cache. Shape letters: see transformer.py.
+The layout is always [B, K, S, H] per layer. An empty cache has no slots at all; when a prompt is
+read into it, the prompt's own keys and values become the cache. Shape letters are defined in
+transformer.py.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from gpt.config import ModelConfig
 from gpt.sharding import constrain
 
 AXES = ("batch", "kv_heads", None, None)
-# Rows and heads are batched; the slot, axis 2, is what an index names.
+# Rows and heads are batch dimensions; an index selects a slot, axis 2.
 WRITE = jax.lax.ScatterDimensionNumbers(
     update_window_dims=(3,),
     inserted_window_dims=(2,),
@@ -26,9 +27,9 @@ WRITE = jax.lax.ScatterDimensionNumbers(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """`k`, `v`: one [B, K, S, H] array a layer. `length_B`: filled slots of each row, int32.
+    """`k`, `v`: one [B, K, S, H] array per layer. `length_B`: filled slots per row, int32.
 
-    Slots from a row's length on hold nothing: they are masked, then overwritten.
+    Slots at or beyond a row's length hold nothing; they are masked, and later overwritten.
     """
 
     k: tuple[jax.Array, ...]
@@ -41,7 +42,7 @@ class KVCache:
         return self.k[0].shape[2]
 
     def advanced(self, n_B: jax.Array) -> "KVCache":
-        """The cache with `n_B` more slots counted as filled."""
+        """The cache with `n_B` more slots marked as filled."""
         return replace(self, length_B=self.length_B + n_B)
 
 
@@ -54,12 +55,13 @@ def empty(config: ModelConfig, batch_size: int) -> KVCache:
 
 
 def write(cache_BKSH: jax.Array, new_BKTH: jax.Array, pos_BT: jax.Array | None) -> jax.Array:
-    """One layer's cached keys, or values, with `new_BKTH` at slots `pos_BT`; those past the end are
-    dropped. Where `pos_BT` is None, token t at position t, the cache is empty and `new_BKTH`
-    becomes it.
+    """One layer's cached keys or values, with `new_BKTH` written to slots `pos_BT`.
+
+    Slots past the end are dropped. If `pos_BT` is None (token t at position t), the cache is empty
+    and becomes `new_BKTH`.
 
     This form of scatter updates in place under donation and needs no communication when rows and
-    heads are sharded; the more obvious spellings copy the cache or gather it.
+    heads are sharded; simpler forms copy or all-gather the cache.
     """
     new = new_BKTH.astype(cache_BKSH.dtype)
     if pos_BT is None:
@@ -70,14 +72,14 @@ def write(cache_BKSH: jax.Array, new_BKTH: jax.Array, pos_BT: jax.Array | None) 
 
 
 def grow(cache: KVCache, capacity: int) -> KVCache:
-    """The cache with `capacity` slots per row, at least as many as it has."""
+    """The cache grown to `capacity` slots per row, at least as many as it has."""
     more = [(0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0)]
     k, v = jax.tree.map(lambda a: constrain(jnp.pad(a, more), *AXES), (cache.k, cache.v))
     return replace(cache, k=k, v=v, length_B=constrain(cache.length_B, "batch"))
 
 
 def select(cache: KVCache, row_R: jax.Array) -> KVCache:
-    """The rows `row_R` of the cache, in that order, repeats included."""
+    """Rows `row_R` of the cache, in that order; a row may repeat."""
     k, v, length_B = jax.tree.map(
         lambda a: jnp.take(a, row_R, axis=0), (cache.k, cache.v, cache.length_B)
     )

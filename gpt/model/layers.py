@@ -1,9 +1,10 @@
 """The parts of a block besides attention: linear layers, norms, the MLP, dropout.
 
-Every weight is an `nnx.Param` that bears the logical axes it is sharded by, as Flax's own
-`out_sharding` metadata: `nnx.get_partition_spec` reads them. Flax must not act on them by itself,
-hence `eager_sharding=False`: the whole state is placed at once, by `sharding.state_shardings`.
-Shape letters: see transformer.py; M rows of activations, I inputs and O outputs of a matrix.
+Every weight is an `nnx.Param` that carries its logical axes as Flax's `out_sharding` metadata, read
+by `nnx.get_partition_spec`. `eager_sharding=False` keeps Flax from acting on it, because
+`sharding.state_shardings` places the whole state at once.
+Shape letters are defined in transformer.py; here also M rows of activations, and I inputs and O
+outputs of a matrix.
 """
 
 import contextlib
@@ -24,12 +25,12 @@ Initializer = Callable[[jax.Array, tuple, str], jax.Array]  # key, shape, dtype
 
 
 def weight(value: jax.Array, axes: tuple[str | None, ...]) -> nnx.Param:
-    """A parameter whose axes have these logical names (None: never split)."""
+    """A parameter with these logical axis names (None: never split)."""
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 
 def normal(std: float) -> Initializer:
-    """Draws from N(0, std²)."""
+    """An initializer that samples from N(0, std²)."""
 
     def draw(key: jax.Array, shape: tuple, dtype: str) -> jax.Array:
         return (jax.random.normal(key, shape) * std).astype(dtype)
@@ -38,10 +39,10 @@ def normal(std: float) -> Initializer:
 
 
 def exact_products(compute_dtype: str | None) -> AbstractContextManager:
-    """While it is in force, products traced in float32 are computed in float32.
+    """A context in which float32 products are really computed in float32.
 
-    By default GPUs would multiply float32 in TF32 and TPUs in bfloat16. A user's own
-    JAX_DEFAULT_MATMUL_PRECISION wins; a CPU computes the same either way.
+    By default, GPUs would multiply float32 in TF32 and TPUs in bfloat16. The user's own
+    JAX_DEFAULT_MATMUL_PRECISION takes precedence; a CPU computes the same either way.
     """
     chosen_by_user = jax.config.jax_default_matmul_precision is not None
     if compute_dtype == "bfloat16" or chosen_by_user:
@@ -53,10 +54,10 @@ DROPOUT_SITES = {"attention_weights": 0, "attention": 1, "mlp": 2, "embedding": 
 
 
 def dropout(x: jax.Array, dropout_key_B: jax.Array | None, rate: float, *, site: str) -> jax.Array:
-    """Inverted dropout with a key per row, so that no batch split or mesh changes a row's mask.
+    """Inverted dropout with a key per row, so a row's mask is the same on any batch split or mesh.
 
-    `site` names the place in a block, each of which has random bits of its own. No keys, no
-    dropout.
+    `site` names a place in the model; each has its own random bits. Without keys, nothing is
+    dropped.
     """
     if dropout_key_B is None or rate == 0:
         return x
@@ -92,16 +93,15 @@ class Linear(nnx.Module):
         self.bias = weight(jnp.zeros(outputs, dtype), bias_axes) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # One contracted axis on either side. The backward pass of a product with more axes is
-        # many times slower on a CPU, and contracting two of the kernel's would transpose it at
-        # each call.
+        # Contract one axis of each operand. With more axes the backward pass is many times slower
+        # on a CPU, and contracting two kernel axes would transpose the kernel on every call.
         leading = x.shape[: x.ndim - len(self.inputs)]
         x_MI = x.reshape(-1, math.prod(self.inputs))
         kernel = self.kernel[...]
         if isinstance(kernel, Int8):
             y_MO = kernel.product(x_MI).astype(x.dtype)
         else:
-            # The metadata of stacked kernels names the layer axis too, which this kernel lacks.
+            # A stacked kernel's metadata also names the layer axis, which this kernel lacks.
             axes = self.kernel.out_sharding[-kernel.ndim :]
             kernel = gather_for_matmul(axes, kernel.astype(x.dtype))
             kernel_IO = kernel.reshape(x_MI.shape[1], -1)
@@ -119,8 +119,8 @@ class Linear(nnx.Module):
 def narrowing_matmul(precision: str | None, x_MI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     """x W for a kernel with more inputs than outputs.
 
-    A CPU takes nearly twice as long for the gradient of such a kernel as for that gradient's
-    transpose, so there the transpose is computed and turned.
+    On a CPU, such a kernel's gradient takes nearly twice as long to compute as its transpose, so
+    there the transpose is computed and transposed back.
     """
     return jnp.matmul(x_MI, kernel_IO, precision=precision)
 
@@ -130,7 +130,7 @@ def _narrowing_backward(precision, factors, gradient_MO):
     product = functools.partial(jnp.matmul, precision=precision)
 
     def turned_product(x_MI: jax.Array, gradient_MO: jax.Array) -> jax.Array:
-        # Without the barrier the compiler would undo the turning.
+        # Without the barrier, the compiler would undo the transposition.
         return jax.lax.optimization_barrier(product(gradient_MO.T, x_MI)).T
 
     def plain_product(x_MI: jax.Array, gradient_MO: jax.Array) -> jax.Array:
@@ -150,10 +150,10 @@ narrowing_matmul.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def gather_for_matmul(axes: tuple[str | None, ...], matrix: jax.Array) -> jax.Array:
-    """A matrix of these logical axes, whole over fsdp; its gradient is split as the matrix was.
+    """A matrix with these logical axes, gathered over fsdp; its gradient is sharded as it was.
 
-    Left to itself the compiler may gather it once more for the backward pass, or move what it
-    multiplies instead.
+    Left to itself, the compiler may gather it again for the backward pass, or move the activations
+    instead.
     """
     return constrain(matrix, *(None if name == "embed" else name for name in axes))
 
@@ -165,12 +165,12 @@ gather_for_matmul.defvjp(
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:
-    """`x` squashed smoothly between -cap and cap (Gemma Team 2024, section 2); 0: unchanged."""
+    """`x` squashed smoothly into (-cap, cap) (Gemma Team 2024, section 2); unchanged for cap 0."""
     return cap * jnp.tanh(x / cap) if cap else x
 
 
 def table_product(x_MI: jax.Array, table_OI: jax.Array | Int8) -> jax.Array:
-    """x table^T in float32, for a table kept as [outputs, inputs]: the head of the model."""
+    """x table^T in float32, for a table stored as [outputs, inputs]: the model's head."""
     if isinstance(table_OI, Int8):
         return table_OI.product(x_MI)
     table_OI = table_OI.astype(x_MI.dtype)
@@ -181,16 +181,16 @@ def table_product(x_MI: jax.Array, table_OI: jax.Array | Int8) -> jax.Array:
 
 @jax.custom_vjp
 def widening_product(x_MI: jax.Array, table_OI: jax.Array) -> jax.Array:
-    """x table^T in float32 of two bfloat16 arrays, whose gradients are bfloat16 products too.
+    """x table^T in float32 of two bfloat16 arrays, with gradients that are bfloat16 products too.
 
-    JAX's own gradient multiplies the float32 cotangent without rounding it, which takes an
-    accelerator several times as long.
+    JAX's own gradient multiplies the float32 cotangent without rounding it, which is several times
+    slower on an accelerator.
     """
     return jnp.einsum("MI,OI->MO", x_MI, table_OI, preferred_element_type=jnp.float32)
 
 
 def _widening_backward(factors, gradient_MO):
-    # Summed in float32, each in the type of its factor.
+    # Sum in float32; return each gradient in its factor's dtype.
     x_MI, table_OI = factors
     gradient_MO = gradient_MO.astype(x_MI.dtype)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -203,7 +203,7 @@ widening_product.defvjp(lambda *factors: (widening_product(*factors), factors), 
 
 
 def unit_mean_square(x: jax.Array, epsilon: float) -> jax.Array:
-    """`x` over its root mean square along the last axis."""
+    """`x` divided by its root mean square along the last axis."""
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
 
 
@@ -218,12 +218,12 @@ class LayerNorm(nnx.Module):
 
     def standardize(self, x: jax.Array) -> jax.Array:
         if platform() == "gpu":
-            # Compiled to one kernel, jax.nn's form to two.
+            # This compiles to one kernel, jax.nn's form to two.
             return unit_mean_square(x - jnp.mean(x, axis=-1, keepdims=True), self.epsilon)
         return jax.nn.standardize(x, axis=-1, epsilon=self.epsilon)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Computed in float32, returned in the type of `x`."""
+        """Computed in float32, returned in the dtype of `x`."""
         y = self.standardize(x.astype(jnp.float32)) * self.scale[...].astype(jnp.float32)
         if self.bias is not None:
             y = y + self.bias[...]
@@ -231,7 +231,7 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(LayerNorm):
-    """Unit mean square, the mean unchanged (Zhang & Sennrich 2019)."""
+    """Unit mean square without centering (Zhang & Sennrich 2019)."""
 
     def standardize(self, x: jax.Array) -> jax.Array:
         return unit_mean_square(x, self.epsilon)
@@ -248,8 +248,7 @@ ACTIVATIONS = {
 
 
 class MLP(nnx.Module):
-    """Two linear layers around an activation; gated, where the config says so, by a third
-    (Shazeer 2020)."""
+    """Two linear layers around an activation; a gated MLP has a third (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         self.activation = config.mlp
@@ -263,7 +262,7 @@ class MLP(nnx.Module):
         self.gate = gate
 
         def draw_down(key: jax.Array, shape: tuple, dtype: str) -> jax.Array:
-            # Drawn as [D, F] and turned, so that a seed gives the weights that it always gave.
+            # Drawn as [D, F] and transposed, to keep existing seeds reproducible.
             return normal(config.residual_std)(key, shape[::-1], dtype).T
 
         self.down = Linear(down_key, (F,), (D,), ("mlp", "embed"), kernel_init=draw_down, **options)

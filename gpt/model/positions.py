@@ -1,6 +1,6 @@
-"""Where tokens stand: vectors added to the embeddings, or angles that queries and keys turn by.
+"""Position encodings: vectors added to the embeddings, or rotations of queries and keys.
 
-Shape letters: see transformer.py.
+Shape letters are defined in transformer.py.
 """
 
 import math
@@ -14,14 +14,13 @@ from gpt.config import ModelConfig
 
 @dataclass(frozen=True)
 class Positions:
-    """The positions of the tokens of one forward pass, as attention needs them.
+    """Token positions for one forward pass, as attention needs them.
 
-    `pos_BT`: the position of each token in its row, which is also its slot in the KV cache. It is
-    None where token t of each row stands at position t: without a cache, or with an empty one, into
-    which whole prompts are read. Attention is then plainly causal (query t sees keys 0 to t), which
-    fused kernels can do, and the new keys and values become the cache (`kv_cache.write`).
-    `rope`: cosines and sines of RoPE's angles, computed once for all layers; None for a model that
-    has no RoPE.
+    `pos_BT`: each token's position in its row, which is also its slot in the KV cache. None means
+    that token t of each row is at position t: there is no cache, or an empty one that whole prompts
+    are read into. Attention is then simply causal (query t sees keys 0 to t), which fused kernels
+    support, and the new keys and values become the cache (`kv_cache.write`).
+    `rope`: cosines and sines of RoPE's angles, computed once for all layers; None without RoPE.
     """
 
     pos_BT: jax.Array | None
@@ -29,7 +28,7 @@ class Positions:
 
 
 def positions_of(config: ModelConfig, pos_BT: jax.Array | None, n_tokens: int) -> Positions:
-    """The positions of `n_tokens` tokens in each row."""
+    """Positions for `n_tokens` tokens in each row."""
     if config.positions != "rope":
         return Positions(pos_BT, None)
     pos = jnp.arange(n_tokens)[None] if pos_BT is None else pos_BT
@@ -38,15 +37,15 @@ def positions_of(config: ModelConfig, pos_BT: jax.Array | None, n_tokens: int) -
 
 
 def frequencies(width: int, base: float) -> jax.Array:
-    """Radians a position for each of `width`/2 pairs: base^(-2i/width) (Vaswani et al., 3.5)."""
+    """Radians per position for each of `width`/2 pairs: base^(-2i/width) (Vaswani et al., 3.5)."""
     return base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
 
 
 def scaled_frequencies(config: ModelConfig) -> jax.Array:
     """RoPE's frequencies, scaled for a longer context as in Llama 3.1 (Grattafiori et al. 2024).
 
-    The slow ones are divided by the factor and the fast ones kept; those between in proportion to
-    the turns they make within the original context.
+    Slow frequencies are divided by the factor and fast ones kept; those in between are interpolated
+    by the number of turns they make within the original context.
     """
     frequency = frequencies(config.head_width, config.rope_theta)
     if config.rope_factor == 1:
@@ -57,7 +56,7 @@ def scaled_frequencies(config: ModelConfig) -> jax.Array:
 
 
 def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-    """RoPE (Su et al. 2021, eq. 34): pairs (i, i + H/2) turned by their angle, in float32."""
+    """RoPE (Su et al. 2021, eq. 34): pairs (i, i + H/2) rotated by their angle, in float32."""
     if rope is None:
         return x_BTNH
     cos, sin = rope
@@ -66,6 +65,6 @@ def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array] | None) -> j
 
 
 def sinusoids(pos: jax.Array, width: int) -> jax.Array:
-    """sin at even and cos at odd places of `width` (Vaswani et al. 2017, section 3.5)."""
+    """sin at even and cos at odd indices of `width` (Vaswani et al. 2017, section 3.5)."""
     angle = pos[..., None] * frequencies(width, 10_000.0)
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*pos.shape, width)

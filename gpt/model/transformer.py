@@ -1,16 +1,16 @@
 """The decoder-only Transformer: embedding, blocks, head.
 
-Shape letters, used as suffixes of arrays and in einsum strings everywhere:
+Shape letters, used everywhere as array suffixes and in einsum strings:
   B batch   T query time   S cache slots   D model width   N query heads   K key/value heads
   G = N/K   H head width   F MLP width     V vocabulary    L layers        M = B*T tokens
 
-`GPT` is a Flax NNX module: `GPT(config, rngs=nnx.Rngs(0))(tokens)` gives logits. What is compiled
-is functional: weights travel as a nested dict of arrays (`params`), and `bind(config, params)`
-makes them a model again while a program is traced, which costs nothing when it runs.
+`GPT` is a Flax NNX module: `GPT(config, rngs=nnx.Rngs(0))(tokens)` returns logits. Compiled code is
+functional: weights are passed as a nested dict of arrays (`params`), and `bind(config, params)`
+rebuilds the model at trace time, which costs nothing at run time.
 
-The weights have two layouts. *Stacked*, as they are trained and saved: each weight of the blocks is
-one array [L, ...], scanned over by one program for all layers. *Unstacked*, for decoding: a subtree
-per layer, because slicing stacked weights at every token would copy them.
+Weights have two layouts. *Stacked*, for training and on disk: each block weight is one array
+[L, ...], and one program scans over the layers. *Unstacked*, for decoding: a subtree per layer,
+because slicing stacked weights at every token would copy them.
 """
 
 import functools
@@ -42,7 +42,7 @@ from gpt.sharding import constrain
 
 
 class Block(nnx.Module):
-    """Attention, then the MLP, each added to the residual stream after its own norm (GPT-2)."""
+    """Attention, then the MLP, each preceded by a norm and added to the residual stream (GPT-2)."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         attention_key, mlp_key = jax.random.split(key)
@@ -60,7 +60,7 @@ class Block(nnx.Module):
         positions: Positions,
         attend: Attend,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """The residual stream after this block, and the layer's keys and values, if kept."""
+        """The residual stream after this block, and the layer's keys and values, if cached."""
         y_BTD = self.attention_norm(x_BTD)
         y_BTD, past = self.attention(y_BTD, past, dropout_key_B, positions, attend)
         x_BTD = x_BTD + dropout(y_BTD, dropout_key_B, self.dropout, site="attention")
@@ -72,7 +72,7 @@ class Block(nnx.Module):
 
 
 class PostNormBlock(Block):
-    """The norm after each sum (Vaswani et al. 2017, section 3.1)."""
+    """The same with a norm after each residual sum (Vaswani et al. 2017, section 3.1)."""
 
     def __call__(self, x_BTD, past, dropout_key_B, positions, attend):
         y_BTD, past = self.attention(x_BTD, past, dropout_key_B, positions, attend)
@@ -87,10 +87,10 @@ BLOCKS = {"pre": Block, "post": PostNormBlock}
 
 
 class GPT(nnx.Module):
-    """The model: `GPT(config, rngs=nnx.Rngs(0))(tokens_BT)` gives float32 logits_BTV.
+    """The model: `GPT(config, rngs=nnx.Rngs(0))(tokens_BT)` returns float32 logits_BTV.
 
-    Weights are drawn from N(0, init_std²), those of the residual outputs over sqrt(2L) (GPT-2,
-    section 2.3). `stacked`: the layout of the blocks' weights, see above.
+    Weights are sampled from N(0, init_std²), those that write to the residual stream with init_std
+    divided by sqrt(2L) (GPT-2, section 2.3). `stacked`: the layout of the block weights.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stacked: bool = True):
@@ -99,8 +99,8 @@ class GPT(nnx.Module):
         draw, dtype = normal(config.init_std), config.param_dtype
         token_key, position_key, block_key, head_key = jax.random.split(rngs.params.key[...], 4)
 
-        # Tables of weights, a row for each token and each position, under the names that they have
-        # in checkpoints. Token ids are `tokens_BT`, and the positions of a batch `Positions`.
+        # Weight tables with a row per token and per position, under their names in checkpoints.
+        # (Token ids are `tokens_BT`, and a batch's positions `Positions`.)
         self.tokens = weight(draw(token_key, (V, D), dtype), ("vocab", "embed"))
         learned = config.positions == "learned"
         table_SD = draw(position_key, (config.context_length, D), dtype) if learned else None
@@ -110,7 +110,7 @@ class GPT(nnx.Module):
         make_block = functools.partial(BLOCKS[config.norm_place], config)
         if stacked:
             self.blocks = jax.vmap(make_block)(block_keys)
-            # vmap gives the arrays an axis for the layers, which the metadata does not have yet.
+            # vmap gives the arrays a layer axis, which the metadata still lacks.
             for _, node in nnx.iter_graph(self.blocks):
                 if isinstance(node, nnx.Param):
                     node.set_metadata(out_sharding=(None, *node.out_sharding))
@@ -123,7 +123,7 @@ class GPT(nnx.Module):
         self.head = None if config.tied else weight(head_VD, ("vocab", "embed"))
 
     def __call__(self, tokens_BT: jax.Array, **options) -> jax.Array:
-        """logits_BTV of whole sequences, without a cache. `options`: those of `hidden`."""
+        """logits_BTV for whole sequences, without a cache. `options` are passed to `hidden`."""
         x_BTD, _ = self.hidden(tokens_BT, **options)
         return self.unembed(x_BTD)
 
@@ -137,13 +137,13 @@ class GPT(nnx.Module):
         remat: str = "blocks",
         unroll: bool = False,
     ) -> tuple[jax.Array, kv.KVCache | None]:
-        """The residual stream after the last block and norm, and the cache with these tokens in it.
+        """The residual stream after the last block and norm, and the cache including these tokens.
 
-        Without a cache, token t of each row stands at position t. With one (unstacked weights
-        alone), row b's tokens continue at position `cache.length_B[b]`; the returned cache holds
-        their keys and values, its lengths unchanged: the caller knows how many of the T tokens are
-        real. `dropout_key_B`, one key per row, turns dropout on. `remat`, `unroll`: see
-        `scan_blocks`. Returns x_BTD in the compute type. ValueError for a cache and stacked
+        Without a cache, token t of each row is at position t. With one (unstacked weights only),
+        row b's tokens continue at position `cache.length_B[b]`. The returned cache holds their keys
+        and values, but its lengths are unchanged: only the caller knows how many of the T tokens
+        are real. `dropout_key_B`, one key per row, turns dropout on. `scan_blocks` explains `remat`
+        and `unroll`. Returns x_BTD in the compute dtype. Raises ValueError for a cache with stacked
         weights.
         """
         config, T = self.config, tokens_BT.shape[1]
@@ -183,24 +183,24 @@ class GPT(nnx.Module):
         return x_BTD, cache
 
     def embed(self, tokens_BT: jax.Array, pos_BT: jax.Array | None = None) -> jax.Array:
-        """Token embeddings, with positions where they are added; x_BTD in the compute type."""
+        """Token embeddings plus any additive positions; x_BTD in the compute dtype."""
         config, table_VD = self.config, self.tokens[...]
         if isinstance(table_VD, Int8):
             x_BTD = table_VD.rows(tokens_BT)
         else:
-            # Gathered over fsdp first: else the partitioner rebuilds the whole table everywhere.
+            # Gather over fsdp first, or the partitioner rebuilds the whole table everywhere.
             x_BTD = constrain(table_VD, "vocab", None)[tokens_BT].astype("float32")
 
         pos = jnp.arange(tokens_BT.shape[1]) if pos_BT is None else pos_BT
         if config.positions == "learned":
             x_BTD = x_BTD + self.positions[...][pos]
         elif config.positions == "sinusoidal":
-            # Scaled by sqrt(D) before the waves are added (Vaswani et al. 2017, section 3.4).
+            # Scale by sqrt(D) before adding the sinusoids (Vaswani et al. 2017, section 3.4).
             x_BTD = x_BTD * config.d_model**0.5 + sinusoids(pos, config.d_model)
         return constrain(x_BTD.astype(config.compute_dtype or "float32"), "batch", None, None)
 
     def unembed(self, x: jax.Array) -> jax.Array:
-        """float32 logits [..., V] of hidden states [..., D]."""
+        """float32 logits [..., V] for hidden states [..., D]."""
         config, table_VD = self.config, self.head_table
         x_MD = x.reshape(-1, x.shape[-1])
         logits_MV = table_logits(config, x_MD, table_VD, jnp.arange(len(table_VD)))
@@ -209,14 +209,14 @@ class GPT(nnx.Module):
 
     @property
     def head_table(self) -> jax.Array | Int8:
-        """The head, [padded V, D]: the token embedding itself where they are tied."""
+        """The head, [padded V, D]: the token embedding itself if they are tied."""
         return self.tokens[...] if self.head is None else self.head[...]
 
 
 def table_logits(config: ModelConfig, x_MD: jax.Array, rows_CD, ids_C: jax.Array) -> jax.Array:
-    """float32 logits [M, C] of the tokens `ids_C`, whose rows of the head's table are `rows_CD`.
+    """float32 logits [M, C] of the tokens `ids_C`, whose rows in the head's table are `rows_CD`.
 
-    Padding rows get a logit that no softmax sees.
+    Padding rows get a logit too low for any softmax to notice.
     """
     with exact_products(config.compute_dtype):
         logits_MC = softcap(table_product(x_MD, rows_CD), config.logit_softcap)
@@ -235,11 +235,11 @@ def scan_blocks(
 ) -> jax.Array:
     """The residual stream after stacked blocks, for training: one program for all layers.
 
-    `remat` says what the backward pass computes again instead of keeping it: "none": nothing;
-    "products": all but the products with weights and what fused attention returns; "blocks": each
-    block from its input.
-    `unroll` writes the layers out one after another: longer to compile, and faster on a CPU that
-    keeps activations, which would else be copied into stacked arrays and out of them again.
+    `remat` is what the backward pass recomputes instead of storing. "none": nothing; "products":
+    all but products with weights and the outputs of fused attention; "blocks": each block from its
+    input.
+    `unroll` compiles the layers one after another. That takes longer to compile, but runs faster on
+    a CPU that stores activations, because a scan copies them into stacked arrays and out again.
     """
 
     def body(x_BTD, block_and_key):
@@ -249,14 +249,14 @@ def scan_blocks(
 
     if remat != "none":
         policy = keep_products if remat == "products" else None
-        # Inside a loop nothing can merge the two computations; written out, the compiler would.
+        # In a loop nothing can merge the two computations; unrolled, the compiler would.
         body = jax.checkpoint(body, prevent_cse=unroll, policy=policy)
     x_BTD, _ = jax.lax.scan(body, x_BTD, (blocks, dropout_keys_LB), unroll=unroll)
     return x_BTD
 
 
 def keep_products(primitive, *avals, **params) -> bool:
-    """A policy of jax.checkpoint: keep products with weights, and what fused attention returns."""
+    """A jax.checkpoint policy: save products with weights and the outputs of fused attention."""
     if "dot_product_attention_fwd" in primitive.name or primitive.name == "pallas_call":
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
@@ -270,7 +270,7 @@ def loop_blocks(
     positions: Positions,
     attend: Attend,
 ) -> tuple[jax.Array, kv.KVCache | None]:
-    """The residual stream after a list of blocks, for decoding, and the cache they have written."""
+    """The residual stream after a list of blocks, for decoding, and the cache they wrote to."""
     written = []
     for i, block in enumerate(blocks):
         past = None if cache is None else (cache.k[i], cache.v[i])
@@ -292,36 +292,36 @@ def init(config: ModelConfig, key: jax.Array) -> dict:
 
 
 def bind(config: ModelConfig, params: dict) -> GPT:
-    """The model with these weights, stacked or not; called while a program is traced."""
+    """The model with these weights, stacked or not; called at trace time."""
     stacked = "attention" in params["blocks"]  # else one subtree per layer
     return nnx.merge(nnx.graphdef(abstract_model(config, stacked)), params)
 
 
 def forward(config: ModelConfig, params: dict, tokens_BT: jax.Array, **options) -> jax.Array:
-    """logits_BTV, as a function that can be jitted over `params`; `options` as `GPT.hidden`."""
+    """logits_BTV, in a form that can be jitted over `params`; `options` as in `GPT.hidden`."""
     return bind(config, params)(tokens_BT, **options)
 
 
 @functools.cache
 def abstract_model(config: ModelConfig, stacked: bool) -> GPT:
-    """The model with shapes in place of arrays; nothing is computed."""
-    # Not nnx.eval_shape, which under a mesh would take the logical axes for the axes of that mesh.
+    """The model with shapes instead of arrays; nothing is computed."""
+    # Not nnx.eval_shape, which under a mesh would mistake the logical axes for mesh axes.
     return jax.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), stacked=stacked))
 
 
 def abstract(config: ModelConfig) -> dict:
-    """Shapes and types of the stacked weights; nothing is computed."""
+    """Shapes and dtypes of the stacked weights; nothing is computed."""
     return jax.eval_shape(lambda: init(config, jax.random.key(0)))
 
 
 def logical_axes(config: ModelConfig, stacked: bool = True) -> dict:
-    """The tree of the weights with, for each, a PartitionSpec of the logical names of its axes."""
+    """A PartitionSpec of logical axis names for each weight, in the same tree."""
     specs = nnx.get_partition_spec(nnx.state(abstract_model(config, stacked)))
     return nnx.to_pure_dict(specs)
 
 
 def cast(params: dict, dtype: str) -> dict:
-    """The weights in `dtype`, except for those that are int8."""
+    """The weights in `dtype`, except int8 ones."""
 
     def convert(leaf: jax.Array | Int8) -> jax.Array | Int8:
         return leaf if isinstance(leaf, Int8) else leaf.astype(dtype)
@@ -340,9 +340,9 @@ def unstack(params: dict) -> dict:
 
 
 def require_fit(config: ModelConfig, mesh: Mesh, fsdp: bool = True) -> list[str]:
-    """UserError unless the mesh divides the weights; a line for what is kept whole instead.
+    """Raise UserError unless the mesh divides the weights; return a note on what is kept whole.
 
-    `fsdp`: weights are split over that axis too, as in training.
+    `fsdp`: weights are also split over that axis, as in training.
     """
     tensor = mesh.shape["tensor"]
     for name, size, axis, parts in (
@@ -358,6 +358,6 @@ def require_fit(config: ModelConfig, mesh: Mesh, fsdp: bool = True) -> list[str]
     if config.kv_heads % tensor == 0:
         return []
     return [
-        f"{config.kv_heads} key/value heads do not divide among {tensor} devices: each keeps them "
-        "all"
+        f"{config.kv_heads} key/value heads do not divide evenly among {tensor} devices, so each "
+        "keeps them all"
     ]
