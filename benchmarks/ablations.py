@@ -1,10 +1,10 @@
-"""What each part of the Transformer is for: the tiny preset, trained without it.
+"""What each part of the Transformer contributes: the tiny preset, trained without it.
 
     python benchmarks/ablations.py --out docs/how-it-works.md --steps 200
 
 Every row trains for the same number of steps on the same batches of Python's standard library and
-reports the loss on held-out text. What the model has a setting for is left out by a flag. The rest,
-which nobody should want, is patched here, in the process that trains the row.
+reports the loss on held-out text. Flags leave out the parts that have a setting; the rest, which
+nobody should want to leave out, are patched here, in the process that trains the row.
 """
 
 import json
@@ -41,7 +41,7 @@ def share_queries_and_keys() -> None:
 
 
 def leave_scores_unscaled() -> None:
-    """Multiply the queries by sqrt(H), by which the scores are divided later."""
+    """Multiply the queries by sqrt(H), to cancel the later division of the scores."""
     from gpt.model.attention import Attention
 
     project = Attention.project
@@ -54,7 +54,7 @@ def leave_scores_unscaled() -> None:
 
 
 def leave_out_residuals() -> None:
-    """Pass on each sublayer's output instead of its sum with the input."""
+    """Pass on each sublayer's output without adding its input."""
     from gpt.model import transformer
 
     class Bare(transformer.Block):
@@ -67,7 +67,7 @@ def leave_out_residuals() -> None:
 
 
 def leave_out_mask() -> None:
-    """Let every token see the whole window, including the token that it has to predict."""
+    """Let every token see the whole window, including the token to predict."""
     import jax.numpy as jnp
 
     from gpt.model import attention, flash_attention
@@ -108,19 +108,20 @@ class Command:
     """How long to train, and where to write the table."""
 
     out: Path
-    """Markdown file that the table is written to."""
+    """Markdown file to write the table to."""
     steps: int = 200
-    """Optimizer steps of each row."""
+    """Optimizer steps per row."""
     seeds: int = 1
-    """Seeds of each row; with several, the mean and the range are given."""
+    """Seeds per row; with several, the table shows mean and range."""
     data: tuple[Path, ...] = field(default=())
     """Text files or folders (default: Python's standard library)."""
 
 
 def work(variant: Variant, argv: list[str], log: Path) -> None:
-    """Patch the model and train, in a process of its own; exits with train.py's code or DIVERGED.
+    """Patch the model and train, in a separate process; exit with train.py's code or DIVERGED.
 
-    train.py exits with 1 if the loss diverges, and so does Python after any bug.
+    DIVERGED is needed because train.py exits with 1 if the loss diverges, as Python does after any
+    bug.
     """
     with log.open("w") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
@@ -158,8 +159,8 @@ def train_once(variant: Variant, folder: Path, flags: list[str]) -> float:
 
 
 def loss_with_mask(folder: Path, flags: list[str]) -> float:
-    """The loss of a trained run in the unpatched model: that of the evaluation after one step with
-    a learning rate of practically zero."""
+    """A trained run's loss in the unpatched model, evaluated after one step at a learning rate of
+    practically zero."""
     still = ["--learning-rate", "1e-12", "--muon-learning-rate", "1e-12"]
     still += ["--min-learning-rate", "0", "--weight-decay", "0", "--steps", "1"]
     masked = folder.with_name("masked")

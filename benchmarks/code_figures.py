@@ -1,4 +1,4 @@
-"""Count what it takes to read the code: lines, files, imports and functions.
+"""Count what there is to read in the code: lines, files, imports and functions.
 
     python benchmarks/code_figures.py [CHECKOUT] [--json]
 
@@ -47,12 +47,12 @@ def count_lines(paths: list[Path]) -> int:
 
 
 def files_imported_to_train(checkout: Path) -> list[Path]:
-    """train.py and the modules of gpt/ that have been imported by the end of a one-step run."""
+    """train.py and the modules of gpt/ imported by the end of a one-step run."""
     with tempfile.TemporaryDirectory() as folder:
         text, report, out = (Path(folder) / name for name in ("text.txt", "modules.json", "run"))
         text.write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
         flags = [*TINY_RUN, f"--data={text}", f"--out={out}"]
-        # Bytecode and caches are kept out of the checkout and out of the user's home.
+        # Keep bytecode and caches out of the checkout and the user's home.
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": str(checkout),

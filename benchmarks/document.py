@@ -2,8 +2,8 @@
 
     python benchmarks/document.py runs/tiny
 
-Runs `python -m gpt.bench` once per section, one after the other, and quotes its output. Adds the
-table of benchmarks/peers.py if it has been measured.
+Runs `python -m gpt.bench` once per section and quotes its output. Adds the table of
+benchmarks/peers.py if it has been measured.
 """
 
 import datetime
@@ -35,13 +35,13 @@ class Command:
     """What to measure."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """The demo's run."""
+    """Run folder of the demo."""
     repeats: int = 7
-    """Repeats of each cell."""
+    """Repeats per cell."""
 
 
 def bench(title: str, words: list[str], repeats: int, plot: str | None = None) -> str:
-    """A section: the command, its output without the last line, and its picture."""
+    """A section: the command, its output without the last line, and its plot."""
     command = [*words, "--repeats", str(repeats)]
     if plot:
         command += ["--plot", f"docs/{plot}"]

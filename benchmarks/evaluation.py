@@ -1,10 +1,10 @@
-"""Log-likelihoods through lm-eval: our adapter against its own one for transformers on torch.
+"""Log-likelihoods through lm-eval: our adapter against its own for transformers on torch.
 
     .venv-parity/bin/python benchmarks/evaluation.py
 
-One random GPT-2 (124 M weights) in both, in float32 on the CPU; random ids in the lengths of
-multiple choice and of cloze tasks; the same batch size; turn by turn, compilation left out. Prints
-answers per second of each turn, the median ratio of neighbouring turns, and the largest difference.
+Both run the same random GPT-2 (124 M weights) in float32 on the CPU, on random ids in the lengths
+of multiple-choice and cloze tasks, with the same batch size, in turns, compilation left out. Prints
+answers per second in each turn, the median ratio of neighbouring turns, and the largest difference.
 """
 
 import random
@@ -32,14 +32,14 @@ class Args:
     questions: int = 24
     """Questions of each kind."""
     batch_size: int = 16
-    """Answers read together by both."""
+    """Answers per batch, for both."""
     repeats: int = 3
-    """Turns of each."""
+    """Turns for each."""
     one_thread: bool = False
-    """Compare the processor time of one thread each, which other work on the machine changes less;
-    run it with `OMP_NUM_THREADS=1 taskset -c 0`."""
+    """Compare single-threaded CPU time, which depends less on other work on the machine; run with
+    `OMP_NUM_THREADS=1 taskset -c 0`."""
     layers: int = 12
-    """Blocks of the model, which is otherwise GPT-2's smallest."""
+    """Number of blocks; everything else is as in the smallest GPT-2."""
 
 
 KINDS = {  # tokens of a context, answers, tokens of each
@@ -90,7 +90,7 @@ def make_adapters(folder: Path, args: Args) -> tuple:
 
 
 def compare(name: str, requests: list, theirs, ours, repeats: int, clock) -> None:
-    """Time both in turns, and print what came out."""
+    """Time both in turns and print the comparison."""
     answers = ours._loglikelihood_tokens(requests, disable_tqdm=True)  # compiles
     rates = {"theirs": [], "ours": []}
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""Weights of ours as a GGUF file of the Llama architecture, which llama.cpp reads.
+"""Write our weights as a GGUF file of the Llama architecture, for llama.cpp.
 
     python benchmarks/gguf_writer.py llama q8_0 FILE
 
@@ -20,13 +20,13 @@ KINDS = {"f32": gguf.LlamaFileType.ALL_F32, "q8_0": gguf.LlamaFileType.MOSTLY_Q8
 
 
 def write(config: ModelConfig, params: dict, kind: str, path: Path) -> None:
-    """Write stacked `params` in float32, or with every matrix in blocks of 8 bits ("q8_0").
+    """Write stacked `params` in float32, or with every matrix in 8-bit blocks ("q8_0").
 
-    UserError if the model is not of Llama's plain form: no biases, RoPE not stretched.
+    Raises UserError unless the model is a plain Llama: no biases, no RoPE scaling.
     """
     values, family = to_hf_config(config)
     plain = values["model_type"] == "llama" and not config.bias and config.rope_factor == 1
-    require(plain, "this model is not of Llama's plain form, the only one written here")
+    require(plain, "this model is not a plain Llama, the only form that can be written")
     writer = gguf.GGUFWriter(path, "llama")
     describe_model(writer, config)
     writer.add_file_type(KINDS[kind])
@@ -60,8 +60,8 @@ def describe_model(writer: gguf.GGUFWriter, c: ModelConfig) -> None:
 
 
 def in_turn(c: ModelConfig, name: str, tensor: np.ndarray) -> np.ndarray:
-    """Rows of queries and keys in llama.cpp's order: it turns neighbours (2i, 2i + 1) of a head by
-    RoPE where we turn (i, i + H/2)."""
+    """Query and key rows in llama.cpp's order: its RoPE rotates pairs (2i, 2i + 1) of a head, ours
+    (i, i + H/2)."""
     if not name.endswith(("q_proj.weight", "k_proj.weight")):
         return tensor
     halves = tensor.reshape(-1, 2, c.head_width // 2, c.d_model)
@@ -69,7 +69,7 @@ def in_turn(c: ModelConfig, name: str, tensor: np.ndarray) -> np.ndarray:
 
 
 def add(writer: gguf.GGUFWriter, name: str, tensor: np.ndarray, kind: str) -> None:
-    """A tensor; norms stay in float32, as llama.cpp has them."""
+    """Add a tensor; norms stay in float32, as in llama.cpp's own files."""
     tensor = np.ascontiguousarray(tensor)
     if kind == "f32" or tensor.ndim == 1:
         writer.add_tensor(name, tensor)

@@ -1,15 +1,15 @@
-"""The kernels of the training step, the prefill and the decode loop, measured on this machine's GPU
-beside what the plan expects of each.
+"""Time the kernels of the training step, prefill and decode loop on this machine's GPU, next to
+what the plan expects of each.
 
     python benchmarks/gpu_kernels.py --preset gpt2 --batch-size 32 --trace FOLDER
 
-Each program is run under JAX's profiler, whose times of a kernel are then added up by the
-instruction that it belongs to. "Expected" is what `train.py --dry-run --topology` would say of the
-same program: the slowest of its bytes, its FLOPs and a launch at the rates of the card's data
-sheet. Time in which the GPU ran no kernel is the difference between a run and its kernels.
+Each program runs under JAX's profiler, whose kernel times are then added up by instruction.
+"Expected" is what `train.py --dry-run --topology` would say of the same program: the slowest of a
+kernel's bytes, FLOPs and launch, at the card's data-sheet rates. The difference between a run and
+its kernels is the time in which the GPU ran no kernel.
 
-Inside CUDA graphs the profiler does not name the instruction; to see them all, run with
-XLA_FLAGS=--xla_gpu_enable_command_buffer= (no graphs).
+Inside CUDA graphs the profiler does not name the instructions; to see them all, disable graphs with
+XLA_FLAGS=--xla_gpu_enable_command_buffer=
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from gpt.config import Remat
 from gpt.errors import UserError, require
 
 N_LISTED = 25
-N_RUNS = 5  # under the profiler, after as many that are only timed
+N_RUNS = 5  # under the profiler, after as many without it
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class Command:
     preset: str = "gpt2"
     """The model, with random weights."""
     batch_size: int = 32
-    """Rows of a training step."""
+    """Rows per training step."""
     remat: Remat = "none"
-    """What the backward pass computes again."""
+    """What the backward pass recomputes."""
     rows: int = 8
-    """Prompts that are read and decoded together."""
+    """Prompts per batch."""
     prompt_length: int = 1024
-    """Tokens of a prompt of the prefill. The decode loop begins after an eighth as many."""
+    """Tokens per prompt in prefill. The decode loop starts after an eighth as many."""
     programs: str = "train,prefill,decode"
-    """Which to measure, separated by commas."""
+    """Programs to measure, separated by commas."""
     trace: Path | None = None
     """Keep the profiler's files in this folder."""
     json: Path | None = None
@@ -55,7 +55,7 @@ class Command:
 
 
 def main(argv: list[str]) -> int:
-    """Measure each program; the exit code."""
+    """Measure each program; return the exit code."""
     command = cli.parse(Command, argv, program="gpu_kernels.py", description=__doc__)
     cli.prepare_jax(cache=False)
     import jax
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
 
 
 def training_step(command: Command):
-    """The compiled step, and a function that takes one."""
+    """The compiled step, and a function that runs it."""
     from gpt import sharding
     from gpt.bench.measure import random_batch
     from gpt.config import ONE_DEVICE
@@ -145,8 +145,8 @@ def prefill(command: Command):
 
 
 def decode_loop(command: Command):
-    """The compiled loop of a chunk, with a cache of the whole context, and a function that runs it,
-    always from the same place."""
+    """The compiled decode loop for one chunk, with a full-context cache, and a function that runs
+    it, always from the same position."""
     import jax
     import jax.numpy as jnp
 
@@ -171,7 +171,7 @@ def decode_loop(command: Command):
 
 
 def measure(command: Command, name: str, compiled, run: Callable, chip) -> dict:
-    """Seconds of a run, and of each kind of kernel in it beside what the plan expects."""
+    """Seconds of a run and of each kind of kernel in it, with what the plan expects."""
     import jax
 
     from gpt import sharding
@@ -183,7 +183,7 @@ def measure(command: Command, name: str, compiled, run: Callable, chip) -> dict:
     timed(run)
     seconds = [timed(run)[0] for _ in range(N_RUNS)]
 
-    # With it.
+    # With the profiler.
     with tempfile.TemporaryDirectory() as temporary:
         folder = command.trace / name if command.trace else Path(temporary)
         with jax.profiler.trace(folder):
@@ -226,7 +226,7 @@ def measure(command: Command, name: str, compiled, run: Callable, chip) -> dict:
 
 
 def read_trace(file: Path) -> dict[tuple[str, str], tuple[int, float]]:
-    """Runs and seconds of all kernels, by the instruction, "" if unknown, and the kernel's name."""
+    """Runs and seconds of all kernels, by instruction ("" if unknown) and kernel name."""
     import jax
 
     runs: Counter[tuple[str, str]] = Counter()

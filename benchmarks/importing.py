@@ -1,8 +1,8 @@
-"""Peak memory of importing a model of gpt2-xl's shapes with random weights, beside its file's size.
+"""Peak memory while importing a random model with gpt2-xl's shapes, relative to its file's size.
 
     python benchmarks/importing.py [PRESET] [float32|float16|bfloat16]
 
-Writes the model's folder and the run's into a temporary one, and removes both.
+Writes the model and the run to a temporary folder, which is removed at the end.
 """
 
 import argparse
@@ -31,11 +31,11 @@ from gpt.convert.hf_weights import (  # noqa: E402
 from gpt.presets import preset  # noqa: E402
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-N_RANDOM = 2**24  # numbers drawn once; every tensor is cut from them
+N_RANDOM = 2**24  # numbers sampled once; every tensor is cut from them
 
 
 def write_model(folder: Path, name: str, dtype: str) -> int:
-    """Write a folder of the preset's shapes with random weights; returns its file's bytes."""
+    """Write a model folder with the preset's shapes and random weights; return its file's bytes."""
     config = preset(name).model
     values, family = to_hf_config(config)
     shapes = tensor_shapes(config, family)
@@ -59,7 +59,7 @@ def measure(name: str, dtype: str) -> dict[str, float]:
         command = [sys.executable, "-m", "gpt.convert", "import", source, Path(scratch) / "run"]
         start = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT)
-        # The usage of this one child; that of all children would include earlier ones.
+        # Usage of this child only; RUSAGE_CHILDREN would include earlier ones.
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)

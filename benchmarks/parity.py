@@ -1,9 +1,9 @@
-"""Fused attention compared with the plain form, in bfloat16, on the device of this machine.
+"""Compare fused with plain attention, in bfloat16, on this machine's device.
 
     python benchmarks/parity.py
 
-Prints a line per size; exit code 1 if they differ by more than bfloat16 rounding explains. On a
-platform without a kernel of its own there is nothing to compare, and it says so.
+Prints a line per size and exits with 1 if the two differ by more than bfloat16 rounding explains.
+Says so if the platform has no fused kernel.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import numpy as np
 
 from gpt.model import attention, flash_attention
 
-# Tokens, query heads, key/value heads, width: those of GPT-2, and grouped queries of a wide head.
-# One program is compiled for the device for each.
+# Tokens, query heads, key/value heads, width: GPT-2's, and grouped queries with wide heads. Each
+# is compiled once for the device.
 SIZES = [(1024, 12, 12, 64), (640, 8, 2, 128)]
 PARTS = ("mix", "gradient of q", "gradient of k", "gradient of v")
 plain = attention.plain_attention
@@ -43,8 +43,8 @@ def with_gradients(attend: Callable, q, k, v, d_mix) -> tuple[jax.Array, ...]:
 def compare(kernel: Callable, arrays: list[np.ndarray]) -> list[tuple[float, float]]:
     """Relative errors of the kernel and of the plain form, for the output and each gradient.
 
-    Root mean square of the difference from the plain form in float32, over that of its values. The
-    host computes the exact values: programs in full precision take a GPU long to compile.
+    An error is the RMS difference from the plain form in float32, over the RMS of its values. The
+    host computes these, since full-precision programs compile slowly on a GPU.
     """
     with jax.default_device(jax.devices("cpu")[0]), jax.default_matmul_precision("highest"):
         widened = [array.astype(np.float32) for array in arrays]
@@ -70,7 +70,7 @@ def agree(pairs: list[tuple[float, float]]) -> bool:
 
 
 def main() -> int:
-    """Compare all sizes; returns the exit code."""
+    """Compare all sizes; return the exit code."""
     platform = flash_attention.platform()
     kernel, fits = flash_attention.KERNELS.get(platform, (None, None))
     all_agree = True

@@ -1,13 +1,13 @@
-"""Compare this project with what people would use instead: same shapes, threads and machine.
+"""Compare this project with its alternatives, with the same shapes, threads and machine.
 
     make bench-peers NANOGPT=PATH
     python benchmarks/peers.py --nanogpt PATH --rows "decode gpt2 1" "train nano"
 
-Each contestant is a process of its own (benchmarks/workers/) that has loaded its model, warmed up,
-and waits. They take turns, so that one works at a time. A ratio is that of two neighbouring turns;
-the result is the median of the ratios, with their quartiles. It is written to
-benchmarks/results/peers.json, and the table is printed. Weights are random, since the work does not
-depend on them. llama.cpp reads them from files that are written first and deleted at the end.
+Each contestant is a separate process (benchmarks/workers/) that loads its model, warms up and
+waits. They take turns, so only one works at a time. Each ratio compares two neighbouring turns; the
+result is the median ratio with its quartiles, written to benchmarks/results/peers.json and printed
+as a table. Weights are random, since the work does not depend on them. llama.cpp reads them from
+files that are written first and deleted at the end.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 WORKERS = Path(__file__).parent / "workers"
-# OpenMP's threads (torch, llama.cpp) spin for a moment when they wait, which is their default. If
-# they slept (OMP_WAIT_POLICY=passive), llama.cpp would take twice as long to decode on idle cores.
-# While they spin beside other work it takes many times as long: measure on an idle machine.
+# OpenMP threads (torch, llama.cpp) spin briefly while waiting, by default. If they slept instead
+# (OMP_WAIT_POLICY=passive), llama.cpp would take twice as long to decode on idle cores. Spinning
+# while other work runs makes it many times slower, so measure on an idle machine.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
@@ -46,7 +46,7 @@ class Row:
 STEP = "ms a step"
 TORCH = ("transformers",)
 NANO = ("nanogpt-eager", "nanogpt-compiled")
-LLAMA_CPP = ("llama.cpp f32",)  # and the type of the weights
+LLAMA_CPP = ("llama.cpp f32",)  # with the weights' dtype
 LLAMA_CPP_INT8 = ("llama.cpp q8_0",)
 ROWS = [
     Row("train nano", ("train", "shakespeare-char", "12"), NANO, STEP),
@@ -68,19 +68,19 @@ class Command:
     """What to compare."""
 
     python: Path = ROOT / ".venv-parity" / "bin" / "python"
-    """The interpreter that has torch and transformers, and llama_cpp for the rows that need it."""
+    """Interpreter with torch and transformers, and llama_cpp for the rows that need it."""
     nanogpt: Path | None = None
-    """nanoGPT's folder, whose model.py is used; without it its rows are left out."""
+    """nanoGPT's folder, for its model.py; without it, its rows are skipped."""
     rows: tuple[str, ...] = ()
-    """Rows of the table by name (default: all)."""
+    """Table rows by name (default: all)."""
     repeats: int = 7
-    """Turns of each contestant."""
+    """Turns per contestant."""
     out: Path = Path(__file__).parent / "results" / "peers.json"
-    """Where the result is written; rows measured before are kept."""
+    """File for the results; earlier rows are kept."""
 
 
 class Contestant:
-    """A process that does the work once for each line that it is sent."""
+    """A process that does the work once per line sent to it."""
 
     def __init__(self, python: Path, script: str, *words: str):
         self.process = subprocess.Popen(
@@ -93,20 +93,20 @@ class Contestant:
         self.expect("ready")
 
     def expect(self, word: str) -> float:
-        """The number that follows `word` in the next line of the process."""
+        """The number after `word` in the process's next line."""
         line = self.process.stdout.readline().split()
         if not line or line[0] != word:
             raise SystemExit(f"error: {' '.join(self.process.args)} ended early")
         return float(line[1])
 
     def take_turn(self) -> float:
-        """Do the work once more; its seconds."""
+        """Do the work once more; return its seconds."""
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         return self.expect("seconds")
 
     def end(self) -> float:
-        """End the process; its peak memory in bytes."""
+        """End the process; return its peak memory in bytes."""
         self.process.stdin.close()
         peak_bytes = self.expect("peak")
         self.process.stdout.close()
@@ -115,7 +115,7 @@ class Contestant:
 
 
 def start(peer: str, row: Row, command: Command, scratch: Path) -> Contestant:
-    """Start a contestant by its name. Files that it needs are written to the folder `scratch`."""
+    """Start a contestant by name, writing any files it needs to the folder `scratch`."""
     if peer == "ours":
         return Contestant(Path(sys.executable), "ours.py", *row.work)
     if peer == "transformers":
@@ -128,7 +128,7 @@ def start(peer: str, row: Row, command: Command, scratch: Path) -> Contestant:
 
 
 def write_weights(python: Path, name: str, kind: str, scratch: Path) -> Path:
-    """The file of a model's weights that llama.cpp reads, written if it is not there yet."""
+    """The model's weights as a file for llama.cpp, written if missing."""
     path = scratch / f"{name}-{kind}.gguf"
     if not path.exists():
         writer = str(ROOT / "benchmarks" / "gguf_writer.py")
@@ -153,7 +153,7 @@ def missing(row: Row, command: Command) -> str | None:
 
 
 def choose_rows(command: Command) -> list[Row]:
-    """The rows asked for that can be measured here; the others are named with the reason."""
+    """The requested rows that can be measured here; prints the others with the reason."""
     names = [row.name for row in ROWS]
     unknown = set(command.rows) - set(names)
     if unknown:
@@ -222,7 +222,7 @@ def table_row(result: dict) -> str:
 
 
 def main() -> None:
-    """Measure the rows asked for, and keep the results of the others."""
+    """Measure the requested rows, and keep the results of the others."""
     command = tyro.cli(Command, description=__doc__)
     results = []
     if command.out.exists():

@@ -1,11 +1,11 @@
-"""Plant a fault of one line in a copy of the project: which test notices it?
+"""Plant one-line faults in a copy of the project: which test notices each?
 
     python benchmarks/planted_faults.py [--only NAME ...] [--whole]
 
-For each fault of the table below, one line of the copy is changed and the tests named beside it are
-run until one fails. A fault that no test notices is a gap in the suite. --whole: where these tests
-stay green, run the whole default suite. The exit code is 1 if a fault was not noticed, and 2 if one
-cannot be planted: its line was rewritten, or its tests have another name now.
+For each fault in the table below, change one line of the copy and run the tests listed with it
+until one fails. A fault that no test notices is a gap in the suite. --whole: if these tests pass,
+run the whole default suite. The exit code is 1 if a fault was not noticed, and 2 if one cannot be
+planted because its line was rewritten or its tests were renamed.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 NO_TESTS = 5  # pytest's exit code
-LONGEST = 3600  # seconds that tests may take: a fault may make a loop endless
+LONGEST = 3600  # seconds that tests may take, since a fault may make a loop endless
 
 
 class Fault(NamedTuple):
@@ -222,7 +222,7 @@ FAULTS = [
 
 
 def copy_project(copy: Path) -> None:
-    """Copy what git knows or does not ignore; dates too, by which Python tells bytecode is old."""
+    """Copy what git tracks or does not ignore, with dates, by which Python detects old bytecode."""
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in names.splitlines():
@@ -248,7 +248,7 @@ def first_failure(copy: Path, *tests: str) -> str | None:
     """The first of `tests` that fails; None if all pass."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"PYTHONPATH": str(copy)}
-    # Those marked `exact` are run apart, see tests/conftest.py.
+    # Tests marked `exact` run separately (tests/conftest.py).
     for marked in ("not slow and not parity and not exact", "exact and not slow"):
         try:
             done = subprocess.run(
@@ -278,7 +278,7 @@ def main() -> int:
         copy = Path(folder)
         copy_project(copy)
 
-        # Without a fault the tests must pass, or their failures would say nothing.
+        # The tests must pass without a fault, or their failures would mean nothing.
         failure = first_failure(copy, *sorted({test for fault in faults for test in fault.tests}))
         if failure:
             print(f"error: a test fails without any fault: {failure}")

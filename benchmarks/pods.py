@@ -1,10 +1,10 @@
-"""The table of docs/parallelism.md: three models on TPU slices that are not here.
+"""Make the table of docs/parallelism.md: three models on TPU slices, without having any.
 
     python benchmarks/pods.py [ROW ...]        needs libtpu, no TPU; some minutes per row
 
 ROW is a model and a number of chips, such as gpt2-xl/64 (default: all). The TPU's own compiler
-compiles the training step on one mesh, prefill and decode on the one that suits sampling. Results
-go to benchmarks/results/pods.json, and the table of all results there to standard output.
+compiles the training step on one mesh, and prefill and decode on the mesh that suits sampling.
+Results go to benchmarks/results/pods.json; the table of all results there is printed.
 """
 
 import argparse
@@ -71,7 +71,7 @@ HEAD = (
 
 
 def figures(program: PlannedProgram, mesh: Mesh, chip: devices.Chip, predicted: Counter) -> dict:
-    """One program as JSON values, or what it lacks to fit. Bytes of one chip, and seconds."""
+    """One program as JSON values, in seconds and bytes per chip, or how far it is from fitting."""
     begun = time.perf_counter()
     try:
         compiled = program.compile()
@@ -81,8 +81,8 @@ def figures(program: PlannedProgram, mesh: Mesh, chip: devices.Chip, predicted: 
         return {"does_not_fit": absent.shortfall(str(error))}
     compile_seconds = time.perf_counter() - begun
 
-    # The time of the work at the chip's peak, and of sending everything over one ring: without any
-    # overlap of the two they add up, with full overlap the longer one counts.
+    # Time to compute at the chip's peak, and to send everything over one ring: without overlap
+    # the two add up; with full overlap the longer one counts.
     plan = absent.describe(program, compiled, mesh, chip)
     totals = [total for kinds in plan["sent"].values() for total in kinds.values()]
     sent = sum(total["bytes"] for total in totals)
@@ -103,12 +103,12 @@ def figures(program: PlannedProgram, mesh: Mesh, chip: devices.Chip, predicted: 
 
 
 def measure(row: str) -> dict:
-    """All programs of a row."""
+    """A row's programs and sizes, as JSON values."""
     model, n = row.split("/")
     found, chip = devices.topology_devices(SLICES[int(n)])
     training, sampling = (sharding.make_mesh(MeshConfig(*sizes), found) for sizes in MESHES[row])
 
-    # The tokenizer that leaves the model its own vocabulary.
+    # This tokenizer leaves the model's vocabulary size alone.
     config = dataclasses.replace(MODELS[model], tokenizer="char")
     config = absent.completed(config, "bfloat16")
     config = memory_plan.resolve_auto(config, training, chip.usable_bytes)
@@ -133,7 +133,7 @@ def measure(row: str) -> dict:
 
 
 def taken(program: dict) -> str:
-    """MB taken of a chip, or what it lacks."""
+    """MB used on a chip, or how far the program is from fitting."""
     return program.get("does_not_fit") or f"{program['total'] / 1e6:,.0f}"
 
 
@@ -159,7 +159,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(MESHES)}")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"one of {', '.join(MESHES)}")
     rows = parser.parse_args(argv).rows or list(MESHES)
     unknown = ", ".join(row for row in rows if row not in MESHES)
     require(not unknown, f"{unknown}: expected rows of {', '.join(MESHES)}")

@@ -1,13 +1,13 @@
 """The bytes that a mesh must move in a step, predicted from the config alone.
 
-benchmarks/pods.py and tests/plan/test_plan.py hold compiled programs against this. The
-predictions describe what XLA's CPU and TPU compilers of jax 0.10 to 0.12 write.
+benchmarks/pods.py and tests/plan/test_plan.py compare compiled programs with this. The predictions
+describe the output of XLA's CPU and TPU compilers in jax 0.10 to 0.12.
 
-A row is (what, axes): arrays gathered or reduced over those axes of the mesh. Its bytes are those
-on one device in one step: of the whole array after a gather or before a reduction, whether the
-compiler writes an all-reduce or scatters the sum. Small things (norms, biases, sums of rows) count
-where they are reduced together with large ones.
-Shape letters: see gpt/model/transformer.py.
+A row is (what, axes): arrays gathered or reduced over those mesh axes. Its bytes are per device
+and step: the whole array's, after a gather or before a reduction, whether the compiler writes an
+all-reduce or scatters the sum. Small arrays (norms, biases, row sums) count if they are reduced
+together with large ones.
+Shape letters: gpt/model/transformer.py.
 """
 
 import math
@@ -29,8 +29,8 @@ WHAT = {"all-gather": "gather", "all-reduce": "reduce", "reduce-scatter": "reduc
 
 
 def moved(program: Mapping, mesh: Mapping[str, int]) -> Counter:
-    """Bytes by row of the collectives of a program of a plan (train.py --json), for a mesh of these
-    sizes: rings send all but a device's own part, and of an all-reduce twice (Chan et al. 2007)."""
+    """Bytes by row of a planned program's collectives (train.py --json), for a mesh of these sizes:
+    rings send all but a device's own part, twice in an all-reduce (Chan et al. 2007)."""
     rows = Counter()
     for names, kinds in program["sent"].items():
         axes = tuple(name for name in mesh if name in names.split("+"))
@@ -44,7 +44,7 @@ def moved(program: Mapping, mesh: Mapping[str, int]) -> Counter:
 
 
 class Bytes(Counter):
-    """Bytes by row. Moving something over a single device moves nothing."""
+    """Bytes by row. Axes with a single device move nothing."""
 
     def __init__(self, mesh: Mapping[str, int]):
         super().__init__()
@@ -58,8 +58,8 @@ class Bytes(Counter):
 
 
 def matrices(config: ModelConfig, mesh) -> dict[str, tuple[int, bool]]:
-    """For each weight, by its path: entries on a device once gathered over fsdp, and whether it is
-    split over fsdp at all."""
+    """For each weight, by path: its entries on a device once gathered over fsdp, and whether it is
+    sharded over fsdp."""
     shapes, axes = transformer.abstract(config), transformer.logical_axes(config)
     names = jax.tree.leaves(axes)
     found = {}
@@ -74,9 +74,9 @@ def matrices(config: ModelConfig, mesh) -> dict[str, tuple[int, bool]]:
 def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
     """Bytes of a training step. `tpu`: as the TPU compiler writes it, else as XLA's CPU compiler.
 
-    The TPU compiler adds up what flows back from several products of one input before it reduces
-    the sum over tensor. With micro-batches the CPU's uses the tied table that was gathered for the
-    lookup for the loss too (after jax 0.10.2). TPUs have the loss of gpt/training/fused_loss.py.
+    The TPU compiler sums the gradients from several products of one input before reducing them over
+    tensor. With micro-batches, the CPU compiler reuses the tied table gathered for the lookup in
+    the loss (after jax 0.10.2). TPUs use the loss of gpt/training/fused_loss.py.
     """
     c = config.model
     item, kept = ITEM_BYTES[c.compute_dtype or "float32"], ITEM_BYTES[c.param_dtype]
@@ -85,7 +85,7 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
     weights = matrices(c, mesh)
     rows = Bytes(mesh.shape)
 
-    # Over data gradients move once, added up over all micro-batches, or in each of them.
+    # Over data, gradients move once, summed over all micro-batches, or once per micro-batch.
     platform = "tpu" if tpu else "cpu"
     reduces_once = step_functions.reduces_over_data_once(config, mesh.shape, platform)
     data, batch = ("data",), BATCH
@@ -94,8 +94,8 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
         n_entries = sum(n // fsdp if is_split else n for n, is_split in weights.values())
         rows.move("reduce", ("data",), n_entries * kept)
 
-    # Blocks: matrices are gathered for use, and again for the way back where blocks are computed
-    # again, and their gradients scattered.
+    # Blocks: matrices are gathered for use, and again for the backward pass if blocks are
+    # recomputed; their gradients are scattered.
     n_gathers = n_micro_batches * (2 if config.remat == "blocks" else 1)
     for name, (entries, is_split) in weights.items():
         if name.startswith("blocks/") and is_split:
@@ -105,9 +105,9 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
         elif name.startswith(("blocks/", "final_norm")):
             rows.move("reduce", batch, n_micro_batches * entries * item)
 
-    # Lookup: the embedding is gathered in the type it is kept in; its gradient is summed whole. If
-    # it is computed for each part of data alone, the gradients of the tokens, in float32, and their
-    # ids are gathered instead.
+    # Lookup: the embedding is gathered in its storage dtype; its gradient is summed whole. If it is
+    # computed separately for each part of data, the tokens' gradients, in float32, and their ids
+    # are gathered instead.
     for name in ("tokens", "positions"):
         entries, is_split = weights.get(name, (0, False))
         if is_split:
@@ -118,7 +118,7 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
         else:
             rows.move("reduce", batch, n_micro_batches * entries * kept)
 
-    # Loss: the table is gathered in the type of the products.
+    # Loss: the table is gathered in the compute dtype.
     entries, is_split = weights["tokens" if c.tied else "head"]
     if is_split:
         n_of_table = 1 if tpu else count_table_gathers(config)
@@ -133,8 +133,8 @@ def training(config: TrainConfig, mesh, tpu: bool) -> Bytes:
 
 
 def count_table_gathers(config: TrainConfig) -> int:
-    """Gathers of the loss's table in each micro-batch of a CPU's program: two where the backward
-    pass computes the logits again."""
+    """Gathers of the loss's table per micro-batch in a CPU program: two if the backward pass
+    recomputes the logits."""
     c = config.model
     if c.tied and config.grad_accum > 1 and jax.__version_info__ > (0, 10, 2):
         return 0
@@ -145,9 +145,9 @@ def count_table_gathers(config: TrainConfig) -> int:
 def add_tensor_parallelism(
     rows: Bytes, config: TrainConfig, item: int, kept: int, tpu: bool
 ) -> None:
-    """Sums over tensor: two per block forward and as many back (Shoeybi et al. 2019, Megatron-LM,
-    section 3), one more where the block is computed again; the lookup; and the loss, whose softmax
-    needs four numbers per token and chunk of the vocabulary, on a TPU three per token."""
+    """Sums over tensor: two per block in each direction (Shoeybi et al. 2019, Megatron-LM, section
+    3), one more if the block is recomputed; the lookup; and the loss, whose softmax needs four
+    numbers per token and vocabulary chunk, or three per token on a TPU."""
     c, n_micro_batches = config.model, config.grad_accum
     n_rows = config.batch_size // n_micro_batches // (rows.mesh["data"] * rows.mesh["fsdp"])
     n_tokens = n_rows * config.sequence_length
@@ -167,9 +167,9 @@ def add_tensor_parallelism(
 
 
 def decoding(config: ModelConfig, mesh, n_rows: int, n_tokens: int) -> Bytes:
-    """Bytes of reading `n_tokens` tokens of each of `n_rows` rows: two sums per block, the lookup,
-    and the logits of one position of each row, which every device gets for its rows. No weight and
-    nothing of the cache moves if the cache's heads divide among the devices."""
+    """Bytes for reading `n_tokens` tokens in each of `n_rows` rows: two sums per block, the lookup,
+    and one position's logits per row, which every device gets for its rows. Weights and cache stay
+    put if the cache's heads divide evenly among the devices."""
     rows = Bytes(mesh.shape)
     n_rows_here = n_rows // (mesh.shape["data"] * mesh.shape["fsdp"])
     item = ITEM_BYTES[config.compute_dtype or "float32"]

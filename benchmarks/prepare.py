@@ -1,10 +1,10 @@
-"""Make a corpus in three formats, prepare it, start runs on it: MB/s, memory, seconds.
+"""Make a corpus in three formats, prepare it and load it: MB/s, memory, seconds.
 
     python benchmarks/prepare.py --gb 5 --folder /large/disk/corpus [--workers N]
 
-A third of the text each is parquet, JSON lines in zstd, and text with end-of-text markers, in files
-of 250 MB of text. Words are drawn by Zipf's law from the source of Python's standard library, so
-that a tokenizer meets what it meets in real text. Prints one line of JSON. Needs pyarrow.
+Equal thirds are parquet, zstd-compressed JSON lines, and text with end-of-text markers, in files
+of 250 MB of text. Words from the source of Python's standard library are sampled by Zipf's law, so
+that tokenizers work as on real text. Prints one line of JSON. Needs pyarrow.
 """
 
 import json
@@ -27,13 +27,13 @@ from gpt.data import tokenizers  # noqa: E402
 from gpt.data.dataset import load_dataset  # noqa: E402
 from gpt.data.options import DataOptions  # noqa: E402
 
-FILE_BYTES = 250e6  # of text in a file
+FILE_BYTES = 250e6  # of text per file
 DOCUMENT = 500  # words, on average
 FORMATS = ("parquet", "jsonl.zst", "txt")
 
 
 def draw_documents(words: list[str], seed: int) -> list[str]:
-    """Documents of about FILE_BYTES in all."""
+    """Documents of about FILE_BYTES in total."""
     rng = np.random.default_rng(seed)
     documents = []
     size = 0
@@ -47,7 +47,7 @@ def draw_documents(words: list[str], seed: int) -> list[str]:
 
 
 def write_corpus(folder: Path, gb: float) -> None:
-    """Files of all formats in turn, until there are `gb` of text; files that exist are kept."""
+    """Write files in alternating formats, about `gb` of text in total; keep existing files."""
     import pyarrow.parquet  # an optional package
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def write_corpus(folder: Path, gb: float) -> None:
 
 
 def run(*argv: object) -> tuple[float, list[float]]:
-    """Seconds that a program takes, and the most memory of each of its processes in MB."""
+    """Run a program; return its seconds, and the peak memory in MB of each of its processes."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT)
     peaks: dict[int, int] = {}
@@ -93,7 +93,7 @@ def run(*argv: object) -> tuple[float, list[float]]:
 
 
 def seconds_to_load(data: Path, tokenizer: Path, store: Path, **options: bool) -> float:
-    """What loading data takes at the start of train.py."""
+    """Seconds that train.py would spend loading the data."""
     start = time.perf_counter()
     load_dataset([data], str(tokenizer), 0, DataOptions(), store=store, log=print, **options)
     return time.perf_counter() - start
@@ -104,13 +104,13 @@ class Args:
     """What to make, and where."""
 
     folder: Path
-    """Folder for the corpus and its tokens, on a disk with three times as much room."""
+    """Folder for the corpus and its tokens, on a disk with room for three times --gb."""
     gb: float = 1.0
-    """Text of the corpus in 10^9 bytes."""
+    """Corpus text in units of 10^9 bytes."""
     workers: int = psutil.cpu_count() or 1
-    """Processes that tokenize."""
+    """Tokenizing processes."""
     kept: bool = False
-    """Tokenize as train.py does, too."""
+    """Also tokenize as train.py does."""
 
 
 def main() -> None:
@@ -130,8 +130,8 @@ def main() -> None:
     text_bytes = sum(split["text_bytes"] for split in header["splits"].values())
     first, *workers = peaks
 
-    # What the data cost at the start of train.py: prepared tokens, a plan of text, and text whose
-    # tokens are kept.
+    # Loading time at the start of train.py: prepared tokens, a plan from text, and text with cached
+    # tokens.
     start_prepared = seconds_to_load(out, tokenizer, args.folder / "kept")
     plan = seconds_to_load(corpus, tokenizer, args.folder / "kept", estimate=True, keep=False)
     if args.kept:

@@ -1,9 +1,9 @@
-"""What each ingredient of a recipe brings, on the token budget of nanoGPT's CPU recipe.
+"""What each ingredient of a recipe contributes, at the token budget of nanoGPT's CPU recipe.
 
     python benchmarks/recipes.py --data tinyshakespeare.txt --out docs/recipes.md
 
 Every row trains about 0.8 M weights for 2,000 steps of 12 x 64 characters and reports the loss over
-the whole validation split. Each row adds an ingredient to the row above; the first and the last
+the whole validation split. Each row adds an ingredient to the row above; the first and last rows
 are means over several seeds.
 """
 
@@ -43,13 +43,13 @@ class Command:
     data: Path
     """tinyshakespeare.txt, or another text."""
     out: Path
-    """Markdown file that the table is written to."""
+    """Markdown file to write the table to."""
     seeds: int = 3
-    """Seeds of the first row and of the last."""
+    """Seeds for the first and last rows."""
 
 
 def train(data: Path, flags: list[str], seed: int) -> tuple[float, float]:
-    """Validation loss in nats, and seconds, of one run."""
+    """Train once; return the validation loss in nats, and the seconds."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / "train.py", "shakespeare-char", "--data", data]
         command += ["--out", folder, "--seed", str(seed), "--sample-every", "0"]
@@ -62,7 +62,7 @@ def train(data: Path, flags: list[str], seed: int) -> tuple[float, float]:
 
 
 def measure(data: Path, name: str, flags: list[str], seeds: int) -> str:
-    """One row of the table."""
+    """Train and format one row of the table."""
     results = [train(data, flags, seed) for seed in range(seeds)]
     losses = [loss for loss, _ in results]
     loss = f"{statistics.mean(losses):.4f}"

@@ -1,13 +1,13 @@
-"""What sampling costs: by the length of the context it could have, and by rows at once.
+"""The cost of sampling, by maximum context length and by number of rows.
 
     python benchmarks/sampling.py runs/tiny
 
-1. 64 tokens after a prompt of 64, the same weights as a model of context 256 and of 4,096 (RoPE has
-   no weights that depend on it): the cache grows with the text, so both must cost the same.
-2. Tokens a second, all rows together, at 1, 8 and 32 rows.
+1. 64 tokens after a prompt of 64, with the same weights at context lengths 256 and 4,096 (RoPE's
+   weights do not depend on it): the cache grows with the text, so both must cost the same.
+2. Tokens per second over all rows, at 1, 8 and 32 rows.
 
-Whole calls of `stream`, as a user makes them: prefill, decoding, decoding of the text, on
-the host's clock. What is compared takes turns; medians, and the middle half of the repeats.
+Times whole calls of `generate` on the host's clock: prefill, decoding and detokenizing. Contestants
+take turns; results are medians and the middle half of the repeats.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ class Command:
     """What to measure."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A run's folder, of a model with rotary positions."""
+    """Run folder of a model with rotary positions."""
     repeats: int = 40
-    """Times that each is measured."""
+    """Measurements of each."""
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -61,7 +61,7 @@ def spread(values: list[float]) -> str:
 
 
 def compare_contexts(model, repeats: int) -> None:
-    """Milliseconds of 64 tokens after 64, and the ratio of each pair."""
+    """Print milliseconds for 64 tokens after 64, and the ratio of each pair."""
     from gpt.sampling.settings import Settings
 
     require(model.config.positions == "rope", "expected a model with rotary positions")
@@ -81,7 +81,7 @@ def compare_contexts(model, repeats: int) -> None:
 
 
 def compare_rows(model, repeats: int) -> None:
-    """Tokens a second of all rows together, 64 tokens after a prompt of 64."""
+    """Print tokens per second over all rows, for 64 tokens after a prompt of 64."""
     from gpt.sampling.settings import Settings
 
     settings = Settings(max_new_tokens=64, ignore_eos=True, top_p=0.9)
@@ -95,7 +95,7 @@ def compare_rows(model, repeats: int) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Measure both; the exit code."""
+    """Measure both; return the exit code."""
     command = cli.parse(Command, argv, program="sampling.py", description=__doc__)
     cli.prepare_jax()
     from gpt.sampling.language_model import load

@@ -1,20 +1,20 @@
 """Speculative decoding against plain decoding: tokens per second, and seconds to compile.
 
     python benchmarks/speculative.py [RUN] [--large RUN --draft RUN]
-    bash benchmarks/speculative_models.sh [RUN]          makes these two first
+    bash benchmarks/speculative_models.sh [RUN]          makes these two runs first
 
 Texts of 200 tokens in float32, with 1 row and with 8.
-- RUN, a model trained on Python source (as `train.py tiny` makes one), continues source that fills
-  half of its context, at temperature 0 and at 0.8, until the context is full.
-- A Llama form of 135 M parameters with random weights draws random text, which cannot be
-  predicted, and text that repeats itself, because a bias allows only one token.
-- The large model continues source in the same way, and the draft proposes. In place of GPT-2's
-  published weights, `bash benchmarks/speculative_models.sh` trains a model of gpt2's size with a
-  vocabulary of 4,096, and two layers that learn to imitate it from what it writes. After so short a
-  training its text is easier to predict than GPT-2's.
+- RUN, a model trained on Python source (such as a run of `train.py tiny`), continues source that
+  fills half of its context, at temperatures 0 and 0.8, until the context is full.
+- A 135 M Llama-style model with random weights samples random text, which cannot be predicted, and
+  text that repeats itself, because a bias allows only one token.
+- The large model continues source in the same way, with proposals from the draft. In place of
+  GPT-2's published weights, `bash benchmarks/speculative_models.sh` trains a model of gpt2's size
+  with a vocabulary of 4,096, and a two-layer draft that learns to imitate its output. After such
+  short training, its text is easier to predict than GPT-2's.
 
-With and without --speculate take turns. Seconds are those of decoding, without compilation:
-medians, and the middle half of the repeats. Compilation: of the loop alone, both programs fresh.
+Runs with and without --speculate take turns. Seconds cover decoding without compilation: medians,
+and the middle half of the repeats. Compile times are for the loop alone, both programs fresh.
 """
 
 import dataclasses
@@ -41,21 +41,21 @@ class Command:
     """What to measure."""
 
     checkpoint: tyro.conf.Positional[Path | None] = None
-    """A run's folder, of a model trained on Python source."""
+    """Run folder of a model trained on Python source."""
     large: Path | None = None
-    """A run's folder, of the model that --draft imitates."""
+    """Run folder of the model that --draft imitates."""
     draft: Path | None = None
-    """A run's folder, of the model that proposes to --large."""
+    """Run folder of the model that makes proposals for --large."""
     speculate: int = 4
-    """Proposals of a step."""
+    """Proposals per step."""
     repeats: int = 7
-    """Times that each is measured."""
+    """Measurements of each."""
     new_tokens: int = 200
-    """Tokens of each text."""
+    """Tokens per text."""
 
 
 def llama():
-    """The Llama form, with random weights and without a tokenizer."""
+    """The Llama-style model, with random weights and no tokenizer."""
     import models
 
     from gpt.data.tokenizers import IdTokenizer
@@ -69,7 +69,7 @@ def llama():
 
 
 def compare(name: str, model, prompts: list, settings, command: Command) -> None:
-    """One line: tokens per second of all rows together with and without, and their ratio."""
+    """Print tokens per second over all rows, with and without proposals, and their ratio."""
     from gpt.compile_log import compilations
 
     plain = dataclasses.replace(settings, max_new_tokens=command.new_tokens, ignore_eos=True)
@@ -111,7 +111,7 @@ def compare(name: str, model, prompts: list, settings, command: Command) -> None
 
 
 def compare_on_source(name: str, model, command: Command) -> None:
-    """A line for each number of rows and temperature: the model goes on with Python source."""
+    """Print a line per number of rows and temperature; the model continues Python source."""
     from gpt.sampling.settings import Settings
 
     sources = [(ROOT / "gpt" / f"{source}.py").read_text() for source in SOURCES]
@@ -126,7 +126,7 @@ def compare_on_source(name: str, model, command: Command) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Measure all of it; the exit code."""
+    """Measure everything; return the exit code."""
     command = cli.parse(Command, argv, program="speculative.py", description=__doc__)
     cli.prepare_jax(cache=False)
     import gpt

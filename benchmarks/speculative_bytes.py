@@ -1,11 +1,11 @@
-"""Bytes that a GPU is expected to move for a token, with and without speculation.
+"""Bytes that a GPU is expected to move per token, with and without speculation.
 
     python benchmarks/speculative_bytes.py [--preset gpt2] [--topology h100:1] [--speculate 4]
 
-Compiles the decode loop by XLA for the GPU, which need not be in this machine, with 1 row and with
-8, and with a cache of the whole context: plain, and with proposals that are looked up. What a step
-moves and how long it takes is counted as in `train.py --dry-run --topology` (docs/parallelism.md).
-A row that accepts n proposals gains n + 1 tokens from a step.
+Compiles the decode loop for the GPU, which this machine need not have, with 1 and 8 rows and a
+full-context cache: plain, and with looked-up proposals. A step's bytes and time are counted as in
+`train.py --dry-run --topology` (docs/parallelism.md). A row that accepts n proposals gains n + 1
+tokens in a step.
 
 Needs XLA's compiler for GPUs, which `pip install -e '.[cuda]'` installs.
 """
@@ -30,11 +30,11 @@ class Command:
     topology: str = "h100:1"
     """One device, as train.py --dry-run names it."""
     speculate: int = 4
-    """Proposals of a step."""
+    """Proposals per step."""
 
 
 def main(argv: list[str]) -> int:
-    """Print a line for each number of rows; the exit code."""
+    """Print a line per number of rows; return the exit code."""
     command = cli.parse(Command, argv, program="speculative_bytes.py", description=__doc__)
     import jax
     import jax.numpy as jnp
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     weights = programs.abstract_weights(config, mesh)
 
     def count(name: str, function, *args, **static) -> tuple[float, float]:
-        """Bytes that a step of a chunk moves, and its expected seconds."""
+        """Bytes moved by one step of a chunk, and its expected seconds."""
         with sharding.on_mesh(mesh):
             placed = jax.tree.map(partial(programs.place_rows, mesh), args)
             compiled = function(*placed, **static).compile()

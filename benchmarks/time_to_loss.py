@@ -1,10 +1,10 @@
-"""Seconds from the start of the process to a validation loss, compared with nanoGPT.
+"""Seconds from process start to a given validation loss, compared with nanoGPT.
 
     python benchmarks/time_to_loss.py --data tinyshakespeare.txt --nanogpt FOLDER
 
 Both split the same characters 9 to 1 and train 0.8 M weights on 12 sequences of 64. Ours evaluates
-the whole validation split; nanoGPT, run by the command of its README for CPUs, 20 random batches of
-it. FOLDER is a checkout of nanoGPT in which data/shakespeare_char/prepare.py has been run. The runs
+the whole validation split; nanoGPT, run with its README's CPU command, 20 random batches of it.
+FOLDER is a checkout of nanoGPT in which data/shakespeare_char/prepare.py has been run. The runs
 take turns.
 """
 
@@ -35,11 +35,11 @@ class Command:
     data: Path
     """The text: tinyshakespeare.txt."""
     nanogpt: Path | None = None
-    """A checkout of nanoGPT with its data prepared; without it only ours runs."""
+    """A checkout of nanoGPT with its data prepared; without it, only ours runs."""
     python: Path = ROOT / ".venv-parity" / "bin" / "python"
-    """The interpreter that has torch."""
+    """Interpreter with torch."""
     target: float = 1.8857
-    """Loss in nats per character; the default is what nanoGPT reports at the end."""
+    """Loss in nats per character; the default is nanoGPT's final loss."""
     repeats: int = 3
     """Runs of each."""
 
@@ -63,7 +63,7 @@ def ours(command: Command, folder: str) -> float:
 
 
 def reached(target: float, metrics: Path) -> bool:
-    """Whether an evaluation in this file, whose last line may not be finished, is at the target."""
+    """Whether an evaluation in this file reached the target; its last line may be incomplete."""
     if not metrics.exists():
         return False
     lines = metrics.read_text().splitlines()
@@ -72,7 +72,7 @@ def reached(target: float, metrics: Path) -> bool:
 
 
 def theirs(command: Command, folder: str) -> tuple[float, float]:
-    """Seconds until the last evaluation of nanoGPT's run, and the loss that it found."""
+    """Seconds until the last evaluation of nanoGPT's run, and its loss."""
     words = [str(command.python), "train.py", *THEIRS, f"--out_dir={folder}"]
     begun = time.perf_counter()
     seconds = loss = 0.0

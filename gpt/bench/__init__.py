@@ -1,5 +1,5 @@
-"""How fast this machine samples and trains, beside how fast it could: `python -m gpt.bench`.
+"""How fast this machine samples and trains, relative to its peak: `python -m gpt.bench`.
 
-Prefill and decode are timed apart, and compilation apart from both. Each is compared with a ceiling
-measured on the same machine: how fast it multiplies matrices, how fast it reads memory.
+Prefill, decode and compilation are timed separately. Rates are compared with ceilings measured on
+the same machine: how fast it multiplies matrices and how fast it reads memory.
 """

@@ -1,4 +1,4 @@
-"""Measure prefill and decode apart, as fractions of what this machine can do.
+"""Measure prefill and decode separately, as fractions of this machine's measured peak.
 
     python -m gpt.bench runs/tiny
     python -m gpt.bench --preset gpt2 --prompt-lengths 128,512 --batch-sizes 1,8
@@ -41,51 +41,51 @@ class Args:
     batch_sizes: Annotated[
         str | None, optional("N,N,...", "1,8; with --train the preset's micro-batch")
     ] = None
-    """Rows read and decoded together, or trained on in one step, separated by commas."""
+    """Rows per sampled batch or training step, separated by commas."""
     new_tokens: Annotated[int | None, optional("INT", "64, or half of a shorter context")] = None
-    """Tokens drawn per row, the first by prefill."""
+    """Tokens sampled per row; prefill yields the first."""
     train: bool = False
-    """Measure the training step of the preset, by batch size, instead of sampling."""
+    """Measure the preset's training step at each batch size, instead of sampling."""
     grad_accum: int = 1
-    """With --train: micro-batches into which each batch is split."""
+    """With --train: micro-batches per batch."""
     remat: Annotated[Remat | None, optional("{none,products,blocks}", "the preset's")] = None
-    """With --train: what the backward pass computes again."""
+    """With --train: what the backward pass recomputes."""
     repeats: int = 5
-    """How often each cell is measured, after one run that compiles."""
+    """Measurements per cell, after one run to compile."""
     dtype: Annotated[Dtype | None, optional(DTYPES, BY_PLATFORM)] = None
     """Data type to compute in."""
     quantize: Annotated[Quantize | None, optional("{int8}")] = None
-    """Keep matrices and tables as int8."""
+    """Store matrices and embedding tables as int8."""
     top_p: Annotated[float | None, optional("FLOAT", "greedy")] = None
-    """Draw tokens at temperature 1 from the likeliest that reach this probability, as sample.py
-    does with --top-p."""
+    """Sample at temperature 1 with this top-p, as sample.py does with --top-p."""
     speculate: int = 0
-    """Also decode text with and without this many proposals in each step, as sample.py does with
+    """Also measure speculative decoding with this many proposals per step, as sample.py does with
     --speculate."""
     draft: Annotated[Path | None, optional("RUN")] = None
-    """With --speculate: the folder of a smaller model, which proposes in place of looking up."""
+    """With --speculate: run folder of a smaller model that makes the proposals, in place of lookup
+    in the text."""
     prompt_file: Annotated[
         Path | None, optional("FILE", "what the model itself writes without a prompt")
     ] = None
-    """With --speculate: the text that is continued, cut into prompts of the measured lengths."""
+    """With --speculate: text to cut into prompts of the measured lengths."""
     mesh: MeshConfig = ONE_DEVICE
     verbose: bool = False
-    """Show compilation, decode steps driven from the host, and peak memory too."""
+    """Also show compile time, host-driven decode steps and peak memory."""
     json: Annotated[Path | None, optional("FILE")] = None
-    """Write the result to this file too."""
+    """Also write the result to this file."""
     plot: Annotated[Path | None, optional("FILE")] = None
-    """Draw prefill and decode under the machine's roofline, to this .png or .svg."""
+    """Plot prefill and decode under the machine's roofline, to this .png or .svg."""
     compare: Annotated[tuple[Path, Path] | None, optional("OLD NEW")] = None
-    """Measure nothing: compare two results of --json, the older one first."""
+    """Compare two --json results, older first, without measuring."""
     fail_if_slower: Annotated[str | None, optional("SHARE")] = None
-    """With --compare: exit code 1 if a figure is slower by more than this share, such as 5%, and by
-    more than the noise."""
+    """With --compare: exit with code 1 if any figure is slower by more than this share, such as 5%,
+    and by more than the noise."""
     formulas: bool = False
-    """Measure nothing: print how FLOPs and bytes are counted."""
+    """Print how FLOPs and bytes are counted, without measuring."""
 
 
 def main(argv: list[str]) -> int:
-    """Measure every cell and show the result; the exit code."""
+    """Measure every cell and show the result; return the exit code."""
     args = cli.parse(Args, argv, program="python -m gpt.bench", description=__doc__)
     check(args)
     if args.formulas:
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
     if args.compare:
         return compare(*args.compare, args.fail_if_slower)
 
-    cli.prepare_jax(cache=False)  # programs found on disk would hide what compiling costs
+    cli.prepare_jax(cache=False)  # a cached program would hide its compile time
     result = measure_training(args) if args.train else measure_sampling(args)
     if args.speculate > 0:
         add_speculation(args, result)
@@ -122,7 +122,7 @@ def main(argv: list[str]) -> int:
 
 
 def check(args: Args) -> None:
-    """UserError for what can be refused before anything is loaded."""
+    """Raise UserError for invalid arguments, before anything is loaded."""
     require(
         args.checkpoint is None or args.preset is None,
         "a checkpoint and --preset cannot be combined: choose one",
@@ -174,7 +174,7 @@ def check(args: Args) -> None:
 
 
 def measure_sampling(args: Args) -> dict:
-    """Every cell of prefill and decode, smallest first: the result."""
+    """Measure prefill and decode in every cell, smallest first; return the result."""
     from gpt import hardware
     from gpt.bench import measure
     from gpt.sharding import on_mesh
@@ -189,7 +189,7 @@ def measure_sampling(args: Args) -> dict:
     ]
     measure.require_memory(config, cells[-1])
 
-    # What this machine can do at best, then what it does.
+    # The machine's ceilings, then the cells.
     terminal.note("measuring matrix products and reading memory")
     n_bytes, _ = measure.step_cost(config, cells[-1])
     ceilings = hardware.ceilings(n_bytes, config.compute_dtype)
@@ -207,8 +207,8 @@ def measure_sampling(args: Args) -> dict:
 
 
 def add_speculation(args: Args, result: dict) -> None:
-    """Decode with and without proposals in every cell of `result`, to which the figures are
-    added."""
+    """Measure decoding with and without proposals in every cell, and add the figures to
+    `result`."""
     from gpt.bench import measure
     from gpt.sampling.language_model import load
 
@@ -227,8 +227,8 @@ def add_speculation(args: Args, result: dict) -> None:
 
 
 def choose_prompts(args: Args, model, n_rows: int, n_tokens: int) -> list[list[int]]:
-    """Token ids of text as a user would continue it: successive pieces of --prompt-file, or what
-    the model writes without a prompt, by a seed for each row."""
+    """Token ids of realistic prompts: successive pieces of --prompt-file, or text that the model
+    writes without a prompt, with one seed per row."""
     from gpt.sampling.settings import Settings
 
     if args.prompt_file is None:
@@ -246,7 +246,7 @@ def choose_prompts(args: Args, model, n_rows: int, n_tokens: int) -> list[list[i
 
 
 def measure_training(args: Args) -> dict:
-    """The training step at every batch size, smallest first: the result."""
+    """Measure the training step at every batch size, smallest first; return the result."""
     from gpt import flops, hardware, sharding
     from gpt.bench import measure
     from gpt.training import memory_plan
@@ -272,8 +272,8 @@ def measure_training(args: Args) -> dict:
 
 
 def add_cell(args: Args, result: dict, cell: dict) -> None:
-    """Show a cell as soon as it is measured, and keep it in the file: a benchmark that is stopped
-    loses only the cell that it was measuring."""
+    """Show and save a cell as soon as it is measured, so that stopping the benchmark loses only the
+    cell in progress."""
     from gpt.bench import report
 
     result["cells"].append(cell)
@@ -284,7 +284,7 @@ def add_cell(args: Args, result: dict, cell: dict) -> None:
 
 
 def choose_model(args: Args):
-    """Name and config of the model, its mesh, and a function that makes its weights."""
+    """The model's name, config and mesh, and a function that makes its weights."""
     import jax
 
     from gpt import hardware, sharding
@@ -302,8 +302,8 @@ def choose_model(args: Args):
     transformer.require_fit(config, mesh, fsdp=False)
 
     def make_params() -> dict:
-        # Two programs. In a single one the compiler would draw the weights of each layer apart:
-        # for gpt2 on a GPU that took more than a minute to compile.
+        # Two programs: in a single one, the compiler would generate each layer's weights
+        # separately, which took more than a minute to compile for gpt2 on a GPU.
         shapes, axes = transformer.abstract(config), transformer.logical_axes(config)
         shardings = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING_RULES)
         init = jax.jit(partial(transformer.init, config), out_shardings=shardings)
@@ -313,8 +313,8 @@ def choose_model(args: Args):
 
 
 def choose_lengths(args: Args, context: int) -> tuple[list[int], int]:
-    """Prompt lengths and new tokens. What the user left open fits `context`; UserError if what the
-    user gave does not."""
+    """Prompt lengths and number of new tokens. Defaults are chosen to fit `context`; raises
+    UserError if the user's values do not fit."""
     if args.prompt_lengths is None:
         new_tokens = args.new_tokens or min(NEW_TOKENS, context // 2)
         lengths = [n for n in PROMPT_LENGTHS if n + new_tokens <= context]
@@ -331,7 +331,7 @@ def choose_lengths(args: Args, context: int) -> tuple[list[int], int]:
 
 
 def parse_sizes(flag: str, text: str) -> list[int]:
-    """`8,1,8` as [1, 8]; UserError unless all are whole numbers of at least 1."""
+    """`8,1,8` as [1, 8]; UserError unless all are positive integers."""
     try:
         sizes = sorted({int(word) for word in text.split(",")})
     except ValueError:
@@ -344,7 +344,7 @@ def parse_sizes(flag: str, text: str) -> list[int]:
 
 
 def compare(old_path: Path, new_path: Path, fail_if_slower: str | None) -> int:
-    """Print what changed between two results; 1 if it is slower than allowed."""
+    """Print what changed between two results; return 1 if a figure is slower than allowed."""
     from rich.console import Console
 
     from gpt.bench import report

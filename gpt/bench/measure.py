@@ -1,8 +1,8 @@
-"""What is timed, and how: prefill and decode of a cell, and the training step.
+"""The timed work: prefill and decode of a cell, and the training step.
 
-Sampling: prompts are read by `engine.prefill`, then `decode_chunk` draws the tokens, once in chunks
+Sampling: `engine.prefill` reads the prompts, then `decode_chunk` samples the tokens, once in chunks
 as `generate` does, once token by token from the host. Speculation: `generate` itself, on text.
-Training: `compile_steps` on random tokens that are already on the devices.
+Training: the step from `compile_steps`, on random tokens that are already on the devices.
 """
 
 import dataclasses
@@ -33,14 +33,14 @@ from gpt.sampling.settings import Settings
 from gpt.training import step_functions, train_state
 from gpt.wording import counted
 
-NO_EOT = -1  # no token ends a row: every repeat does the same work
-TRAIN_STEPS = 10  # per repeat: one step is too short compared with what it takes to start it
+NO_EOT = -1  # no token ends a row, so every repeat does the same work
+TRAIN_STEPS = 10  # per repeat: a single step is too short relative to its launch overhead
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured: rows, tokens per prompt, tokens drawn per row (the first by prefill),
-    whether the weights are int8, and the top-p by which tokens are drawn; None: greedily."""
+    """What to measure: rows, tokens per prompt, tokens sampled per row (the first by prefill),
+    whether the weights are int8, and top-p (None: greedy)."""
 
     batch: int
     prompt_length: int
@@ -51,8 +51,8 @@ class Cell:
 
 @dataclass
 class Times:
-    """Seconds, repeat by repeat: of prefill, of prefill and drawing the first token, of a decode
-    step of the device's loop (the mean of a repeat), and of every step driven from the host."""
+    """Seconds per repeat: prefill, prefill plus sampling the first token, and a decode step of the
+    device's loop (the repeat's mean). `host_step`: every host-driven step."""
 
     prefill: list[float] = field(default_factory=list)
     first_token: list[float] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Times:
 def describe_machine(
     name: str, config: ModelConfig, ceilings: dict, repeats: int, int8: bool = False
 ) -> dict:
-    """The result as JSON values, still without cells and marked as incomplete."""
+    """The result as JSON values, with no cells yet and marked incomplete."""
     device = jax.local_devices()[0]
     cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
     return {
@@ -82,8 +82,8 @@ def describe_machine(
 
 
 def require_memory(config: ModelConfig, cell: Cell) -> None:
-    """UserError if the largest cell needs more memory than there is: weights and cache, or weights
-    as floats and as int8 together, as they are while they are quantized."""
+    """Raise UserError if the largest cell does not fit in memory: the weights and the cache, or,
+    during quantization, the float and int8 weights together."""
     slots = engine.bucket(cell.prompt_length + cell.new_tokens, config.context_length)
     weights = flops.weight_bytes(config, int8=cell.int8)
     needed = weights + flops.cache_bytes(config, cell.batch, slots)
@@ -101,9 +101,9 @@ def require_memory(config: ModelConfig, cell: Cell) -> None:
 def measure_cell(
     config: ModelConfig, params: dict, cell: Cell, repeats: int, ceilings: dict
 ) -> dict:
-    """The figures of one cell as JSON values: medians of `repeats` repeats, and each repeat's own.
+    """One cell's figures as JSON values: medians of `repeats` repeats, and each repeat's time.
 
-    `params` is unstacked. `compile_seconds` is for programs that no earlier cell has compiled.
+    `params` is unstacked. `compile_seconds` covers only programs that no earlier cell compiled.
     """
     compiling = Stopwatch()
     with compiling:
@@ -125,8 +125,8 @@ def measure_cell(
         "seconds_of_repeats": times.prefill,
     }
 
-    # The tokens after the first. The rate and MBU, the share of the read rate, are those of the
-    # device's loop, the percentiles those of steps driven from the host.
+    # The tokens after the first. The rate and MBU (share of the read rate) come from the device's
+    # loop, the percentiles from host-driven steps.
     seconds = statistics.median(times.step)
     n_bytes, n_flops = step_cost(config, cell)
     p50, p90, p99 = np.percentile(times.host_step, [50, 90, 99]).tolist()
@@ -139,7 +139,7 @@ def measure_cell(
         "bytes_per_step": n_bytes,
         "flops_per_step": n_flops,
         "mbu": n_bytes / seconds / ceilings["read_bytes_per_second"],
-        "host_seconds_per_step": max(p50 - seconds, 0.0),  # below zero by noise alone
+        "host_seconds_per_step": max(p50 - seconds, 0.0),  # negative only through noise
         "seconds_per_step_of_repeats": times.step,
     }
     return {
@@ -155,7 +155,7 @@ def measure_cell(
 
 
 def repeat(config: ModelConfig, params: dict, cell: Cell, times: Times) -> None:
-    """One repeat: read and decode in chunks, then read and decode token by token."""
+    """Run one repeat: prefill and decode in chunks, then prefill and decode token by token."""
     state, sampling = read_prompts(config, params, cell, times)
     chunks = decode(config, params, state, sampling, generate.chunk_size(sharding.platform()))
     times.step.append(sum(chunks) / (cell.new_tokens - 1))
@@ -164,7 +164,7 @@ def repeat(config: ModelConfig, params: dict, cell: Cell, times: Times) -> None:
 
 
 def read_prompts(config: ModelConfig, params: dict, cell: Cell, times: Times):
-    """Prefill and sample the first token: the state to decode from, and how to sample."""
+    """Prefill and sample the first token; return the decoding state and sampling parameters."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(config.vocab_size, size=(cell.batch, cell.prompt_length))
     tokens_BT, n_B = pad_prompts(prompts, config.context_length)
@@ -190,9 +190,9 @@ def read_prompts(config: ModelConfig, params: dict, cell: Cell, times: Times):
 
 
 def decode(config: ModelConfig, params: dict, state, sampling, chunk: int) -> list[float]:
-    """Decode to the end, at most `chunk` steps per call; the seconds of each call.
+    """Decode to the end, at most `chunk` steps per call; return the seconds of each call.
 
-    Growing the cache counts: it is part of what sampling waits for.
+    Growing the cache counts, since sampling waits for it.
     """
     active_B = np.ones(len(state.token_B), bool)
     n_ahead = generate.steps_ahead(sharding.platform(), chunk)
@@ -209,7 +209,7 @@ def decode(config: ModelConfig, params: dict, state, sampling, chunk: int) -> li
 
 
 def step_cost(config: ModelConfig, cell: Cell) -> tuple[int, int]:
-    """Bytes and FLOPs of the mean decode step of a cell: only filled slots of the cache count."""
+    """Bytes and FLOPs of a cell's average decode step, counting only filled cache slots."""
     filled = cell.prompt_length + (cell.new_tokens - 2) // 2
     n_bytes = flops.decode_bytes(config, cell.batch, filled, cell.int8)
     return n_bytes, cell.batch * flops.forward_flops(config, 1, filled, 1)
@@ -223,8 +223,8 @@ def measure_speculation(
     repeats: int,
     ceilings: dict,
 ) -> dict:
-    """Decoding after `prompts` with and without proposals, in turns, as JSON values: medians of
-    `repeats` turns, after one that compiles. `cell`: the figures of the same sizes."""
+    """Time decoding after `prompts` with and without proposals, alternately: medians of `repeats`
+    turns as JSON values, after one turn to compile. `cell`: plain figures for the same sizes."""
     plain = Settings(max_new_tokens=cell["new_tokens"], ignore_eos=True)
     proposing = dataclasses.replace(plain, speculate=n_proposals)
     plain_seconds = []
@@ -236,7 +236,7 @@ def measure_speculation(
             plain_seconds.append(max(one.decode_seconds for one in without))
             seconds.append(max(one.decode_seconds for one in completions))
 
-    # The first token of a row belongs to the prefill. Each turn draws the same tokens.
+    # A row's first token belongs to prefill. Every turn samples the same tokens.
     n_drawn_B = np.array([len(one.token_ids) - 1 for one in completions])
     n_accepted_B = np.array([one.accepted for one in completions])
     n_read_B = n_drawn_B - n_accepted_B
@@ -251,7 +251,7 @@ def measure_speculation(
         "tokens_per_reading": n_drawn / int(n_read_B.sum()),
         "proposed": sum(one.proposed for one in completions),
         "accepted": int(n_accepted_B.sum()),
-        # A reading of the weights serves all rows, and the slowest row decides how many there are.
+        # One read of the weights serves all rows; the slowest row sets the number of reads.
         "mbu": int(n_read_B.max()) * mbu_of_a_step,
         "effective_mbu": int(n_drawn_B.max()) * mbu_of_a_step,
         "seconds_of_repeats": seconds,
@@ -260,14 +260,14 @@ def measure_speculation(
 
 
 def random_batch(config: TrainConfig, mesh: Mesh) -> jax.Array:
-    """Tokens of one training step on their devices, [grad_accum, rows, T+1] int32."""
+    """One training step's tokens on their devices, [grad_accum, rows, T+1] int32."""
     shape = (config.grad_accum, config.batch_size // config.grad_accum, config.sequence_length + 1)
     ids = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
     return jax.device_put(ids, sharding.rows(mesh, axis=1))
 
 
 def measure_train_step(config: TrainConfig, mesh: Mesh, repeats: int, ceilings: dict) -> dict:
-    """The figures of one batch size as JSON values: medians of `repeats` repeats."""
+    """One batch size's figures as JSON values: medians of `repeats` repeats."""
     step_functions.require_fit(config, mesh)
     compiling = Stopwatch()
     with compiling:
@@ -310,7 +310,7 @@ def measure_train_step(config: TrainConfig, mesh: Mesh, repeats: int, ceilings: 
 
 
 def peak_bytes() -> int:
-    """Peak memory so far: the device's, or this process's where the device does not report it."""
+    """Peak memory so far: the device's, or this process's if the device does not report it."""
     stats = jax.local_devices()[0].memory_stats()
     if stats:
         return stats["peak_bytes_in_use"]

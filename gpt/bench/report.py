@@ -1,4 +1,4 @@
-"""A result as people read it: card and table, the roofline drawing, and two results compared.
+"""Results for people to read: card and table, roofline plot, and comparison of two results.
 
 A result is the JSON that `python -m gpt.bench --json` writes. Nothing here needs JAX.
 """
@@ -20,10 +20,10 @@ from rich.table import Table
 from gpt.errors import UserError, require
 
 WIDTH = 100  # of the card; a narrower terminal wraps it
-TABLE_WIDTH = 140  # a truncated figure would be lost
-WIDE_SPREAD = 0.1  # half the range of the repeats, as a share of the median, that is marked with !
-# Dense bfloat16 FLOP/s and memory bytes/s by the data sheets of NVIDIA and Google Cloud of 2025.
-# They are shown beside what was measured, never in place of it.
+TABLE_WIDTH = 140  # wide enough not to truncate figures
+WIDE_SPREAD = 0.1  # repeats whose half-range exceeds this share of the median are marked !
+# Dense bfloat16 FLOP/s and memory bytes/s from NVIDIA's and Google Cloud's data sheets of 2025.
+# They are shown next to the measured rates, never instead of them.
 VENDOR_PEAKS = {
     "H200": (989e12, 4.8e12),
     "H100 80GB HBM3": (989e12, 3.35e12),
@@ -42,8 +42,8 @@ VENDOR_PEAKS = {
 
 
 def card(result: dict, verbose: bool = False) -> Panel:
-    """What was measured, what limits it, and how to read the table. `verbose`: also what the vendor
-    of the device states."""
+    """What was measured, what limits it, and how to read the table. `verbose` adds the
+    vendor's peak rates."""
     best, cells = result["ceilings"], result["cells"]
     lines = [
         f"{result['model']}: {result['parameters'] / 1e6:.1f} M parameters, "
@@ -97,7 +97,7 @@ def card(result: dict, verbose: bool = False) -> Panel:
 
 
 Row = list[tuple[str, str]]
-"""Columns by name, and what a row has in them."""
+"""A row's column names and cell texts."""
 
 
 def make_table(rows: list[Row], justify: JustifyMethod = "right") -> Table:
@@ -145,7 +145,7 @@ def cell_row(cell: dict, verbose: bool = False) -> Row:
 
 
 def speculation_row(cell: dict) -> Row:
-    """The columns of the table that compares decoding with and without proposals."""
+    """The columns that compare decoding with and without proposals."""
     found = cell["speculation"]
     accepted = f"{found['accepted']:,} of {found['proposed']:,}"
     speedups = np.divide(found["plain_seconds_of_repeats"], found["seconds_of_repeats"]).tolist()
@@ -163,12 +163,12 @@ def speculation_row(cell: dict) -> Row:
 
 
 def milliseconds(repeats: Sequence[float]) -> str:
-    """The median of seconds, and their spread."""
+    """The median of `repeats`, given in seconds, and their spread."""
     return f"{statistics.median(repeats) * 1e3:.2f} {spread(repeats)}"
 
 
 def spread(repeats: Sequence[float]) -> str:
-    """Half the range as a share of the median; ! if that is wide."""
+    """Half the range as a share of the median, marked ! if wide."""
     share = (max(repeats) - min(repeats)) / 2 / statistics.median(repeats)
     mark = "!" if share > WIDE_SPREAD else ""
     return f"±{share:.0%}{mark}"
@@ -184,7 +184,7 @@ PHASES = {
 
 
 def points(result: dict, phase: str) -> list[tuple[float, float]]:
-    """FLOP per byte and FLOP/s of a phase of each cell."""
+    """Each cell's FLOP per byte and FLOP/s in a phase."""
     found = []
     for cell in result["cells"]:
         n_flops, n_bytes, seconds = (cell[phase][key] for key in PHASES[phase])
@@ -193,7 +193,7 @@ def points(result: dict, phase: str) -> list[tuple[float, float]]:
 
 
 def balance(result: dict) -> float:
-    """FLOP per byte at which both limits meet: below it memory limits, above it arithmetic."""
+    """FLOP per byte at which the limits meet: memory-bound below it, compute-bound above it."""
     ceilings = result["ceilings"]
     return ceilings["matmul_flops_per_second"] / ceilings["read_bytes_per_second"]
 
@@ -215,7 +215,7 @@ def regime(result: dict, phase: str) -> str:
 
 
 def draw_roofline(result: dict, path: Path) -> None:
-    """The picture, in the format that the file's suffix names."""
+    """Plot prefill and decode under the roofline, in the format of the file's suffix."""
     from matplotlib.figure import Figure
 
     peak = result["ceilings"]["matmul_flops_per_second"]
@@ -242,7 +242,7 @@ def draw_roofline(result: dict, path: Path) -> None:
 
 # --- two results compared ---
 
-MACHINE_TOLERANCE = 0.05  # ceilings that differ by less are those of the same machine
+MACHINE_TOLERANCE = 0.05  # ceilings that differ by less count as the same machine
 CEILINGS = {
     "matmul_flops_per_second": "matrix products",
     "read_bytes_per_second": "reading memory",
@@ -258,8 +258,8 @@ SIZES = ("batch", "grad_accum", "prompt_length", "new_tokens", "seq_len")
 @dataclass(frozen=True)
 class Change:
     """One figure of one cell in two results. `ratio`: new median over old (above 1: slower).
-    `spread`: the interquartile ranges of both, as shares of their medians, added. Of five repeats
-    of the same program, one pair in twenty differs by more than this through chance."""
+    `spread`: the sum of both interquartile ranges, each as a share of its median. With five repeats
+    of the same program, one pair in twenty differs by more than this by chance."""
 
     cell: str
     name: str
@@ -274,7 +274,7 @@ class Change:
 
 
 def read_result(path: Path) -> dict:
-    """A result from its file; UserError if it is not one."""
+    """Read a result from its file; UserError if it is not one."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         if min(result["ceilings"][name] for name in CEILINGS) <= 0:
@@ -291,8 +291,7 @@ def read_result(path: Path) -> dict:
 
 
 def compare_machines(old: dict, new: dict) -> tuple[bool, str]:
-    """Whether both results come from the same machine in the same state, by its ceilings, and one
-    line that says so."""
+    """Whether the ceilings show the same machine in the same state, and a line that says so."""
     if old["device"] != new["device"]:
         return False, f"the machine CHANGED: {old['device']} before, {new['device']} now"
     ratios = {name: new["ceilings"][key] / old["ceilings"][key] for key, name in CEILINGS.items()}
@@ -303,12 +302,12 @@ def compare_machines(old: dict, new: dict) -> tuple[bool, str]:
 
 
 def name_cell(cell: dict) -> str:
-    """The sizes that a cell was measured with."""
+    """A cell's sizes, as text."""
     return ", ".join(f"{size.replace('_', ' ')} {cell[size]}" for size in SIZES if size in cell)
 
 
 def changes_between(old: dict, new: dict) -> list[Change]:
-    """Each figure of each cell that both results have."""
+    """The change in each figure of each cell that both results have."""
     before = {name_cell(cell): cell for cell in old["cells"]}
     changes = []
     for after in new["cells"]:
@@ -322,7 +321,7 @@ def changes_between(old: dict, new: dict) -> list[Change]:
 
 
 def compare_repeats(cell: str, name: str, old: Sequence[float], new: Sequence[float]) -> Change:
-    """The change of one figure, from the seconds of its repeats."""
+    """The change in one figure, from its repeats in seconds."""
     old_q1, old_median, old_q3 = np.percentile(old, [25, 50, 75]).tolist()
     new_q1, new_median, new_q3 = np.percentile(new, [25, 50, 75]).tolist()
     spread = (old_q3 - old_q1) / old_median + (new_q3 - new_q1) / new_median

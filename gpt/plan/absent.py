@@ -1,5 +1,5 @@
-"""Print the plan: the memory that each program takes on a device, what it sends to the others, and
-on a GPU its kernels and the expected time."""
+"""Print the plan: each program's memory per device, what it sends to other devices, and on a GPU
+its kernels and expected time."""
 
 import json
 import math
@@ -22,17 +22,17 @@ from gpt.training.metrics import make_console
 from gpt.wording import counted
 
 PUBLIC_SIZES = {"gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
-N_LONGEST = 10  # kernels that are listed
+N_LONGEST = 10  # kernels to list
 
 
 def print_plan(args) -> int:
-    """Compile the run of `args`, the flags of train.py, print its plan, and return the exit code.
+    """Compile the run of train.py's flags `args`, print its plan, and return the exit code.
 
-    UserError if the mesh does not suit the model.
+    Raises UserError if the mesh does not suit the model.
     """
     log = make_console(quiet=False).print
 
-    # The mesh, and the config as the text and the machine would complete it.
+    # The mesh, and the config completed as the text and the machine would complete it.
     chip = None
     limit = args.memory_bytes
     if args.topology:
@@ -47,7 +47,7 @@ def print_plan(args) -> int:
     config = memory_plan.resolve_auto(config, mesh, limit or math.inf)
     notes = step_functions.require_fit(config, mesh)
 
-    # The run, and the arrays that each device keeps.
+    # The run, and the arrays kept on each device.
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     state = state_bytes(config, mesh)
     on_device = ", ".join(f"{name} {filesize.decimal(n_bytes)}" for name, n_bytes in state.items())
@@ -94,7 +94,7 @@ def print_plan(args) -> int:
 
 
 def completed(config: TrainConfig, default_dtype: str) -> TrainConfig:
-    """The config with what the text and the machine would decide: vocabulary and types."""
+    """The config with the vocabulary and dtypes that the text and the machine would decide."""
     sizes = PUBLIC_SIZES | {"bpe": config.vocab_size, "char": config.model.vocab_size}
     n_vocab = sizes.get(config.tokenizer)
     if n_vocab is None:
@@ -103,7 +103,7 @@ def completed(config: TrainConfig, default_dtype: str) -> TrainConfig:
 
 
 def state_bytes(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
-    """Bytes on one device of weights, optimizer state and averaged weights."""
+    """Bytes per device of weights, optimizer state and averaged weights."""
     state = train_state.abstract_state(config, mesh)
     parts = {"weights": state.params, "optimizer": state.opt_state, "average": state.ema_params}
     found = {}
@@ -118,8 +118,8 @@ def state_bytes(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
 def describe(
     program: programs.PlannedProgram, compiled: jax.stages.Compiled, mesh: Mesh, chip: Chip | None
 ) -> dict:
-    """One program on one device as JSON values; None for what is not known: the least time of a
-    virtual device, and kernels and the expected time of anything but a GPU."""
+    """One program's figures per device as JSON values. Unknown ones are None: the minimum time on
+    virtual devices, and kernels and expected times on anything but a GPU."""
     text = program_text.read(compiled.as_text())
     sent = collectives.find(text, mesh.shape)
     sent_over: dict[str, dict[str, dict]] = {}
@@ -160,7 +160,7 @@ def describe(
 
 
 def memory_line(compiled: jax.stages.Compiled, limit: float | None) -> str:
-    """What a program takes of a device, and whether that is within `limit` bytes."""
+    """A program's memory on a device, and whether it fits in `limit` bytes."""
     given = compiled.memory_analysis().argument_size_in_bytes
     need = memory_plan.need_of(compiled)
     line = (
@@ -174,8 +174,8 @@ def memory_line(compiled: jax.stages.Compiled, limit: float | None) -> str:
 
 
 def program_lines(figures: dict) -> Iterator[str]:
-    """What a program sends over each axis of the mesh, or set of axes, how long it takes, and the
-    kernels that take longest; most first. Less than a kilobyte sent is left out."""
+    """What a program sends over each set of mesh axes, how long it takes, and its slowest kernels;
+    largest first. Sends of less than a kilobyte are left out."""
     over_axes = []
     for axes, kinds in figures["sent"].items():
         listed = ", ".join(f"{total['runs']} {kind}" for kind, total in kinds.items())
@@ -212,6 +212,6 @@ def program_lines(figures: dict) -> Iterator[str]:
 
 
 def shortfall(message: str) -> str:
-    """What a compiler says about missing memory, in few words."""
+    """A compiler's out-of-memory message in a few words."""
     sizes = re.findall(r"\b\d[\d.]*[KMGT]\b", message)
     return f"takes {sizes[0]}iB of {sizes[1]}iB" if len(sizes) > 1 else message.splitlines()[0]

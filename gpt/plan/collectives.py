@@ -1,12 +1,12 @@
 """What a compiled program sends between devices.
 
-The TPU compiler hides communication behind matrix products, in two ways that must not be counted
-as they are written:
-- It cuts one collective into pieces that are fused with the products around it. All pieces have the
-  channel of the one they come from.
-- It turns a product with a gathered operand, or one whose sum is scattered, into a loop over the
-  parts (a windowed product, Wang et al. 2023), which passes them round by collective-permutes.
-  The loop counts as the all-gather or the reduce-scatter that it stands for.
+The TPU compiler overlaps communication with matrix products in two ways that must not be counted
+literally:
+- It splits a collective into pieces fused with the surrounding products. All pieces keep the
+  channel of the original.
+- It turns a product with a gathered operand or a scattered sum into a loop over the parts (a
+  windowed product, Wang et al. 2023), which circulate by collective-permutes. The loop counts as
+  the all-gather or reduce-scatter it replaces.
 """
 
 import math
@@ -21,9 +21,9 @@ from gpt.plan.program_text import WINDOWED, Instruction, Program, integers
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 CHANNEL = re.compile(r"channel_id=(\d+)")
 WINDOWED_KINDS = {"ag": "all-gather", "rs": "reduce-scatter"}
-FUSED_SCATTER = "all-reduce-scatter"  # the TPU compiler's name of a fused computation
+FUSED_SCATTER = "all-reduce-scatter"  # the TPU compiler's name for a fused computation
 
-# The spellings of the groups of devices among which a collective goes.
+# The notations for a collective's groups of devices.
 LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 STRIDED_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 NAMED_GROUPS = re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")
@@ -32,10 +32,9 @@ PERMUTED_PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective of one instruction, by its name. `n_bytes`: the whole array on one device, after
-    it is gathered or before it is scattered. `axes`: the mesh axes over which it goes; `group`: the
-    first of the groups of devices that take part. `n_runs`: how often it runs in one call of the
-    program."""
+    """The collective of the instruction `name`. `n_bytes`: the whole array on one device, after a
+    gather or before a scatter. `axes`: the mesh axes it spans; `group`: the first of its groups of
+    devices. `n_runs`: runs per call of the program."""
 
     name: str
     kind: str
@@ -46,7 +45,7 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that leave a device per call, by ring algorithms (Chan et al. 2007, section 4)."""
+        """Bytes sent by a device per call, with ring algorithms (Chan et al. 2007, section 4)."""
         if self.kind == "collective-permute":
             return self.n_runs * self.n_bytes
         rounds = 2 if self.kind == "all-reduce" else 1
@@ -55,7 +54,7 @@ class Collective:
 
 
 def find(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
-    """The collectives of a program. `mesh`: the sizes of its axes, by name."""
+    """A program's collectives. `mesh`: axis sizes by name."""
     found = []
     counted = set()
     for computation, n_runs in program.n_runs.items():
@@ -81,7 +80,7 @@ def find(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
             if is_windowed or kind == "all-gather":
                 n_bytes *= len(group)
             elif one.opcode == "all-reduce":
-                n_bytes = one.n_bytes  # may be of another type than the terms
+                n_bytes = one.n_bytes  # its dtype may differ from the operands'
             places = np.unravel_index(group, list(mesh.values()))
             axes = tuple(
                 name for name, place in zip(mesh, places, strict=True) if np.ptp(place) > 0
@@ -92,7 +91,7 @@ def find(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
 
 def kind_of(one: Instruction, computation: str) -> str | None:
     """The collective that an instruction of a computation stands for, or None."""
-    kind = one.opcode.removesuffix("-start")  # its -done is not of KINDS
+    kind = one.opcode.removesuffix("-start")  # the matching -done is not in KINDS
     if kind not in KINDS:
         return None
     if windowed := WINDOWED.search(computation):
@@ -103,7 +102,7 @@ def kind_of(one: Instruction, computation: str) -> str | None:
 
 
 def first_group(line: str, n_devices: int) -> list[int]:
-    """Devices of the first group of a collective, in any of XLA's spellings."""
+    """Devices in a collective's first group, in any of XLA's notations."""
     if strided := STRIDED_GROUPS.search(line):
         groups, sizes, order = (integers(part or "") for part in strided.groups())
         ids = np.arange(n_devices).reshape(sizes)
@@ -120,8 +119,8 @@ def first_group(line: str, n_devices: int) -> list[int]:
     if named is None:
         return list(range(n_devices))
 
-    # Axes of a mesh, as in 'a'=8,'b'=2 and 'a'. Or a part of one, 'a':(2)4: the 4 devices on it
-    # that come after it is split into 2.
+    # Mesh axes, as in 'a'=8,'b'=2 and 'a'. Or part of an axis: 'a':(2)4 is its factor of 4 after
+    # a first factor of 2.
     group, stride = [0], n_devices
     for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1]):
         stride //= int(size)

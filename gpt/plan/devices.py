@@ -1,4 +1,4 @@
-"""Accelerators that this machine does not have, as their compiler describes them."""
+"""Accelerators that this machine lacks, as their compilers describe them."""
 
 import importlib.util
 import re
@@ -9,7 +9,7 @@ import jax
 from gpt.errors import UserError, require
 
 GB, TERA = 10**9, 10**12
-SLICE = r"\d+(x\d+)+"  # the shape of a slice of TPUs
+SLICE = r"\d+(x\d+)+"  # shape of a TPU slice
 GPUS = r"([1-9]\d*x)?[1-8]"  # nodes, and GPUs in each
 COMPILERS = {"tpu": ["libtpu"], "cuda": ["jax_cuda13_plugin", "jax_cuda12_plugin"]}
 JAX_TAKES = 0.75  # of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
@@ -17,11 +17,11 @@ JAX_TAKES = 0.75  # of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION say
 
 @dataclass(frozen=True)
 class Chip:
-    """An accelerator by its data sheet.
+    """An accelerator's data sheet.
 
-    `flops_per_second`: of matrix products in bfloat16, without sparsity. `link_bytes_per_second`:
-    what it can send to others of its slice or node while it receives as much;
-    `network_bytes_per_second`: to other nodes. `target`: further facts that XLA asks about a GPU.
+    `flops_per_second`: dense bfloat16 matrix products. `link_bytes_per_second`: what it can send
+    within its slice or node while receiving as much; `network_bytes_per_second`: to other nodes.
+    `target`: other properties that XLA needs of a GPU.
     """
 
     memory_bytes: float
@@ -37,11 +37,11 @@ class Chip:
 
     @property
     def usable_bytes(self) -> float:
-        """What JAX may take of its memory."""
+        """The memory that JAX may take."""
         return self.memory_bytes * (JAX_TAKES if self.is_gpu else 1)
 
 
-# What XLA asks about any of these GPUs, and what differs from one to the next.
+# What XLA needs to know about any of these GPUs, and what differs between generations.
 TARGET = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -68,9 +68,9 @@ BLACKWELL = (
     "l2_cache_size: 132644864 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448"
 )
 
-# GPUs: NVIDIA's data sheets of the SXM form and of the DGX that holds eight (A100 80 GB). TPUs:
-# docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e; a ring uses two of a chip's links, one each
-# way, which together carry what one link does in both directions.
+# GPUs: NVIDIA's data sheets for the SXM version and the DGX with eight of them (A100 80 GB). TPUs:
+# docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e; a ring uses two of a chip's links, one in each
+# direction, which together carry what one link does in both directions.
 CHIPS = {
     "a100": Chip(80 * GB, 2039 * GB, 312 * TERA, 300 * GB, 25 * GB, AMPERE),
     "h100": Chip(80 * GB, 3350 * GB, 989 * TERA, 450 * GB, 50 * GB, HOPPER),
@@ -83,10 +83,10 @@ CHIPS = {
 
 
 def topology_devices(topology: str) -> tuple[list, Chip]:
-    """The devices of a TPU slice such as v5e:16x16, or of nodes of GPUs such as h100:8 or h100:4x8,
-    and what they are.
+    """The devices of a TPU slice such as v5e:16x16, or of GPU nodes such as h100:8 or h100:4x8, and
+    their chip.
 
-    Raises UserError if the chip or the shape is unknown, or if its compiler is not installed.
+    Raises UserError if the chip or shape is unknown, or its compiler is not installed.
     """
     kind, _, shape = topology.partition(":")
     chip = CHIPS.get(kind)

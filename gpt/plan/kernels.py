@@ -1,9 +1,9 @@
-"""The kernels of a program compiled for a GPU: what each moves and computes, and how long that
-takes at the rates of the chip's data sheet.
+"""The kernels of a program compiled for a GPU: what each moves and computes, and how long it takes
+at the chip's data-sheet rates.
 
 A kernel takes as long as the slowest of memory, arithmetic, links and launch, and no two overlap.
-That gives two times: one as if every rate of the data sheet were reached, and a longer one at the
-shares of these rates that a real card has reached.
+There are two estimates: one at the full data-sheet rates, and a longer one at the shares of them
+that a real card has reached.
 """
 
 import math
@@ -20,8 +20,8 @@ from gpt.plan.program_text import Instruction, Program, integers, shapes_in
 
 LAUNCH_SECONDS = 2e-6
 
-# Shares of the data sheet's rates that kernels of gpt2 reached on an H200: for their time together,
-# by kind (benchmarks/gpu_kernels.py; docs/speed.md). Attention is cuDNN's, with heads of 64.
+# Shares of the data-sheet rates that gpt2's kernels reached on an H200, by kind, over their total
+# time (benchmarks/gpu_kernels.py; docs/speed.md). Attention is cuDNN's, with heads of width 64.
 REACHED_PRODUCTS = 0.74
 REACHED_ATTENTION = 0.22
 REACHED_MEMORY = 0.6
@@ -29,7 +29,7 @@ REACHED_MEMORY = 0.6
 NO_KERNELS = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while")
 NO_KERNELS += ("conditional", "call", "after-all", "partition-id", "replica-id", "opt-barrier")
 READ_IN_PART = ("gather", "dynamic-slice", "slice")
-WRITTEN_IN_PART = {"dynamic-update-slice": 1, "scatter": -1}  # the operand that is written
+WRITTEN_IN_PART = {"dynamic-update-slice": 1, "scatter": -1}  # index of the written operand
 FRAME = re.compile(r"stack_frame_id=(\d+)")
 CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{|ensions": ?\[)([\d,"]+)')
 SCORES = re.compile(r'"intermediate_tensor_shape".*?"dimensions": ?\[([\d, "]+)\]')
@@ -37,11 +37,10 @@ SCORES = re.compile(r'"intermediate_tensor_shape".*?"dimensions": ?\[([\d, "]+)\
 
 @dataclass
 class Kernel:
-    """A kernel, or all of one kind. The figures are those of all its runs together: `seconds` at
-    the rates of the data sheet, `likely_seconds` at the shares of them that a card has reached.
+    """A kernel, or all of one kind. Figures are totals over all runs: `seconds` at the data-sheet
+    rates, `likely_seconds` at the shares of them that a card has reached.
 
-    `line`: the line of this project that it comes from, such as `gpt/model/layers.py:91`; empty if
-    the compiler does not say.
+    `line`: its source line in this project, such as `gpt/model/layers.py:91`; empty if unknown.
     """
 
     name: str
@@ -56,7 +55,7 @@ class Kernel:
 def find(
     program: Program, chip: Chip, mesh: Mesh, collectives: Sequence[Collective] = ()
 ) -> list[Kernel]:
-    """The kernels of a program compiled for a mesh of these chips; `collectives` are among them."""
+    """The kernels, `collectives` included, of a program compiled for a mesh of these chips."""
     link_seconds = {}
     for one in collectives:
         rate = link_rate(chip, [mesh.devices.flat[i].process_index for i in one.group])
@@ -88,9 +87,9 @@ def find(
 
 
 def link_rate(chip: Chip, nodes: Sequence[int]) -> float:
-    """Bytes/s that each GPU of a group sends to the next one. `nodes`: the node of each.
+    """Bytes/s that each GPU of a group sends to the next. `nodes`: each GPU's node.
 
-    Where a ring leaves a node, it does so over the network cards of all its GPUs in the group.
+    A ring leaves a node over the network cards of all its GPUs in the group.
     """
     n_of_a_node = max(Counter(nodes).values())
     if n_of_a_node == len(nodes):
@@ -99,8 +98,8 @@ def link_rate(chip: Chip, nodes: Sequence[int]) -> float:
 
 
 def longest(kernels: Sequence[Kernel], n: int) -> list[Kernel]:
-    """The `n` kinds of kernels that take longest, each with its sums. A kind has one name, apart
-    from its number, and one line."""
+    """The `n` slowest kinds of kernel, with totals. Kernels of one kind share a source line and a
+    name, apart from its number."""
     kinds: dict[tuple[str, str], Kernel] = {}
     for one in kernels:
         name = one.name.split(".")[0]
@@ -116,8 +115,7 @@ def longest(kernels: Sequence[Kernel], n: int) -> list[Kernel]:
 def moved_bytes(program: Program, kernel: Instruction) -> int:
     """Bytes that a kernel reads and writes.
 
-    Of an array that is only looked up in, the rows that are read; of one that is updated in its
-    place, the rows that are written.
+    Lookups count only the rows read, in-place updates only the rows written.
     """
     body = [kernel]
     given = [program.instructions[name] for name in kernel.operands]
@@ -129,7 +127,7 @@ def moved_bytes(program: Program, kernel: Instruction) -> int:
     def origin(name: str) -> str:
         return origin(views[name]) if name in views else name
 
-    # What is read of each array, by all instructions that use it.
+    # Bytes read of each array, over all instructions that use it.
     read = dict.fromkeys((array.name for array in given), 0)
     for user in body:
         for place, name in enumerate(user.operands):
@@ -138,12 +136,12 @@ def moved_bytes(program: Program, kernel: Instruction) -> int:
                 read[array] += read_bytes(program.instructions[array], user, place)
     total = sum(min(read[array.name], array.n_bytes) for array in given)
 
-    # What is written of each result.
+    # Bytes written of each result.
     root = next((one for one in body if one.is_root), kernel)
     for name in root.operands if root.opcode == "tuple" else [root.name]:
         result = program.instructions[origin(name)]
         if result.name in read:
-            continue  # handed on
+            continue  # passed through
         written = WRITTEN_IN_PART.get(result.opcode)
         if written and origin(result.operands[0]) in read:
             result = program.instructions[result.operands[written]]
@@ -152,7 +150,7 @@ def moved_bytes(program: Program, kernel: Instruction) -> int:
 
 
 def read_bytes(array: Instruction, user: Instruction, place: int) -> int:
-    """Bytes of an array that an instruction reads whose operand number `place` it is."""
+    """Bytes of `array` that `user` reads as its operand number `place`."""
     if place == 0 and user.opcode in READ_IN_PART:
         return user.n_bytes
     if place == 0 and user.opcode in WRITTEN_IN_PART:
@@ -161,10 +159,10 @@ def read_bytes(array: Instruction, user: Instruction, place: int) -> int:
 
 
 def count_flops(program: Program, one: Instruction) -> tuple[float, float]:
-    """FLOPs of the matrix products in a kernel, and as many in bfloat16 as take the same time.
+    """A kernel's matrix-product FLOPs, and the number of bfloat16 FLOPs that take the same time.
 
-    By the data sheets products take twice as long when their factors have twice the bytes: those
-    of float32 are multiplied as TF32.
+    On the data sheets, operands of twice the bytes take twice as long; float32 operands are
+    multiplied as TF32.
     """
     inside = [inner for callee in one.callees for inner in program.computations[callee]]
     flops = flops_in_bf16 = 0.0
@@ -179,7 +177,7 @@ def count_flops(program: Program, one: Instruction) -> tuple[float, float]:
 
     sizes, item = shapes_in(program.instructions[one.operands[0]].shape)[0]
     if scores:
-        # Attention of cuDNN: two products of this many scores, and five on the way back.
+        # cuDNN attention: two products of this many scores, five in the backward pass.
         n_products = 5 if "Backward" in one.line else 2
         visible = 0.5 if '"CAUSAL"' in one.line else 1
         entries = n_products * visible * math.prod(integers(re.sub('[ "]', "", scores[1])))

@@ -1,4 +1,4 @@
-"""A compiled program, read from the text that XLA prints of it."""
+"""A compiled program, parsed from the text that XLA prints."""
 
 import math
 import re
@@ -19,7 +19,7 @@ CONSTANT = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
 WINDOWED = re.compile(r"windowed_dot_general_body_(ag|rs)")  # see collectives.py
 NAME = re.compile(r"%([\w.-]+)")
 
-# Tables at the top of the text, which say from which line of Python an instruction comes.
+# Tables at the top of the text that give the Python line of each instruction.
 TABLE = re.compile(r"^(FileNames|FileLocations|StackFrames)\n((?:\d+ .+\n)+)", re.MULTILINE)
 FILE_NAME = re.compile(r'(\d+) "(.*)"')
 FILE_LOCATION = re.compile(r"(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)")
@@ -27,9 +27,9 @@ STACK_FRAME = re.compile(r"(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)"
 
 
 def shapes_in(text: str) -> list[tuple[list[int], int]]:
-    """The sizes, and the bytes of an entry, of each array that a shape names; several in a tuple.
+    """The sizes and bytes per entry of each array in a shape; a tuple has several.
 
-    What takes less than a byte counts as one.
+    Types smaller than a byte count as one byte.
     """
     found = []
     for _, bits, sizes in ARRAY.findall(text):
@@ -44,8 +44,8 @@ def integers(listed: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. `shape`: that of its result, as XLA writes it. `callees`: the
-    computations that it runs, other than as the condition of a loop or to reduce."""
+    """One line of a computation. `shape`: its result's, as XLA writes it. `callees`: the
+    computations it runs, except loop conditions and reducers."""
 
     name: str
     opcode: str
@@ -62,9 +62,9 @@ class Instruction:
 
 @dataclass
 class Program:
-    """The instructions of each computation, and all by name. `fused`: the computations that are
-    part of a kernel. `n_runs`: how often each computation runs in one call of the program; all
-    branches of a conditional count, and a loop of unknown length as one turn."""
+    """The instructions by computation, and by name. `fused`: computations inside a kernel.
+    `n_runs`: each computation's runs per call of the program, counting all branches of a
+    conditional, and one turn of a loop of unknown length."""
 
     computations: dict[str, list[Instruction]]
     instructions: dict[str, Instruction]
@@ -73,7 +73,7 @@ class Program:
     n_runs: Counter[str] = field(default_factory=Counter)
 
     def count_runs(self, computation: str, n_runs: int) -> None:
-        """Count `n_runs` more runs of a computation and of all that it calls."""
+        """Count `n_runs` more runs of a computation and everything it calls."""
         self.n_runs[computation] += n_runs
         for one in self.computations[computation]:
             n_turns = 1
@@ -83,9 +83,9 @@ class Program:
                 self.count_runs(callee, n_runs * n_turns)
 
     def count_turns(self, loop: Instruction) -> int | None:
-        """How often a loop runs its body: as often as the compiler knows, else the constant that
-        its condition compares with. None if neither tells, so that it depends on data. The loop of
-        a windowed product counts as one turn."""
+        """How often a loop runs its body: the trip count known to the compiler, else the constant
+        in its condition; None if it depends on data. The loop of a windowed product counts as one
+        turn."""
         if WINDOWED.search(loop.callees[0]):
             return 1
         if known := TRIP_COUNT.search(loop.line):
@@ -101,7 +101,7 @@ class Program:
 
 
 def read(text: str) -> Program:
-    """A program from what `compiled.as_text()` returns."""
+    """Parse the text that `compiled.as_text()` returns."""
     entry = current = ""
     computations: dict[str, list[Instruction]] = defaultdict(list)
     instructions: dict[str, Instruction] = {}
@@ -128,7 +128,7 @@ def read(text: str) -> Program:
 
 
 def lines_of_frames(text: str) -> dict[str, str]:
-    """For each stack frame, by its number: the innermost line of this project in it."""
+    """The innermost line of this project in each stack frame, by frame number."""
     tables = dict(TABLE.findall(text))
     files = dict(FILE_NAME.findall(tables.get("FileNames", "")))
     places = {}

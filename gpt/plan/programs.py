@@ -1,6 +1,6 @@
-"""The programs that are planned, compiled for a mesh from shapes alone, and their least work.
+"""The planned programs, compiled for a mesh from shapes alone, and the minimum work of each.
 
-Shape letters: see gpt/model/transformer.py.
+Shape letters: gpt/model/transformer.py.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from gpt.sampling.sampler import SamplingParams
 from gpt.sampling.settings import Settings
 from gpt.training import step_functions
 
-ROWS = 8  # sampled together on each part of the batch axes
+ROWS = 8  # sampled together per shard of the batch axes
 
 
 @dataclass(frozen=True)
 class PlannedProgram:
-    """A program, and the least that one device must compute and, if memory limits it, read."""
+    """A program, and the FLOPs and, if memory-bound, bytes that one device needs at least."""
 
     name: str
     compile: Callable[[], jax.stages.Compiled]
@@ -74,7 +74,7 @@ def planned(config: TrainConfig, mesh: Mesh) -> list[PlannedProgram]:
 
 
 def abstract_weights(c: ModelConfig, mesh: Mesh) -> dict:
-    """Shapes of the weights as sampling keeps them on `mesh`, not stacked."""
+    """Shapes of the unstacked weights, sharded over `mesh` as for sampling."""
     shapes = jax.eval_shape(transformer.unstack, transformer.abstract(c))
     axes = transformer.logical_axes(c, stacked=False)
     shardings = sharding.state_shardings(mesh, axes, shapes, sharding.DECODING_RULES)
@@ -84,8 +84,8 @@ def abstract_weights(c: ModelConfig, mesh: Mesh) -> dict:
 def abstract_decoding(
     c: ModelConfig, mesh: Mesh, n_rows: int
 ) -> tuple[DecodeState, SamplingParams]:
-    """Shapes of the state of decoding `n_rows` with a cache of the whole context, and the default
-    settings of sampling as `mesh` uses them."""
+    """Shapes of the decoding state of `n_rows` with a cache for the whole context, and the default
+    sampling parameters on `mesh`."""
     count_B = jax.ShapeDtypeStruct((n_rows,), jnp.int32)
     state = DecodeState(
         cache=jax.eval_shape(lambda: kv_cache.grow(kv_cache.empty(c, n_rows), c.context_length)),
@@ -98,23 +98,22 @@ def abstract_decoding(
     no_bias_V = np.zeros(c.vocab_size, np.float32)
     sampling = sampler.sampling_params([Settings()] * n_rows, [no_bias_V] * n_rows)
     if mesh.devices.flat[0].platform != "cpu":
-        sampling = sampler.with_known_stages(sampling)  # as where such devices are
+        sampling = sampler.with_known_stages(sampling)  # as on a real accelerator
     return state, sampling
 
 
 def count_rows(mesh: Mesh) -> int:
-    """Rows that are sampled together on `mesh`."""
+    """Rows sampled together on `mesh`."""
     return ROWS * mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def prompt_length(config: ModelConfig) -> int:
-    """Tokens of a planned prompt: as many as are read at once."""
+    """Tokens in a planned prompt: as many as prefill reads at once."""
     return min(engine.PIECE, config.context_length)
 
 
 def place_rows(mesh: Mesh, a: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The shape of an array whose first axis is rows, or that is part of a cache, split over
-    `mesh` as sampling splits it."""
+    """The shape of an array of rows, or of part of a cache, sharded over `mesh` as for sampling."""
     names = kv_cache.AXES if a.ndim == len(kv_cache.AXES) else ("batch", None)[: a.ndim]
     split = NamedSharding(mesh, sharding.fitting(mesh, a.shape, names))
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=split)

@@ -1,4 +1,4 @@
-"""A self-contained HTML page: its frame, and texts, tables and data that are safe in it."""
+"""The frame of a self-contained HTML page, and safe texts and tables for it."""
 
 import html
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import Any
 
 from gpt.terminal import visible
 
-# The browser sends no request, whatever a text in the page contains.
+# No text in the page can make the browser send a request.
 CONTENT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 )
@@ -46,7 +46,7 @@ def escape(text: Any) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], css_class: str = "") -> str:
-    """A table whose cells are HTML already; it scrolls sideways where it is too wide."""
+    """A table whose cells are HTML already; it scrolls sideways if too wide."""
     head_cells = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return (

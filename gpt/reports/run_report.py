@@ -1,7 +1,7 @@
 """The report: how runs learned, as one HTML page.
 
-Top to bottom: reading a run's folder, the page, its charts. A run may still be training: a torn
-last line is skipped, and what is not written yet is missing.
+Top to bottom: reading a run's folder, the page, its charts. A run may still be training, so
+a torn last line is skipped, and anything not written yet is left out.
 """
 
 import io
@@ -36,11 +36,10 @@ MAX_SAMPLE_CHARACTERS = 2000
 class Run:
     """What a run's folder holds.
 
-    `records`: the lines of metrics.jsonl and evaluations.jsonl, by step. `restarts`: the steps from
-    which the run was continued. `seconds`: of training, in all its processes. `samples`: (step,
-    text). `settings`: those of the newest good checkpoint by dotted name, with the text it was
-    trained on; `note` says why some are missing. `tokenizer`: its file, where there is one.
-    `last_written`: when the run last logged something.
+    `records`: the lines of metrics.jsonl and evaluations.jsonl, by step. `restarts`: the steps the
+    run was resumed from. `seconds`: training time of all its processes. `samples`: (step, text).
+    `settings`: the newest good checkpoint's, by dotted name, plus the training text; `note` says
+    why any are missing. `tokenizer`: its file, if any. `last_written`: when the run last logged.
     """
 
     name: str
@@ -55,7 +54,7 @@ class Run:
 
     @property
     def task_figures(self) -> dict[str, dict[str, Any]]:
-        """The last record of each figure of an evaluation on tasks, such as hellaswag/acc."""
+        """The last record of each figure on a task, such as hellaswag/acc."""
         found = {}
         for record in self.records:
             found |= {name: record for name in record if "/" in name and "_stderr" not in name}
@@ -63,8 +62,8 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs, named by their folders, or by their paths where two folders have one name;
-    UserError if a folder does not hold a run."""
+    """Read the runs, named by folder, or by path if two folders share a name; UserError if a
+    folder holds no run."""
     names = [folder.resolve().name for folder in folders]
     runs = []
     for folder, name in zip(folders, names, strict=True):
@@ -76,10 +75,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             bool(records or checkpoint.saved_steps(folder)),
             f"{folder} holds neither metrics.jsonl nor a checkpoint: expected a run's folder",
         )
-        # The last line of each process, by the step from which it continued.
+        # The last line of each process, by the step it resumed from.
         last_lines = {r["since_step"]: r for r in records if "since_step" in r}
 
-        # Some of the texts that the model wrote, evenly spaced, with the last one.
+        # Evenly spaced samples, including the last one.
         written = read_metrics(folder / "samples.jsonl")
         chosen = np.linspace(0, len(written) - 1, min(len(written), MAX_SAMPLES), dtype=int)
         samples = [(written[i]["step"], written[i]["text"][:MAX_SAMPLE_CHARACTERS]) for i in chosen]
@@ -130,7 +129,7 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], str]:
 def build_report(runs: Sequence[Run]) -> str:
     heading = "Run report: " + ", ".join(run.name for run in runs)
 
-    # What each run has reached, and how fast: a column per run.
+    # Each run's progress and speed, a column per run.
     columns = [summarize(run) for run in runs]
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
     summary = table(["", *run_names(runs)], rows, "numbers")
@@ -138,7 +137,7 @@ def build_report(runs: Sequence[Run]) -> str:
         if run.note:
             summary += f'<p class="soft">{escape(run.name)}: {escape(run.note)}.</p>'
 
-    # A chart for each figure of a task that a run has at several steps, too.
+    # Also chart each task figure that a run has at several steps.
     titles = list(CHARTS)
     for run in runs:
         for name in run.task_figures:
@@ -171,7 +170,7 @@ def build_report(runs: Sequence[Run]) -> str:
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """The head of a table with a column per run: each name after the color of its curves."""
+    """Table heads for one column per run: each run's name after its curve color."""
     colors = [f"--run-{i % len(COLORS)}" for i in range(len(runs))]
     return [
         f'<span class="swatch" style="background: var({color})"></span>{escape(run.name)}'
@@ -180,8 +179,8 @@ def run_names(runs: Sequence[Run]) -> list[str]:
 
 
 def summarize(run: Run) -> dict[str, str]:
-    """What a run has reached, and how fast, as HTML by label."""
-    # How far it is and, if it is not complete, when it last wrote.
+    """A run's progress and speed, as HTML by label."""
+    # The step reached and, if the run is not complete, the time of its last update.
     reached = max((record["step"] for record in run.records), default=0)
     total = run.settings.get("steps")
     steps = f"{reached:,} of {total:,}" if total else f"{reached:,}"
@@ -212,19 +211,19 @@ def summarize(run: Run) -> dict[str, str]:
 
 
 def tasks_section(runs: Sequence[Run]) -> str:
-    """The figures of tasks of the harness: the last ones of each run."""
+    """Each run's latest figures on lm-eval tasks."""
     names = dict.fromkeys(name for run in runs for name in run.task_figures)
     if not names:
         return ""
     rows = [[escape(name), *(show_figure(run, name) for run in runs)] for name in names]
     return (
-        "<h2>Tasks</h2><p class='soft'>Of lm-eval, at the last step that was evaluated; ± one "
+        "<h2>Tasks</h2><p class='soft'>From lm-eval, at the last step evaluated; ± one "
         "standard error.</p>" + table(["", *run_names(runs)], rows, "numbers")
     )
 
 
 def show_figure(run: Run, name: str) -> str:
-    """The last value of a figure of a task as HTML, with its standard error and how it was got."""
+    """The last value of a task figure as HTML, with its standard error, step and limit."""
     record = run.task_figures.get(name, {})
     if record.get(name) is None:
         return "–"
@@ -260,7 +259,7 @@ def settings_section(runs: Sequence[Run]) -> str:
         return ""
     section = "<h2>Settings</h2>"
     if len(runs) > 1:
-        # Among the runs that have a setting.
+        # Compare only the runs that have the setting.
         different = []
         for name in names:
             values = {repr(run.settings[name]) for run in runs if name in run.settings}
@@ -273,7 +272,7 @@ def settings_section(runs: Sequence[Run]) -> str:
 
 
 def settings_table(runs: Sequence[Run], names: Iterable[str]) -> str:
-    """A row for each setting, a column for each run; a dash stands for no value."""
+    """A row per setting, a column per run; a dash means no value."""
     rows = []
     for name in names:
         values = [run.settings.get(name) for run in runs]
@@ -285,7 +284,7 @@ def settings_table(runs: Sequence[Run], names: Iterable[str]) -> str:
 # Charts
 
 
-# Title: what the y axis shows, and metrics by their names in metrics.jsonl.
+# Title: y-axis label, and metrics by their names in metrics.jsonl.
 CHARTS = {
     "Loss": ("nats per token", ("loss", "val_loss")),
     "Validation, bits per byte": ("bits per byte", ("val_bits_per_byte",)),
@@ -295,20 +294,20 @@ CHARTS = {
     "Model FLOPs utilization": ("share of the measured peak", ("mfu",)),
     "Time per step": ("seconds", ("step_seconds_p50", "step_seconds_p99")),
 }
-NOISY = {"loss", "grad_norm", "tokens_per_second", "mfu"}  # drawn faint, their mean in front
+NOISY = {"loss", "grad_norm", "tokens_per_second", "mfu"}  # drawn faint behind their running mean
 DASHED = {"val_loss", "val_bits_per_byte", "step_seconds_p99"}
-# The colors of the runs, and of all else, on a light screen: page.css names them, and has others
-# for a dark one.
+# The colors of the runs, and of everything else, in light mode; page.css names them and replaces
+# them in dark mode.
 COLORS = ("#2563b0", "#c2570c", "#2c8a4b", "#8a3fb3", "#b3892b", "#0f8a8a", "#c22a6b", "#5b6470")
 INK, RED, GRID = "#1b1f24", "#c22a2a", "#dde1e6"
 CSS_NAMES = {color: f"run-{i}" for i, color in enumerate(COLORS)}
 CSS_NAMES |= {INK: "ink", RED: "bad", GRID: "line"}
-LOG_SCALE_FROM = 40.0  # largest value over median, from which the y axis is logarithmic
+LOG_SCALE_FROM = 40.0  # maximum / median above which the y axis is logarithmic
 
 
 def draw_chart(title: str, runs: Sequence[Run]) -> Figure | None:
-    """All runs in one picture, of a title among CHARTS or a figure of a task; None if no run has
-    logged these metrics."""
+    """Draw all runs in one chart; `title` is a key of CHARTS or a task figure. None if no run has
+    logged its metrics."""
     y_label, metrics = CHARTS.get(title, (title.partition("/")[2], (title,)))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -347,7 +346,7 @@ def draw_chart(title: str, runs: Sequence[Run]) -> Figure | None:
         for step in run.restarts:
             axes.axvline(step, color=color, linestyle=":", linewidth=1, gid=f"restart-{i}-{step}")
 
-        # Triangles at the foot where the number of skipped updates has grown.
+        # Triangles at the bottom wherever updates were skipped.
         steps, counts = curve_of(run.records, "skipped")
         growth = np.diff(counts, prepend=0)
         grown = [step for step, more in zip(steps, growth, strict=True) if more > 0]
@@ -358,16 +357,16 @@ def draw_chart(title: str, runs: Sequence[Run]) -> Figure | None:
 
 
 def to_svg(figure: Figure, title: str) -> str:
-    """The figure as SVG to be placed in a page, in the page's colors."""
+    """The figure as inline SVG, in the page's colors."""
     buffer = io.StringIO()
-    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # nothing but the picture
-    # Curves of many points are simplified to what can be seen, peaks included.
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # drop these entries
+    # Simplify dense curves to what is visible, keeping their peaks.
     style = {"svg.fonttype": "none", "svg.hashsalt": title, "path.simplify_threshold": 0.5}
     with rc_context(style):
         figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    prefix = re.sub(r"\W+", "-", title).lower()  # ids differ by chart
+    prefix = re.sub(r"\W+", "-", title).lower()  # keeps ids unique per chart
     svg = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
     for color, name in CSS_NAMES.items():
         svg = svg.replace(color, f"var(--{name})")

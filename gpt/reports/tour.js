@@ -22,7 +22,7 @@ function keepPainted(paint) {
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; paint(); } });
 }
 
-/** Buttons of which one is chosen: by a click, or the arrow keys once one has the focus. */
+/** Buttons of which one is chosen, by a click or, when one has the focus, the arrow keys. */
 function choose(buttons, across, picked) {
   const select = (i, focus) => {
     buttons.forEach((button, j) => {
@@ -68,7 +68,7 @@ function chip(text, half, whole, more = "") {
   return node;
 }
 
-/** The key to which the picked token gives the most. */
+/** The key with the largest weight for the picked token. */
 function strongest() {
   let best = 0;
   const share = (key) => entry(weights, picked.layer, picked.head, picked.token, key);
@@ -76,7 +76,7 @@ function strongest() {
   return best;
 }
 
-/** The head in which the picked token gives the largest weight to one earlier token: where to begin. */
+/** The head to begin with: where the picked token gives its largest weight to an earlier token. */
 function mostPointed() {
   let best = 0, most = -1;
   for (let i = 0; i < L * N; i++) {
@@ -98,7 +98,7 @@ const buttons = data.tokens.map(([text, half, whole], i) => {
   return node;
 });
 const pickToken = choose(buttons, 1, (i) => {
-  const box = $("tokens"), button = buttons[i];  // scrolled to, where there are several lines
+  const box = $("tokens"), button = buttons[i];  // scroll to it if there are several lines
   box.scrollTop = button.offsetTop - (box.clientHeight - button.offsetHeight) / 2;
   picked.token = i;
   picked.key = pointedKey ?? strongest();

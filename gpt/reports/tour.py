@@ -1,7 +1,7 @@
-"""The tour page: a prompt on its way through a model, as recorded by tour_recorder.py.
+"""The tour page: a prompt's way through a model, as recorded by tour_recorder.py.
 
-tour.html has the text of the page, which is filled in here. What depends on the token or head that
-the reader picks is painted by tour.js, from packed arrays.
+This module fills in the text of tour.html. Whatever depends on the token or head that the reader
+picks is painted by tour.js, from packed arrays.
 """
 
 import base64
@@ -19,8 +19,8 @@ from gpt.reports.tour_recorder import SampledToken, TourRecord
 from gpt.sampling.completion import split_end
 from gpt.terminal import visible
 
-MAX_TABLE_ROWS = 10  # likeliest tokens shown of a distribution
-MAX_SLOTS = 128  # of the cache, shown
+MAX_TABLE_ROWS = 10  # likeliest tokens shown per distribution
+MAX_SLOTS = 128  # cache slots shown
 MAX_UINT16 = 65535
 
 DecodeBytes = Callable[[Sequence[int]], bytes]
@@ -33,7 +33,7 @@ def build_tour(record: TourRecord, model, run_name: str) -> str:
     tokens = display_tokens([*record.prompt_ids, *new_ids], decode_bytes)
     T = len(record.prompt_ids)
     prompt = record.prompt or decode_bytes(record.prompt_ids).decode("utf-8", "replace")
-    # New tokens may complete a character that the prompt ended in.
+    # New tokens may complete a character left unfinished by the prompt.
     _, unfinished = split_end(decode_bytes(record.prompt_ids))
     new_text = (unfinished + decode_bytes(new_ids)).decode("utf-8", "replace")
 
@@ -54,7 +54,7 @@ def build_tour(record: TourRecord, model, run_name: str) -> str:
         **describe_shapes(record),
         steps="".join(describe_call(record, i, tokens, decode_bytes) for i in range(len(new_ids))),
     )
-    # No character of the data can end its element or begin a tag.
+    # Escape every character that could end the data's element or begin a tag.
     data = json.dumps(script_data(record, tokens, decode_bytes), separators=(",", ":"))
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
@@ -94,8 +94,8 @@ def script_data(
 
 
 def pack(array: np.ndarray) -> dict:
-    """An array as base64, 16 bits per number between 0, or its smallest value, and its largest. The
-    error is at most half of `width` / 65535."""
+    """An array as base64, with 16 bits per number over the range of its values and 0. The error is
+    at most half of `width` / 65535."""
     low = float(array.min(initial=0))
     width = float(array.max(initial=0)) - low or 1.0
     levels = np.rint((array - low) / width * MAX_UINT16).astype("<u2")
@@ -108,8 +108,8 @@ def pack(array: np.ndarray) -> dict:
 
 @dataclass(frozen=True)
 class DisplayToken:
-    """A token as it is shown. `is_partial`: it ends within a character and `text` has its bytes;
-    `characters`: those that it makes together with its neighbors."""
+    """A token as shown. `is_partial`: it splits a character, so `text` has its bytes;
+    `characters`: those it forms with its neighbors."""
 
     text: str
     is_partial: bool = False
@@ -117,7 +117,7 @@ class DisplayToken:
 
 
 def display_tokens(ids: Sequence[int], decode_bytes: DecodeBytes) -> list[DisplayToken]:
-    """The tokens of a text. Spaces and line ends are shown as symbols."""
+    """A text's tokens, with spaces and line ends shown as symbols."""
     token_bytes = [decode_bytes([token]) for token in ids]
     text = b"".join(token_bytes).decode("utf-8", "surrogateescape")
     character_of_byte = [
@@ -144,7 +144,7 @@ def show_blanks(text: str) -> str:
 
 
 def chip(token: DisplayToken, token_id: int | None = None, is_new: bool = False) -> str:
-    """A token in a frame, which is dashed if it `is_new`."""
+    """A framed token; the frame is dashed if `is_new`."""
     css_class = "chip sampled" if is_new else "chip"
     if token.is_partial:
         css_class += " bytes"
@@ -157,8 +157,8 @@ def chip(token: DisplayToken, token_id: int | None = None, is_new: bool = False)
 
 
 def describe_shapes(record: TourRecord) -> dict[str, str]:
-    """What the section of shapes needs, as HTML: the sizes of all axes and the shapes of all
-    arrays, by their letters, and how positions enter."""
+    """The fields of the shapes section, as HTML: axis sizes and array shapes by their letters, and
+    how positions enter."""
     c = record.config
     sizes = {
         "B": 1,
@@ -201,7 +201,7 @@ def describe_shapes(record: TourRecord) -> dict[str, str]:
 def describe_call(
     record: TourRecord, i: int, tokens: list[DisplayToken], decode_bytes: DecodeBytes
 ) -> str:
-    """A call of the model and the token sampled after it, as HTML; the script shows one of them."""
+    """A model call and the token sampled after it, as HTML; the script shows one call at a time."""
     call, sampled = record.calls[i], record.sampled[i]
     T = len(record.prompt_ids)
     name, title = "prefill", "Prefill"
@@ -209,7 +209,7 @@ def describe_call(
         name = f"step {i}"
         title = f"Decode step {i}: reads {tokens[T + i - 1].text}"
 
-    # What it read from the cache and wrote to it, and what that costs.
+    # What it read from and wrote to the cache, and the cost.
     c = record.config
     n_new, n_before = len(call.tokens), call.first_position
     n_empty = call.n_slots - n_before - n_new
@@ -263,7 +263,7 @@ def show_probability(p: float) -> str:
 
 
 def explain_choice(sampled: SampledToken, shown: DisplayToken) -> str:
-    """How the token was chosen among those that were left."""
+    """How the token was chosen from those left."""
     chosen = chip(shown, is_new=True)
     if sampled.uniform is None:
         return f"Temperature 0: the likeliest token is taken, {chosen}."

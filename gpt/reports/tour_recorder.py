@@ -1,8 +1,8 @@
-"""Records a prompt on its way through a model, from the forward pass itself.
+"""Record a prompt's way through a model, from the forward pass itself.
 
-The model's own attention is called through the `attend` argument of the forward pass and its inputs
-and outputs are kept. Shape letters: see model/transformer.py; P counts the positions that were
-read, first by prefill, then by decode steps.
+The `attend` argument of the forward pass calls the model's own attention and keeps its inputs and
+outputs. Shape letters: gpt/model/transformer.py; P is the number of positions read, first by
+prefill, then by decode steps.
 """
 
 from collections.abc import Sequence
@@ -24,16 +24,16 @@ from gpt.sampling.prompts import Prompt, read_prompt
 from gpt.sampling.sampler import SamplingParams
 from gpt.sampling.settings import Settings
 
-LENS_TOP = 5  # likeliest tokens kept of each layer's prediction
-MAX_BYTES = 14_000_000  # of recorded arrays, as a page holds them
+LENS_TOP = 5  # likeliest tokens kept per layer's prediction
+MAX_BYTES = 14_000_000  # of recorded arrays, as encoded in the page
 
 
 @dataclass(frozen=True)
 class ModelCall:
     """One call of the model: the prefill, or a decode step.
 
-    `arrays`, of every layer: q_LTNH, k_LKSH, v_LKSH, scores_LTNS, weights_LTNS, mix_LTNH.
-    `logits_TV`: of each token that was read.
+    `arrays`, for every layer: q_LTNH, k_LKSH, v_LKSH, scores_LTNS, weights_LTNS, mix_LTNH.
+    `logits_TV`: after each token read.
     """
 
     tokens: list[int]
@@ -43,7 +43,7 @@ class ModelCall:
 
     @property
     def n_slots(self) -> int:
-        """Slots of the cache after the call."""
+        """Cache slots after the call."""
         return self.arrays["k"].shape[2]
 
 
@@ -51,8 +51,8 @@ class ModelCall:
 class SampledToken:
     """How a token was chosen.
 
-    `stages`: the probabilities [V] that the model gave, then as each setting left them, by name.
-    `uniform`: the random number that picked the token; None where the likeliest was taken.
+    `stages`: the model's probabilities [V], then those after each setting, by name. `uniform`: the
+    random number that picked the token; None if the likeliest was taken.
     """
 
     token: int
@@ -79,7 +79,7 @@ class TourRecord:
 
     @property
     def read_ids(self) -> list[int]:
-        """The tokens that the model has read, P of them."""
+        """The P tokens that the model has read."""
         return [token for call in self.calls for token in call.tokens]
 
     def by_position(self, name: str) -> np.ndarray:
@@ -103,8 +103,8 @@ class TourRecord:
 def record_tour(model, prompt: Prompt, settings: Settings) -> TourRecord:
     """Read `prompt`, text or token ids, and sample up to `settings.max_new_tokens` after it.
 
-    `model`: as `gpt.load` returns it, on one device. UserError if the text exceeds the model's
-    context or what a page can hold, or if the model's output is not finite.
+    `model`: as `gpt.load` returns it, on one device. Raises UserError if the text exceeds the
+    model's context or what a page can hold, or if the model's output is not finite.
     """
     config, params = model.config, model.params
     context = config.context_length
@@ -117,7 +117,7 @@ def record_tour(model, prompt: Prompt, settings: Settings) -> TourRecord:
     n_new = min(settings.max_new_tokens, context + 1 - T)
     require_page_size(config, T + n_new - 1)
 
-    # Prefill, then room in the cache for all that follows.
+    # Prefill, then grow the cache for everything that follows.
     call, cache = call_model(config, params, kv.empty(config, 1), read.ids)
     cache = engine.grow(cache, engine.bucket(T + n_new - 1, context))
     calls = [call]
@@ -153,7 +153,7 @@ def record_tour(model, prompt: Prompt, settings: Settings) -> TourRecord:
 
 
 def require_page_size(config: ModelConfig, n_positions: int) -> None:
-    """UserError if the arrays of so many positions are too large for a page."""
+    """Raise UserError if the arrays for this many positions are too large for a page."""
     L, N, K, H = config.n_layers, config.n_heads, config.kv_heads, config.head_width
     n_numbers = L * n_positions * (2 * N * n_positions + (N + 2 * K) * H)
     n_bytes = n_numbers * 2 * 4 / 3  # two bytes each, as base64
@@ -169,7 +169,7 @@ def require_page_size(config: ModelConfig, n_positions: int) -> None:
 
 
 def call_model(config: ModelConfig, params: dict, cache: kv.KVCache, tokens: Sequence[int]):
-    """Read `tokens` after what `cache` holds: a ModelCall, and the cache afterwards."""
+    """Read `tokens` after those in `cache`; return a ModelCall and the new cache."""
     tokens_BT = jnp.array([tokens], jnp.int32)
     new_cache, logits_BTV, arrays = forward_recording(config, params, cache, tokens_BT)
     call = ModelCall(
@@ -190,7 +190,7 @@ def forward_recording(config: ModelConfig, params: dict, cache: kv.KVCache, toke
         B, T, N, H = q_BTNH.shape
         K, S = k_BKSH.shape[1:3]
 
-        # The weights are handed to the function that would apply dropout; this one keeps them.
+        # Attention passes its weights to the dropout function; this one keeps them.
         kept = []
 
         def keep(weights_BKGTS):
@@ -201,7 +201,7 @@ def forward_recording(config: ModelConfig, params: dict, cache: kv.KVCache, toke
         (weights_BKGTS,) = kept
         weights_BTKGS = weights_BKGTS.transpose(0, 3, 1, 2, 4)
 
-        # Every query times every key, before scale and mask.
+        # Every query times every key, before scaling and masking.
         q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
         product = "BTKGH,BKSH->BTKGS"
         scores_BTKGS = jnp.einsum(product, q_BTKGH, k_BKSH, preferred_element_type=jnp.float32)
@@ -227,7 +227,7 @@ def forward_recording(config: ModelConfig, params: dict, cache: kv.KVCache, toke
 
 
 def active_settings(settings: Settings) -> tuple[str, ...]:
-    """The settings that change the distribution, in the order in which they are applied."""
+    """The settings that change the distribution, in order of application."""
     s = settings
     filters = s.temperature != 0
     active = {
@@ -241,12 +241,12 @@ def active_settings(settings: Settings) -> tuple[str, ...]:
 
 @partial(jax.jit, static_argnames="names")
 def sample_recording(logits_BV, rows: SamplingParams, seen_BV, position_B, names: tuple[str, ...]):
-    """The token of row 0, the random number that picked it, and the probabilities [V] before and
-    after each of the settings `names`."""
+    """Row 0's token, the random number that picked it, and the probabilities [V] before and after
+    each of the settings `names`."""
     token_B = sampler.sample(logits_BV, rows, seen_BV, position_B)
     adjusted_BV = sampler.adjust_logits(logits_BV, rows, seen_BV)
 
-    # Turn the filters off, then on one after the other.
+    # Turn all filters off, then on one by one.
     filters = {
         field: jnp.full_like(rows.filters[field], token_filter.off)
         for field, token_filter in sampler.FILTERS.items()
@@ -268,11 +268,11 @@ def sample_recording(logits_BV, rows: SamplingParams, seen_BV, position_B, names
 
 
 def logit_lens(config: ModelConfig, params: dict, tokens: Sequence[int]):
-    """What the head makes of the residual stream after each layer: the layers, and ids and
-    probabilities [layers, P, LENS_TOP] of the likeliest next tokens.
+    """Apply the head to the residual stream after each layer: the layers, and ids and probabilities
+    [layers, P, LENS_TOP] of the likeliest next tokens.
 
-    A post-norm model has no residual stream before its first layer, so its layers begin at 1. This
-    is not jitted: each number of layers would compile a program of its own.
+    A post-norm model has no residual stream before its first layer, so its layers begin at 1. Not
+    jitted, since each number of layers would compile separately.
     """
     first = 0 if config.norm_place == "pre" else 1
     layers = list(range(first, config.n_layers + 1))
