@@ -1,10 +1,9 @@
-"""Completions from a trained model: python sample.py CHECKPOINT [flags].
+"""Generate text from a trained model: python sample.py CHECKPOINT [flags].
 
     python sample.py runs/tiny --prompt "def " --num-samples 2
 
-The run's folder holds everything that is needed: the shape of the model, its weights and its
-tokenizer. Text streams to standard output as it is generated; everything else goes to standard
-error.
+The run folder holds everything needed: config, weights and tokenizer. Text streams to standard
+output as it is generated; everything else goes to standard error.
 """
 
 import json
@@ -19,7 +18,7 @@ from gpt.wording import counted
 
 
 def main(argv: list[str]) -> int:
-    """Load the model and do what the flags ask for; returns the exit code."""
+    """Load the model, run the mode that the flags select, and return the exit code."""
     args, mode = sample_flags.parse_args(argv, __doc__)
     inputs = sample_flags.read_inputs(args)
     cli.prepare_jax(cache=args.compile_cache)
@@ -56,8 +55,8 @@ def main(argv: list[str]) -> int:
 
 
 def show(pieces: Iterable, model, args: Args, n_prompts: int, interrupted=lambda: False) -> None:
-    """Show each completion as it grows, or as JSON when it has ended; until all have ended, or
-    `interrupted()`."""
+    """Print completions as they grow, or each as JSON once it has ended. Stop when `interrupted()`
+    returns True."""
     n_samples = args.settings.num_samples
     as_text = terminal.CompletionText(
         n_prompts, n_samples, args.show_probs or 0, model.tokenizer, args.json
@@ -81,13 +80,13 @@ def show(pieces: Iterable, model, args: Args, n_prompts: int, interrupted=lambda
 
 
 def converse(model, args: Args) -> None:
-    """Complete each line that is typed, until there are no more."""
+    """Complete each line typed, until the input ends."""
     from gpt.sampling.generate import stream
 
     top = args.show_probs or 0
-    stream(model, [[0]], args.settings, top=top)  # refuses bad settings before a line is typed
+    stream(model, [[0]], args.settings, top=top)  # reject bad settings before a line is typed
     for i, line in enumerate(terminal.read_lines()):
-        # A seed of its own, so that the same line again gets another sample.
+        # Each line gets its own seed, so that repeating a line gives another sample.
         settings = replace(args.settings, seed=(args.settings.seed + i) % 2**31)
         try:
             with terminal.deferred_interrupt() as pressed:
@@ -95,12 +94,12 @@ def converse(model, args: Args) -> None:
                 show(pieces, model, args, n_prompts=1, interrupted=pressed.is_set)
         except UserError as error:
             if not sys.stdout.isatty():
-                terminal.write("\n")  # one output line for each line of a pipe
+                terminal.write("\n")  # one output line per line of a pipe
             terminal.note(f"error: {error}")
 
 
 def search(model, args: Args, prompts: list) -> None:
-    """Show the likeliest texts that beam search finds after each prompt, the best first."""
+    """Print the likeliest completions that beam search finds for each prompt, best first."""
     from gpt.sampling import beam_search
     from gpt.sampling.completion import Piece
 
@@ -125,14 +124,14 @@ def search(model, args: Args, prompts: list) -> None:
 
 
 def score(model, args: Args, text: str | list[int]) -> None:
-    """Print the log-probability of each token, their mean in the usual units, and what quantizing
-    adds to it."""
+    """Print each token's log-probability, the mean loss in the usual units, and how much
+    quantization adds to it."""
     import gpt
 
     result = model.score(text, args.stride, args.window)
     added = None
     if args.quantize:
-        # The same checkpoint, though a newer one may have been saved by now.
+        # The same step, even if a newer checkpoint has been saved since.
         exact = gpt.load(
             args.checkpoint, model.step, args.dtype, args.weights, args.mesh, prefix=args.prefix
         )
@@ -151,7 +150,7 @@ def score(model, args: Args, text: str | list[int]) -> None:
 
 
 def check(model) -> int:
-    """Print each check of the cache contract with its largest difference; 1 if one fails."""
+    """Print the largest difference in each check of the cache contract; return 1 if one fails."""
     from gpt.sampling.cache_check import run_checks
 
     n_failed = 0

@@ -1,4 +1,4 @@
-"""The flags of sample.py, the mode that they ask for, and which of them cannot be combined."""
+"""The flags of sample.py, the mode they select, and which of them cannot be combined."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +12,7 @@ from gpt.errors import PositiveInt, UserError, check_fields, positive, require
 from gpt.sampling.settings import Prefix, Settings
 
 DEFAULT = Settings()
-# The flag, or what to do, for names that other programs have.
+# The flag, or advice, for the names that other programs use.
 GUESSES = {
     "--max-new-tokens": "max-tokens max-length length num-tokens",
     "--num-samples": "n num-return-sequences samples",
@@ -32,59 +32,59 @@ class Args:
     """What to sample, and how."""
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
-    """A run's folder, as train.py made it."""
+    """A run folder made by train.py."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text to continue; --prompt=TEXT if it begins with a hyphen. Without one, or with an empty
-    one, generation starts from end-of-text."""
+    """Text to continue; write --prompt=TEXT if it begins with a hyphen. If missing or empty,
+    generation starts from end-of-text."""
     prompt_file: Annotated[Path | None, optional("FILE")] = None
-    """A file of text to continue, its last newline included; - is standard input."""
+    """Text file to continue, including its last newline; - reads standard input."""
     prompt_ids: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Token ids to continue, separated by spaces: "1 2 3"."""
+    """Space-separated token ids to continue: "1 2 3"."""
     prefix: Annotated[Prefix | None, optional("{bos,eos,none}", "as the tokenizer does")] = None
-    """What precedes each text: beginning-of-text, end-of-text or nothing. By default what the
-    model's tokenizer puts there, or else end-of-text before a scored text and an empty prompt."""
+    """Token to put before each text: beginning-of-text, end-of-text or none. By default whatever
+    the tokenizer adds, or else end-of-text before scored texts and empty prompts."""
     interactive: bool = False
-    """Complete each line that you type. Ctrl-C ends the completion, Ctrl-D the program."""
+    """Complete each line you type. Ctrl-C stops the completion, Ctrl-D quits."""
     settings: Annotated[tyro.conf.UseAppendAction[Settings], tyro.conf.arg(name="")] = DEFAULT
     draft: Annotated[Path | None, optional("RUN")] = None
-    """Folder of a smaller model with the same tokenizer, which proposes the tokens of --speculate
-    in place of looking them up."""
+    """Run folder of a smaller model with the same tokenizer, to propose the tokens for --speculate
+    instead of looking them up in the text."""
     beam_width: PositiveInt = 1
-    """Above 1: search for the likeliest texts, following this many at once, instead of sampling;
-    --num-samples is then how many of the best to print."""
+    """If above 1, run beam search with this many beams instead of sampling; --num-samples is then
+    how many of the best texts to print."""
     length_penalty: float = 1.0
-    """Beam search: exponent of the length that divides a text's log-probability."""
+    """Beam search: divide a text's log-probability by its length to this power."""
     early_stopping: Annotated[bool | Literal["never"], EARLY_STOPPING] = False
-    """Beam search: stop as soon as enough texts have ended (True), when no other is likely to beat
-    them (False), or when none can (never), as in Hugging Face transformers."""
+    """Beam search: once enough texts have ended, stop immediately (True), when no other is likely
+    to beat them (False), or when none can (never), as in Hugging Face transformers."""
     show_probs: Annotated[int | None, optional("INT"), positive] = None
-    """Show this many likeliest next tokens, after prefill and at each step; * marks the chosen one.
-    Each new number compiles another loop."""
+    """Show this many of the likeliest next tokens, after prefill and at each step; * marks the
+    chosen one. Each new value compiles another loop."""
     score: Annotated[str | None, optional("TEXT")] = None
-    """Do not sample: print how likely this text is, token by token."""
+    """Instead of sampling, print how likely this text is, token by token."""
     score_file: Annotated[Path | None, optional("FILE")] = None
-    """Do not sample: score a file of text of any length; - is standard input."""
+    """Instead of sampling, score a text file of any length; - reads standard input."""
     score_ids: Annotated[str | None, optional("IDS")] = None
-    """Do not sample: score token ids, separated by spaces: "1 2 3"."""
+    """Instead of sampling, score space-separated token ids: "1 2 3"."""
     window: Annotated[int | None, optional("INT", "the context"), positive] = None
-    """Scoring: tokens that are read at once; a longer text is read in several windows."""
+    """Scoring: tokens per window; a longer text is read in several windows."""
     stride: Annotated[int | None, optional("INT", "half the window"), positive] = None
-    """Scoring: tokens from one window to the next; a smaller stride gives each token more context
-    and takes longer."""
+    """Scoring: tokens from one window to the next; a smaller stride gives tokens more context but
+    takes longer."""
     check: bool = False
-    """Do not sample: check the cache contract on this model; exit code 1 if it does not hold."""
+    """Instead of sampling, check the cache contract on this model; exit code 1 if it is broken."""
     json: bool = False
-    """Print JSON, one object per completion, as soon as it ends; seconds leave compilation out."""
+    """Print a JSON object for each completion as soon as it ends; times exclude compilation."""
     verbose: bool = False
-    """Report the programs that were compiled, with their shapes and seconds."""
+    """List the compiled programs with their shapes and compile times."""
     step: Annotated[int | None, optional("INT", "the newest")] = None
-    """Use the checkpoint of this step."""
+    """Use the checkpoint from this step."""
     dtype: Annotated[Dtype | None, optional(DTYPES, "float32 on CPU, else bfloat16")] = None
-    """Data type to compute in."""
+    """Dtype for computation."""
     weights: Annotated[Weights | None, optional("{ema,raw}", "the average if one is kept")] = None
-    """The average over the run, or the last weights."""
+    """Use the averaged weights (ema) or the last ones (raw)."""
     quantize: Annotated[Quantize | None, optional("{int8}")] = None
-    """Keep matrices as int8: a quarter of the memory; --score shows what this does to the loss."""
+    """Store matrices as int8, a quarter of the memory; --score shows the effect on the loss."""
     mesh: MeshConfig = ONE_DEVICE
     compile_cache: bool = True
     """Keep compiled programs in your cache folder for the next run."""
@@ -97,7 +97,7 @@ BEAM = {"beam_width", "length_penalty", "early_stopping", "max_new_tokens", "num
 BEAM |= {"logit_bias", "repetition_penalty", "ignore_eos", "temperature"}
 MODEL = {"step", "dtype", "weights", "quantize", "compile_cache", "verbose"}
 DRAWING = {"beam_width", "show_probs", "draft"}
-# The flags that have an effect in each mode, beside those of the mesh.
+# The flags that have an effect in each mode, besides the mesh flags.
 USED_BY = {
     "generate": MODEL | PROMPTS | SETTINGS | DRAWING | {"prefix", "json"},
     "interactive": MODEL | SETTINGS | DRAWING | {"prefix", "interactive"},
@@ -108,13 +108,13 @@ USED_BY = {
 
 
 def parse_args(argv: list[str], description: str) -> tuple[Args, str]:
-    """The flags, and the mode that they ask for; UserError for flags that cannot be combined or
-    have no effect."""
+    """The flags and the mode they select; UserError for flags that cannot be combined or have no
+    effect."""
     if len(argv) > 1 and not argv[0].startswith("-") and not argv[1].startswith("-"):
         raise UserError(f"unexpected argument {argv[1]!r}: to continue a text, use --prompt TEXT")
     args = cli.parse(Args, argv, program="sample.py", description=description, guesses=GUESSES)
     check_fields(args)
-    # Of two biases for the same token only the last would be left.
+    # If a token had two biases, only the last would be kept.
     n_biases = sum(word.partition("=")[0] in ("--logit-bias", "--logit_bias") for word in argv)
     require(
         n_biases <= len(args.settings.logit_bias),
@@ -149,7 +149,7 @@ def parse_args(argv: list[str], description: str) -> tuple[Args, str]:
         raise UserError(f"{flag} has no effect with {reason}: leave it out")
     require(
         args.draft is None or args.settings.speculate > 0,
-        "--draft needs --speculate, the tokens to propose in a step: add --speculate 4",
+        "--draft needs --speculate, the number of tokens to propose per step: add --speculate 4",
     )
     require(
         mode != "beam" or args.settings.num_samples <= args.beam_width,
@@ -160,7 +160,7 @@ def parse_args(argv: list[str], description: str) -> tuple[Args, str]:
 
 
 def read_inputs(args: Args) -> list:
-    """The prompts, or the text to score: texts or token ids."""
+    """The prompts, or the one text to score, each as text or token ids."""
     if args.score is not None:
         return [args.score]
     if args.score_file is not None:
@@ -172,7 +172,7 @@ def read_inputs(args: Args) -> list:
     if args.prompt_ids:
         return [terminal.parse_ids("--prompt-ids", ids) for ids in args.prompt_ids]
     if not args.prompt and not args.check and not args.interactive and terminal.has_piped_text():
-        # Not read unasked: a loop or a script that the shell reads from there would lose its rest.
+        # Reading it unasked could swallow the rest of a shell loop's or script's own input.
         terminal.note(
             "note: standard input is not read; use --prompt-file - to read a prompt from it"
         )

@@ -1,7 +1,7 @@
-"""What sample.py shows on a terminal and reads from it.
+"""Terminal input and output of sample.py.
 
-Text that is safe to show, JSON, files and lines that people type, Ctrl-C that waits. Like cli.py
-this file is for entry points only; it imports no JAX.
+Safe text, JSON, text files, typed lines and deferred Ctrl-C. Like cli.py, this file is for entry
+points only and imports no JAX.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from pathlib import Path
 from gpt.errors import UserError, require
 from gpt.wording import counted
 
-# What moves the cursor, colours, clears or reorders text: C0 except newline and tab, DEL, C1, and
-# the overrides and isolates that make text look like other text (Unicode Bidirectional Algorithm,
-# 2.2-2.5).
+# Characters that move the cursor, change colours, or clear or reorder text: C0 except newline and
+# tab, DEL, C1, and the overrides and isolates that can disguise text (Unicode Bidirectional
+# Algorithm, 2.2-2.5).
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 SHOWN_TOKENS = 1000  # of a scored text
 TIMING = "compilation is left out; the first completion of a process includes its start-up"
@@ -32,12 +32,12 @@ TIMING = "compilation is left out; the first completion of a process includes it
 
 
 def visible(text: str) -> str:
-    """`text` with each character that a terminal would obey shown as an escape, such as `\\x1b`."""
+    """`text` with terminal control characters escaped, as in `\\x1b`."""
     return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def write(text: str) -> None:
-    """Write `text` to standard output at once; on a terminal only what is `visible`."""
+    """Write `text` to standard output and flush; control characters are escaped on a terminal."""
     sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
@@ -48,10 +48,10 @@ def note(text: str) -> None:
 
 
 class InOrder:
-    """Shows the completions of a batch one after the other, in whatever order their text comes.
+    """Prints a batch's completions one after the other, in whatever order their text arrives.
 
-    The first row is shown as it grows, while the others wait; when it has ended, the next one shows
-    what it has and goes on.
+    The current row streams while later ones are buffered; when it ends, the next row's buffer is
+    printed and that row streams.
     """
 
     def __init__(self, n_rows: int):
@@ -59,10 +59,10 @@ class InOrder:
         self.current = 0
         self.waiting: dict[int, str] = {}
         self.ended: set[int] = set()
-        self.in_line = False  # whether what was shown last does not end a line
+        self.in_line = False  # whether the last text printed left a line open
 
     def add(self, row: int, text: str, ended: bool) -> None:
-        """`row` has gained `text`, and perhaps ended: show what may be shown."""
+        """Add `text` to `row`, which may have `ended`, and print what is next in order."""
         self.waiting[row] = self.waiting.get(row, "") + text
         if ended:
             self.ended.add(row)
@@ -73,8 +73,8 @@ class InOrder:
             self.current += 1
 
     def flush(self, end_line: bool) -> None:
-        """After an interruption: show the rows that have ended and still wait, on a line of their
-        own; `end_line`: end the line in any case."""
+        """After an interruption, print the buffered rows that have ended, on a new line.
+        `end_line`: end the current line even if there are none."""
         kept = "".join(text for row, text in sorted(self.waiting.items()) if row in self.ended)
         self.waiting = {}
         if self.in_line and (end_line or kept):
@@ -91,9 +91,9 @@ class InOrder:
 
 
 class CompletionText:
-    """What is shown of each piece of a batch of completions: under a header if there are several,
-    as text after its prompt, or, if `top` is given, as tables of the likeliest tokens. `as_json`:
-    nothing until a completion has ended, and then a line of JSON."""
+    """Turns each piece of a batch of completions into the text to print: the prompt and its
+    continuation, or tables of the `top` likeliest tokens if `top` is above 0, under a header if
+    there are several completions. `as_json`: one line of JSON when a completion ends."""
 
     def __init__(self, n_prompts: int, n_samples: int, top: int, tokenizer, as_json: bool):
         self.n_samples = n_samples
@@ -101,7 +101,7 @@ class CompletionText:
         self.top = top
         self.tokenizer = tokenizer
         self.as_json = as_json
-        self.n_shown: dict[int, int] = {}  # steps of each row whose table was shown
+        self.n_shown: dict[int, int] = {}  # tables shown so far for each row
 
     def __call__(self, piece) -> str:
         completion = piece.completion
@@ -130,7 +130,7 @@ class CompletionText:
 
 
 def spell(token: bytes) -> str:
-    """A token in quotes, whatever it holds; as bytes if it is not a whole character."""
+    """The token's repr, as bytes if it is not valid UTF-8."""
     try:
         return repr(token.decode())
     except UnicodeDecodeError:
@@ -138,7 +138,7 @@ def spell(token: bytes) -> str:
 
 
 def probability_tables(completion, first: int, tokenizer) -> str:
-    """The likeliest tokens at each step from token `first` on, the chosen one marked with *."""
+    """Tables of the likeliest tokens at each step from `first` on; * marks the chosen one."""
     chosen = list(completion.token_ids)
     if completion.finish_reason == "eos":
         chosen.append(completion.end_id)
@@ -150,7 +150,7 @@ def probability_tables(completion, first: int, tokenizer) -> str:
             if step < len(completion.logprobs):
                 p = f"{math.exp(completion.logprobs[step]):9.4%}"
             else:
-                # The probability of an end-of-text is not kept: at most that of the last shown.
+                # End-of-text's probability is not kept; it is at most the last one shown.
                 p = f"<={rows[-1][1].strip()}"
             rows.append((chosen[step], p))
         for token, p in rows:
@@ -160,13 +160,13 @@ def probability_tables(completion, first: int, tokenizer) -> str:
 
 
 def scored_tokens(score, tokenizer) -> Iterator[str]:
-    """The log-probability and the spelling of each token of a scored text, a line for each of the
-    first SHOWN_TOKENS."""
+    """A line with log-probability and spelling for each of the first SHOWN_TOKENS tokens of a
+    scored text."""
     tokens = list(zip(score.token_ids, score.logprobs, strict=True))
     for token, logprob in tokens[:SHOWN_TOKENS]:
         yield f"{logprob:9.4f}  {spell(tokenizer.decode_bytes([token]))}"
     if len(tokens) > SHOWN_TOKENS:
-        yield f"... and {len(tokens) - SHOWN_TOKENS:,} more tokens; --json has all of them"
+        yield f"... and {len(tokens) - SHOWN_TOKENS:,} more tokens; --json prints them all"
 
 
 def completion_json(completion, with_top: bool) -> str:
@@ -182,8 +182,8 @@ def completion_json(completion, with_top: bool) -> str:
 
 
 def describe_end(completions: Sequence, context_length: int, speculates: bool = False) -> str:
-    """How long prefill and decode took, why the completions ended, and how to get more.
-    `speculates`: also how many tokens were proposed."""
+    """Prefill and decode times, why the completions ended, and how to get more. `speculates`: also
+    how many proposed tokens were accepted."""
     slowest = max(completions, key=lambda completion: completion.decode_seconds)
     counts = Counter(completion.finish_reason or "Ctrl-C" for completion in completions)
     line = f"prefill {slowest.prefill_seconds * 1e3:.1f} ms, decode {slowest.decode_seconds:.2f} s"
@@ -202,20 +202,20 @@ def describe_end(completions: Sequence, context_length: int, speculates: bool = 
         line += "; --max-new-tokens for more"
     if "context" in counts:
         line += f"; the model's context of {context_length} tokens is full"
-    # The last token need not be read.
+    # The model never reads the last token.
     longest = max(len(one.prompt_ids) + len(one.token_ids) - 1 for one in completions)
     if longest > context_length:
         fewest = context_length - context_length // 2
         line += (
             f"\nnote: the text is longer than the model's context of {context_length} tokens, so "
             f"the model saw only the last {fewest} to {context_length} of them at a time; "
-            "--on-context-full stop ends there"
+            "use --on-context-full stop to end there"
         )
     return line
 
 
 def describe_programs(programs: Sequence) -> str:
-    """Programs that were compiled, one per line, and their number."""
+    """The compiled programs, one per line, and their totals."""
     lines = []
     for program in programs:
         sizes = f" ({program.sizes})" if program.sizes else ""
@@ -228,16 +228,16 @@ def describe_programs(programs: Sequence) -> str:
     return "\n".join(lines)
 
 
-# What people type.
+# User input.
 
 
 def flag(name: str) -> str:
-    """The field `top_k` as people type it."""
+    """The flag of a field: --top-k for `top_k`."""
     return "--" + name.replace("_", "-")
 
 
 def parse_ids(flag: str, text: str) -> list[int]:
-    """`1 2 3` as numbers; UserError, which names `flag`, if it is something else."""
+    """The integers in text such as `1 2 3`; UserError naming `flag` for anything else."""
     words = text.split()
     require(
         all(re.fullmatch("-?[0-9]{1,19}", word) for word in words),
@@ -247,8 +247,8 @@ def parse_ids(flag: str, text: str) -> list[int]:
 
 
 def read_text(flag: str, path: Path) -> str:
-    """The text of a file, or of standard input for `-`; UserError, which names `flag`, if it cannot
-    be read. Bytes that are not valid UTF-8 become U+FFFD, with a note."""
+    """The text of a file, or of standard input for `-`; UserError naming `flag` if it cannot be
+    read. Invalid UTF-8 becomes U+FFFD, with a note."""
     try:
         content = sys.stdin.buffer.read() if str(path) == "-" else path.expanduser().read_bytes()
     except OSError as error:
@@ -260,25 +260,25 @@ def read_text(flag: str, path: Path) -> str:
 
 
 def has_piped_text() -> bool:
-    """Whether standard input is a pipe or a file, which may hold text; /dev/null does not."""
+    """Whether standard input is a pipe or a regular file, so not /dev/null or a terminal."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (OSError, ValueError, AttributeError):  # it is closed, or replaced by a test
+    except (OSError, ValueError, AttributeError):  # closed, or replaced by a test
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def read_lines() -> Iterator[str]:
-    """The lines that a person types, until Ctrl-D, or those of a pipe. On a terminal they can be
-    edited, earlier ones come back with the arrow keys, and Ctrl-C discards the line."""
+    """The lines typed until Ctrl-D, or the lines of a pipe. On a terminal they can be edited, the
+    arrow keys recall earlier ones, and Ctrl-C discards the current one."""
     if not sys.stdin.isatty():
         for line in sys.stdin:
             yield line.rstrip("\r\n")
         return
-    note("type the beginning of a text, then Enter; Ctrl-C ends a completion, Ctrl-D the program")
+    note("type a prompt and press Enter; Ctrl-C stops a completion, Ctrl-D quits")
     with contextlib.suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401 - from now on input() edits lines
-    question = "> " if sys.stdout.isatty() else ""  # a pipe gets completions alone
+        import readline  # noqa: F401 - gives input() line editing
+    question = "> " if sys.stdout.isatty() else ""  # a pipe gets only completions
     while True:
         try:
             line = input(question)
@@ -293,8 +293,8 @@ def read_lines() -> Iterator[str]:
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """Inside, the first Ctrl-C only sets the event, so that it interrupts nothing; the second one
-    raises KeyboardInterrupt."""
+    """Within the block, the first Ctrl-C only sets the event and the second raises
+    KeyboardInterrupt."""
     pressed = threading.Event()
 
     def handle(*_) -> None:

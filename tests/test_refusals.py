@@ -160,7 +160,7 @@ BAD_FLAGS = {
     "--beam-width 2 --temperature 1": "--temperature has no effect with --beam-width",
     "--beam-width 2 --num-samples 3": "--num-samples is 3: it must not exceed --beam-width, 2",
     "--length-penalty 2": "--length-penalty needs --beam-width",
-    "--draft runs/b": "--draft needs --speculate, the tokens to propose in a step",
+    "--draft runs/b": "--draft needs --speculate, the number of tokens to propose per step",
     "--score a --top-k 2": "--top-k has no effect with --score",
     "--check --json": "--json has no effect with --check",
     "--stride 2": "--stride needs --score",

@@ -147,7 +147,7 @@ def test_a_full_context_as_the_user_wants_it(folder):
     assert "context of 16 tokens is full" in stopped.err
     slid = call("sample", folder, *argv)
     assert slid.code == 0 and slid.out.startswith(stopped.out.rstrip("\n"))
-    assert "stopped by length" in slid.err and "--on-context-full stop ends there" in slid.err
+    assert "stopped by length" in slid.err and "use --on-context-full stop to end there" in slid.err
     failed = call("sample", folder, *argv, "--on-context-full", "error")
     assert failed.code == 2 and failed.err.startswith("error: the context of 16 tokens is full")
 

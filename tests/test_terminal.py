@@ -220,7 +220,7 @@ def test_lines_that_are_typed(stdout, question, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", answer)
     assert list(terminal.read_lines()) == ["a", "b"]
     assert asked == [question] * 4 and not sys.stdout.getvalue()
-    assert capsys.readouterr().err.count("Ctrl-D the program") == 1
+    assert capsys.readouterr().err.count("Ctrl-D quits") == 1
 
 
 def test_the_first_ctrl_c_waits_and_the_second_does_not():
