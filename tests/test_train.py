@@ -192,7 +192,7 @@ def test_minutes_settle_the_steps_and_the_schedule(text, tmp_path, monkeypatch):
     argv = [*SHAPE, *EVERY, "--minutes", "0.19", "--eval-tokens", "192", "--data", text]
     argv += ["--out", tmp_path / "run"]
     done = succeed("train", *argv)
-    assert "as many steps as take about 0.19 min; reading the text, compiling" in done.err
+    assert "as many steps as fit in about 0.19 min, not counting reading the text" in done.err
     assert "settled        9 steps, the first 0 to warm up: a step takes 1,000 ms" in done.err
     lines = [line for line in read_lines(tmp_path / "run") if "loss" in line]
     assert len(lines) == 9 and lines[-1]["learning_rate"] == pytest.approx(3e-4)
@@ -287,12 +287,12 @@ def test_a_stopped_run_is_proven_to_equal_one_that_is_not(verify, trained, tmp_p
     before = snapshot(trained[1])
     done = succeed("train", *verify, trained[1])
     compared = [line for line in done.err.splitlines() if line.startswith("compared")]
-    assert all(line.endswith("equal to the bit") for line in compared)
+    assert all(line.endswith("equal bit for bit") for line in compared)
     parts = [line.removeprefix("compared").strip().split(",")[0] for line in compared]
     assert parts == ["weights", "optimizer and step", "average", "metrics"]
     assert "metrics, 8 lines" in compared[-1]
     assert "grad_norm" in compared[-1] and "val_loss" in compared[-1]
-    assert "verified       3 steps, a stop and 3 more equal 6 steps at once" in done.err
+    assert "verified       3 steps, a stop and 3 more equal 6 without a stop" in done.err
     assert snapshot(tmp_path) == {} and snapshot(trained[1]) == before
 
 

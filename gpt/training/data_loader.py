@@ -1,7 +1,7 @@
-"""Brings each step's batch from the token files onto the devices that train on it.
+"""Loads each step's batch from the token files onto the devices that train on it.
 
-Which tokens a batch has depends on the seed and the step alone (gpt/data/batches.py), so a run
-that continues reads on where it stopped.
+A batch's tokens depend only on the seed and the step (gpt/data/batches.py), so a resumed run reads
+on where it stopped.
 """
 
 import functools
@@ -20,7 +20,7 @@ from gpt.data.token_files import Mixture, Tokens
 def load_batches(
     config: TrainConfig, mesh: Mesh, tokens: Tokens | Mixture, first_step: int, until: int
 ) -> Iterator[tuple[int, jax.Array]]:
-    """The number and the batch of each step after `first_step`, up to `until`."""
+    """(step, batch) for each step after `first_step`, up to `until`."""
     load = functools.partial(load_batch, config, mesh, tokens)
     return enumerate(batches.prefetch(load, first_step, until), first_step + 1)
 
@@ -28,16 +28,16 @@ def load_batches(
 def load_batch(config: TrainConfig, mesh: Mesh, tokens: Tokens | Mixture, index: int) -> jax.Array:
     """Batch `index`, counted from 0, on its devices: int32 [grad_accum, rows, T+1].
 
-    Step n of a run, counted from 1, trains on batch n - 1. Each process reads only the rows that
+    Step n of a run, counted from 1, trains on batch n - 1. Each process reads only the rows
     its own devices hold.
     """
     A = config.grad_accum
     B = config.batch_size // A
     T = config.sequence_length
 
-    @functools.cache  # some devices hold the same rows
+    @functools.cache  # several devices may hold the same rows
     def read(first: int, end: int) -> np.ndarray:
-        rows = np.arange(A)[:, None] * B + np.arange(first, end)  # in the whole batch
+        rows = np.arange(A)[:, None] * B + np.arange(first, end)  # of the whole batch
         found = batches.batch(tokens, config.seed, index, config.batch_size, T, rows.ravel())
         return found.reshape(A, end - first, T + 1)
 

@@ -1,4 +1,4 @@
-"""The loss on held-out text, on the same windows each time."""
+"""The loss on held-out text, over the same windows each time."""
 
 import math
 from collections.abc import Callable
@@ -15,16 +15,16 @@ def evaluate(
 ) -> tuple[float, float]:
     """The loss on held-out text in nats per token, and in bits per byte.
 
-    `eval_step`: compiled by step_functions.compile_steps. At most `config.eval_tokens` tokens are
-    read. Bits per byte are computed with the bytes per token of the whole held-out text, so if only
-    a part of it is read, they are an estimate.
+    `eval_step`: compiled by step_functions.compile_steps. Reads at most `config.eval_tokens`
+    tokens. Bits per byte use the bytes per token of the whole held-out text, so they are an
+    estimate if only part of it is read.
     """
     rows = config.batch_size // config.grad_accum
     total_loss = total_weight = 0.0
     for tokens, weights in batches.evaluation_windows(
         val, config.sequence_length, config.eval_tokens, rows
     ):
-        # Wait for each: on a CPU steps with collectives must not pile up.
+        # Wait for each step: on a CPU, steps with collectives must not pile up.
         loss, weight = jax.device_get(eval_step(params, tokens, weights))
         total_loss += loss
         total_weight += weight

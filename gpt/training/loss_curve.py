@@ -1,4 +1,4 @@
-"""The picture of a run's losses, loss.png."""
+"""The plot of a run's losses, loss.png."""
 
 import os
 from pathlib import Path
@@ -10,8 +10,8 @@ from gpt.training.metrics import read_metrics
 
 
 def save_loss_curve(metrics_path: Path, png_path: Path) -> Any:
-    """Plot the losses in a metrics.jsonl: those of single batches in a faint line, their running
-    mean, and the validation losses. Returns matplotlib's figure, or None without any losses."""
+    """Plot the losses in a metrics.jsonl: batch losses as a faint line, their running mean, and
+    validation losses. Returns the matplotlib figure, or None if there are no losses."""
     records = read_metrics(metrics_path)
     steps, losses = curve_of(records, "loss")
     val_steps, val_losses = curve_of(records, "val_loss")
@@ -47,14 +47,14 @@ def save_loss_curve(metrics_path: Path, png_path: Path) -> Any:
 
 
 def curve_of(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, where it was a number."""
+    """Steps and values of one metric, wherever it is a number."""
     points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float)]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """The running mean of `values` over a twentieth of them. The window is centred, and so narrower
-    at both ends: the curve never lags."""
+    """The running mean of `values` over a twentieth of them. The window is centred, so the curve
+    does not lag, and narrows at both ends."""
     n = len(values)
     i = np.arange(n)
     reach = np.minimum(np.minimum(i, n - 1 - i), n // 40)

@@ -1,7 +1,7 @@
-"""The memory that a training step takes of a device, before any array is allocated.
+"""The memory a training step needs, known before any array is allocated.
 
-Bytes are those of one device unless said otherwise. XLA plans every buffer of a program when it
-compiles it, so the memory of a training step is known without running it.
+Bytes are per device unless stated otherwise. XLA plans every buffer at compile time, so a step's
+memory is known without running it.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from gpt.model import blockwise_attention
 from gpt.training import fused_loss
 from gpt.training.loss import count_chunks
 
-FEWEST_TOKENS = 4096  # of a micro-batch on a device that keep an accelerator busy
-MOST_MICRO_BATCHES = 4096  # that `auto` considers
+FEWEST_TOKENS = 4096  # per micro-batch and device, to keep an accelerator busy
+MOST_MICRO_BATCHES = 4096  # the maximum that `auto` considers
 MEMORY_ADVICE = (
     "raise --grad-accum, or lower --batch-size, --seq-len, --model.d-model, --model.n-layers"
 )
@@ -28,10 +28,10 @@ MEMORY_ADVICE = (
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes of one device that a training step takes.
+    """Bytes a training step needs on one device.
 
     `state`: its arguments (weights, optimizer state, average, batch), which its results replace.
-    `temporary`: gradients and activations, which are freed when it ends.
+    `temporary`: gradients and activations, freed when the step ends.
     """
 
     state: float
@@ -43,14 +43,14 @@ class Need:
 
 
 def need_of(compiled: jax.stages.Compiled) -> Need:
-    """What XLA has planned for a compiled step."""
+    """The memory XLA planned for a compiled step."""
     plan = compiled.memory_analysis()
     state = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return Need(state, plan.temp_size_in_bytes)
 
 
 def least_need(config: TrainConfig, mesh: Mesh) -> Need:
-    """What a step takes at the very least: the state, the gradients, and each block's input for the
+    """A lower bound on a step's need: the state, the gradients, and each block's input for the
     device's share of a micro-batch."""
     model = config.model
     weight_shards = mesh.size // mesh.shape["data"]
@@ -67,29 +67,30 @@ def least_need(config: TrainConfig, mesh: Mesh) -> Need:
 
 
 def resolve_auto(config: TrainConfig, mesh: Mesh, limit: float | None = None) -> TrainConfig:
-    """`config` with what it leaves to `auto` decided: the first of `likely_to_fit`."""
+    """`config` with its `auto` settings resolved: the first of `likely_to_fit`."""
     return likely_to_fit(config, mesh, limit)[0]
 
 
 def likely_to_fit(config: TrainConfig, mesh: Mesh, limit: float | None = None) -> list[TrainConfig]:
-    """Those of `candidates` that are expected to fit in `limit` bytes (default: what a device here
-    has), fastest first, and the last one in any case."""
+    """The `candidates` expected to fit in `limit` bytes (default: a local device's memory), fastest
+    first; the last candidate is always included."""
     *others, last = candidates(config, mesh)
     if not others:
         return [last]
     if limit is None:
         limit, _ = hardware.memory()
-    # Expectations are inexact, and a CPU's memory is used by other programs too.
+    # Estimates are inexact, and other programs use a CPU's memory too.
     usable_share = 0.5 if is_cpu(mesh) else 0.9
     fitting = [one for one in others if expected_need(one, mesh).total <= limit * usable_share]
     return [*fitting, last]
 
 
 def candidates(config: TrainConfig, mesh: Mesh) -> list[TrainConfig]:
-    """The settings among which `auto` chooses, those expected to be fastest first.
+    """The settings `auto` chooses from, expected fastest first.
 
-    Recomputing nothing saves a quarter of the work, but not if micro-batches must then be so small
-    that an accelerator is not kept busy. On a CPU recomputing is as fast as loading what was kept.
+    Recomputing nothing saves a quarter of the work, but does not pay if micro-batches must then be
+    too small to keep an accelerator busy. On a CPU, recomputing activations is as fast as loading
+    stored ones.
     """
     kinds = [config.remat]
     if config.remat == AUTO:
@@ -107,7 +108,7 @@ def candidates(config: TrainConfig, mesh: Mesh) -> list[TrainConfig]:
             is_small = n_tokens < FEWEST_TOKENS and number > numbers[0]
             if is_small and kind != kinds[-1]:
                 continue
-            # In a loop over the blocks, what is kept would be copied into stacked arrays.
+            # A loop over the blocks would copy the stored activations into stacked arrays.
             unroll = config.unroll or (config.remat == AUTO and kind == "none")
             found.append(dataclasses.replace(config, grad_accum=number, remat=kind, unroll=unroll))
     return found
@@ -118,7 +119,7 @@ def is_cpu(mesh: Mesh) -> bool:
 
 
 def expected_need(config: TrainConfig, mesh: Mesh) -> Need:
-    """What a step is expected to take, without compiling it: within about a fifth of XLA's plan."""
+    """A step's estimated need, without compiling it: within about a fifth of XLA's plan."""
     model = config.model
     least = least_need(config, mesh)
     weight_shards = mesh.size // mesh.shape["data"]
@@ -126,7 +127,7 @@ def expected_need(config: TrainConfig, mesh: Mesh) -> Need:
     n_tokens = config.batch_size // config.grad_accum * config.sequence_length // batch_shards
     item_bytes = flops.ITEM_BYTES[model.compute_dtype or "float32"]
 
-    # What a block keeps of each token: the inputs of its norms, its projections, and the MLP's
+    # What a block stores per token: the inputs of its norms, its projections, and the MLP's
     # hidden layer before, inside and after the activation.
     mixed = model.n_heads * model.head_width
     products = 2 * model.d_model + flops.qkv_width(model) + mixed + flops.mlp_inputs_width(model)
@@ -136,12 +137,12 @@ def expected_need(config: TrainConfig, mesh: Mesh) -> Need:
     if is_cpu(mesh):
         may_be_fused = config.sequence_length >= blockwise_attention.SHORTEST
     if config.attention == "plain" or model.dropout or not may_be_fused:
-        # Without fused attention: scores, weights, and the weights that are mixed with.
+        # Unfused attention: float32 scores and weights, and the weights in the compute dtype.
         everything_bytes += model.n_heads * config.sequence_length * (8 + item_bytes)
     of_block = {"none": everything_bytes, "products": products * item_bytes, "blocks": 0}
     kept = n_tokens * model.n_layers * of_block[config.remat]
     if config.remat != "none":
-        kept += n_tokens * everything_bytes  # of the block that is computed again
+        kept += n_tokens * everything_bytes  # for the block being recomputed
 
     # The loss: a chunk of logits and their gradient.
     loss = 2 * fused_loss.LOGITS_BYTES
@@ -156,8 +157,8 @@ def expected_need(config: TrainConfig, mesh: Mesh) -> Need:
 
 
 def optimizer_bytes(config: TrainConfig) -> int:
-    """Bytes of the optimizer's moments over all devices: two per weight, but Muon keeps one for a
-    matrix of a block."""
+    """Bytes of the optimizer's moments on all devices together: two per weight, but under Muon only
+    one for the blocks' matrices."""
     model = config.model
     n_moments = 2 * (flops.weight_bytes(model) // flops.ITEM_BYTES[model.param_dtype])
     if config.optimizer == "muon":
@@ -166,19 +167,19 @@ def optimizer_bytes(config: TrainConfig) -> int:
 
 
 def require_room(need: Need) -> None:
-    """Raise UserError if a step takes more than a device has: a CPU process would be killed."""
+    """Raise UserError if a step needs more than a device has; a CPU process would be killed."""
     limit, source = hardware.memory()
     require(
         need.total <= limit,
-        f"out of memory: a step takes {filesize.decimal(need.total)}, of which weights and "
-        f"optimizer are {filesize.decimal(need.state)}, and there are {filesize.decimal(limit)} "
-        f"({source}): {MEMORY_ADVICE}",
+        f"out of memory: a step needs {filesize.decimal(need.total)}, including "
+        f"{filesize.decimal(need.state)} for weights and optimizer, but a device has "
+        f"{filesize.decimal(limit)} ({source}): {MEMORY_ADVICE}",
     )
 
 
 @contextlib.contextmanager
 def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
-    """Turn running out of memory inside into a UserError that names the flags to change."""
+    """Turn an out-of-memory error in the body into a UserError that names the flags to change."""
     try:
         yield
     except Exception as error:

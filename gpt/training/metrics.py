@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, samples.jsonl, trackers, and progress on the terminal."""
+"""A run's reporting: metrics.jsonl, samples.jsonl, trackers, and progress on the terminal."""
 
 import contextlib
 import errno
@@ -20,14 +20,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from gpt.config import TrainConfig, to_json
 from gpt.training.step_timer import StepTimer
 
-SECONDS_BETWEEN_LINES = 10.0  # of progress, without a terminal
+SECONDS_BETWEEN_LINES = 10.0  # between lines of progress if there is no terminal
 
 
 class RunLog:
-    """Writes the numbers of a run, as they come, to files below `out` and to `console`.
+    """Writes a run's numbers to files in `out` and to `console` as they arrive.
 
-    `out` None keeps no files. `first_step`: the step after which the run continues.
-    `peak_flops`: FLOP/s of all devices. `log_to`: names of trackers. Close it after use.
+    With `out=None` no files are kept. `first_step`: the step after which the run continues.
+    `peak_flops`: FLOP/s of all devices. `log_to`: tracker names. Close it after use.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class RunLog:
             self.bar.start()
 
     def write_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """`step` has been computed. Every `log_every` steps, and at the last, write its line.
+        """Record that `step` is done; every `log_every` steps, and at the last one, write its line.
 
         `metrics`: scalars `loss` (nats per token), `learning_rate`, `grad_norm`, `skipped` (updates
-        so far) and any others, on the device or not: they are fetched only for a line.
+        so far) and any others, on device or host; they are fetched only when a line is written.
         """
         self.timer.note_step()
         if self.bar:
@@ -81,7 +81,7 @@ class RunLog:
         line |= self.timer.measure()
         self._write(line)
 
-        # Shown next to the progress bar, or, without a terminal, on a line of its own every
+        # Shown next to the progress bar or, without a terminal, as a line every
         # SECONDS_BETWEEN_LINES.
         speed = line["tokens_per_second"]
         tokens_left = (self.config.steps - step) * self.timer.tokens_per_step
@@ -98,15 +98,15 @@ class RunLog:
             self.console.print(f"step {step:,}/{self.config.steps:,}  {text}")
 
     def evaluation(self, step: int, loss: float, bits_per_byte: float) -> None:
-        """Write and show an evaluation on held-out text: nats per token, and bits per byte."""
+        """Write and show the held-out loss, in nats per token and in bits per byte."""
         self._write({"step": step, "val_loss": loss, "val_bits_per_byte": bits_per_byte})
         self.console.print(
             f"step {step:,}  validation loss {loss:.4f}, {bits_per_byte:.4f} bits per byte"
         )
 
     def tasks(self, step: int, figures: Mapping[str, float] | None) -> None:
-        """Write and show the figures of an evaluation on tasks, such as hellaswag/acc; nothing if
-        another process has them."""
+        """Write and show the scores of evaluation tasks, such as hellaswag/acc; do nothing if they
+        are None, because another process has them."""
         if figures is None:
             return
         self._write({"step": step} | figures)
@@ -114,8 +114,8 @@ class RunLog:
         self.console.print(f"step {step:,}  {', '.join(shown)}")
 
     def sample(self, step: int, text: str | None) -> None:
-        """Show what the model wrote at `step`, and keep it in samples.jsonl, where samples that an
-        earlier process wrote from this step on are dropped; nothing if another process has it."""
+        """Show what the model wrote at `step` and append it to samples.jsonl, dropping samples that
+        an earlier process wrote at or after `step`; do nothing if another process has the text."""
         if text is None:
             return
         self.console.print(f"--- sample ---\n{text}\n---")
@@ -127,7 +127,7 @@ class RunLog:
             self.trackers.sample(step, text)
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        """Append a complete line to metrics.jsonl, or none, and send its numbers to trackers."""
+        """Append a whole line or nothing to metrics.jsonl, and send its numbers to the trackers."""
         if self.file is not None:
             with self._tolerating_full_disk():
                 line = to_line(record)
@@ -140,7 +140,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _tolerating_full_disk(self):
-        """With `keep_going`, training continues without what cannot be written."""
+        """With `keep_going`, ignore failed writes so that training continues."""
         try:
             yield
         except OSError as error:
@@ -148,7 +148,7 @@ class RunLog:
                 raise OSError(error.errno, error.strerror, str(self.out)) from None
 
     def close(self) -> None:
-        """Remove the bar, print how long steps took, close the files."""
+        """Remove the progress bar, print the step times, close the files."""
         if self.bar:
             self.bar.stop()
         if self.trackers:
@@ -161,7 +161,7 @@ class RunLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl in order, without a torn line; none if there is no file."""
+    """The records of a metrics.jsonl in order, without torn lines; empty if there is no file."""
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -176,9 +176,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def open_metrics(path: Path, step: int) -> BinaryIO:
-    """A .jsonl file ready to take the lines after `step`: later lines and a torn one are dropped.
+    """Open a .jsonl file to append the lines after `step`, dropping later lines and torn ones.
 
-    The lines that stay are written to another file that then takes its place, so that a crash loses
+    The remaining lines are written to a new file that then replaces the old one, so a crash loses
     none of them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,7 @@ def open_metrics(path: Path, step: int) -> BinaryIO:
 
 
 def to_line(record: Mapping[str, Any]) -> bytes:
-    """One line of JSON; NaN and infinities, which JSON does not have, become null."""
+    """One line of JSON; NaN and infinities become null, since JSON lacks them."""
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in record.items()
@@ -202,8 +202,8 @@ def to_line(record: Mapping[str, Any]) -> bytes:
 
 
 class LossyStream:
-    """A stream on which no write fails: what cannot be written any more, because the terminal is
-    gone or the disk of a log is full, is lost, and training continues."""
+    """A stream whose writes never fail: if the terminal is gone or the log's disk is full, the text
+    is lost and training continues."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -221,7 +221,7 @@ class LossyStream:
 
 
 def make_console(quiet: bool) -> Console:
-    """Where a run reports: standard error, without colours in the text or broken lines."""
+    """The console a run reports to: standard error, without coloured text or line wrapping."""
     return Console(
         file=LossyStream(sys.stderr),
         quiet=quiet,

@@ -1,7 +1,7 @@
-"""A step whose loss or gradient is not finite: where the first bad value arose.
+"""Finds the first bad value in a step whose loss or gradient is not finite.
 
-The training step itself skips the update of such a step, on the device. When too many follow one
-another the run ends, and the first of them is computed again, part by part.
+The training step itself skips such a step's update, on the device. After too many in a row the run
+ends, and the first of them is recomputed part by part.
 """
 
 from functools import partial
@@ -22,9 +22,9 @@ from gpt.wording import counted
 def explain_divergence(
     config: TrainConfig, first_step: int, n_steps: int, out: Path, params: dict, tokens_ABU
 ) -> Failed:
-    """The error that ends the run: which step, which layer, what is left and what to do.
+    """The error that ends the run: which step and layer, the last good checkpoint, what to do.
 
-    `first_step`: the first of `n_steps` bad ones, which trained on `tokens_ABU`.
+    `first_step`: the first of `n_steps` bad steps; its batch was `tokens_ABU`.
     """
     where = locate_first_nonfinite(config, params, tokens_ABU, first_step - 1)
     saved = checkpoint.saved_steps(out)
@@ -41,8 +41,8 @@ def explain_divergence(
 def locate_first_nonfinite(
     config: TrainConfig, params: dict, tokens_ABU: jax.Array, index: int
 ) -> str:
-    """Where the first value that is not finite arises in step `index`, counted from 0: looked for
-    in the weights, then forward through the layers, then backward in the gradients."""
+    """Where the first non-finite value arises in step `index`, counted from 0. Checks the weights,
+    then goes forward through the layers, then backward through the gradients."""
     model = config.model
     last_layer = model.n_layers - 1
     dropout_key_AB = dropout_keys(config, jnp.int32(index), *tokens_ABU.shape[:2])
@@ -64,11 +64,11 @@ def locate_first_nonfinite(
     bad_gradients = nonfinite_parts(grads)
     if bad_gradients:
         return f"the first bad value is in the gradient of {bad_gradients[-1]}"
-    return "all values are finite when the step is computed again"
+    return "all values are finite when the step is recomputed"
 
 
 def nonfinite_parts(tree: dict) -> list[str]:
-    """The parts of a tree of stacked weights that are not finite, in the order of the layers."""
+    """The non-finite parts of a tree of stacked weights, in layer order."""
     before_blocks = []
     in_blocks = []
     after_blocks = []
@@ -90,8 +90,8 @@ def output_is_finite(
 ) -> jax.Array:
     """Whether the residual stream is finite after the first `n_blocks` blocks.
 
-    The weights of the others are taken as zero: such a block passes on what is bad and adds nothing
-    of its own, so one program serves every number of blocks.
+    The remaining blocks get zero weights, so they pass bad values on without adding any, and one
+    compiled program serves every `n_blocks`.
     """
     is_used_L = jnp.arange(config.n_layers) < n_blocks
     zero_unused = jax.vmap(lambda is_used, layer: jnp.where(is_used, layer, 0))

@@ -1,4 +1,4 @@
-"""The optimizer: schedules, which update each weight gets, clipping. Built from optax's parts."""
+"""The optimizer, built from optax: schedules, parameter groups, clipping."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from gpt.config import TrainConfig
 
-# The input and the output axes of a linear layer's kernel; layers may be stacked in front.
+# Input and output axes of each linear layer's kernel, from the end: layers may be stacked in front.
 KERNEL_AXES = {
     "q": MuonDimensionNumbers((-3,), (-2, -1)),
     "k": MuonDimensionNumbers((-3,), (-2, -1)),
@@ -22,11 +22,11 @@ KERNEL_AXES = {
 
 
 def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Schedule:
-    """Learning rate by step, counted from 0: linear warm-up, no step at zero, then as
-    config.schedule says, down to the minimum at the last step, where it stays.
+    """Learning rate by step, counted from 0: a linear warm-up that skips zero, then
+    config.schedule down to the minimum, which is reached at the last step and kept after it.
 
-    A warm-up as long as the run is cut to end one step earlier. For another `peak` than
-    config.learning_rate the same shape, scaled.
+    A warm-up as long as the run is shortened to end one step before the last. With a `peak` other
+    than config.learning_rate, the same shape is scaled.
     """
     peak = config.learning_rate if peak is None else peak
     low = peak * config.min_learning_rate / config.learning_rate
@@ -46,9 +46,9 @@ def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Sched
 
 
 def decayed(params: dict) -> dict:
-    """True for the weights that decay: matrices and tables, not biases and norms.
+    """True for the weights to decay: matrices and tables, not biases and norms.
 
-    Decided by name, since the biases of stacked layers have the rank of matrices.
+    Decided by name, since stacked biases have the rank of matrices.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key not in ("bias", "scale"), params
@@ -56,14 +56,14 @@ def decayed(params: dict) -> dict:
 
 
 def groups(params: dict) -> dict:
-    """Under muon: "muon" for the blocks' matrices, "adamw" for tables, head, norms and biases."""
+    """The groups: "muon" for the blocks' matrices, "adamw" for tables, head, norms and biases."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: "muon" if path[-1].key == "kernel" else "adamw", params
     )
 
 
 def make_muon(config: TrainConfig) -> optax.GradientTransformation:
-    """Momentum made orthogonal by Newton-Schulz steps (Jordan et al. 2024), layer by layer."""
+    """Momentum orthogonalized by Newton-Schulz steps (Jordan et al. 2024), layer by layer."""
     return muon(
         make_schedule(config, config.muon_learning_rate),
         weight_decay=config.weight_decay,
@@ -74,9 +74,9 @@ def make_muon(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`optimizer`, with moments and arithmetic in float32 whatever the type of the weights.
+    """`optimizer` with float32 moments and arithmetic, whatever the weights' dtype.
 
-    In bfloat16 a moving average with a decay of 0.999 stands still: what a step adds rounds away.
+    In bfloat16, a moving average with a decay of 0.999 stands still: each increment rounds away.
     """
     widen = partial(optax.tree.cast, dtype=jnp.float32)
     return optax.GradientTransformation(
@@ -88,8 +88,8 @@ def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clipping, then AdamW; under muon AdamW only for what is not a matrix of the blocks."""
-    # AdamW with decoupled decay (Loshchilov & Hutter 2019), on matrices and tables alone.
+    """Clipping, then AdamW; or Muon for the blocks' matrices and AdamW for the rest."""
+    # AdamW with decoupled decay (Loshchilov & Hutter 2019), for matrices and tables only.
     optimizer = optax.adamw(
         make_schedule(config),
         b1=config.beta1,

@@ -1,4 +1,4 @@
-"""A run's folder: who may use it, and what a run writes there besides `checkpoints/`."""
+"""A run's folder: locking it, and what a run writes there besides `checkpoints/`."""
 
 import contextlib
 import os
@@ -12,15 +12,15 @@ from gpt import checkpoint, distributed
 from gpt.errors import UserError, require
 
 LOCK = ".lock"
-# A process that is killed leaves the `.new` files.
+# A killed process may leave `.new` files behind.
 WRITTEN = (
-    "metrics.jsonl",  # losses, evaluations and speed, a line each
+    "metrics.jsonl",  # losses, evaluations and speed
     "metrics.jsonl.new",
-    "samples.jsonl",  # what the model wrote while it was trained
+    "samples.jsonl",  # what the model wrote during training
     "samples.jsonl.new",
     "evaluations.jsonl",  # by python -m gpt.evaluate
-    "tokenizer.json",  # for people: each checkpoint has its own
-    "tracking-id",  # of the run in Weights & Biases and Trackio
+    "tokenizer.json",  # for people; each checkpoint has its own copy
+    "tracking-id",  # the run's id in Weights & Biases and Trackio
     "loss.png",
     "loss.new",
     "tensorboard/events.out.tfevents.*",
@@ -30,9 +30,9 @@ WRITTEN = (
 
 @contextlib.contextmanager
 def reserve(out: Path, is_trial: bool) -> Iterator[None]:
-    """Reserve the folder `out` for the processes of this run; a trial only checks that it could.
+    """Reserve the folder `out` for this run's processes; a trial only checks that it is writable.
 
-    Raises UserError in all processes if it cannot be used.
+    Raises UserError in all processes if the folder cannot be used.
     """
     if is_trial:
         require_writable(out)
@@ -52,11 +52,11 @@ def reserve(out: Path, is_trial: bool) -> Iterator[None]:
 
 
 def require_writable(out: Path) -> None:
-    """Raise UserError unless a run can be kept in `out`, which need not exist yet."""
+    """Raise UserError unless `out`, which need not exist yet, can be written to."""
     nearest = next(path for path in (out, *out.parents) if path.exists())
     require(
         nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
-        f"--out {out} cannot be used: {nearest} is not a folder that you may write to; "
+        f"--out {out} cannot be used: {nearest} is not a folder you can write to; "
         "choose another --out",
     )
 
@@ -65,8 +65,8 @@ def require_writable(out: Path) -> None:
 def lock_run(out: Path) -> Iterator[None]:
     """Reserve the folder `out` for this process; raise UserError if another process uses it.
 
-    It is created if need be, and removed afterwards if nothing was put there. The operating system
-    releases the lock of a process that has died.
+    The folder is created if needed, and removed afterwards if it is still empty. If the process
+    dies, the operating system releases its lock.
     """
     require_writable(out)
     created = [path for path in (out, *out.parents) if not path.exists()]
@@ -81,21 +81,21 @@ def lock_run(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (out / LOCK).unlink(missing_ok=True)  # before the release: nobody else holds it yet
+        (out / LOCK).unlink(missing_ok=True)  # before releasing it, while nobody else can hold it
         lock.release()
-        with contextlib.suppress(OSError):  # not empty, or removed by somebody else
+        with contextlib.suppress(OSError):  # not empty, or already removed
             for path in created:
                 path.rmdir()
 
 
 def remove_run(out: Path) -> None:
-    """Remove what a run wrote in its folder, and nothing else."""
+    """Remove what a run wrote in its folder and nothing else."""
     for step in checkpoint.saved_steps(out):
         shutil.rmtree(checkpoint.step_dir(out, step))
     for pattern in WRITTEN:
         for path in out.glob(pattern):
             path.unlink()
     for folder in (out / "profile", out / "tensorboard"):
-        for path in sorted([folder, *folder.rglob("*")], reverse=True):  # the innermost first
-            with contextlib.suppress(OSError):  # not empty: it holds somebody else's files
+        for path in sorted([folder, *folder.rglob("*")], reverse=True):  # innermost first
+            with contextlib.suppress(OSError):  # not empty: it holds other files
                 path.rmdir()

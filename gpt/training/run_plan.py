@@ -1,4 +1,4 @@
-"""The plan that train.py prints before it starts: what a run computes, and the memory it needs."""
+"""The plan train.py prints before it starts: what the run computes and the memory it needs."""
 
 import dataclasses
 import math
@@ -21,12 +21,12 @@ from gpt.training.memory_plan import (
 from gpt.training.step_functions import compile_train_step
 from gpt.wording import counted
 
-# What the backward pass computes again, for each value of --remat.
+# What the backward pass recomputes for each value of --remat.
 RECOMPUTED = {"none": "nothing", "products": "all but matrix products", "blocks": "each block"}
 # Repeated text is worth less and less after four passes, and almost nothing after about forty
 # (Muennighoff et al. 2023).
 MANY_PASSES = 40
-SMALL_TEXT = 250_000  # tokens of a trained vocabulary: about a megabyte
+SMALL_TEXT = 250_000  # tokens of a trained vocabulary, about a megabyte
 
 
 def describe(
@@ -35,10 +35,10 @@ def describe(
     dataset: Dataset | None = None,
     minutes: float | None = None,
 ) -> list[str]:
-    """The plan as lines: the model, the bytes it needs over all devices, what the run computes.
+    """The plan's lines: the model, its bytes on all devices together, and what the run computes.
 
     `dataset`: None before the text is loaded. `minutes`: how long to train, if the number of steps
-    has not been settled yet.
+    is not known yet.
     """
     model = config.model
     weights = flops.weight_bytes(model)
@@ -66,37 +66,37 @@ def describe(
         f"tokens per step, in {counted(config.grad_accum, 'micro-batch')}, on "
         f"{counted(mesh.size, 'device')}: {mesh.devices.flat[0].device_kind}",
         f"recomputes     {RECOMPUTED[config.remat]}; a step is expected to take about "
-        f"{filesize.decimal(expected_need(config, mesh).total)} of each device",
+        f"{filesize.decimal(expected_need(config, mesh).total)} on each device",
     ]
     if config.deterministic:
         lines.append(
-            "deterministic  on GPUs, by slower kernels; on CPUs and TPUs results are the same from "
-            "run to run without this flag"
+            "deterministic  uses slower kernels on GPUs; on CPUs and TPUs results are the same in "
+            "every run without this flag"
         )
     if minutes is None:
         lines += describe_length(config, dataset)
     else:
         lines.append(
-            f"run            as many steps as take about {minutes:g} min; reading the text, "
-            "compiling and writing samples are not counted"
+            f"run            as many steps as fit in about {minutes:g} min, not counting reading "
+            "the text, compiling and writing samples"
         )
     if model.param_dtype == "bfloat16":
         # With 8 significant bits, neighbouring numbers differ by 1/256 to 1/128 of their value.
         lines.append(
-            "note: weights in bfloat16 lose every update of less than 1/512 of a weight: expect a "
-            "higher loss than with --model.param-dtype float32"
+            "note: bfloat16 weights lose every update below 1/512 of the weight: expect a higher "
+            "loss than with --model.param-dtype float32"
         )
     gpt2, llama = flags_to_export(model)
     if gpt2 and llama:
         lines.append(
-            "note: python -m gpt.convert will not be able to export this model to transformers; "
+            "note: python -m gpt.convert cannot export this model to transformers; "
             f"with {' '.join(min(gpt2, llama, key=len))} it could"
         )
     return lines
 
 
 def describe_length(config: TrainConfig, dataset: Dataset | None) -> list[str]:
-    """The length of a run, as lines of the plan; `dataset`: None before the text is loaded."""
+    """The plan's lines on the run's length; `dataset`: None before the text is loaded."""
     tokens = config.steps * config.batch_size * config.sequence_length
     passes = 0.0
     epochs = ""
@@ -115,7 +115,7 @@ def describe_length(config: TrainConfig, dataset: Dataset | None) -> list[str]:
         )
     if dataset is not None and config.tokenizer == "bpe" and len(dataset.train) < SMALL_TEXT:
         lines.append(
-            "note: on so little text a model of single characters learns more: "
+            "note: on so little text a character-level model learns more: "
             "python train.py shakespeare-char --data PATH"
         )
     if config.extra_steps:
@@ -129,17 +129,17 @@ def describe_length(config: TrainConfig, dataset: Dataset | None) -> list[str]:
 def print_memory(
     config: TrainConfig, mesh: Mesh, memory_bytes: float | None, log: Callable[[str], None]
 ) -> None:
-    """Print the memory of one device: what the compiled step takes, and how large a micro-batch
-    would fit.
+    """Print one device's memory: what the compiled step needs, and how large a micro-batch would
+    fit.
 
-    `memory_bytes`: what a device has (None: what is found here).
+    `memory_bytes`: memory of a device (None: of a local device).
     """
     limit, source = hardware.memory()
     if memory_bytes is not None:
         limit, source = memory_bytes, "--memory-gb"
 
     def need_with(rows: int) -> Need:
-        """The need with micro-batches of `rows`; infinite where the compiler runs out of memory."""
+        """The need with micro-batches of `rows`; infinite if the compiler runs out of memory."""
         resized = dataclasses.replace(config, batch_size=rows * config.grad_accum)
         try:
             return need_of(compile_train_step(resized, mesh))
@@ -148,11 +148,11 @@ def print_memory(
                 raise
             return Need(math.inf, math.inf)
 
-    # What a step takes grows about linearly with its rows: a line through two sizes tells how many
+    # A step's memory grows about linearly with its rows, so a line through two sizes tells how many
     # would fit.
     rows = config.batch_size // config.grad_accum
     n_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    log("compiling      a step of this size and of twice the size, to measure their memory")
+    log("compiling      a step of this size and one of twice the size, to measure their memory")
     need = need_with(rows)
     most = 0
     if need.total < math.inf:
@@ -166,7 +166,7 @@ def print_memory(
     limit_text = f"on each device, which has {filesize.decimal(limit)} ({source})"
     if need.total < math.inf:
         log(
-            f"activations    {filesize.decimal(activations)} beside the gradients, as XLA plans "
+            f"activations    {filesize.decimal(activations)} besides the gradients, as XLA plans "
             "the compiled step"
         )
         log(f"in all         {filesize.decimal(need.total)} {limit_text}")

@@ -1,4 +1,4 @@
-"""How fast a run goes: tokens per second, MFU, how evenly. Times come from the host's clock."""
+"""A run's speed: tokens per second, MFU, percentiles of step times. Uses the host's clock."""
 
 import time
 
@@ -7,9 +7,9 @@ import numpy as np
 from gpt import flops
 from gpt.config import TrainConfig
 
-PERCENTILES = (50, 90, 99)  # the step time that half, 90 % and 99 % of the steps do not exceed
-# What a metrics line says about speed, beside `seconds`. These depend on the machine and the
-# process; everything else in a line is computed.
+PERCENTILES = (50, 90, 99)  # of the step times
+# The speed fields of a metrics line, besides `seconds`. They depend on the machine and the process;
+# all other fields depend on the computation alone.
 SPEED_FIELDS = (
     "since_step",
     "tokens_per_second",
@@ -19,9 +19,9 @@ SPEED_FIELDS = (
 
 
 class StepTimer:
-    """Times the steps of a run that starts after `first_step`, which is now.
+    """Times the steps after `first_step`, starting now.
 
-    `peak_flops`: FLOP/s of matrix products as measured on all devices.
+    `peak_flops`: measured FLOP/s of matrix products on all devices.
     """
 
     def __init__(self, config: TrainConfig, first_step: int, peak_flops: float):
@@ -30,17 +30,16 @@ class StepTimer:
         self.palm_factor = flops.palm_factor(config.model)
         self.peak_flops = peak_flops
         self.first_step = first_step
-        self.window_seconds: list[float] = []  # of each step since the last `measure`
+        self.window_seconds: list[float] = []  # per step since the last `measure`
         self.earlier_seconds: list[float] = []
         self.started_at = self.last_at = time.perf_counter()
 
     def skip_until_now(self) -> None:
-        """Leave out the time since the last step: evaluating, saving and sampling take none of a
-        step's."""
+        """Exclude the time since the last step, spent evaluating, saving or sampling."""
         self.last_at = time.perf_counter()
 
     def note_step(self) -> None:
-        """A step has been computed."""
+        """Record that a step is done."""
         now = time.perf_counter()
         self.window_seconds.append(now - self.last_at)
         self.last_at = now
@@ -52,7 +51,7 @@ class StepTimer:
             "tokens_per_second": float(tokens_per_second),
             "seconds": self.last_at - self.started_at,
             "since_step": self.first_step,
-            # Model FLOPs utilization: the arithmetic of the model as a fraction of the peak
+            # Model FLOPs utilization: the model's FLOP/s as a fraction of the peak
             # (Chowdhery et al. 2022, PaLM, appendix B).
             "mfu": float(tokens_per_second * self.flops_per_token / self.peak_flops),
         }
@@ -63,7 +62,7 @@ class StepTimer:
         return measured
 
     def summary(self) -> str:
-        """A line about all steps so far; "" if there were none."""
+        """A line about all steps so far, or "" if there were none."""
         all_seconds = self.earlier_seconds + self.window_seconds
         if not all_seconds:
             return ""

@@ -1,6 +1,6 @@
-"""Programs that show the curves of runs: TensorBoard, Weights & Biases, Trackio.
+"""Experiment trackers: TensorBoard, Weights & Biases, Trackio.
 
-Each gets the settings once, then numbers and samples as they are logged. A tracker that fails never
+Each gets the settings once, then numbers and samples as they are logged. A failing tracker never
 stops training.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from gpt.errors import one_line, require
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
-ID_FILE = "tracking-id"  # in a run's folder: a run that continues is the same run to a tracker
+ID_FILE = "tracking-id"  # in the run's folder, so that trackers see a resumed run as one run
 PROJECT = "gpt-jax"
 
 
@@ -26,7 +26,7 @@ class TensorBoard:
     def __init__(self, out: Path, first_step: int, settings: Mapping[str, Any]):
         from tensorboardX import SummaryWriter
 
-        # An earlier process may have written events of steps that are now repeated.
+        # An earlier process may have written events for steps that are now repeated.
         self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
         if first_step == 0:
             lines = [f"    {name}: {value}" for name, value in settings.items()]
@@ -44,9 +44,9 @@ class TensorBoard:
 
 
 class Board:
-    """wandb, or trackio, which has the same functions.
+    """wandb, or trackio, which has the same API.
 
-    Their own environment variables set the server, the account and the folder.
+    Their own environment variables set the server, account and folder.
     """
 
     def __init__(self, name: str, out: Path, identity: str, settings: Mapping[str, Any]):
@@ -72,7 +72,7 @@ class Board:
 
 
 class Trackers:
-    """The trackers of a run. One that fails is dropped, with a note to `log`."""
+    """A run's trackers. A failing one is dropped, with a note to `log`."""
 
     def __init__(
         self,
@@ -97,14 +97,14 @@ class Trackers:
                 self._leave_out(name, error)
 
     def numbers(self, record: Mapping[str, Any]) -> None:
-        """The line `record` of metrics.jsonl; what is not finite is left out."""
+        """Send the finite values of `record`, a line of metrics.jsonl."""
         values = {
             name: value for name, value in record.items() if name != "step" and math.isfinite(value)
         }
         self._each(lambda tracker: tracker.numbers(record["step"], values))
 
     def sample(self, step: int, text: str) -> None:
-        """What the model wrote at `step`."""
+        """Send what the model wrote at `step`."""
         self._each(lambda tracker: tracker.sample(step, text))
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ class Trackers:
 
 
 def require_installed(names: Iterable[str]) -> None:
-    """Raise UserError unless the packages of these trackers are installed."""
+    """Raise UserError unless these trackers' packages are installed."""
     for name in names:
         require(
             importlib.util.find_spec(PACKAGES[name]) is not None,

@@ -1,4 +1,4 @@
-"""Everything that a training step changes: weights, optimizer state, the number of steps."""
+"""Everything a training step changes: weights, optimizer state, step count."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +18,9 @@ from gpt.training.optimizer import make_optimizer
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """`params`: stacked weights. `opt_state`: of the optimizer. `step`: steps done, int32.
+    """`params`: stacked weights. `opt_state`: the optimizer's state. `step`: steps done, int32.
 
-    `ema_params`: an exponential moving average of the weights in float32; empty if none is kept.
+    `ema_params`: exponential moving average of the weights, float32; empty if none is kept.
     """
 
     params: dict
@@ -41,8 +41,8 @@ def fresh_state(config: TrainConfig) -> TrainState:
 
 
 def start_ema(config: TrainConfig, params: dict) -> dict:
-    """The average of the weights before the first step: a copy of them in float32, which small
-    increments would not change in bfloat16. Empty if the config keeps no average."""
+    """The initial weight average: a float32 copy, since small increments would be lost in bfloat16.
+    Empty if the config keeps no average."""
     if not config.ema_decay:
         return {}
     return jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
@@ -56,20 +56,20 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
 
 
 def shardings_of(tree):
-    """The sharding of each array, or abstract array, of a tree."""
+    """The sharding of each array, or abstract array, in a tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def make_state(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """A fresh state, each array created on the devices that keep it."""
+    """A fresh state, with each array created on the devices that hold it."""
     with sharding.on_mesh(mesh):
         out_shardings = shardings_of(abstract_state(config, mesh))
         return jax.jit(partial(fresh_state, config), out_shardings=out_shardings)()
 
 
 def checkpoint_trees(state: TrainState) -> dict[str, dict]:
-    """The trees of a checkpoint of `state`, by name. The weights are a tree of their own, so that
-    sampling reads nothing else."""
+    """The trees of a checkpoint of `state`, by name. The weights are a separate tree so that
+    sampling can read them alone."""
     trees = {
         "params": state.params,
         "optimizer": {"opt_state": state.opt_state, "step": state.step},

@@ -1,4 +1,4 @@
-"""--verify-resume: a run that is stopped and continued equals one that is not, to the bit."""
+"""--verify-resume: check that a resumed run equals an uninterrupted one, bit for bit."""
 
 import dataclasses
 import tempfile
@@ -17,7 +17,7 @@ from gpt.training.train_state import TrainState
 
 NOT_COMPARED = {"seconds", *SPEED_FIELDS}  # they depend on the clock and the process
 NAMES = {"params": "weights", "optimizer": "optimizer and step", "ema_params": "average"}
-MOST_STEPS = 3  # before the stop, and after it
+MOST_STEPS = 3  # before the stop, and again after it
 
 
 def verify_resume(
@@ -25,15 +25,15 @@ def verify_resume(
     fit: Callable[[Run, TrainState, int], None],
     log: Callable[[str], None],
 ) -> int:
-    """Train 2N steps at once, and N steps, a stop and N more; compare. The exit code.
+    """Train 2N steps without a stop, then N, a stop and N more; compare. Returns the exit code.
 
-    `fit(run, state, until)` trains from `state` until step `until` is saved. Everything is in a
-    temporary folder.
+    `fit(run, state, until)` trains from `state` until step `until` is saved. Everything is written
+    to a temporary folder.
     """
     config = run.config
     require(config.steps > 1, "--verify-resume stops halfway: it needs --steps 2 or more")
     n = min(MOST_STEPS, config.steps // 2)
-    # None of these changes alters what is learned, so the compiled step is that of the run itself.
+    # None of these changes affects what is learned, so the compiled step is the run's own.
     config = dataclasses.replace(
         config, log_every=1, eval_every=n, save_every=n, sample_every=0, keep_going=False
     )
@@ -54,20 +54,20 @@ def verify_resume(
         compared = compare_runs(whole, halves, 2 * n)
 
     for part, differing in compared.items():
-        result = "equal to the bit"
+        result = "equal bit for bit"
         if differing:
             result = f"{differing[0]} differs, {len(differing)} in all"
         log(f"compared       {part}: {result}")
     if any(compared.values()):
-        log(f"NOT verified   {n} steps, a stop and {n} more do not equal {2 * n} at once")
+        log(f"NOT verified   {n} steps, a stop and {n} more differ from {2 * n} without a stop")
         return 1
-    log(f"verified       {n} steps, a stop and {n} more equal {2 * n} steps at once")
+    log(f"verified       {n} steps, a stop and {n} more equal {2 * n} without a stop")
     return 0
 
 
 def compare_runs(one: Path, other: Path, step: int) -> dict[str, list[str]]:
-    """What differs in two runs: names of arrays, for each tree of the checkpoints of `step`, and of
-    lines, for their metrics. Arrays are compared by their digests, which each bit enters."""
+    """The differences between two runs: the arrays of each tree in the checkpoints at `step`, and
+    the lines of their metrics. Arrays are compared by digests that cover every bit."""
     first = checkpoint.read_record(one, step)["arrays"]
     second = checkpoint.read_record(other, step)["arrays"]
     compared = {}

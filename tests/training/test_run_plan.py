@@ -43,7 +43,7 @@ NOTES = [
     ({"n_tokens": 100_000}, "python train.py shakespeare-char"),
     (
         {"positions": "learned", "norm": "layer"},
-        "gpt.convert will not be able to export this model to transformers; "
+        "gpt.convert cannot export this model to transformers; "
         "with --model.mlp gelu_tanh --model.no-qk-norm it could",
     ),
     # Small updates are lost in weights of bfloat16; to compute in it costs nothing of the kind.
