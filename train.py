@@ -3,7 +3,7 @@
     python train.py                                    tiny, on Python's standard library
     python train.py shakespeare-char --data my.txt     another preset, your own text
 
-The same command again continues the run where it stopped, and so does --resume FOLDER.
+To continue a run where it stopped, repeat the command or use --resume FOLDER.
 """
 
 import os
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from gpt.training.stop_signal import StopSignal
     from gpt.training.train_state import TrainState
 
-# JAX is imported in the functions below, after the flags are read: so `--help` is quick.
+# JAX is imported inside the functions below, after the flags are parsed, to keep `--help` fast.
 
 
 def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
-    """From text to a trained model in `out`; the exit code."""
+    """From text to a trained model in `out`; returns the exit code."""
     from gpt import distributed, hardware, sharding
     from gpt.training import auto_settings, resume, run_plan
     from gpt.training.run import Run, load_text
 
     dtype = hardware.default_dtype()  # before the text is read: there may be no device
     note_once = cache(console.print)
-    with distributed.fail_together():  # of several processes, all start or none does
-        # Where the weights come from: fresh, from another run, or from where this one stopped.
+    with distributed.fail_together():  # if one process fails here, all of them do
+        # Where the weights come from: random, another run, or where this run stopped.
         start = resume.find_starting_point(args, out, note_once)
 
         # Text to tokens. A run that continues keeps its tokenizer, and its text must be the same.
@@ -43,11 +43,11 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
         # The devices, the settings that `auto` chooses for them, and whether the run is possible.
         mesh = sharding.make_mesh(args.config.mesh)
         config = auto_settings.complete_config(args, start, tokenizer.n_vocab, dtype, mesh)
-        planned = Run(args, out, start, config, mesh, tokenizer, dataset, console, stop)
-        planned.require_possible()
-        console.print(*run_plan.describe(config, mesh, dataset, planned.minutes), sep="\n")
+        run = Run(args, out, start, config, mesh, tokenizer, dataset, console, stop)
+        run.require_possible()
+        console.print(*run_plan.describe(config, mesh, dataset, run.minutes), sep="\n")
 
-    planned.require_same_everywhere()
+    run.require_same_everywhere()
     if args.dry_run:
         run_plan.print_memory(config, mesh, args.memory_bytes, console.print)
         console.print(f"dry run        nothing is written; the run would be in {out}")
@@ -55,10 +55,11 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     if args.verify_resume:
         from gpt.training import verify
 
-        return verify.verify_resume(planned, fit, note_once)
+        return verify.verify_resume(run, fit, note_once)
 
-    # With --minutes a few steps that are thrown away show how many to make.
-    run = auto_settings.settle_steps(planned)
+    # With --minutes, time a few throwaway steps to choose the number of steps.
+    if run.minutes:
+        auto_settings.choose_steps_by_measuring(run)
     # Weights and optimizer state, on the mesh.
     state = resume.initial_state(run.config, mesh, start, note_once)
     if state.step < run.config.steps:
@@ -75,18 +76,20 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     return code
 
 
-def fit(planned: "Run", state: "TrainState", until: int) -> None:
+def fit(run: "Run", state: "TrainState", until: int) -> None:
     """Train from `state` until step `until` is saved, or until a signal."""
     from gpt.evaluate import in_training
     from gpt.training import auto_settings, data_loader, evaluation
     from gpt.training.recorder import Recorder, is_due
 
-    tasks = in_training.load_tasks(planned)  # None without --eval-tasks
-    # If a step takes more memory than expected, `auto` chooses again: a run with other settings.
-    run, train_step, eval_step = auto_settings.compile_run(planned)
+    tasks = in_training.load_tasks(run)  # None without --eval-tasks
+
+    # Compile the functions of gpt/training/step_functions.py for the mesh. If a step needs more
+    # memory than expected, `auto` picks more frugal settings and `run.config` changes.
+    train_step, eval_step = auto_settings.compile_with_fallback(run)
     config = run.config
     first_step = int(state.step)
-    # Until here a signal ends the run at once, and its folder is as it was.
+    # A run that is refused or stopped before this line leaves its folder untouched.
     run.begin(first_step)
 
     batches = data_loader.load_batches(config, run.mesh, run.dataset.train, first_step, until)
@@ -104,8 +107,8 @@ def fit(planned: "Run", state: "TrainState", until: int) -> None:
             evaluates_tasks = tasks is not None and is_due(config, step, run.args.eval_tasks_every)
             if not (ending or evaluates or saves or samples or evaluates_tasks):
                 continue
-            # A step whose update was skipped is not saved, so another one must follow.
-            updated = recorder.catch_up(state)
+            # A step whose update was skipped is not saved, so training cannot end with it.
+            updated = recorder.wait_for_update(state)
             ending = ending and updated
             weights = state.ema_params or state.params
 
@@ -129,7 +132,7 @@ def fit(planned: "Run", state: "TrainState", until: int) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Read the flags, prepare JAX, train; the exit code."""
+    """Parse the flags, prepare JAX and train; returns the exit code."""
     args = train_flags.parse_args(argv, __doc__)
     if args.plans_absent:
         cli.prepare_absent()

@@ -5,7 +5,10 @@ import itertools
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
+import time
 from types import SimpleNamespace
 
 import jax
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 from programs import (
     EVERY,
+    ROOT,
     SHAPE,
     STEPS,
     TIMINGS,
@@ -110,6 +114,26 @@ def test_a_crashed_run_continues_to_the_bit(text, trained, tmp_path, before_step
     succeed("train", *argv)
     assert same_bits(arrays(tmp_path / "run", 12), arrays(trained[1], 12))
     assert read_lines(tmp_path / "run") == read_lines(trained[1])
+
+
+def test_a_real_process_saves_before_it_leaves(text, tmp_path):
+    argv = [*SHAPE, "--steps", "1000000", "--log-every", "1", "--data", text, "--out", tmp_path]
+    argv += ["--save-every", "1000000", "--eval-every", "1000000", "--sample-every", "0"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, argv)], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        metrics, waited = tmp_path / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert process.poll() is None and time.monotonic() < waited
+            time.sleep(0.05)
+        process.terminate()
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 143 and "Traceback" not in err
+    (saved,) = checkpoint.saved_steps(tmp_path)
+    assert read_lines(tmp_path)[-1]["step"] == saved > 0
 
 
 def test_a_run_is_resumed_by_its_folder_alone(trained, finished, monkeypatch):

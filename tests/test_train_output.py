@@ -6,6 +6,7 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import pytest
 from programs import TINY, arrays, call, read_lines, refuse, same_bits, snapshot, succeed
 
 from gpt import checkpoint
@@ -46,6 +47,20 @@ def test_a_sample_that_does_not_fit_in_memory_is_a_note(text, trained, tmp_path,
     assert "--- sample ---" not in done.err and "Traceback" not in done.err
     assert checkpoint.saved_steps(tmp_path / "run") == [4, 8, 12]
     assert read_lines(tmp_path / "run") == read_lines(trained[1])
+
+
+def test_a_sample_that_crashes_does_not_cost_the_checkpoint_of_its_step(
+    text, tmp_path, monkeypatch
+):
+    def write_sample(run, weights):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(in_training, "write_sample", write_sample)
+    argv = [*TINY, "--sample-every", "4", "--data", text, "--out", tmp_path / "run"]
+    with pytest.raises(ZeroDivisionError):
+        call("train", *argv)
+    assert checkpoint.saved_steps(tmp_path / "run") == [4]
+    assert [line["step"] for line in read_lines(tmp_path / "run")] == [1, 2, 3, 4, 4]
 
 
 def test_a_profile_is_a_trace_of_the_steps_asked_for(text, finished):

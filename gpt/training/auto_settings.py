@@ -1,4 +1,4 @@
-"""Settings that a run chooses for itself: those left to `auto`, and the steps of --minutes."""
+"""Settings that a run chooses itself: those left at `auto`, and the steps for --minutes."""
 
 import time
 from collections.abc import Callable
@@ -20,25 +20,25 @@ from gpt.training.run import Run, require_same_choices
 from gpt.training.run_plan import describe_length
 from gpt.wording import counted
 
-MEASURED_SECONDS = 3.0  # of steps, for --minutes
+MEASURED_SECONDS = 3.0  # of throwaway steps, for --minutes
 
 
 def complete_config(
     args: Any, start: StartingPoint, n_vocab: int, dtype: str, mesh: Mesh
 ) -> TrainConfig:
-    """The settings to train with, from those that the flags gave (`args.config`: the preset, and
-    the flags that override it). Only the steps of --minutes are still missing."""
-    # The vocabulary of the tokenizer, and `dtype` where no type was given.
+    """The settings to train with, from `args.config` (the preset and the flags that override it).
+    Only the number of steps for --minutes is still missing."""
+    # The tokenizer's vocabulary, and `dtype` for the dtypes that were not given.
     config = args.config.completed(n_vocab, dtype)
 
-    # A run that continues keeps what was chosen for it, so that continuing is exact: the steps of
+    # A run that continues keeps what was chosen for it, so that continuing is exact: the steps for
     # --minutes, and what `auto` chose. A grad_accum that does not fit this mesh stays `auto`.
     if start.resuming:
         saved = from_json(TrainConfig, start.metadata["train"])
         if args.minutes:
             config = replace(config, steps=saved.steps, warmup_steps=saved.warmup_steps)
         if config.steps == saved.schedule_steps:
-            # The command that began the run also continues what --extend has added.
+            # The command that started the run also continues what --extend has added.
             config = replace(config, steps=saved.steps, extra_steps=saved.extra_steps)
         if config.remat == AUTO:
             config = replace(config, remat=saved.remat, unroll=saved.unroll)
@@ -46,22 +46,23 @@ def complete_config(
         if config.grad_accum == AUTO and config.batch_size % (saved.grad_accum * n_shards) == 0:
             config = replace(config, grad_accum=saved.grad_accum)
 
-    # What is still `auto` is chosen by the memory of a device.
+    # What is still `auto` is chosen by a device's memory.
     return memory_plan.resolve_auto(config, mesh, args.memory_bytes)
 
 
-def compile_run(run: Run) -> tuple[Run, Callable, Callable]:
-    """`run`, and its training step and evaluation step compiled for the mesh.
+def compile_with_fallback(run: Run) -> tuple[Callable, Callable]:
+    """The training step and the evaluation step of `run`, compiled for its mesh.
 
-    If the step takes more memory than expected and `auto` has another choice, that one is compiled.
-    The returned run has the config that was compiled. Raises UserError if no choice fits.
+    If a step needs more memory than expected, the next more frugal settings that `auto` may choose
+    are compiled, and `run.config` becomes those. Raises UserError if none fit.
     """
-    asked = run.args.config
-    open_config = replace(
-        run.config, grad_accum=asked.grad_accum, remat=asked.remat, unroll=asked.unroll
+    # With the flags' `auto` back in place, the plan lists the choices from fastest to most frugal.
+    flags = run.args.config
+    auto_config = replace(
+        run.config, grad_accum=flags.grad_accum, remat=flags.remat, unroll=flags.unroll
     )
     choices = [run.config]
-    likely = memory_plan.likely_to_fit(open_config, run.mesh)
+    likely = memory_plan.likely_to_fit(auto_config, run.mesh)
     if run.config in likely:
         choices += likely[likely.index(run.config) + 1 :]
     for config in choices:
@@ -72,7 +73,7 @@ def compile_run(run: Run) -> tuple[Run, Callable, Callable]:
             )
         try:
             with Stopwatch() as watch:
-                compiled = step_functions.compile_steps(config, run.mesh)
+                train_step, eval_step = step_functions.compile_steps(config, run.mesh)
             break
         except Exception as error:
             out_of_memory = isinstance(error, UserError) or is_out_of_memory(error)
@@ -80,31 +81,30 @@ def compile_run(run: Run) -> tuple[Run, Callable, Callable]:
                 raise
     require_same_choices(config)
     run.console.print(f"compiled       in {watch.compile_seconds:.1f} s")
-    return replace(run, config=config), *compiled
+    run.config = config
+    return train_step, eval_step
 
 
-def settle_steps(run: Run) -> Run:
-    """`run`; with --minutes its number of steps, and so its schedule, takes about that long.
+def choose_steps_by_measuring(run: Run) -> None:
+    """Set the number of steps of `run`, and so its schedule, to take about --minutes.
 
-    For that it trains a few steps on a state that is thrown away. The schedule is part of the
-    compiled step, which is compiled again: neither compilation counts.
+    A few steps are timed on a throwaway state. The schedule is part of the compiled step, which is
+    compiled again afterwards; neither compilation counts.
     """
-    if run.minutes is None:
-        return run
     run.console.print("measuring      a few steps, to see how many fit into --minutes")
-    run, compiled_step, _ = compile_run(run)
+    train_step, _ = compile_with_fallback(run)
     config = run.config
     state = initial_state(config, run.mesh, run.start, log=lambda note: None)
     seconds = []
-    measured = 0.0  # their sum in the first process, which decides for all
+    measured = 0.0  # seconds in the first process, which decides for all
     while len(seconds) < 4 or (measured < MEASURED_SECONDS and len(seconds) < 50):
         tokens = load_batch(config, run.mesh, run.dataset.train, len(seconds))
         begun = time.perf_counter()
-        state, metrics = compiled_step(state, tokens)
+        state, metrics = train_step(state, tokens)
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - begun)
         measured = float(broadcast_one_to_all(np.float32(sum(seconds))))
-    step_seconds = float(np.median(seconds[1:]))  # the first still waits for memory
+    step_seconds = float(np.median(seconds[1:]))  # the first one still allocates memory
 
     # Evaluating a token takes a third of training on it.
     n_val = min(config.eval_tokens or len(run.dataset.val), len(run.dataset.val))
@@ -118,6 +118,5 @@ def settle_steps(run: Run) -> Run:
         f"{step_seconds * 1e3:,.0f} ms, and --minutes is {run.args.minutes:g}; the step is now "
         "compiled again, with this schedule"
     )
-    config = replace(config, steps=n_steps, warmup_steps=warmup)
-    run.console.print(*describe_length(config, run.dataset), sep="\n")
-    return replace(run, config=config)
+    run.config = replace(config, steps=n_steps, warmup_steps=warmup)
+    run.console.print(*describe_length(run.config, run.dataset), sep="\n")

@@ -1,14 +1,14 @@
-"""The loss that training minimizes together with its gradient, in one pass over the logits.
+"""The training objective and its gradient in one pass over the logits, for accelerators.
 
-For accelerators. A chunk of tokens at a time, each logit is computed once, and while a chunk's
-logits are in memory, their gradient is multiplied into the gradients of the hidden states and of
-the head's table (Hsu et al. 2024, Liger Kernel, section 3.2). The backward pass only scales these
-two. Logits are kept in the type of the products; sums are in float32.
+Tokens are processed in chunks. While a chunk's logits are in memory, their gradient is multiplied
+into the gradients of the hidden states and of the head's table (Hsu et al. 2024, Liger Kernel,
+section 3.2), so each logit is computed once. The backward pass only scales these two gradients.
+Logits are stored in the compute dtype and summed in float32.
 
-With a table split over several devices each has the logits of its own rows of the vocabulary, and
-softmax's maximum and sum are taken over all of them.
-Shape letters as in gpt/model/transformer.py; here M the tokens on a device, C those of a chunk, V
-the rows of the table on a device.
+If the table is sharded, each device has the logits of its own rows of the vocabulary, and the
+softmax's maximum and sum are reduced over the devices.
+Shape letters as in gpt/model/transformer.py; here M tokens on a device, C tokens in a chunk, V
+table rows on a device.
 """
 
 import functools
@@ -23,10 +23,10 @@ from gpt.model.attention import MASKED
 from gpt.model.layers import exact_products, softcap
 from gpt.training.loss import add_regularizers
 
-LOGITS_BYTES = 2**29  # at most, for one chunk on a device; their gradient takes the same again
+LOGITS_BYTES = 2**29  # maximum for a chunk on one device; their gradient takes as much again
 
 Means = tuple[jax.Array, jax.Array]
-# The axes of the mesh over which tokens, the table's rows and its width are split.
+# The mesh axes over which tokens, the table's rows and its width are sharded.
 Axes = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 
@@ -34,10 +34,10 @@ Axes = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 def objective_and_loss(
     config: TrainConfig, x_MD: jax.Array, table_VD: jax.Array, target_M: jax.Array
 ) -> Means:
-    """What training minimizes and the plain cross-entropy in nats, means over all tokens, float32.
+    """What training minimizes, and the plain cross-entropy in nats: float32 means over all tokens.
     Only the first is differentiable.
 
-    `x_MD`: hidden states in the type of the products. `table_VD`: the head, padded.
+    `x_MD`: hidden states in the compute dtype. `table_VD`: the padded head.
     """
     means, _ = losses_and_gradients(config, x_MD, table_VD, target_M)
     return means
@@ -52,8 +52,8 @@ def scale_gradients(config, gradients, cotangents):
 def losses_and_gradients(
     config: TrainConfig, x_MD: jax.Array, table_VD: jax.Array, target_M: jax.Array
 ) -> tuple[Means, tuple[jax.Array, jax.Array]]:
-    """`objective_and_loss`, and the gradients of the first of them with respect to `x_MD` and
-    `table_VD`, each in the type of its array."""
+    """`objective_and_loss`, and the objective's gradients with respect to `x_MD` and `table_VD`,
+    each in its array's dtype."""
     axes = tuple(map(sharding.split_over, ("batch", "vocab", "embed")))
     on_device = functools.partial(device_losses, config, axes, len(x_MD))
     mesh = sharding.mesh_in_force()
@@ -83,22 +83,22 @@ def device_losses(
     table_VD: jax.Array,
     target_M: jax.Array,
 ) -> tuple[Means, tuple[jax.Array, jax.Array]]:
-    """`losses_and_gradients` on one device, of its tokens, `n_tokens` on all devices together, and
-    its part of the table."""
-    tokens, vocab, embed = axes
+    """`losses_and_gradients` for one device's tokens and table shard; `n_tokens` is the global
+    count."""
+    token_axes, vocab_axes, embed_axes = axes
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    # The table in the type of the products, whole in width.
+    # The table in the compute dtype, gathered to its full width.
     table_type = table_VD.dtype
     table_VD = table_VD.astype(x_MD.dtype)
-    if embed:
-        table_VD = jax.lax.all_gather(table_VD, embed, axis=1, tiled=True)
+    if embed_axes:
+        table_VD = jax.lax.all_gather(table_VD, embed_axes, axis=1, tiled=True)
     V = len(table_VD)
-    first_id = V * jax.lax.axis_index(vocab) if vocab else 0
+    first_id = V * jax.lax.axis_index(vocab_axes) if vocab_axes else 0
     ids_V = first_id + jnp.arange(V)
 
-    # Chunks of equal length, a power of two of them, since that divides most batches; where it does
-    # not, the last one is filled up with tokens that do not count.
+    # The number of equal chunks is a power of two, which divides most batches; otherwise the last
+    # chunk is padded with tokens that do not count.
     M, D = x_MD.shape
     n_chunks = 1
     while M * V * x_MD.dtype.itemsize > n_chunks * LOGITS_BYTES:
@@ -116,10 +116,10 @@ def device_losses(
         objective_sum, loss_sum, table_gradient_VD = sums
         x_CD, target_C, counts_C = chunk
 
-        # Kept in the type of the products; everything below reads them from there.
-        kept_CV = jnp.einsum("CD,VD->CV", x_CD, table_VD)
+        # Before softcap, in the compute dtype.
+        raw_logits_CV = jnp.einsum("CD,VD->CV", x_CD, table_VD)
         objective_C, loss_C, gradient_CV = chunk_losses(
-            config, vocab, kept_CV, target_C - first_id, ids_V
+            config, vocab_axes, raw_logits_CV, target_C - first_id, ids_V
         )
         objective_sum += jnp.where(counts_C, objective_C, 0).sum()
         loss_sum += jnp.where(counts_C, loss_C, 0).sum()
@@ -135,62 +135,62 @@ def device_losses(
             add_chunk, (zero, zero, jnp.zeros((V, D))), chunks
         )
 
-    # Summed over the devices that have other tokens, or other rows of the vocabulary.
-    means = jax.lax.psum((objective / n_tokens, loss / n_tokens), tokens)
-    if embed:
+    # Sum over the devices that hold other tokens, or other rows of the vocabulary.
+    means = jax.lax.psum((objective / n_tokens, loss / n_tokens), token_axes)
+    if embed_axes:
         table_gradient_VD = jax.lax.psum_scatter(
-            table_gradient_VD, embed, scatter_dimension=1, tiled=True
+            table_gradient_VD, embed_axes, scatter_dimension=1, tiled=True
         )
-    others = tuple(axis for axis in tokens if axis not in embed)
+    others = tuple(axis for axis in token_axes if axis not in embed_axes)
     table_gradient_VD = jax.lax.psum(table_gradient_VD, others).astype(table_type)
-    x_gradient_MD = jax.lax.psum(x_gradient.reshape(-1, D)[:M], vocab)
+    x_gradient_MD = jax.lax.psum(x_gradient.reshape(-1, D)[:M], vocab_axes)
     return means, (x_gradient_MD, table_gradient_VD)
 
 
 def chunk_losses(
     config: TrainConfig,
-    vocab: tuple[str, ...],
-    kept_CV: jax.Array,
+    vocab_axes: tuple[str, ...],
+    raw_logits_CV: jax.Array,
     target_C: jax.Array,
     ids_V: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each token of a chunk what training minimizes and the cross-entropy in nats, and the
-    gradient of the former with respect to the kept logits; all float32.
+    """The objective and the cross-entropy in nats for each token of a chunk, and the objective's
+    gradient with respect to the raw logits; all float32.
 
-    `vocab`: the axes of the mesh over which the table's rows are split. `target_C`: rows of this
-    device's part of the table, outside of it if they are another device's. `ids_V`: the tokens
-    whose logits these are; those of padding are beyond the vocabulary.
+    `vocab_axes`: the mesh axes over which the table's rows are sharded. `target_C`: row numbers in
+    this device's table shard, out of range if another device has the row. `ids_V`: the token ids of
+    the rows; padding rows have ids beyond the vocabulary.
     """
     cap = config.model.logit_softcap
     smoothing = config.label_smoothing
     vocab_size = config.model.vocab_size
     is_token_V = ids_V < vocab_size
 
-    logits_CV = softcap(kept_CV.astype(jnp.float32), cap)
+    logits_CV = softcap(raw_logits_CV.astype(jnp.float32), cap)
     logits_CV = jnp.where(is_token_V, logits_CV, MASKED)
 
     max_C = logits_CV.max(-1)
-    if vocab:
-        max_C = jax.lax.pmax(max_C, vocab)
-    sum_C = jax.lax.psum(jnp.exp(logits_CV - max_C[:, None]).sum(-1), vocab)
+    if vocab_axes:
+        max_C = jax.lax.pmax(max_C, vocab_axes)
+    sum_C = jax.lax.psum(jnp.exp(logits_CV - max_C[:, None]).sum(-1), vocab_axes)
     log_total_C = max_C + jnp.log(sum_C)
 
     V = len(ids_V)
     is_here_C = (target_C >= 0) & (target_C < V)
     place_C = jnp.clip(target_C, 0, V - 1)
-    target_logit_C = jnp.take_along_axis(kept_CV, place_C[:, None], axis=-1)[:, 0]
+    target_logit_C = jnp.take_along_axis(raw_logits_CV, place_C[:, None], axis=-1)[:, 0]
     target_logit_C = softcap(target_logit_C.astype(jnp.float32), cap)
-    target_logit_C = jax.lax.psum(jnp.where(is_here_C, target_logit_C, 0), vocab)
+    target_logit_C = jax.lax.psum(jnp.where(is_here_C, target_logit_C, 0), vocab_axes)
 
     loss_C = log_total_C - target_logit_C
     uniform_C = None
     if smoothing:
-        logit_sum_C = jax.lax.psum(jnp.where(is_token_V, logits_CV, 0).sum(-1), vocab)
+        logit_sum_C = jax.lax.psum(jnp.where(is_token_V, logits_CV, 0).sum(-1), vocab_axes)
         uniform_C = log_total_C - logit_sum_C / vocab_size
     objective_C = add_regularizers(config, loss_C, log_total_C, uniform_C)
 
-    # The derivative of the loss in terms of the probabilities p: p itself, less 1 at the target.
-    # A comparison finds the target: a scatter into all logits would cost more.
+    # The derivative of the loss is the probability p, minus 1 at the target. A comparison finds the
+    # target, since a scatter into all logits would cost more.
     p_CV = jnp.exp(logits_CV - log_total_C[:, None])
     is_target_CV = jnp.arange(V) == target_C[:, None]
     gradient_CV = p_CV - (1 - smoothing) * is_target_CV

@@ -2,10 +2,10 @@
 
 Training on accelerators uses fused_loss.py.
 
-The float32 logits of all tokens never exist at once: for GPT-2 they would take as much memory as
-everything else together. Where they are many, each chunk's are recomputed in the backward pass.
-Chunks are of vocabulary rows and not of tokens, so that the gradient of a sharded embedding table
-is reduced across devices once, and not once per chunk.
+The float32 logits of all tokens never exist together: for GPT-2 they would take as much memory as
+everything else. When there are many, each chunk's logits are recomputed in the backward pass.
+Chunks are rows of the vocabulary, not tokens, so the gradient of a sharded embedding table is
+reduced across devices once instead of once per chunk.
 """
 
 import math
@@ -20,38 +20,48 @@ from gpt.model import attention, flash_attention, transformer
 from gpt.model.attention import MASKED
 from gpt.model.transformer import GPT, Attend
 
-CHUNK_ROWS = 16_384  # vocabulary rows at once, at most
-KEPT_LOGITS = 2**25  # logits kept for the backward pass at most (128 MiB); more are recomputed
+CHUNK_ROWS = 16_384  # maximum vocabulary rows per chunk
+KEPT_LOGITS = 2**25  # maximum kept for the backward pass (128 MiB); more are recomputed
 
 
 def count_chunks(rows: int) -> int:
-    """Fewest equal chunks, a power of two, of at most CHUNK_ROWS rows."""
+    """The smallest power of two that makes equal chunks of at most CHUNK_ROWS rows."""
     n = 1
     while rows // n > CHUNK_ROWS:
         n *= 2
     return n
 
 
+# The vocabulary is split into chunks by stripes of consecutive rows: stripe s belongs to chunk
+# s % n_chunks. If the table is sharded over several devices, each of them holds its share of every
+# chunk, so no rows are sent. With 8 rows, 2 chunks and stripes of 2 rows, chunk 0 has rows 0, 1, 4,
+# 5 and chunk 1 has rows 2, 3, 6, 7. On one device a chunk is a single stripe.
+
+
+def split_into_chunks(x: jax.Array, n_chunks: int, stripe: int) -> jax.Array:
+    """[V, ...] as [n_chunks, V / n_chunks, ...]."""
+    stripes = x.reshape(-1, n_chunks, stripe, *x.shape[1:]).swapaxes(0, 1)
+    return stripes.reshape(n_chunks, -1, *x.shape[1:])
+
+
+def find_in_chunks(row: jax.Array, n_chunks: int, stripe: int) -> tuple[jax.Array, jax.Array]:
+    """The chunk into which `split_into_chunks` puts each vocabulary row, and its place there."""
+    chunk = row // stripe % n_chunks
+    place = row // (n_chunks * stripe) * stripe + row % stripe
+    return chunk, place
+
+
 def token_losses(
     model: GPT, x_MD: jax.Array, target_M: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each token, float32 in nats: -log p(target), the log of the softmax's denominator, and
+    """Per-token values, float32, in nats: -log p(target), the log of the softmax's denominator, and
     the mean of -log p over the vocabulary."""
     config = model.config
     table_VD = model.head_table
     V = len(table_VD)
     n_chunks = count_chunks(V)
-
-    # The chunks are interleaved: the table is dealt out in stripes of consecutive rows, stripe s to
-    # chunk s % n_chunks. So each device of a table that is split over several holds its share of
-    # every chunk, and no rows are sent. With 8 rows, 2 chunks and stripes of 2 rows, chunk 0 has
-    # rows 0, 1, 4, 5 and chunk 1 has rows 2, 3, 6, 7. On one device a chunk is a single stripe.
     stripe = V // n_chunks // math.gcd(V // n_chunks, sharding.count_parts("vocab"))
-
-    def deal(x: jax.Array) -> jax.Array:
-        """[V, ...] as [n_chunks, V / n_chunks, ...]."""
-        stripes = x.reshape(-1, n_chunks, stripe, *x.shape[1:]).swapaxes(0, 1)
-        return stripes.reshape(n_chunks, V // n_chunks, *x.shape[1:])
+    target_chunk_M, target_place_M = find_in_chunks(target_M, n_chunks, stripe)
 
     def add_chunk(sums, chunk):
         """One step of the online softmax (Milakov & Gimelshein 2018)."""
@@ -64,33 +74,33 @@ def token_losses(
         running_sum_M = running_sum_M + jnp.exp(logits_MC - new_max_M[:, None]).sum(-1)
         logit_sum_M += jnp.where(ids_C < config.vocab_size, logits_MC, 0).sum(-1)
 
-        # The target's logit, where this chunk has its row.
-        in_chunk_M = target_M // stripe % n_chunks == chunk_number
-        place_M = target_M // (n_chunks * stripe) * stripe + target_M % stripe
-        logit_M = jnp.take_along_axis(logits_MC, place_M[:, None], axis=-1)[:, 0]
-        target_logit_M = target_logit_M + jnp.where(in_chunk_M, logit_M, 0)
+        # The target's logit, if its row is in this chunk.
+        logit_M = jnp.take_along_axis(logits_MC, target_place_M[:, None], axis=-1)[:, 0]
+        target_logit_M += jnp.where(target_chunk_M == chunk_number, logit_M, 0)
         return (new_max_M, running_sum_M, target_logit_M, logit_sum_M), None
 
     if len(x_MD) * V > KEPT_LOGITS:
         add_chunk = jax.checkpoint(add_chunk)
     zero_M = jnp.zeros(len(x_MD), jnp.float32)
     start = (zero_M + MASKED, zero_M, zero_M, zero_M)
-    chunks = deal(table_VD), deal(jnp.arange(V)), jnp.arange(n_chunks)
+    chunks = (
+        split_into_chunks(table_VD, n_chunks, stripe),
+        split_into_chunks(jnp.arange(V), n_chunks, stripe),
+        jnp.arange(n_chunks),
+    )
     (max_M, sum_M, target_logit_M, logit_sum_M), _ = jax.lax.scan(add_chunk, start, chunks)
 
     log_total_M = max_M + jnp.log(sum_M)
     return log_total_M - target_logit_M, log_total_M, log_total_M - logit_sum_M / config.vocab_size
 
 
-def hidden_states(
+def hidden_states_and_targets(
     config: TrainConfig,
-    params: dict,
+    model: GPT,
     tokens_BU: jax.Array,
     dropout_key_B: jax.Array | None = None,
-) -> tuple[GPT, jax.Array, jax.Array]:
-    """The model, its hidden states [M, D] of tokens 0..T-1 (U = T + 1), and the tokens 1..T [M]
-    that are to be predicted from them."""
-    model = transformer.bind(config.model, params)
+) -> tuple[jax.Array, jax.Array]:
+    """The hidden states [M, D] at tokens 0..T-1 (U = T + 1), and the tokens 1..T [M] to predict."""
     x_BTD, _ = model.hidden(
         tokens_BU[:, :-1],
         dropout_key_B=dropout_key_B,
@@ -98,11 +108,11 @@ def hidden_states(
         remat=config.remat,
         unroll=config.unroll,
     )
-    return model, x_BTD.reshape(-1, x_BTD.shape[-1]), tokens_BU[:, 1:].ravel()
+    return x_BTD.reshape(-1, x_BTD.shape[-1]), tokens_BU[:, 1:].ravel()
 
 
 def attention_for(config: TrainConfig) -> Attend:
-    """The attention that a run asks for."""
+    """The attention function that the config selects."""
     if config.attention == "plain":
         return attention.plain_attention
     return partial(flash_attention.fused_attention, deterministic=config.deterministic)
@@ -111,11 +121,11 @@ def attention_for(config: TrainConfig) -> Attend:
 def add_regularizers(
     config: TrainConfig, loss: jax.Array, log_total: jax.Array, uniform: jax.Array | None
 ) -> jax.Array:
-    """What training minimizes of each token, from the three numbers that `token_losses` returns;
+    """The training objective per token, from the three values that `token_losses` returns;
     `uniform` may be None without label smoothing.
 
-    (1-e) of the loss on the target plus e of the mean over the vocabulary (label smoothing,
-    Szegedy et al. 2016), plus z log²(sum of exp) (z-loss, Chowdhery et al. 2022, section 5).
+    (1 - e) loss + e uniform (label smoothing, Szegedy et al. 2016), plus z log_total² (z-loss,
+    Chowdhery et al. 2022, section 5).
     """
     smoothing = config.label_smoothing
     minimized = loss

@@ -15,7 +15,7 @@ from gpt.config import ModelConfig, TrainConfig
 from gpt.digest import named_leaves
 from gpt.errors import Failed
 from gpt.model import transformer
-from gpt.training.step_functions import dropout_keys, mean_gradients
+from gpt.training.step_functions import dropout_keys, loss_and_gradients
 from gpt.wording import counted
 
 
@@ -56,7 +56,7 @@ def locate_first_nonfinite(
     for layer in range(model.n_layers):
         if not output_is_finite(model, params, tokens_ABU, dropout_key_AB, layer + 1):
             return f"the first bad value is in the output of block {layer} of 0 to {last_layer}"
-    loss, grads = jax.jit(mean_gradients, static_argnums=0)(
+    loss, grads = jax.jit(loss_and_gradients, static_argnums=0)(
         config, params, tokens_ABU, jnp.int32(index)
     )
     if not jnp.isfinite(loss):

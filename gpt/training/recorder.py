@@ -1,7 +1,7 @@
-"""The outputs of the training loop: metrics, checkpoints and traces.
+"""What the training loop writes: metrics, checkpoints and traces.
 
-The details that the loop need not show are here: metrics are read one step late, skipped steps are
-counted, a failed save is explained, and of several processes one writes.
+This hides what the loop need not show: metrics are read one step late, skipped steps are counted, a
+failed save is explained, and only the first of several processes writes.
 """
 
 import contextlib
@@ -23,19 +23,19 @@ from gpt.training.train_state import TrainState, checkpoint_trees
 class Recorder(contextlib.ExitStack):
     """Records the results of a run that trains from `state`.
 
-    The metrics of a step are read one step late, while the device computes the next one. Use it in
-    `with`: the end of the block waits for the last save and closes the log.
+    A context manager: leaving it waits for the last save and closes the log. A step's metrics are
+    read one step late, while the device computes the next one.
     """
 
     def __init__(self, run: Run, state: TrainState):
         super().__init__()
         config = run.config
-        is_first = distributed.is_first()  # of several processes, the one that writes
+        is_first = distributed.is_first()  # the only process that writes
         self.run = run
         self.first_step = int(state.step)
         self.unread = None  # the last step and its metrics, until they are read
         self.skipped = self.first_step - int(step_functions.count_updates(state.opt_state))
-        self.n_bad = 0  # steps that were skipped one after another, up to the last one read
+        self.n_bad = 0  # consecutive skipped steps, up to the last one read
         self.n_profiled = run.args.profile if is_first else 0
         self.metadata = checkpoint_metadata(run)
 
@@ -56,24 +56,24 @@ class Recorder(contextlib.ExitStack):
         self.trace = self.enter_context(contextlib.ExitStack())
 
     def note_step(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> None:
-        """`step`, which gave `state` and `metrics`, has been handed to the device."""
+        """Record that `step` was dispatched, giving `state` and `metrics`; log the step before."""
         self._profile(step, metrics)
         self._read_last_step(state)
         self.unread = step, metrics
         if self.n_bad + 1 >= self.run.config.max_bad_steps:
-            # If this step is bad, it is the last one allowed. It is read before another one changes
-            # the weights that will be inspected.
+            # One more bad step ends the run. Read this one now, before another step changes the
+            # weights that would be inspected.
             self._read_last_step(state)
 
-    def catch_up(self, state: TrainState) -> bool:
-        """Wait for the last step. Returns whether its update was applied; if not, this must neither
-        be the last step nor be saved."""
+    def wait_for_update(self, state: TrainState) -> bool:
+        """Wait for the last step to finish. Returns whether its update was applied; if not, it must
+        not be the last one, and is not saved."""
         self._read_last_step(state)
         return self.n_bad == 0
 
     def _read_last_step(self, state: TrainState) -> None:
-        """Log the last step, if it is unread. Raise Failed if too many steps in a row were skipped,
-        or the run's last step was: no good step can follow it."""
+        """Log the last step if it is unread. Raise Failed if too many consecutive steps were
+        skipped, or if the run's last one was."""
         if self.unread is None:
             return
         config = self.run.config
@@ -108,8 +108,8 @@ class Recorder(contextlib.ExitStack):
                 self.run.console.print(f"profile        steps {begin + 1} to {end}: xprof {folder}")
 
     def try_save(self, state: TrainState) -> None:
-        """Before the first save of a run, save the state and remove it again, so that a save that
-        cannot succeed is noticed before hours of training."""
+        """Before a run's first save, save the state and delete it again, so that a save that cannot
+        succeed fails before hours of training."""
         if self.checkpoints.latest is None:
             with self._explain_failed_save(continues=self.run.config.keep_going):
                 self.checkpoints.try_save(checkpoint_trees(state), self.metadata | {"step": 0})
@@ -118,15 +118,15 @@ class Recorder(contextlib.ExitStack):
     def save(self, step: int, state: TrainState, val_loss: float | None, wait: bool) -> None:
         """Save a checkpoint in the background; with `wait` return when it is on disk.
 
-        `val_loss`: nats per token, which the best checkpoints are chosen by. With `keep_going` a
-        checkpoint that cannot be written is noted and training continues; else it is a UserError.
+        `val_loss`: nats per token, by which the best checkpoints are chosen. If a checkpoint cannot
+        be written, training continues with a note under `keep_going`; otherwise it is a UserError.
         """
         if self.n_bad:
             # More bad steps may follow, and these weights must not replace good ones.
             self.run.console.print(f"note: step {step} is not saved: its update was skipped")
             return
         with self._explain_failed_save(continues=True):
-            # The previous save may have failed. Try anyway: the disk may have room again.
+            # Even if the previous save failed: the disk may have room again.
             self.checkpoints.wait()
         with self._explain_failed_save(continues=self.run.config.keep_going and not wait):
             self.checkpoints.save(
@@ -152,8 +152,8 @@ class Recorder(contextlib.ExitStack):
 
     @contextlib.contextmanager
     def attempt(self, what: str, step: int) -> Iterator[None]:
-        """Turn a UserError, or running out of memory, inside `with` into a note that this step has
-        no `what`; training continues."""
+        """Turn a UserError or an out-of-memory error into a note that this step has no `what`;
+        training continues."""
         try:
             yield
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Where a run starts: afresh, from the weights of another run, or where it stopped itself."""
+"""Where a run starts: from random weights, from another run's weights, or where it stopped."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,8 +22,8 @@ from gpt.wording import counted
 if TYPE_CHECKING:
     from gpt.training.run import Run
 
-# These settings change what is printed or kept, or how it is computed, but not what is learned. Not
-# eval_tokens: the best checkpoint is chosen by losses, which must be those of the same tokens.
+# These settings change what is printed or kept, or how things are computed, but not what is
+# learned. eval_tokens is not one of them: the best checkpoint is chosen by losses on equal tokens.
 MAY_CHANGE = {
     "mesh",
     "grad_accum",
@@ -49,8 +49,8 @@ KEPT_FLAGS = ("log_to", "eval_tasks", "eval_tasks_every", "eval_tasks_limit", "e
 class StartingPoint:
     """Where the first weights come from.
 
-    `source`: the folder of a run, or None to start afresh. `resuming`: whether it is this very run.
-    `metadata`: of the newest good checkpoint of `source`.
+    `source`: the folder of a run, or None for random weights. `resuming`: whether that is this
+    run's own folder. `metadata`: that of the newest good checkpoint in `source`.
     """
 
     source: Path | None = None
@@ -59,7 +59,7 @@ class StartingPoint:
 
 
 def find_starting_point(args: Any, out: Path, log: Callable[[str], None]) -> StartingPoint:
-    """Where the run of `args`, the flags of train.py, starts if its folder is `out`.
+    """Where a run with the flags `args` and the folder `out` starts.
 
     `log` gets a note for each damaged checkpoint that is skipped.
     """
@@ -71,11 +71,10 @@ def find_starting_point(args: Any, out: Path, log: Callable[[str], None]) -> Sta
 
 
 def with_model_of_source(args: Any, out: Path, flags_given: set[str]):
-    """`args` with the model settings of the run that the weights come from, except for those that
-    were given as flags.
+    """`args` with the model settings of the run that the weights come from, except those given as
+    flags.
 
-    The types stay those of the preset: weights that the other run kept in bfloat16 would hardly
-    learn.
+    Dtypes stay those of the preset: weights that the other run kept in bfloat16 would hardly learn.
     """
     start = find_starting_point(args, out, log=lambda note: None)  # train() logs the same notes
     source = from_json(ModelConfig, start.metadata["model"])
@@ -85,15 +84,15 @@ def with_model_of_source(args: Any, out: Path, flags_given: set[str]):
 
 
 def with_flags(config: Any, asked: Any, flags_given: set[str], prefix: str = "") -> Any:
-    """`config`, with those fields of `asked` that were given as flags; `flags_given`: see cli."""
+    """`config`, with the fields of `asked` that were given as flags."""
     names = [field.name for field in dataclasses.fields(config)]
     given = {name: getattr(asked, name) for name in names if prefix + name in flags_given}
     return dataclasses.replace(config, **given)
 
 
 def with_settings_of_run(args: Any, flags_given: set[str]):
-    """`args` with the settings and the text of the run that --resume names, except for those that
-    were given as flags."""
+    """`args` with the settings and text of the run that --resume names, except those given as
+    flags."""
     metadata = newest(args.resume, checkpoint.read_metadata, log=lambda note: None)
     require(
         "source" not in metadata,
@@ -102,7 +101,7 @@ def with_settings_of_run(args: Any, flags_given: set[str]):
     )
     saved = from_json(TrainConfig, metadata["train"])
     config = with_flags(saved, args.config, flags_given)
-    model = from_json(ModelConfig, metadata["model"])  # types that the run left open stay open
+    model = from_json(ModelConfig, metadata["model"])  # unset dtypes stay unset
     config = dataclasses.replace(
         config,
         model=with_flags(model, args.config.model, flags_given, "model."),
@@ -125,7 +124,7 @@ def with_settings_of_run(args: Any, flags_given: set[str]):
 
 
 def require_same_settings(start: StartingPoint, config: TrainConfig) -> None:
-    """Raise UserError that lists how `config` differs from the run that is to be continued."""
+    """Raise a UserError that lists how `config` differs from the run to continue, if it does."""
     differing = differences(start.metadata["train"], config, start.metadata["step"])
     listed = "".join(f"\n  {line}" for line in differing)
     more_steps = config.steps - start.metadata["train"]["steps"]
@@ -142,9 +141,9 @@ def require_same_settings(start: StartingPoint, config: TrainConfig) -> None:
 
 
 def differences(saved: dict[str, Any], config: TrainConfig, steps_done: int) -> list[str]:
-    """A line for each setting that differs from the saved one and may not after `steps_done` steps.
+    """A line for each setting that differs from the saved one but must not after that many steps.
 
-    A setting that the saved run does not have counts as its default.
+    A setting missing from the saved run counts as its default.
     """
     earlier = from_json(TrainConfig, saved)
     may_change = set(MAY_CHANGE)
@@ -153,7 +152,7 @@ def differences(saved: dict[str, Any], config: TrainConfig, steps_done: int) -> 
     if earlier.schedule_steps == config.schedule_steps:
         may_change.add("steps")
 
-    # The number of steps may change too, if both schedules are wsd and neither has begun to fall.
+    # The number of steps may also change if both schedules are wsd and neither has begun to decay.
     both_wsd = earlier.schedule == config.schedule == "wsd"
     longest_warmup = max(earlier.warmup_steps, config.warmup_steps)
     whole_warmup = longest_warmup < min(earlier.steps, config.steps) - 1
@@ -170,14 +169,14 @@ def differences(saved: dict[str, Any], config: TrainConfig, steps_done: int) -> 
 
 
 def settings_by_flag(config: TrainConfig) -> dict[str, Any]:
-    """The settings under the names of their flags. The steps say how many --extend has added."""
+    """The settings by flag name; "steps" says how many of them --extend has added."""
     settings = flatten_dict(to_json(config), sep=".")
     del settings["extra_steps"]
     return settings | {"steps": describe_steps(config)}
 
 
 def describe_steps(config: TrainConfig) -> str:
-    """The number of steps, and how many of them --extend has added."""
+    """The number of steps in words, and how many of them --extend has added."""
     steps = counted(config.steps, "step")
     if config.extra_steps:
         steps += f" (the last {config.extra_steps:,} of them by --extend)"
@@ -185,7 +184,7 @@ def describe_steps(config: TrainConfig) -> str:
 
 
 def newest(folder: Path, load: Callable[[Path, int], Any], log: Callable[[str], None]) -> Any:
-    """`load(folder, step)` of the newest good checkpoint; `log` gets a note on each damaged one."""
+    """`load(folder, step)` for the newest good checkpoint; `log` gets a note for each bad one."""
     _, loaded, notes = checkpoint.latest_good(folder, partial(load, folder))
     for note in notes:
         log(f"note: {note}; an earlier checkpoint is used")
@@ -195,8 +194,8 @@ def newest(folder: Path, load: Callable[[Path, int], Any], log: Callable[[str], 
 def initial_state(
     config: TrainConfig, mesh: Mesh, start: StartingPoint, log: Callable[[str], None]
 ) -> TrainState:
-    """The state before the first step: fresh, with the weights of another run, or where this run
-    stopped. Raises UserError if no checkpoint can be used."""
+    """The state before the first step: random weights, another run's weights, or the state in which
+    this run stopped. Raises UserError if no checkpoint can be used."""
     if start.source is None:
         return make_state(config, mesh)
     like = abstract_state(config, mesh)
@@ -204,7 +203,7 @@ def initial_state(
         return newest(start.source, partial(train_state.load_state, like), log)
 
     def load_weights(folder: Path, step: int) -> dict:
-        """The averaged weights, where the other run kept an average."""
+        """The other run's averaged weights if it kept an average, otherwise its raw weights."""
         saved = from_json(TrainConfig, checkpoint.read_metadata(folder, step)["train"])
         tree = "ema_params" if saved.ema_decay else "params"
         return checkpoint.restore(folder, step, tree, like.params)
@@ -215,10 +214,10 @@ def initial_state(
 
 
 def checkpoint_metadata(run: "Run") -> dict[str, Any]:
-    """The metadata of a checkpoint of `run`, as JSON: with it the checkpoint can be used alone.
+    """The metadata that makes a checkpoint of `run` self-contained, as JSON.
 
-    Types that the flags left open stay open, since another machine fills them in its own way. The
-    paths are as they were typed, so that the command can be repeated.
+    Unset dtypes stay unset, so that another machine can use its own defaults. Paths stay as they
+    were typed, so that the command can be repeated.
     """
     args, config = run.args, run.config
     model = dataclasses.replace(
@@ -228,7 +227,7 @@ def checkpoint_metadata(run: "Run") -> dict[str, Any]:
     )
     init_from = None if args.init_from is None else str(args.init_from)
     if run.start.resuming:
-        init_from = run.start.metadata["init_from"]  # as when it began
+        init_from = run.start.metadata["init_from"]  # as at the start of the run
     flags = {name: getattr(args, name) for name in KEPT_FLAGS}
     if args.eval_tasks_path:
         flags["eval_tasks_path"] = str(args.eval_tasks_path)

@@ -45,11 +45,12 @@ def load_text(
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """A run whose text, settings and devices are decided.
 
-    `args`: the flags of train.py. `config`: the settings to train with.
+    `args`: the flags of train.py. `config`: the settings to train with; auto_settings.py replaces
+    them if a step is measured, or does not fit into memory.
     """
 
     args: Any
@@ -118,8 +119,8 @@ class Run:
         require_same_choices(self.config)
 
     def begin(self, first_step: int) -> None:
-        """Have signals wait for the next step, remove the run that --overwrite replaces from the
-        folder, and write the tokenizer."""
+        """Defer signals to the end of a step, delete the run that --overwrite replaces, and write
+        the tokenizer."""
         if first_step:
             self.console.print(f"continues      from step {first_step:,}")
         self.stop.defer(first_step)

@@ -1,9 +1,10 @@
 """The training step and the evaluation step: pure functions, and their compilation for a mesh.
 
-Gradients are averaged over devices in two ways. Over `data` each device averages over its own rows
-of all micro-batches, and one all-reduce at the end of the step averages over the devices (where
-`reduces_over_data_once` allows it). Over `fsdp` and `tensor` the compiler inserts the collectives
-of each micro-batch, because the loss is a mean over all rows.
+Gradients are averaged over devices in two ways. Over `data`, each device averages over its own rows
+of all micro-batches, and a single all-reduce at the end of the step averages over devices (if
+`reduces_over_data_once`). Over `fsdp` and `tensor`, the loss is a mean over all rows, so the
+compiler inserts the collectives in every micro-batch; only fused_loss.py has its own, for the
+gradient of the output head.
 
 Shape letters as in gpt/model/transformer.py; A micro-batches of one step, U = T + 1 tokens.
 """
@@ -22,7 +23,7 @@ from gpt.config import TrainConfig
 from gpt.errors import require
 from gpt.model import flash_attention, transformer
 from gpt.training import fused_loss, memory_plan
-from gpt.training.loss import add_regularizers, hidden_states, token_losses
+from gpt.training.loss import add_regularizers, hidden_states_and_targets, token_losses
 from gpt.training.optimizer import make_optimizer, make_schedule
 from gpt.training.train_state import TrainState, abstract_state, shardings_of
 
@@ -32,12 +33,12 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The state after one optimizer step on `tokens_ABU`, and its metrics.
 
-    Where the loss or a gradient is not finite the update is skipped: only the number of steps
-    changes, and the learning rate waits with the moments.
+    If the loss or a gradient is not finite, the update is skipped: only `step` advances, and the
+    schedule and the moments stay put.
     Metrics: `loss` (nats per token), `grad_norm` (before clipping), `learning_rate`, `skipped`
     (updates skipped so far, int32).
     """
-    loss, grads = mean_gradients(config, state.params, tokens_ABU, state.step)
+    loss, grads = loss_and_gradients(config, state.params, tokens_ABU, state.step)
     grad_norm = optax.tree.norm(grads)
 
     def update(state: TrainState) -> TrainState:
@@ -47,40 +48,40 @@ def train_step(
         ema_params = update_ema(config, state.ema_params, params, state.step)
         return TrainState(params, opt_state, state.step, ema_params)
 
-    # `cond` lets a CPU update in place; `where` would keep both states. On a GPU `cond` waits for
-    # the host, so there `where` selects each array.
+    # `cond` lets a CPU update in place; `where` would keep both states in memory. On a GPU `cond`
+    # waits for the host, so there `where` selects each array.
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if sharding.platform() == "cpu":
-        kept = jax.lax.cond(finite, update, lambda state: state, state)
+        next_state = jax.lax.cond(finite, update, lambda state: state, state)
     else:
-        kept = jax.tree.map(partial(jnp.where, finite), update(state), state)
+        next_state = jax.tree.map(partial(jnp.where, finite), update(state), state)
 
     step = state.step + 1
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,
         "learning_rate": make_schedule(config)(count_updates(state.opt_state)),
-        "skipped": step - count_updates(kept.opt_state),
+        "skipped": step - count_updates(next_state.opt_state),
     }
-    return dataclasses.replace(kept, step=step), metrics
+    return dataclasses.replace(next_state, step=step), metrics
 
 
-def mean_gradients(
+def loss_and_gradients(
     config: TrainConfig, params: dict, tokens_ABU: jax.Array, step: jax.Array
 ) -> tuple[jax.Array, dict]:
-    """The mean cross-entropy in nats per token over all micro-batches, and the gradient of what
-    training minimizes."""
+    """The mean cross-entropy in nats per token over all micro-batches and devices, and the gradient
+    of the training objective."""
     dropout_key_AB = dropout_keys(config, step, *tokens_ABU.shape[:2])
     mesh = sharding.mesh_in_force()
     if mesh is None or not reduces_over_data_once(config, mesh.shape, sharding.platform()):
-        return gradients_of_rows(config, params, tokens_ABU, dropout_key_AB)
+        return loss_and_gradients_of_rows(config, params, tokens_ABU, dropout_key_AB)
 
     def mean_over_devices(params, tokens_ABU, dropout_key_AB):
-        own_mean = gradients_of_rows(config, params, tokens_ABU, dropout_key_AB)
+        own_mean = loss_and_gradients_of_rows(config, params, tokens_ABU, dropout_key_AB)
         return jax.lax.pmean(own_mean, "data")
 
-    # The compiler splits arrays over the axes that are not named here. Axes of size 1 are named
-    # too, because it cannot split cuDNN's attention.
+    # The compiler still splits arrays over the axes not listed here. Axes of size 1 are listed too,
+    # because the compiler cannot split cuDNN's attention.
     manual_axes = {axis for axis, size in mesh.shape.items() if axis == "data" or size == 1}
     replicated = PartitionSpec()
     by_row = PartitionSpec(None, "data")
@@ -89,14 +90,14 @@ def mean_gradients(
         in_specs=(replicated, by_row, by_row),
         out_specs=replicated,
         axis_names=manual_axes,
-        check_vma=False,  # with it each gradient would be summed over the devices at once
+        check_vma=False,  # True would all-reduce every micro-batch's gradient immediately
     )(params, tokens_ABU, dropout_key_AB)
 
 
 def reduces_over_data_once(config: TrainConfig, sizes: Mapping[str, int], platform: str) -> bool:
-    """Whether gradients are sent over `data` only at the end of a step, on a mesh of these sizes.
+    """Whether gradients cross `data` only once, at the end of a step, on a mesh of these sizes.
 
-    The two exceptions are due to XLA: docs/parallelism.md describes them.
+    The two exceptions are limitations of XLA, described in docs/parallelism.md.
     """
     if sizes["fsdp"] > 1 and sizes["tensor"] > 1:
         return False
@@ -105,12 +106,12 @@ def reduces_over_data_once(config: TrainConfig, sizes: Mapping[str, int], platfo
     return sizes["data"] > 1
 
 
-def gradients_of_rows(
+def loss_and_gradients_of_rows(
     config: TrainConfig, params: dict, tokens_ABU: jax.Array, dropout_key_AB: jax.Array | None
 ) -> tuple[jax.Array, dict]:
-    """The mean loss and gradient over these rows alone; `dropout_key_AB`: the dropout key of each.
+    """The mean loss and gradient over these rows only, accumulated in float32.
 
-    Sums over micro-batches are kept in float32.
+    `dropout_key_AB`: one dropout key per row.
     """
     A = len(tokens_ABU)
 
@@ -138,12 +139,13 @@ def gradients_of_rows(
 def objective(
     config: TrainConfig, params: dict, tokens_BU: jax.Array, dropout_key_B: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """What training minimizes and the plain cross-entropy in nats, both means over the tokens.
+    """What training minimizes, and the plain cross-entropy in nats, both averaged over tokens.
 
-    On a CPU by loss.py, in chunks of the vocabulary; elsewhere by fused_loss.py, in chunks of
-    tokens.
+    Computed by loss.py on a CPU, in chunks of the vocabulary, and by fused_loss.py elsewhere, in
+    chunks of tokens.
     """
-    model, x_MD, target_M = hidden_states(config, params, tokens_BU, dropout_key_B)
+    model = transformer.bind(config.model, params)
+    x_MD, target_M = hidden_states_and_targets(config, model, tokens_BU, dropout_key_B)
     if sharding.platform() != "cpu":
         return fused_loss.objective_and_loss(config, x_MD, model.head_table, target_M)
     loss_M, log_total_M, uniform_M = token_losses(model, x_MD, target_M)
@@ -152,9 +154,10 @@ def objective(
 
 
 def eval_step(config: TrainConfig, params: dict, tokens_BU: jax.Array, weight_BT: jax.Array):
-    """Summed loss in nats, and summed weight, of the targets of `tokens_BU`."""
-    config = dataclasses.replace(config, unroll=False)  # which would only take longer to compile
-    loss_M, *_ = token_losses(*hidden_states(config, params, tokens_BU))
+    """The loss in nats summed over the targets with their weights, and the sum of the weights."""
+    config = dataclasses.replace(config, unroll=False)  # unrolling would only slow compilation
+    model = transformer.bind(config.model, params)
+    loss_M, *_ = token_losses(model, *hidden_states_and_targets(config, model, tokens_BU))
     losses_BT = loss_M.reshape(weight_BT.shape)
     return jnp.sum(losses_BT * weight_BT), jnp.sum(weight_BT)
 
@@ -162,8 +165,8 @@ def eval_step(config: TrainConfig, params: dict, tokens_BU: jax.Array, weight_BT
 def dropout_keys(config: TrainConfig, step: jax.Array, A: int, B: int) -> jax.Array | None:
     """A dropout key for each row of A micro-batches of B rows, [A, B]; None without dropout.
 
-    A row's key depends on the seed, the step and its place in the whole batch, so that neither
-    micro-batches nor devices change a mask.
+    A key depends on the seed, the step and the row's place in the whole batch, so masks are the
+    same for any number of micro-batches and devices.
     """
     if not config.model.dropout:
         return None
@@ -173,8 +176,8 @@ def dropout_keys(config: TrainConfig, step: jax.Array, A: int, B: int) -> jax.Ar
 
 
 def update_ema(config: TrainConfig, ema_params: dict, params: dict, step: jax.Array) -> dict:
-    """The average with `params` mixed in. Its decay is at most (step / (step + 9)), so that the
-    first steps, which learn the most, are soon forgotten."""
+    """The moving average of the weights, with `params` mixed in. Its decay is at most
+    step / (step + 9), so the weights of the first steps are soon forgotten."""
     if not config.ema_decay:
         return {}
     decay = jnp.minimum(config.ema_decay, step / (step + 9))
@@ -186,13 +189,13 @@ def update_ema(config: TrainConfig, ema_params: dict, params: dict, step: jax.Ar
 
 
 def count_updates(opt_state: optax.OptState) -> jax.Array:
-    """Updates that the optimizer has made, int32: steps less those that were skipped."""
+    """The number of updates the optimizer has made, int32: steps minus skipped ones."""
     return optax.tree.get_all_with_path(opt_state, "count")[0][1]
 
 
 def require_fit(config: TrainConfig, mesh: Mesh) -> list[str]:
-    """Raise UserError unless weights and micro-batches divide evenly over the mesh; return a note
-    for what is kept whole on each device."""
+    """Raise UserError unless weights and micro-batches divide evenly over the mesh. Return a note
+    for everything that is kept whole on each device."""
     model = config.model
     notes = transformer.require_fit(model, mesh)
     if config.attention == "fused":
@@ -223,8 +226,8 @@ def require_fit(config: TrainConfig, mesh: Mesh) -> list[str]:
 
 
 def compile_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:
-    """The training step compiled ahead of time; it consumes its state. No array is allocated."""
-    config = memory_plan.resolve_auto(config, mesh)  # no effect where the caller has chosen
+    """Compile `train_step` ahead of time, without allocating an array. It donates its state."""
+    config = memory_plan.resolve_auto(config, mesh)  # no effect if the caller has chosen
     state = abstract_state(config, mesh)
     shape = (config.grad_accum, config.batch_size // config.grad_accum, config.sequence_length + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.rows(mesh, axis=1))
@@ -239,10 +242,10 @@ def compile_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:
 
 
 def compile_steps(config: TrainConfig, mesh: Mesh) -> tuple[Callable, Callable]:
-    """`train_step(state, tokens_ABU)`, which consumes its state, and
-    `eval_step(params, tokens_BU, weight_BT)`, which takes its arrays from the host.
+    """`train_step(state, tokens_ABU)`, which donates its state, and
+    `eval_step(params, tokens_BU, weight_BT)`, which takes host arrays.
 
-    The training step is compiled here, evaluation when it is first called. Raises UserError if a
+    The training step is compiled here, the evaluation step on its first call. Raises UserError if a
     device has too little memory.
     """
     compiled = compile_train_step(config, mesh)

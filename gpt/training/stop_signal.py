@@ -1,4 +1,4 @@
-"""Ending a run early without losing it: a signal becomes a request that the loop checks."""
+"""Stop a run early without losing it: a signal becomes a request that the loop checks."""
 
 import os
 import signal
@@ -10,29 +10,29 @@ from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from gpt import distributed
 
-# Terminals and schedulers end a program by these signals, or announce that they will. Windows lacks
-# some of them.
+# Terminals and schedulers send these signals to end a program, or to announce that they will.
+# Windows lacks some of them.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 NOTICE = "stopping       the run is saved after this step; Ctrl-C again stops at once"
 TOO_EARLY = (
-    "stopping       no step has been trained, so nothing new is saved; Ctrl-C again stops at once"
+    "stopping       no step has finished yet, so nothing new is saved; Ctrl-C again stops at once"
 )
 
 
 class StopSignal:
-    """While open, turns Ctrl-C, SIGTERM and the like into an exit `code`: 128 plus the signal's
-    number; 0 until one arrives.
+    """A context manager that turns Ctrl-C, SIGTERM and the like into an exit `code`: 128 plus the
+    signal's number, or 0 if none has arrived.
 
-    Until `defer` is called there is nothing to save, and a signal raises KeyboardInterrupt(code)
-    as soon as Python runs: a compilation cannot be interrupted. After that it only sets `code`.
-    In either case `log` gets a notice at once. A second Ctrl-C ends the process at once, whatever
-    the main thread is doing, after calling `before_exit`. A signal that is ignored, as nohup does
-    with SIGHUP, stays ignored.
+    Until `defer` is called there is nothing to save, and a signal raises KeyboardInterrupt(code) as
+    soon as Python runs again (a compilation cannot be interrupted). Afterwards it only sets `code`.
+    Either way `log` gets a notice immediately. A Ctrl-C after any earlier signal calls
+    `before_exit` and ends the process immediately, whatever the main thread is doing. A signal that
+    is ignored stays ignored, such as SIGHUP under nohup.
 
     If several processes train, the one that gets a signal informs the others: JAX's preemption
-    service handles SIGTERM and chooses the step after which all stop; the other signals are passed
-    to it as SIGTERM.
+    service handles SIGTERM and chooses the step after which all stop, and the other signals are
+    passed on to it as SIGTERM.
     """
 
     def __init__(self, log: Callable[[str], None], before_exit: Callable[[], None]):
@@ -44,8 +44,8 @@ class StopSignal:
         self.reached_sync_point = False
 
     def __enter__(self) -> "StopSignal":
-        # Python runs a handler only when the main thread is back in Python, which a compilation
-        # delays for long. So a thread reads the signals from a socket as they come.
+        # Python runs a handler only once the main thread is back in Python, which a compilation can
+        # delay for minutes. So a thread reads signals from a socket as they arrive.
         self.reader, self.writer = socket.socketpair()
         self.writer.setblocking(False)
         self.previous_fd = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
@@ -61,16 +61,16 @@ class StopSignal:
         return self
 
     def defer(self, first_step: int) -> None:
-        """From now on a signal is only noted; the run continues after `first_step`."""
+        """From now on only note signals. `first_step`: the step that the run starts from."""
         self.deferred = True
         self.first_step = first_step
 
     def must_end_after(self, step: int) -> bool:
-        """Whether the run must end after `step`, or should have ended before. All processes of a
-        run ask this after each step, and all get the same answer."""
+        """Whether the run must end after `step`, or should have ended before. Every process asks
+        this after every step, and all get the same answer."""
         if not distributed.is_multi_process():
             return bool(self.code)
-        # Chooses a step that no process has passed; takes about 20 microseconds.
+        # JAX picks a step that no process has passed. This takes about 20 microseconds.
         self.reached_sync_point |= reached_preemption_sync_point(step - self.first_step)
         if self.reached_sync_point and not self.code:
             self.code = 128 + signal.SIGTERM
@@ -85,7 +85,7 @@ class StopSignal:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _watch(self) -> None:
-        """In a thread of its own: log a notice of the first signal, exit on a second Ctrl-C."""
+        """In a thread: log a notice of the first signal, and exit on a Ctrl-C after it."""
         n_seen = 0
         while received := self.reader.recv(1):
             number = received[0]

@@ -29,7 +29,7 @@ def plain_console(terminal: bool = False) -> Console:
 
 def open_log(out, first=0, config=CONFIG, console=None):
     """A run's log, to be closed."""
-    return contextlib.closing(RunLog(out, first, config, console or plain_console(), 1e12))
+    return contextlib.closing(RunLog(out, first, config, console or plain_console(), 1e15))
 
 
 def run(out, first=0, console=None, until=40, sample_every=99):

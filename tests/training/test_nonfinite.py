@@ -78,14 +78,14 @@ def test_a_bad_step_changes_only_the_number_of_steps(device, monkeypatch):
 
 def test_a_gradient_alone_is_enough(monkeypatch):
     """A loss that is finite, and an overflow on the way back."""
-    honest = step_functions.mean_gradients
+    honest = step_functions.loss_and_gradients
     run = jax.jit(step_functions.train_step, static_argnums=0)
 
     def gradients(*args):
         loss, grads = honest(*args)
         return loss, grads | {"tokens": grads["tokens"].at[3, 3].set(jnp.inf)}
 
-    monkeypatch.setattr(step_functions, "mean_gradients", gradients)
+    monkeypatch.setattr(step_functions, "loss_and_gradients", gradients)
     config = dataclasses.replace(CONFIG, seed=1)  # which is not compiled yet
     state = fresh(config)
     after, metrics = run(config, state, batch())

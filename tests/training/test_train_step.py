@@ -33,7 +33,7 @@ def test_accumulation_equals_the_large_batch():
     model = dataclasses.replace(MODEL, dropout=0.2)
     config = dataclasses.replace(CONFIG, model=model)
     params = transformer.init(model, jax.random.key(0))
-    grads = jax.jit(step_functions.mean_gradients, static_argnums=0)
+    grads = jax.jit(step_functions.loss_and_gradients, static_argnums=0)
     n = jnp.int32(3)
     whole, g1 = grads(config, params, batch(config), n)
     for micro in (2, 4):
@@ -53,9 +53,9 @@ def test_recomputation_changes_no_gradient():
     for remat in ("blocks", "products", "none"):
         config = dataclasses.replace(CONFIG, model=model, remat=remat)
         args = (params, batch(config), jnp.int32(0))
-        results.append(jax.jit(step_functions.mean_gradients, static_argnums=0)(config, *args))
+        results.append(jax.jit(step_functions.loss_and_gradients, static_argnums=0)(config, *args))
         programs.append(
-            str(jax.make_jaxpr(step_functions.mean_gradients, static_argnums=0)(config, *args))
+            str(jax.make_jaxpr(step_functions.loss_and_gradients, static_argnums=0)(config, *args))
         )
     assert len(set(programs)) == 3 and "remat" not in programs[2]
     for result in results[1:]:
@@ -95,7 +95,7 @@ def dtypes(tree):
 def test_gradients_are_summed_over_micro_batches_in_float32():
     params = jax.eval_shape(partial(train_state.fresh_state, NARROW)).params
     tokens = jax.ShapeDtypeStruct((4, 2, 17), jnp.int32)
-    gradients = partial(step_functions.mean_gradients, NARROW)
+    gradients = partial(step_functions.loss_and_gradients, NARROW)
     loss, mean = jax.eval_shape(gradients, params, tokens, jnp.int32(0))
     assert dtypes(params) == {"bfloat16"}
     assert dtypes((loss, mean)) == {"float32"}
