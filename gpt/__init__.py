@@ -15,7 +15,7 @@ from importlib import import_module
 
 if sys.argv[:1] == ["-m"]:
     # This is `python -m gpt.bench` or the like, whose own imports come next. Outside the project's
-    # environment the first of them would fail with a traceback; gpt.cli says what to type.
+    # environment they would fail with a traceback; gpt.cli says what to do instead.
     import gpt.cli  # noqa: F401
 
 MODULES = {
@@ -31,7 +31,7 @@ __all__ = [*MODULES, "__version__"]
 
 
 def __getattr__(name: str):
-    """Public names, imported when first used: `--help` need not wait for JAX."""
+    """Public names, imported on first use so that `--help` need not wait for JAX."""
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 

@@ -1,7 +1,7 @@
-"""What every entry point shares: parsing the command line, exit codes, preparing JAX.
+"""What all entry points share: command-line parsing, exit codes, JAX setup.
 
 Only entry points import this file: train.py, sample.py, gpt/report.py, gpt/tour.py and the
-gpt/*/__main__.py. It imports neither JAX nor NumPy, so that `--help` is quick.
+gpt/*/__main__.py. It imports neither JAX nor NumPy, which keeps `--help` quick.
 """
 
 import ast
@@ -30,7 +30,7 @@ from typing import NoReturn, TypeVar
 
 if importlib.util.find_spec("tyro") is None:
     print(
-        "error: the packages that this project needs are not installed: run `make setup` once, "
+        "error: this project's dependencies are not installed: run `make setup` once, "
         "then `source .venv/bin/activate`",
         file=sys.stderr,
     )
@@ -55,8 +55,8 @@ USER_OS_ERRORS = (
 USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
 
 HOW_DEVICES_ARE_CHOSEN = (
-    "JAX takes the accelerator that it was installed for (pip install -e '.[cuda]' or '.[tpu]'), "
-    "else the CPU; JAX_PLATFORMS=cpu before the command keeps it on the CPU"
+    "JAX uses the accelerator it was installed for (pip install -e '.[cuda]' or '.[tpu]'), else "
+    "the CPU; put JAX_PLATFORMS=cpu before the command to stay on the CPU"
 )
 
 
@@ -69,19 +69,18 @@ def parse(
     default: Args = tyro.MISSING_NONPROP,
     guesses: dict[str, str] | None = None,
 ) -> Args:
-    """`argv` parsed into the dataclass `kind`; fields it does not mention come from `default`.
+    """Parse `argv` into the dataclass `kind`; fields it does not mention come from `default`.
 
-    `--help` prints every flag and exits with code 0. Raises UserError, in one line, for flags that
-    cannot be parsed; the dataclasses' own UserErrors pass through. `guesses`: see suggest.
+    `--help` prints every flag and exits with code 0. Raises a one-line UserError for flags that
+    cannot be parsed; the dataclasses' own UserErrors pass through. `guesses` are for `suggest`.
     """
-    # tyro leaves flags that were given out of its help, so ask for the help of nothing else, except
-    # of a subcommand.
+    # tyro's help omits flags that were given, so pass --help alone, after any subcommand.
     has_subcommands = typing.get_origin(kind) in (typing.Union, types.UnionType)
     subcommand = argv[:1] if has_subcommands and argv and not argv[0].startswith("-") else []
     help_argv = [*subcommand, "--help"]
 
     def run_tyro(argv: list[str]) -> Args:
-        """`argv` parsed; what tyro prints, its help or a message, is left in `printed`."""
+        """Parse `argv`; what tyro prints, help or a message, ends up in `printed`."""
         with constructors, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             return tyro.cli(kind, prog=program, description=description, args=argv, default=default)
 
@@ -95,7 +94,7 @@ def parse(
             raise
         message = printed.getvalue()
 
-    # Between lines of dashes stand a title, the problem, and perhaps flags with their help.
+    # Lines of dashes separate a title, the problem, and perhaps flags with their help.
     _title, problem, *_ = re.split(r"\n *-{5,} *\n", message)
     sentence = reword(" ".join(problem.split()))
     unknown = re.match(r"Unrecognized options: (--[^,=]+)", sentence)
@@ -110,7 +109,7 @@ def parse(
     raise UserError(f"{sentence}; see {program} --help")
 
 
-# The messages of tyro that `reword` knows.
+# The tyro messages that `reword` knows.
 UNKNOWN_WORDS = re.compile(r"Unrecognized options: ([^-].*)")
 MISSING = re.compile(r"Missing from .*?: (\S+) (.*?)\.? \(required\)")
 NO_VALUE = re.compile(r"Missing value for argument '(.*?)'\. Expected (\d+)")
@@ -121,7 +120,7 @@ NO_WORD = re.compile(r"does not match choices \('(\w+)',\)")  # beside NO_NUMBER
 
 
 def reword(problem: str) -> str:
-    """A message of tyro about the command line, in a user's words if its form is known."""
+    """A tyro message about the command line, in plainer words if its form is known."""
     if found := UNKNOWN_WORDS.match(problem):
         return f"unexpected argument {found[1]}: each value needs its own flag before it"
     if found := MISSING.match(problem):
@@ -147,16 +146,16 @@ def reword(problem: str) -> str:
 def suggest(flag: str, known: list[str], guesses: dict[str, str]) -> str:
     """What the user may have meant by an unknown flag, as the rest of a sentence.
 
-    `guesses`: for a flag of ours, or for a sentence that says what to do, the names that other
-    programs have for it, separated by spaces.
+    `guesses` maps a flag of ours, or a sentence of advice, to the names that other programs use,
+    separated by spaces.
     """
     name = flag.removeprefix("--").rpartition(".")[2].replace("_", "-").lower()
     meant = next((ours for ours, theirs in guesses.items() if name in theirs.split()), None)
     if meant and not meant.startswith("--"):
         return f": {meant}"
     if meant is None:
-        # `n-layers` is enough for `--model.n-layers`, and so is the beginning of a flag.
-        # Of two with the same last word, --data is meant and not --mesh.data.
+        # `n-layers` is enough for `--model.n-layers`, and so is a flag's prefix.
+        # If two flags share their last word, prefer --data to --mesh.data.
         nested_first = sorted(known, key=lambda one: -one.count("."))
         by_last_word = {one.removeprefix("--").rpartition(".")[2]: one for one in nested_first}
         begin_alike = [word for word in by_last_word if word.startswith(name)]
@@ -170,7 +169,7 @@ constructors = ConstructorRegistry()
 
 @constructors.primitive_rule
 def _parse_path(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """How tyro reads a path: `~`, which a shell does not expand in `--out=~/runs`, is expanded.
+    """How tyro reads a path: `~` is expanded, since shells leave it alone in `--out=~/runs`.
     UserError for a URL such as gs://bucket/run, which would be taken for a local folder."""
 
     def read(words: list[str]) -> Path:
@@ -204,15 +203,15 @@ def flags_given(argv: list[str]) -> set[str]:
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Call `main` with the command line and leave with the exit code it returns (None: 0).
+    """Call `main` with the command line and exit with the code it returns (None: 0).
 
-    A user's mistake, or running out of memory, prints one line that begins with `error: ` and exits
-    with code 2; Failed does the same with code 1. Ctrl-C exits with 130, or with the code that the
-    KeyboardInterrupt carries. A reader that closes the pipe (`| head`) ends the program quietly.
-    Anything else is a bug in this project and keeps its traceback.
+    A user's mistake, or running out of memory, prints one line starting with `error: ` and exits
+    with code 2; Failed does the same with code 1. Ctrl-C exits with 130, or with the code in the
+    KeyboardInterrupt. If the reader closes the pipe (`| head`), the program ends quietly. Anything
+    else is a bug in this project and keeps its traceback.
     """
-    # No character fails for the locale: output shows what it cannot encode as escapes, and what
-    # cannot be decoded on input becomes U+FFFD.
+    # The locale makes no character fail: output that cannot be encoded is escaped, and input that
+    # cannot be decoded becomes U+FFFD.
     for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "replace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
@@ -227,7 +226,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         code = 0
     except KeyboardInterrupt as interrupt:
         sys.stderr.flush()
-        # Leave at once: Python's shutdown crashes where a compilation was interrupted.
+        # Exit immediately: Python's shutdown crashes if a compilation was interrupted.
         os._exit(interrupt.args[0] if interrupt.args else 130)
     except Exception as error:
         message = explain(error)
@@ -237,19 +236,19 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
             traceback.print_exc()
             code = 1
         else:
-            if isinstance(error, OSError):  # perhaps of standard output
+            if isinstance(error, OSError):  # perhaps from standard output
                 _discard_stdout()
             print(f"error: {message}", file=sys.stderr)
             code = 1 if isinstance(error, Failed) else 2
     if code in (1, 2) and _is_connected():
-        # The other processes do not know: an orderly shutdown would wait for them.
+        # The other processes do not know, and an orderly shutdown would wait for them.
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
 def explain(error: Exception) -> str | None:
-    """The line that a user gets for an error; None for a bug in this project."""
+    """The line shown to the user for an error; None for a bug in this project."""
     if isinstance(error, UserError | Failed):
         return str(error)
     if is_out_of_memory(error):
@@ -261,20 +260,20 @@ def explain(error: Exception) -> str | None:
 
 
 def _is_connected() -> bool:
-    """Whether this process trains with others, which it must not leave without notice."""
+    """Whether this process is training together with others."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
 
 
 def _discard_stdout() -> None:
-    """Send what is left of standard output nowhere, so that leaving cannot fail on it again."""
+    """Discard the rest of standard output, so that exiting cannot fail on it again."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def command(script: str, *words: str) -> str:
-    """A command for a shell, to be pasted. Python is `python`, or its relative path if its
-    environment is below the current folder and not activated."""
+    """A shell command to paste. Python is `python`, or its relative path if its environment is
+    inside the current folder and not activated."""
     python = Path(sys.executable)
     here = Path.cwd()
     if python.is_relative_to(here) and os.environ.get("VIRTUAL_ENV") != sys.prefix:
@@ -284,8 +283,8 @@ def command(script: str, *words: str) -> str:
 
 @functools.cache
 def cache_folder() -> Path:
-    """The cache folder, created if it is missing: `$XDG_CACHE_HOME/gpt-jax`, else
-    `~/.cache/gpt-jax`; where that cannot be written, one that lasts as long as the process."""
+    """The cache folder, created if missing: `$XDG_CACHE_HOME/gpt-jax`, else `~/.cache/gpt-jax`; if
+    that is not writable, a temporary folder that lasts as long as the process."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gpt-jax"
         folder.mkdir(parents=True, exist_ok=True)
@@ -299,7 +298,7 @@ def cache_folder() -> Path:
 
 
 def keep_stdin() -> Path:
-    """What is on standard input, as a file that a later run finds again: the same text has the same
+    """Save standard input to a file that a later run finds again: the same text always has the same
     name in the cache folder."""
     content = sys.stdin.buffer.read()
     path = cache_folder() / "stdin" / f"{hashlib.sha256(content).hexdigest()[:16]}.txt"
@@ -309,17 +308,17 @@ def keep_stdin() -> Path:
 
 
 def prepare_jax(cache: bool = True) -> None:
-    """Set JAX up through the environment; call this before JAX is imported.
+    """Configure JAX through the environment; call this before JAX is imported.
 
-    Variables that the user has set are kept, but JAX_ENABLE_X64: no type of ours has 64 bits, and
-    with it some numbers would take that many. `cache` keeps compiled programs on disk between runs;
-    without it none are read or written, wherever the user keeps them.
+    Variables the user has set are kept, except JAX_ENABLE_X64: none of our dtypes has 64 bits, and
+    it would widen some numbers. `cache` keeps compiled programs on disk between runs; without it
+    none are read or written, wherever the user keeps them.
     """
     environ = os.environ
     environ["JAX_ENABLE_X64"] = "0"
     environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's errors, not its warnings
     if cache:
-        # Even a small program takes longer to compile than to read.
+        # Even a small program takes longer to compile than to read from disk.
         environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
         environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
@@ -329,16 +328,16 @@ def prepare_jax(cache: bool = True) -> None:
         _keep_freed_memory()
 
 
-# According to xla.proto the first flag rules out operations whose result depends on the order of
-# their threads, and choosing kernels by timing them; the second states the latter explicitly.
+# According to xla.proto, the first flag rules out operations whose result depends on thread order,
+# and choosing kernels by timing them; the second states the latter explicitly.
 DETERMINISTIC_FLAGS = {"--xla_gpu_deterministic_ops": "true", "--xla_gpu_autotune_level": "0"}
 
 
 def make_deterministic() -> None:
-    """Add to XLA_FLAGS what makes programs for GPUs give the same result from run to run. Call this
+    """Add the XLA_FLAGS that make GPU programs give the same result from run to run. Call this
     before JAX starts its backend, which reads the flags once.
 
-    UserError if XLA_FLAGS says otherwise.
+    UserError if XLA_FLAGS contradicts them.
     """
     platforms = os.environ.get("JAX_PLATFORMS")
     rules_out_gpus = platforms and not re.search("cuda|rocm|gpu", platforms)
@@ -350,7 +349,7 @@ def make_deterministic() -> None:
         found = given.get(flag, value)
         require(
             found == value,
-            f"--deterministic sets {flag}={value}, and XLA_FLAGS has {flag}={found}: drop one of "
+            f"--deterministic sets {flag}={value}, but XLA_FLAGS has {flag}={found}: drop one of "
             "them",
         )
         flags.append(f"{flag}={value}")
@@ -358,10 +357,10 @@ def make_deterministic() -> None:
 
 
 def prepare_absent() -> None:
-    """Set JAX up to compile for devices that are not here; call this before JAX is imported.
+    """Configure JAX to compile for absent devices; call this before JAX is imported.
 
-    Only the CPU is used. The TPU settings keep the TPU compiler, where it is installed, from
-    looking for the machine that it would be part of.
+    Only the CPU is used. The TPU settings keep the TPU compiler, if installed, from looking for the
+    machine it would be part of.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
@@ -373,7 +372,7 @@ def prepare_absent() -> None:
 
 
 def _only_cpu() -> bool:
-    """Whether JAX will run on the CPU: told to, or without a plug-in for anything else."""
+    """Whether JAX will run on the CPU, by choice or for lack of any other plug-in."""
     platforms = os.environ.get("JAX_PLATFORMS")
     if platforms:
         return platforms == "cpu"
@@ -381,11 +380,11 @@ def _only_cpu() -> bool:
 
 
 def _keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory: XLA frees and maps its temporaries at each step.
+    """Tell glibc to keep freed memory, because XLA frees and remaps its temporaries at each step.
 
-    Page faults were a third of a training step. One arena for all threads would be another 5 %
-    faster, but memory that other threads keep would then lie between the temporaries, and GPT-2's
-    3 GB grow to 6 within ten steps. Other C libraries are left alone.
+    Page faults took a third of a training step. One arena for all threads would be another 5 %
+    faster, but memory held by other threads would then lie between the temporaries, and GPT-2's
+    3 GB would grow to 6 within ten steps. Other C libraries are left alone.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -1,7 +1,7 @@
-"""What this process has compiled, and a stopwatch that leaves compilation out.
+"""A log of what this process has compiled, and a stopwatch that excludes compilation.
 
-Both listen to jax's monitoring events, whose names are jax's own affair: pyproject.toml bounds its
-version, and a test sees to it that a compilation is noticed.
+Both listen to JAX's monitoring events. Their names are not public API, so pyproject.toml bounds
+JAX's version, and a test checks that a compilation is noticed.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ import jax
 
 COMPILE_EVENTS = "/jax/core/compile/"  # one event each for tracing, lowering and compiling
 COMPILED = COMPILE_EVENTS + "backend_compile_duration"  # the last of them
-CACHE_HIT = "/jax/compilation_cache/cache_hits"  # comes before COMPILED of the same program
+CACHE_HIT = "/jax/compilation_cache/cache_hits"  # comes before the same program's COMPILED
 
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program: the name of its function, the seconds of tracing, lowering and compiling,
-    whether it was found in the cache on disk, and what it was compiled for ("batch 2, bucket 32").
+    """A compiled program: its function's name, the seconds spent tracing, lowering and compiling,
+    whether it came from the cache on disk, and its sizes ("batch 2, bucket 32").
     """
 
     name: str
@@ -31,19 +31,19 @@ class Program:
 
 @dataclass
 class Compilations:
-    """What this process has compiled so far: programs and seconds in total, and each in turn."""
+    """What this process has compiled so far: totals of programs and seconds, and each program."""
 
     programs: int = 0
     seconds: float = 0.0
     each: list[Program] = field(default_factory=list)
     unfinished: dict[str, float] = field(default_factory=dict, repr=False)  # seconds, by name
-    cache_hit: bool = field(default=False, repr=False)  # for the program that comes next
+    cache_hit: bool = field(default=False, repr=False)  # for the next program
     sizes: dict[str, int] = field(default_factory=dict, repr=False)
 
     @contextlib.contextmanager
     def of(self, **sizes: int) -> Iterator[None]:
-        """Note these sizes with each program compiled in the block, beside those of blocks
-        around it; sizes of 0 are left out."""
+        """Record these sizes with each program compiled in the block, along with those of
+        enclosing blocks; sizes of 0 are left out."""
         outer = self.sizes
         self.sizes = outer | sizes
         try:
@@ -74,9 +74,9 @@ jax.monitoring.register_event_listener(compilations.on_event)
 
 
 class RecompilationCheck:
-    """Warns of programs that decoding compiles for a shape at which it has already run.
+    """Warns if decoding compiles a program at a shape it has already run at.
 
-    The first chunk at a shape may compile, those after it should not.
+    The first chunk at a shape may compile; later ones should not.
     """
 
     def __init__(self):
@@ -87,7 +87,7 @@ class RecompilationCheck:
         self.n_programs = compilations.programs
 
     def end(self, shape: tuple, capacity: int) -> None:
-        """After a chunk. `shape`: all that its programs depend on; `capacity`: of the cache."""
+        """Call after a chunk. `shape`: all its programs depend on; `capacity`: the cache's."""
         if shape in self.shapes_seen and compilations.programs > self.n_programs:
             warnings.warn(
                 f"a program was compiled in the middle of decoding at an unchanged shape "
@@ -99,7 +99,7 @@ class RecompilationCheck:
 
 @dataclass
 class Stopwatch:
-    """`with watch:` adds the seconds spent inside to `seconds`, those of compilation to
+    """`with watch:` adds the time spent inside to `seconds`, except compilation, which goes to
     `compile_seconds`.
 
     Block until the device is ready inside the `with`, or its work is not measured.

@@ -29,15 +29,15 @@ Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "linear", "wsd"]
 Remat = Literal["auto", "none", "products", "blocks"]
 AttentionKind = Literal["auto", "plain", "fused"]
-AUTO = "auto"  # of grad_accum and remat: memory_plan.resolve_auto chooses by a device's memory
+AUTO = "auto"  # for grad_accum and remat: memory_plan.resolve_auto fits them to a device's memory
 Quantize = Literal["int8"]
 Weights = Literal["ema", "raw"]  # the average over the run, or the last weights
-VOCAB_MULTIPLE = 128  # accelerators tile by 128, and sharded tables need a divisor
+VOCAB_MULTIPLE = 128  # accelerators tile by 128, and sharded tables must divide evenly
 
 
 def optional(metavar: str, default: str = ""):
-    """How `--help` shows a flag that may be left out: with its METAVAR, and in words what happens
-    by `default`, where tyro would print None."""
+    """An optional flag, shown in `--help` with its `metavar` and, where tyro would print None, its
+    `default` in words."""
     hint = f"(default: {default})" if default else ""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
 
@@ -49,9 +49,9 @@ FF_WIDTH = "4 x d_model; swiglu 8/3 x d_model"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder-only Transformer; the defaults are those of GPT-2's architecture."""
+    """The architecture of a decoder-only Transformer; the defaults are GPT-2's."""
 
-    vocab_size: Suppress[PositiveInt] = 256  # tokens; decided by the tokenizer
+    vocab_size: Suppress[PositiveInt] = 256  # tokens; set by the tokenizer
     context_length: PositiveInt = 256
     """Longest sequence the model can attend over, tokens."""
     n_layers: PositiveInt = 4
@@ -67,21 +67,21 @@ class ModelConfig:
     d_ff: Annotated[int | None, optional("INT", FF_WIDTH), positive] = None
     """Width of the MLP."""
     positions: PositionKind = "learned"
-    """How positions are encoded: `learned` adds a learned table, `sinusoidal` the waves of Vaswani
-    et al. 2017, `rope` rotates queries and keys (Su et al. 2021), `none` leaves it to the causal
-    mask. All refuse text longer than the context: a table has no entry there, and the others were
-    never trained on such positions (Press et al. 2022)."""
+    """Position encoding: `learned` adds a learned table, `sinusoidal` the sinusoids of Vaswani et
+    al. 2017, `rope` rotates queries and keys (Su et al. 2021), `none` relies on the causal mask.
+    All refuse text longer than the context: a table has no entry there, and the others were never
+    trained on such positions (Press et al. 2022)."""
     rope_theta: PositiveFloat = 10_000.0
     """RoPE: base of the wavelengths."""
     rope_factor: PositiveFloat = 1.0
-    """RoPE scaled as in Llama 3.1: low frequencies are divided by this (1: not scaled)."""
+    """RoPE scaling as in Llama 3.1: low frequencies are divided by this (1: no scaling)."""
     rope_low: PositiveFloat = 1.0
     """Scaled RoPE: a frequency is low if it makes fewer turns than this within rope_context."""
     rope_high: float = 4.0
-    """Scaled RoPE: a frequency that makes more turns than this within rope_context is kept; between
-    rope_low and rope_high, in proportion."""
+    """Scaled RoPE: a frequency that makes more turns than this within rope_context is kept; those
+    between rope_low and rope_high are interpolated."""
     rope_context: PositiveInt = 8192
-    """Scaled RoPE: the context, in tokens, that the model was first trained with."""
+    """Scaled RoPE: the context, in tokens, that the model was originally trained with."""
     norm: NormKind = "layer"
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019)."""
     norm_place: NormPlace = "pre"
@@ -89,7 +89,7 @@ class ModelConfig:
     norm_epsilon: PositiveFloat = 1e-5
     """Added to the variance before the square root."""
     mlp: MlpKind = "gelu_tanh"
-    """Activation of the MLP; swiglu has a third matrix, its gate (Shazeer 2020)."""
+    """MLP activation; swiglu adds a third matrix as a gate (Shazeer 2020)."""
     qk_norm: bool = False
     """Normalize each head's queries and keys, before RoPE (Dehghani et al. 2023)."""
     logit_softcap: NonNegativeFloat = 0.0
@@ -97,25 +97,25 @@ class ModelConfig:
     tied: bool = True
     """Use the embedding table as the head."""
     bias: bool = True
-    """Biases everywhere, unless one of the next four flags says otherwise."""
+    """Use biases everywhere, unless one of the next four flags says otherwise."""
     norm_bias: Annotated[bool | None, optional("{True,False}", "bias")] = None
-    """Biases of the norms."""
+    """Use biases in the norms."""
     qkv_bias: Annotated[bool | None, optional("{True,False}", "bias")] = None
-    """Biases of the query, key and value projections."""
+    """Use biases in the query, key and value projections."""
     out_bias: Annotated[bool | None, optional("{True,False}", "bias")] = None
-    """Bias of the attention's output projection."""
+    """Use a bias in the attention output projection."""
     mlp_bias: Annotated[bool | None, optional("{True,False}", "bias")] = None
-    """Biases of the MLP."""
+    """Use biases in the MLP."""
     init_std: NonNegativeFloat = 0.02
-    """Standard deviation of fresh weights (GPT-2: 0.02; narrow models learn faster from more)."""
+    """Standard deviation of initial weights (GPT-2: 0.02; narrow models learn faster with more)."""
     dropout: Fraction = 0.0
-    """Probability of dropping an activation while training: embedding, attention, residual."""
+    """Dropout probability in training: embedding, attention, residual."""
     param_dtype: Dtype = "float32"
-    """Type in which weights are stored."""
+    """Data type of stored weights."""
     compute_dtype: Annotated[Dtype | None, optional(DTYPES, "--dtype")] = None
-    """Type of the matrix products."""
+    """Data type of matrix products."""
     cache_dtype: Annotated[Dtype | None, optional(DTYPES, "the compute type")] = None
-    """Type of the cached keys and values."""
+    """Data type of cached keys and values."""
 
     def __post_init__(self):
         check_fields(self, "model.")
@@ -123,7 +123,7 @@ class ModelConfig:
         require(
             self.d_head is not None or self.d_model % self.n_heads == 0,
             f"model.d_model {self.d_model} is not divisible by model.n_heads {self.n_heads}: "
-            "all heads have the same width; or give --model.d-head",
+            "choose a divisor, or give --model.d-head",
         )
         require(
             self.n_heads % self.kv_heads == 0,
@@ -151,8 +151,8 @@ class ModelConfig:
 
     @property
     def ff_width(self) -> int:
-        """Width of the MLP, F. With a gate, 8/3 of the model's, which gives it as many weights as
-        without one (Shazeer 2020), in a multiple of 8."""
+        """MLP width, F. The default with a gate is 8/3 of the model's, in multiples of 8, which
+        keeps the number of weights the same (Shazeer 2020)."""
         if self.d_ff:
             return self.d_ff
         if self.gated_mlp:
@@ -161,12 +161,12 @@ class ModelConfig:
 
     @property
     def gated_mlp(self) -> bool:
-        """Whether the MLP has a third matrix, its gate."""
+        """Whether the MLP has a third matrix as a gate."""
         return self.mlp == "swiglu"
 
     @property
     def residual_std(self) -> float:
-        """Standard deviation of fresh weights that write to the residual stream (GPT-2, 2.3)."""
+        """Initial standard deviation of weights that write to the residual stream (GPT-2, 2.3)."""
         return self.init_std / math.sqrt(2 * self.n_layers)
 
     def biased(self, part: str) -> bool:
@@ -181,22 +181,22 @@ class ModelConfig:
         return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def computing_in(self, dtype: Dtype) -> "ModelConfig":
-        """The same model with compute and cache types filled in: `dtype`, unless they are set."""
+        """The same model with unset compute and cache dtypes filled in, by default `dtype`."""
         compute = self.compute_dtype or dtype
         cached = self.cache_dtype or compute
         return dataclasses.replace(self, compute_dtype=compute, cache_dtype=cached)
 
     def for_sampling(self) -> "ModelConfig":
-        """The same model with its weights kept in the type of the products, unless that is larger:
-        a decode step's time is that of reading them."""
+        """The same model with weights in the compute dtype, unless that is wider: decoding is as
+        fast as weights can be read."""
         narrow = "bfloat16" in (self.param_dtype, self.compute_dtype)
         return dataclasses.replace(self, param_dtype="bfloat16" if narrow else "float32")
 
 
 def flags_to_export(config: ModelConfig) -> tuple[list[str], list[str]]:
-    """The flags with which a model could be exported as GPT-2, and those for Llama, Qwen2 or Qwen3.
+    """The flags that would make a model exportable as GPT-2, and as Llama, Qwen2 or Qwen3.
 
-    A list is empty if the model can be exported in that form as it stands.
+    A list is empty if the model can already be exported in that form.
     """
     no_norm_bias = "--model.no-bias" if config.norm_bias is None else "--model.norm-bias False"
     no_mlp_bias = "--model.no-bias" if config.mlp_bias is None else "--model.mlp-bias False"
@@ -218,7 +218,7 @@ def flags_to_export(config: ModelConfig) -> tuple[list[str], list[str]]:
         "--model.mlp swiglu": not config.gated_mlp,
         no_norm_bias: config.biased("norm"),
     }
-    # Qwen3, which has QK-norm, has no biases of the MLP.
+    # Qwen3, the format with QK-norm, has no MLP biases.
     if config.qk_norm and config.biased("mlp"):
         llama[no_mlp_bias] = True
     return tuple(
@@ -228,14 +228,14 @@ def flags_to_export(config: ModelConfig) -> tuple[list[str], list[str]]:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices along each axis of the mesh; -1: all that the others leave."""
+    """The number of devices along each mesh axis; -1: all remaining devices."""
 
     data: int = -1
-    """Replicas of the model, each with its own rows of the batch (-1: all remaining devices)."""
+    """Model replicas, each with its own batch rows (-1: all remaining devices)."""
     fsdp: int = 1
-    """Devices that weights and optimizer state are split over, each with its own rows too."""
+    """Devices to shard weights and optimizer state over, each with its own batch rows too."""
     tensor: int = 1
-    """Devices that heads, MLP and vocabulary are split over."""
+    """Devices to shard heads, MLP and vocabulary over."""
 
     def __post_init__(self):
         check_fields(self, "mesh.")
@@ -258,23 +258,23 @@ class TrainConfig:
     tokenizer: str = "byte"
     """byte, char, bpe (trained on the data), gpt2, cl100k_base, o200k_base, or a file's path."""
     vocab_size: PositiveInt = 4096
-    """Entries of a trained BPE, end-of-text included (only for --tokenizer bpe)."""
+    """Vocabulary size of a trained BPE, including end-of-text (only for --tokenizer bpe)."""
     steps: PositiveInt = 2000
-    """Optimizer steps of the whole run."""
-    # Of these, after the schedule has ended: train.py --extend.
+    """Total number of optimizer steps."""
+    # How many of these come after the schedule has ended (train.py --extend).
     extra_steps: Suppress[NonNegativeInt] = 0
     batch_size: PositiveInt = 16
-    """Sequences in one optimizer step, over all devices."""
+    """Sequences per optimizer step, across all devices."""
     seq_len: Annotated[int | None, optional("INT", "model.context-length"), positive] = None
-    """Tokens in a training sequence; the model's context becomes this too, since positions that are
-    never trained would be noise."""
+    """Tokens per training sequence; this becomes the model's context too, since untrained positions
+    would be noise."""
     grad_accum: Annotated[int | Literal["auto"], tyro.conf.arg(metavar="INT|auto")] = 1
-    """Micro-batches that one step's batch is split into, to save memory; auto: the fewest that are
-    expected to fit. This changes results only by rounding."""
+    """Micro-batches to split each step's batch into, to save memory; auto: the fewest expected to
+    fit. Results change only by rounding."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
     min_learning_rate: float = 1e-4
-    """Learning rate at the last step, where the schedule ends."""
+    """Learning rate at the end of the schedule."""
     warmup_steps: NonNegativeInt = 100
     """Steps over which the learning rate rises linearly to its peak."""
     beta1: Fraction = 0.9
@@ -282,15 +282,15 @@ class TrainConfig:
     beta2: Fraction = 0.99
     """AdamW: decay of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay per step, times the learning rate; only matrices and embeddings."""
+    """Decoupled weight decay, multiplied by the learning rate; only for matrices and embeddings."""
     optimizer: Optimizer = "adamw"
     """adamw for all weights, or muon (Jordan et al. 2024) for the blocks' matrices and adamw for
     the rest."""
     muon_learning_rate: PositiveFloat = 0.02
     """Muon: peak learning rate of the matrices it updates; follows the same schedule."""
     schedule: Schedule = "cosine"
-    """After the warm-up. cosine, linear: down to the minimum over all steps; wsd: constant, then
-    linear to the minimum over the last decay_fraction of the steps."""
+    """Learning rate after the warm-up. cosine, linear: decay to the minimum over all steps; wsd:
+    constant, then linear decay to the minimum over the last decay_fraction of the steps."""
     decay_fraction: float = 0.2
     """wsd: fraction of the steps over which the learning rate falls."""
     label_smoothing: Fraction = 0.0
@@ -298,44 +298,44 @@ class TrainConfig:
     z_loss: NonNegativeFloat = 0.0
     """Weight of log(sum of exp(logits)) squared in the loss (PaLM, section 5)."""
     ema_decay: Fraction = 0.0
-    """Decay per step of an exponential moving average of the weights, kept beside them; 0: none."""
+    """Per-step decay of an exponential moving average of the weights, kept as well; 0: none."""
     clip_norm: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Maximum global gradient norm; 0 turns clipping off."""
     max_bad_steps: PositiveInt = 10
-    """The run ends after this many consecutive steps whose loss or gradient is not finite; the
-    update of such a step is skipped."""
+    """Stop after this many consecutive steps with a non-finite loss or gradient; their updates are
+    skipped."""
     remat: Remat = "blocks"
-    """What the backward pass recomputes instead of keeping it: none, products (all but matrix
+    """What the backward pass recomputes instead of storing: none, products (all but matrix
     products) or blocks (each from its input: a third more work). auto: blocks on a CPU; elsewhere
-    the first of the three that should fit in memory. If that is none, --unroll is turned on too."""
+    the first of the three that should fit in memory, with --unroll turned on if that is none."""
     unroll: bool = False
-    """Compile the blocks one after another instead of one program for all: compiling takes longer,
-    and a CPU that does not recompute trains faster."""
+    """Compile the blocks one after another instead of as a loop: compilation takes longer, but a
+    CPU that does not recompute trains faster."""
     attention: AttentionKind = "auto"
-    """How training computes attention. plain: by matrix products over all tokens. fused: by a
-    kernel of the accelerator, on a CPU in blocks of queries; an error if it does not fit. auto:
+    """How training computes attention. plain: matrix products over all tokens. fused: the
+    accelerator's own kernel, or blocks of queries on a CPU; an error if it does not fit. auto:
     fused if it fits, else plain."""
     deterministic: bool = False
-    """On GPUs: identical results from run to run, by XLA flags and without cuDNN's attention, both
-    of which cost speed. CPUs and TPUs give identical results anyway."""
+    """Make results on GPUs identical from run to run, with XLA flags and without cuDNN's attention;
+    both cost speed. CPUs and TPUs give identical results anyway."""
     dtype: Annotated[Dtype | None, optional(DTYPES, BY_PLATFORM)] = None
     """Data type to compute in."""
     seed: int = 0
-    """Seed of the weights, the order of the data and the dropout."""
+    """Seed for initial weights, data order and dropout."""
     log_every: PositiveInt = 10
-    """Steps between lines of metrics."""
+    """Steps between logged metrics."""
     eval_every: PositiveInt = 250
     """Steps between evaluations on held-out text."""
     eval_tokens: NonNegativeInt = 131_072
-    """Most held-out tokens that one evaluation reads; 0: all of them."""
+    """Maximum number of held-out tokens per evaluation; 0: all of them."""
     sample_every: NonNegativeInt = 500
     """Steps between printed samples; 0 for none."""
     save_every: PositiveInt = 500
     """Steps between checkpoints."""
     keep: PositiveInt = 2
-    """Latest checkpoints to keep."""
+    """Number of latest checkpoints to keep."""
     keep_best: NonNegativeInt = 1
-    """Checkpoints with the lowest validation loss to keep as well; 0: none. Otherwise every
+    """Number of checkpoints with the lowest validation loss to keep as well; unless 0, every
     checkpoint is evaluated."""
     keep_going: bool = False
     """Keep training when a checkpoint cannot be written, for example on a full disk."""
@@ -377,8 +377,8 @@ class TrainConfig:
         return self.seq_len or self.model.context_length
 
     def completed(self, vocab_size: int, dtype: Dtype) -> "TrainConfig":
-        """The config with what it left open filled in: the tokenizer's vocabulary, the context of
-        `seq_len`, and `dtype` where no type was given. Settings that are `auto` remain `auto`."""
+        """The config with unset values filled in: the vocabulary size, the context from `seq_len`,
+        and `dtype` for unset dtypes. `auto` settings stay `auto`."""
         dtype = self.dtype or dtype
         model = dataclasses.replace(
             self.model, vocab_size=vocab_size, context_length=self.sequence_length
@@ -392,7 +392,7 @@ def to_json(config: ModelConfig | TrainConfig) -> dict[str, Any]:
 
 
 def from_json(kind: type, values: dict[str, Any]):
-    """A config of class `kind` from to_json's values; UserError names a field that is not one."""
+    """A config of class `kind` from to_json's values; UserError for an unknown field."""
     require(isinstance(values, dict), f"{kind.__name__}: expected a JSON object, got {values!r}")
     fields = {f.name for f in dataclasses.fields(kind)}
     for name in values:

@@ -1,4 +1,4 @@
-"""Digests of arrays, computed on their devices: the same number on any mesh, without a gather."""
+"""Digests of arrays, computed on their devices: identical on any mesh, without a gather."""
 
 import math
 from functools import partial
@@ -18,11 +18,11 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 def digest(tree: Any) -> dict[str, int]:
     """A 32-bit digest of each array, by name.
 
-    One changed element always changes the digest; several escape with probability 2^-32.
+    One changed element always changes the digest; several go unnoticed with probability 2^-32.
     """
     arrays = named_leaves(tree)
 
-    # The first axis of each array that is not split among devices; None for a vector.
+    # Each array's first axis that is not split among devices; None for a vector.
     whole_axes: list[int | None] = []
     for x in arrays.values():
         local = x.sharding.shard_shape(x.shape)
@@ -35,16 +35,16 @@ def digest(tree: Any) -> dict[str, int]:
 
 @partial(jax.jit, static_argnums=1)
 def _digest_arrays(arrays, whole_axes) -> jax.Array:
-    """One program for all arrays, so that one fetch brings all digests."""
+    """One program for all arrays, so that one transfer fetches all digests."""
     return jnp.stack([digest_array(x, axis) for x, axis in zip(arrays, whole_axes, strict=True)])
 
 
 def digest_array(x: jax.Array, axis: int | None = None) -> jax.Array:
-    """Sum over the elements, modulo 2^32, of a bijective mix of their bits with their index.
+    """Sum over the elements, modulo 2^32, of a bijective mix of each element's bits and index.
 
-    A sum has no order, so shards add up to the same number in any layout and nothing is gathered.
-    It runs along `axis` slice by slice: on a CPU, XLA's own sum first writes all its terms to
-    memory.
+    Order does not matter to a sum, so shards add up to the same number in any layout without a
+    gather. It runs along `axis` slice by slice because, on a CPU, XLA's own sum first writes all
+    its terms to memory.
     """
     sizes = [1 if i == axis else n for i, n in enumerate(x.shape)]
     strides = [jnp.uint32(math.prod(x.shape[i + 1 :]) % 2**32) for i in range(x.ndim)]
@@ -56,7 +56,7 @@ def digest_array(x: jax.Array, axis: int | None = None) -> jax.Array:
         return jnp.sum(_mix(x, index), dtype=jnp.uint32)
 
     def add_slice(i, sums):
-        # XLA would convert the whole bfloat16 x before the loop if it did not seem to change in it.
+        # Without the barrier, XLA would convert the whole bfloat16 x before the loop.
         whole, i = jax.lax.optimization_barrier((x, i))
         part = jax.lax.dynamic_slice_in_dim(whole, i, 1, axis)
         return sums + _mix(part, index + jnp.uint32(i) * strides[axis])
@@ -66,7 +66,7 @@ def digest_array(x: jax.Array, axis: int | None = None) -> jax.Array:
 
 
 def _mix(x: jax.Array, index: jax.Array) -> jax.Array:
-    """The bits of each element mixed with its index; ends as MurmurHash3 does."""
+    """Each element's bits mixed with its index, finalized as in MurmurHash3."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     h = bits ^ (index * jnp.uint32(0x9E3779B1))

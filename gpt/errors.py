@@ -1,6 +1,6 @@
-"""Errors that are shown to the user as one line, and checks that raise them.
+"""Errors shown to the user as one line, and checks that raise them.
 
-Knows nothing of the rest of the project.
+Imports nothing else from this project.
 """
 
 import math
@@ -10,27 +10,27 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
-    """The input was wrong: the message says what, what was expected and what to do.
+    """The input was wrong: the message says what is wrong, what was expected and what to do.
 
-    Entry points print it as one `error: ` line and leave with exit code 2, without a traceback.
+    Entry points print it as one `error: ` line and exit with code 2, without a traceback.
     """
 
 
 class Failed(Exception):
     """The input was right, but the work failed: a run diverged, for example.
 
-    Entry points print it as one `error: ` line and leave with exit code 1, without a traceback.
+    Entry points print it as one `error: ` line and exit with code 1, without a traceback.
     """
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether Python, NumPy or XLA reports by `error` that memory ran out."""
-    from_xla = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")  # as older JAX says
+    """Whether `error` is Python, NumPy or XLA running out of memory."""
+    from_xla = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")  # the older name
     return isinstance(error, MemoryError) or (from_xla and "RESOURCE_EXHAUSTED" in str(error))
 
 
 def one_line(error: Exception) -> str:
-    """What a library says is wrong, on one line and not too long."""
+    """A library's error message, on one line and not too long."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -61,13 +61,13 @@ def fraction(name: str, value: float) -> None:
 
 
 def require_file_path(flag: str, path: Path) -> None:
-    """Raise UserError unless `path`, given with `flag`, is in an existing folder and is not one."""
+    """Raise UserError unless `path`, given with `flag`, can be a file in an existing folder."""
     folder = path.absolute().parent
     require(folder.is_dir(), f"{flag} {path}: folder {folder} does not exist; create it")
     require(not path.is_dir(), f"{flag} {path}: is a folder; give the name of a file in it")
 
 
-# Types of fields that `check_fields` checks.
+# Field types that `check_fields` checks.
 PositiveInt = Annotated[int, positive]
 PositiveFloat = Annotated[float, above_zero]
 NonNegativeInt = Annotated[int, not_negative]
@@ -80,7 +80,7 @@ TYPE_NAMES |= {type(None): "None"}
 
 def check_fields(config: object, prefix: str = "") -> None:
     """Raise UserError unless each field of a dataclass has a value of its type, within the bounds
-    that its annotation names; None has no bounds."""
+    in its annotation; None has no bounds."""
     for name, annotated in get_type_hints(type(config), include_extras=True).items():
         kind, *notes = get_args(annotated) if get_origin(annotated) is Annotated else [annotated]
         value = getattr(config, name)
@@ -93,7 +93,7 @@ def check_fields(config: object, prefix: str = "") -> None:
 
 def is_of(value: Any, kind: Any) -> bool:
     """Whether `value` is of type `kind`: a class, a Literal, or a union of these. NumPy's numbers
-    are numbers, and integers are floats too. Dicts and tuples are not looked at."""
+    count as numbers, and integers as floats too. Dicts and tuples are not checked."""
     if get_origin(kind) in (dict, tuple):
         return True
     if get_origin(kind) is Literal:

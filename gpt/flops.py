@@ -2,7 +2,7 @@
 
 A product of matrices [m, k] and [k, n] counts as 2 m k n FLOPs. Norms, softmax and activation
 functions are not counted, as is customary (Chowdhery et al. 2022, PaLM, appendix B).
-Shape letters: see gpt/model/transformer.py.
+Shape letters are defined in gpt/model/transformer.py.
 """
 
 import inspect
@@ -13,29 +13,29 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def block_matrices(c: ModelConfig) -> int:
-    """Entries of the weight matrices of one block."""
+    """Entries in one block's weight matrices."""
     attention = 2 * c.d_model * c.head_width * (c.n_heads + c.kv_heads)
     n_mlp_matrices = 3 if c.gated_mlp else 2
     return attention + n_mlp_matrices * c.d_model * c.ff_width
 
 
 def mlp_inputs_width(c: ModelConfig) -> int:
-    """Outputs of the first layer of the MLP: a gated one has the gate beside the values."""
+    """Outputs of the MLP's first layer, including the gate if there is one."""
     return 2 * c.ff_width if c.gated_mlp else c.ff_width
 
 
 def qkv_width(c: ModelConfig) -> int:
-    """Outputs of the projections to queries, keys and values."""
+    """Outputs of the query, key and value projections."""
     return c.head_width * (c.n_heads + 2 * c.kv_heads)
 
 
 def norm_vectors(c: ModelConfig, width: int) -> int:
-    """Entries of the scale, and of the bias if there is one, of a norm over `width`."""
+    """Entries in the scale, and in the bias if there is one, of a norm over `width`."""
     return 2 * width if c.biased("norm") else width
 
 
 def block_vectors(c: ModelConfig) -> int:
-    """Entries of the norms and biases of one block."""
+    """Entries in one block's norms and biases."""
     total = 2 * norm_vectors(c, c.d_model)
     if c.qk_norm:
         total += 2 * norm_vectors(c, c.head_width)
@@ -61,10 +61,10 @@ def parameters(c: ModelConfig) -> int:
 def forward_flops(
     c: ModelConfig, n_tokens: int, n_before: int = 0, n_logit_positions: int = 0
 ) -> int:
-    """FLOPs of reading `n_tokens` tokens of one row that follow `n_before` earlier ones.
+    """FLOPs to read `n_tokens` tokens of one row after `n_before` earlier ones.
 
-    Attention counts only the keys that the mask leaves visible. `n_logit_positions`: positions
-    whose next-token distribution is computed (training: all; prefill and decode: one per row).
+    Attention counts only keys that the mask leaves visible. `n_logit_positions`: positions whose
+    next-token distribution is computed (training: all; prefill and decode: one per row).
     """
     matrices = 2 * c.n_layers * block_matrices(c) * n_tokens
     visible_keys = n_tokens * n_before + n_tokens * (n_tokens + 1) // 2
@@ -74,26 +74,26 @@ def forward_flops(
 
 
 def train_flops_per_token(c: ModelConfig) -> float:
-    """FLOPs per token of a training step: forward once, backward twice that. Recomputation is not
-    counted."""
+    """Training FLOPs per token: a forward pass, and twice that for the backward pass. Recomputation
+    is not counted."""
     T = c.context_length
     return 3 * forward_flops(c, T, n_logit_positions=T) / T
 
 
 def palm_factor(c: ModelConfig) -> float:
-    """What the MFU of training is to be multiplied by for a comparison with PaLM's and nanoGPT's:
-    these count attention to all T positions, 12 L N H T FLOPs per token, and train_flops_per_token
-    the half of them that the causal mask leaves visible."""
-    masked_keys = (c.context_length - 1) / 2  # of a token, on average
+    """The factor that makes training MFU comparable with PaLM's and nanoGPT's: they count attention
+    to all T positions, 12 L N H T FLOPs per token, while train_flops_per_token counts only the half
+    that the causal mask leaves visible."""
+    masked_keys = (c.context_length - 1) / 2  # per token, on average
     masked = 12 * c.n_layers * c.n_heads * c.head_width * masked_keys
     return 1 + masked / train_flops_per_token(c)
 
 
 def weight_bytes(c: ModelConfig, dtype: str | None = None, int8: bool = False) -> int:
-    """Bytes of all weights as stored, vocabulary padding included.
+    """Bytes of all weights as stored, including vocabulary padding.
 
-    `int8`: matrices and vocabulary tables take one byte per entry, and four for the scale of each
-    output.
+    `int8`: matrices and vocabulary tables take one byte per entry, and four per output for its
+    scale.
     """
     item = ITEM_BYTES[dtype or c.param_dtype]
     n_tables = 1 if c.tied else 2
@@ -108,14 +108,14 @@ def weight_bytes(c: ModelConfig, dtype: str | None = None, int8: bool = False) -
 
 
 def cache_bytes(c: ModelConfig, batch: int, slots: int) -> int:
-    """Bytes of the keys and values of `slots` positions in `batch` rows."""
+    """Bytes of keys and values for `slots` positions in `batch` rows."""
     item = ITEM_BYTES[c.cache_dtype or "float32"]
     return 2 * c.n_layers * batch * c.kv_heads * slots * c.head_width * item
 
 
 def unread_bytes(c: ModelConfig, n_positions: int, n_tokens: int, int8: bool) -> int:
-    """Bytes of table rows that stay unread when `n_tokens` tokens at `n_positions` positions are
-    looked up. The table of a tied head is read whole."""
+    """Bytes of table rows not read when looking up `n_tokens` tokens at `n_positions` positions. A
+    tied head's table is read whole."""
     item = ITEM_BYTES[c.param_dtype]
     unread = 0
     if not c.tied:
@@ -127,23 +127,23 @@ def unread_bytes(c: ModelConfig, n_positions: int, n_tokens: int, int8: bool) ->
 
 
 def decode_bytes(c: ModelConfig, batch: int, slots: int, int8: bool = False) -> int:
-    """Bytes that one decode step must move: every weight and the cache of `slots` positions are
-    read once, one new position is written. Of tables used only for lookup, `batch` rows are read.
+    """Bytes one decode step must move: it reads every weight and the cache of `slots` positions
+    once, and writes one new position. From tables used only for lookup it reads `batch` rows.
     """
     weights = weight_bytes(c, int8=int8) - unread_bytes(c, batch, batch, int8)
     return weights + cache_bytes(c, batch, slots) + cache_bytes(c, batch, 1)
 
 
 def prefill_bytes(c: ModelConfig, batch: int, n_tokens: int, int8: bool = False) -> int:
-    """Bytes that reading prompts must move: every weight is read once, keys and values are
-    written. Of tables used only for lookup, the rows of the tokens are read. Activations are not
-    counted, since they may stay in the processor's caches."""
+    """Bytes that prefill must move: it reads every weight once, and writes keys and values. From
+    tables used only for lookup it reads the tokens' rows. Activations are not counted, since they
+    may stay in the processor's caches."""
     weights = weight_bytes(c, int8=int8) - unread_bytes(c, n_tokens, batch * n_tokens, int8)
     return weights + cache_bytes(c, batch, n_tokens)
 
 
 def describe() -> str:
-    """The formulas of this file in words: the docstrings of its functions."""
+    """This file's formulas in words: the docstrings of its functions."""
     functions = [
         parameters,
         forward_flops,

@@ -48,7 +48,7 @@ TRANSFORMER_2017 = dataclasses.replace(
     label_smoothing=0.1,
 )
 
-# About 125M parameters, with the choices of small models of the 2020s.
+# About 125M parameters, with the design choices of small models of the 2020s.
 MODERN = dataclasses.replace(
     gpt2(12, 12, 768),
     model=ModelConfig(

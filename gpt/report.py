@@ -1,10 +1,10 @@
-"""One self-contained page about runs: python -m gpt.report RUN [RUN ...]
+"""Write one self-contained page about runs: python -m gpt.report RUN [RUN ...]
 
     python -m gpt.report runs/tiny
     python -m gpt.report runs/a runs/b --out both.html
 
-The curves of all runs in the same pictures, the samples they wrote, and their settings. A run may
-still be training.
+It plots the curves of all runs together and shows their samples and settings. A run may still be
+training.
 """
 
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ from gpt.errors import require, require_file_path
 
 @dataclass(frozen=True)
 class Command:
-    """Which runs to report on, and where to write it."""
+    """Which runs to report on, and where to write the report."""
 
     runs: Annotated[
         tyro.conf.Positional[tuple[Path, ...]],
         tyro.conf.arg(metavar="RUN ...", help_behavior_hint=""),
     ]
-    """Folders of runs, as train.py made them."""
+    """Run folders made by train.py."""
     out: Annotated[Path | None, optional("FILE", "report.html in the folder of the run")] = None
     """The HTML file to write."""
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     require(bool(command.runs), "no run given: expected one or more folders made by train.py")
     require(
         len(command.runs) == 1 or command.out is not None,
-        "a report on several runs needs a file of its own: add --out FILE",
+        "a report on several runs needs its own file: add --out FILE",
     )
     out = command.out or command.runs[0] / "report.html"
     if command.out:

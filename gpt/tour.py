@@ -1,9 +1,10 @@
-"""One self-contained page that walks a prompt through a model: python -m gpt.tour RUN --prompt TEXT
+"""Write a self-contained page that walks a prompt through a model: python -m gpt.tour RUN ...
 
     python -m gpt.tour runs/tiny --prompt "def read(self, path):"
 
-Its tokens, the shapes of all arrays, the attention of every head, the scores of one query, what
-each layer predicts, the cache in prefill and decode, and how the settings shaped each new token.
+It shows the prompt's tokens, the shapes of all arrays, every head's attention, one query's scores,
+what each layer predicts, the cache in prefill and decode, and how the settings shaped each new
+token.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ EXAMPLE_PROMPT = "Tom is going to fish at the river bank."
 
 @dataclass(frozen=True)
 class TourSettings(Settings):
-    """Settings of the sampler; those that a tour does not use are not flags."""
+    """Sampler settings; those that a tour does not use are not flags."""
 
     logit_bias: tyro.conf.Suppress[dict[int, float]] = field(default_factory=dict)
     ignore_eos: tyro.conf.Suppress[bool] = False
@@ -35,22 +36,22 @@ class TourSettings(Settings):
 
 @dataclass(frozen=True)
 class Command:
-    """Which model and which prompt, and how to sample after it."""
+    """Which model and prompt to use, and how to sample after it."""
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """A run's folder, as train.py made it."""
+    """A run folder made by train.py."""
     out: Annotated[Path | None, optional("FILE", "tour.html in the run's folder")] = None
     """The HTML file to write."""
     prompt: Annotated[str | None, optional("TEXT")] = None
-    """Text to take through the model; --prompt=TEXT if it begins with a hyphen (default:
+    """Text to run through the model; --prompt=TEXT if it begins with a hyphen (default:
     "Tom is going to fish at the river bank.")."""
     prompt_ids: Annotated[str | None, optional("IDS")] = None
-    """Token ids to take through it instead, separated by spaces: "1 2 3"."""
+    """Token ids to use instead, separated by spaces: "1 2 3"."""
     settings: Annotated[TourSettings, tyro.conf.arg(name="")] = TourSettings(
         max_new_tokens=8, top_k=50, top_p=0.9
     )
     step: Annotated[int | None, optional("INT", "the newest")] = None
-    """Take the checkpoint of this step."""
+    """Use the checkpoint from this step."""
     dtype: Annotated[Dtype | None, optional(DTYPES, BY_PLATFORM)] = None
     """Data type to compute in."""
     weights: Annotated[Weights | None, optional("{ema,raw}", "the average if one is kept")] = None

@@ -1,8 +1,8 @@
-"""The flags of train.py and their checks, without JAX: `--help` and a refusal are quick.
+"""train.py's flags and their checks, without JAX, so that `--help` and refusals are quick.
 
-The settings of a run are those of the preset that the first word names, with the flags over them
-(`parse_args`). A run that continues takes its own, with the flags over them (training/resume.py).
-What is still open or `auto` is chosen by `complete_config` (training/auto_settings.py).
+A new run's settings come from the preset named by the first word, overridden by flags
+(`parse_args`). A continued run keeps its own settings, overridden by flags (training/resume.py).
+`complete_config` (training/auto_settings.py) chooses whatever is still unset or `auto`.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from gpt.errors import (
 from gpt.presets import PRESETS
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
-# The flag, or what to do, for names that other programs have.
+# Our flag, or advice, for names that other programs use.
 GUESSES = {
     "--learning-rate": "lr max-lr",
     "--min-learning-rate": "min-lr lr-min",
@@ -57,12 +57,12 @@ GUESSES = {
     ),
     cli.HOW_DEVICES_ARE_CHOSEN: "device gpu cuda cpu tpu",
 }
-# Flags that contradict each other: any of the first with any of the second, and why.
+# Contradictory flags: any of the first with any of the second, and why.
 CONTRADICTIONS = (
     ("minutes", "steps", "choose one"),
     ("minutes", "resume", "--minutes sets the number of steps of a new run"),
-    ("extend", "steps", "--extend adds to the steps that the run has"),
-    ("resume", "out overwrite init_from", "--resume takes the folder and the weights of the run"),
+    ("extend", "steps", "--extend adds to the run's steps"),
+    ("resume", "out overwrite init_from", "--resume uses the run's own folder and weights"),
     ("devices", "topology", "choose virtual devices of this CPU, or accelerators"),
     ("devices topology", "data init_from resume", "a plan reads no text and no weights"),
 )
@@ -70,17 +70,17 @@ CONTRADICTIONS = (
 
 @dataclass(frozen=True)
 class Processes:
-    """How this process finds the others of its run: by flags, or by what a launcher has set.
+    """How this process finds the others in its run: by flags, or by a launcher's variables.
 
     SLURM, Open MPI, Kubernetes and Cloud TPU are recognized.
     """
 
     coordinator: Annotated[str | None, optional("HOST:PORT")] = None
-    """Address at which process 0 listens; not needed under a launcher."""
+    """Address that process 0 listens on; not needed under a launcher."""
     num_processes: Annotated[int | None, optional("INT"), positive] = None
-    """Number of processes that train together; 1: this one alone, whatever a launcher has set."""
+    """Number of processes training together; 1: this one alone, whatever a launcher has set."""
     process_id: Annotated[int | None, optional("INT")] = None
-    """Number of this process, from 0; process 0 writes logs and checkpoint metadata."""
+    """Index of this process, from 0; process 0 writes logs and checkpoint metadata."""
     heartbeat: PositiveInt = 60
     """Seconds without a heartbeat after which a process counts as dead and all others exit."""
 
@@ -112,7 +112,7 @@ class Args:
     """What to train, on what, and where to keep it."""
 
     preset: tyro.conf.Positional[Literal[tuple(PRESETS)]] = "tiny"
-    """A set of settings, named by the first word. Flags override it."""
+    """Named settings to start from; flags override them."""
     data: Annotated[tuple[Path, ...] | None, optional("PATH [PATH ...]", "Python's source")] = None
     """Text in any format, or tokens: files, folders, patterns; - is standard input. Several
     sources: A=0.7 B=0.3."""
@@ -120,42 +120,42 @@ class Args:
         default_factory=DataOptions
     )
     out: Annotated[Path | None, optional("DIR", "runs/PRESET")] = None
-    """Folder of the run. If it holds a run, that run continues."""
+    """The run's folder. If it already holds a run, that run continues."""
     overwrite: bool = False
-    """Start afresh: remove the run that --out holds."""
+    """Start over: remove the run in --out."""
     resume: Annotated[Path | None, optional("DIR")] = None
     """Continue the run in this folder with its own settings and its own text."""
     extend: Annotated[NonNegativeInt, tyro.conf.arg(metavar="STEPS")] = 0
-    """With --resume: train this many steps beyond the end of the run, at the last learning rate of
-    its schedule."""
+    """With --resume: train this many steps beyond the end of the run, at its schedule's last
+    learning rate."""
     init_from: Annotated[Path | None, optional("DIR")] = None
-    """Start from the weights, the tokenizer and the model settings of another run."""
+    """Start from another run's weights, tokenizer and model settings."""
     minutes: Annotated[float | None, optional("M"), above_zero] = None
-    """Train for about this many minutes. A few steps are measured first to set the number of steps,
-    and with it the schedule. Reading the text and compiling are not counted."""
+    """Train for about this many minutes, not counting compilation and reading the text. A few steps
+    are timed first to set the number of steps, and with it the schedule."""
     dry_run: bool = False
     """Print what this would train, and stop."""
     verify_resume: bool = False
-    """Prove on a few steps that stopping and continuing changes no bit; exit code 1 if it does."""
-    memory_gb: Annotated[float | None, optional("GB", "what is found here"), above_zero] = None
-    """Memory of one device in 10^9 bytes, for --dry-run and for settings that are auto."""
+    """Check on a few steps that stopping and continuing changes no bit; exit code 1 if it does."""
+    memory_gb: Annotated[float | None, optional("GB", "as detected"), above_zero] = None
+    """Memory per device in 10^9 bytes, for --dry-run and for auto settings."""
     devices: Annotated[int | None, optional("INT"), positive] = None
     """With --dry-run: plan for this many virtual devices on this CPU."""
     topology: Annotated[str | None, optional("NAME")] = None
-    """With --dry-run: plan for TPUs or GPUs that this machine does not have, with their own
-    compiler: v5e:16x16, h100:8."""
+    """With --dry-run: plan for TPUs or GPUs that this machine lacks, using their own compiler:
+    v5e:16x16, h100:8."""
     json: Annotated[Path | None, optional("FILE")] = None
     """With --devices or --topology: also write the plan to this file."""
     log_to: Annotated[tuple[Tracker, ...], tyro.conf.arg(help_behavior_hint="")] = ()
     """Also send metrics, samples and settings to DIR/tensorboard, Weights & Biases or Trackio."""
     eval_tasks: Annotated[str | None, optional("NAME,NAME,...")] = None
-    """Tasks of lm-eval to evaluate the model on while it trains (docs/evaluate.md)."""
+    """lm-eval tasks to evaluate the model on during training (docs/evaluate.md)."""
     eval_tasks_every: Annotated[PositiveInt, tyro.conf.arg(metavar="STEPS")] = 1000
-    """Steps between evaluations on these tasks; another one follows the last step."""
+    """Steps between evaluations on these tasks; one always follows the last step."""
     eval_tasks_limit: PositiveInt = 200
-    """Ask only this many questions of each task, the first ones."""
+    """Maximum number of questions per task, from the first on."""
     eval_tasks_path: Annotated[Path | None, optional("DIR")] = None
-    """A folder with tasks of your own."""
+    """A folder with your own tasks."""
     profile: Annotated[NonNegativeInt, tyro.conf.arg(metavar="STEPS")] = 0
     """Steps to trace for XProf after a short warm-up, in DIR/profile; 0: none."""
     compile_cache: bool = True
@@ -185,20 +185,22 @@ class Args:
 
     @property
     def plans_absent(self) -> bool:
-        """Whether the command only plans for devices that this machine does not have."""
+        """Whether the command only plans for devices that this machine lacks."""
         return self.devices is not None or self.topology is not None
 
     @property
     def memory_bytes(self) -> float | None:
-        """Memory of one device; None: what is found here."""
+        """Memory per device; None: as detected."""
         return None if self.memory_gb is None else self.memory_gb * 1e9
 
 
 def parse_args(argv: list[str], description: str) -> Args:
-    """The flags, with the rest of the settings from the preset that the first word names, else from
-    `tiny`; UserError for a flag that cannot be read."""
+    """Parse the flags; all other settings come from the preset named by the first word, or `tiny`.
+
+    UserError for a flag that cannot be read.
+    """
     for word in argv:
-        # An empty path would be the current folder; --out "$OUT" gives one if OUT is not set.
+        # An empty path would mean the current folder; --out "$OUT" passes one if OUT is unset.
         name = word or "a flag"
         is_empty = word == "" or (word.startswith("--") and word.endswith("="))
         require(not is_empty, f"{name} has an empty value: fill it in, or leave the flag out")

@@ -1,8 +1,8 @@
-"""How messages say numbers. Sizes in bytes are said by `rich.filesize.decimal`: 5.3 MB."""
+"""How messages write numbers. Sizes in bytes are written by `rich.filesize.decimal`: 5.3 MB."""
 
 
 def counted(n: int, noun: str) -> str:
-    """`n` of something, in the right number: 1 file, 2,000 files, 3 micro-batches."""
+    """`n` with its noun, in the plural if needed: 1 file, 2,000 files, 3 micro-batches."""
     if n == 1:
         return f"1 {noun}"
     ending = "es" if noun.endswith("h") else "s"

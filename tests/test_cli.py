@@ -108,7 +108,7 @@ def test_help_shows_the_defaults_of_the_preset(capsys):
     text = capsys.readouterr().out
     words = " ".join(text.split())  # lines are folded to the width of the terminal
     assert "Pretrain a GPT" in words
-    assert "Optimizer steps of the whole run. (default: 19000)" in words
+    assert "Total number of optimizer steps. (default: 19000)" in words
     assert "(default: gpt2)" in words
     assert not set("│╭╮╰╯\x1b") & set(text)
 

@@ -305,4 +305,4 @@ def test_what_does_not_fit_is_refused_before_it_is_tried(monkeypatch):
 
 def test_formulas_are_printed_on_request(capsys):
     assert bench.main(["--formulas"]) == 0
-    assert "decode_bytes: Bytes that one decode step must move" in capsys.readouterr().out
+    assert "decode_bytes: Bytes one decode step must move" in capsys.readouterr().out
