@@ -21,26 +21,26 @@ from gpt.wording import counted
 
 @dataclass(frozen=True)
 class Import:
-    """A model's folder becomes a run's folder, for sample.py, train.py --init-from, gpt.bench."""
+    """Import a model folder as a run folder, for sample.py, train.py --init-from, gpt.bench."""
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
-    """A folder with config.json, model.safetensors or its shards, and tokenizer files or none."""
+    """A folder with config.json, model.safetensors or its shards, and perhaps tokenizer files."""
     dest: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DEST")]
-    """The run's folder to make."""
+    """The run folder to create."""
     ids_only: bool = False
-    """Leave the tokenizer out: prompts are then token ids."""
+    """Leave the tokenizer out; prompts are then token ids."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """A run's folder becomes a model's folder, which transformers loads like any other."""
+    """Export a run folder as a model folder that transformers loads like any other."""
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
-    """A run's folder."""
+    """A run folder."""
     dest: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DEST")]
-    """The model's folder to make."""
+    """The model folder to create."""
     step: Annotated[int | None, optional("INT", "the newest")] = None
-    """Take the checkpoint of this step."""
+    """Use the checkpoint from this step."""
     weights: Annotated[Weights | None, optional("{ema,raw}", "the average if one is kept")] = None
     """The average over the run, or the last weights."""
 
@@ -54,7 +54,7 @@ Command = (
 def main(argv: list[str]) -> None:
     command = cli.parse(Command, argv, program="python -m gpt.convert", description=__doc__)
 
-    # Before JAX is imported. On the CPU, since an accelerator may be smaller than the model.
+    # Before importing JAX: use the CPU, since the model may exceed an accelerator's memory.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from gpt import flops

@@ -1,7 +1,7 @@
-"""A model's folder in the Hugging Face format becomes a run's folder, and the other way round.
+"""Convert a model folder in the Hugging Face format to a run folder, and back.
 
-Both directions make a new folder, whole or not at all. What the user should know is reported
-through `log`; nothing is printed.
+Both directions create a new folder, whole or not at all. Notes for the user go to `log`; nothing is
+printed.
 """
 
 import json
@@ -30,9 +30,9 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class HFModel:
-    """A model's folder that was found to be complete; its weights are not read yet.
+    """A complete model folder whose weights are not read yet.
 
-    values: its config.json. unused_fields: those of its fields that were ignored.
+    values: its config.json. unused_fields: fields of it that were ignored.
     """
 
     values: dict[str, Any]
@@ -42,7 +42,7 @@ class HFModel:
     unused_fields: list[str]
 
     def read_params(self) -> dict[str, Any]:
-        """The stacked weights on the first device; UserError if one is not finite."""
+        """The stacked weights on the first device; UserError if any is not finite."""
         return hf_weights.read_params(self.config, self.family, self.tensors)
 
 
@@ -59,9 +59,9 @@ def open_model(folder: Path) -> HFModel:
 
 
 def import_model(source: Path, dest: Path, ids_only: bool, log: Log) -> ModelConfig:
-    """Import the model in the folder `source` as step 0 of the new run's folder `dest`.
+    """Import the model in the folder `source` as step 0 of the new run folder `dest`.
 
-    ids_only: leave its tokenizer out. UserError, with nothing written, if something in `source`
+    ids_only: leave its tokenizer out. Raises UserError, writing nothing, if something in `source`
     cannot be used.
     """
     with new_folder(dest) as folder:
@@ -69,7 +69,7 @@ def import_model(source: Path, dest: Path, ids_only: bool, log: Log) -> ModelCon
         config = model.config
         tokenizer = import_tokenizer(source, model.values, config.vocab_size, ids_only, log)
         if model.unused_fields:
-            log(f"fields of config.json that are not used: {shorten(model.unused_fields)}")
+            log(f"fields of config.json not used: {shorten(model.unused_fields)}")
         dtypes = sorted({tensor.get_dtype() for tensor in model.tensors.values()})
         if len(dtypes) > 1:
             log(f"weights of several types ({', '.join(dtypes)}) are kept as {config.param_dtype}")
@@ -92,18 +92,18 @@ def import_model(source: Path, dest: Path, ids_only: bool, log: Log) -> ModelCon
 def export_model(
     run: Path, dest: Path, step: int | None, weights: Weights | None, log: Log
 ) -> dict[str, Any]:
-    """Export a checkpoint of `run` to the new folder `dest`; returns the config.json.
+    """Export a checkpoint of `run` to the new folder `dest`; returns its config.json.
 
-    step: which checkpoint (default: the newest that is whole). weights: the average over the run
-    or the last weights (default: the average where one is kept). UserError, with nothing written,
-    if no form of transformers expresses the model or its tokenizer.
+    step: which checkpoint (default: the newest intact one). weights: the average over the run or
+    the last weights (default: the average if one is kept). Raises UserError, writing nothing, if
+    transformers has no form for the model or its tokenizer.
     """
     checkpoint.require_run(run)
 
     def read(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         about = checkpoint.read_metadata(run, step)
         config = from_json(ModelConfig, about["model"])
-        to_hf_config(config)  # a model without a form is refused before its arrays are read
+        to_hf_config(config)  # refuse a model without a form before reading its arrays
         tree = choose_tree(run, about, weights)
         return about, checkpoint.restore(run, step, tree, transformer.abstract(config))
 
@@ -113,15 +113,15 @@ def export_model(
         else:
             _, (about, params), damaged = checkpoint.latest_good(run, read)
             for note in damaged:
-                log(f"{note}; an earlier checkpoint is used")
+                log(f"{note}; using an earlier checkpoint")
 
-        # Tensors have the type of the weights, or float16 if the model was imported from it.
+        # Tensors keep the weights' dtype, or get float16 if the model was imported from it.
         config = from_json(ModelConfig, about["model"])
         dtype = {"float32": "F32", "bfloat16": "BF16"}[config.param_dtype]
         if about.get("source", {}).get("dtypes") == ["F16"]:
             dtype = "F16"
 
-        # The ids that config.json names are as they came, or our one end-of-text for both ends.
+        # config.json names the ids that were imported, or our one end-of-text for both ends.
         tokenizer = tokenizers.from_json(about["tokenizer"])
         end = tokenizer.eot_token if tokenizer.eot_token >= 0 else None
         special_ids = {"bos_token_id": end, "eos_token_id": end}
@@ -134,11 +134,11 @@ def export_model(
         for name, content in {"config.json": values, "generation_config.json": special_ids}.items():
             text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
-        # A generation_config.json that came with the tokenizer goes out as it came.
+        # An imported generation_config.json is exported unchanged.
         for name, content in export_tokenizer(tokenizer, config.context_length).items():
             (folder / name).write_bytes(content)
 
-        # The form may declare biases that the model lacks: they are written as zeros.
+        # The form may declare biases that the model lacks; they are written as zeros.
         declared, _, _ = read_config(values)
         shapes = hf_weights.tensor_shapes(declared, family)
         tensors = hf_weights.to_tensors(declared, family, params, FLOATS[dtype])
@@ -148,9 +148,9 @@ def export_model(
 
 @contextmanager
 def new_folder(dest: Path) -> Iterator[Path]:
-    """A folder to fill, beside `dest`: it becomes `dest`, or is gone if filling it failed.
+    """A folder to fill, next to `dest`: renamed to `dest`, or removed if filling it fails.
 
-    UserError if `dest` exists already (an empty folder does not count) or cannot be written.
+    UserError if `dest` already exists (an empty folder does not count) or cannot be written.
     """
     taken = any(dest.iterdir()) if dest.is_dir() else dest.exists()
     require(not taken, f"{dest} already exists: choose a new folder, or remove it first")
@@ -158,12 +158,12 @@ def new_folder(dest: Path) -> Iterator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".making-", dir=parent) as scratch:
-            # Only its owner may read a temporary folder; one made inside has the usual rights.
+            # Only the owner may read a temporary folder; a folder inside has the usual permissions.
             folder = Path(scratch) / "folder"
             folder.mkdir()
             yield folder
             os.replace(folder, dest.resolve())
     except OSError as error:
-        # A file that cannot be opened, the source's for one, is named by the error.
+        # The error names a file that cannot be opened, such as one of the source's.
         what = error.filename or f"{dest} cannot be written"
         raise UserError(f"{what}: {error.strerror or error}") from None

@@ -1,8 +1,8 @@
-"""config.json of the GPT-2 and Llama families: read into a ModelConfig, and written from one.
+"""Read a config.json of the GPT-2 or Llama family into a ModelConfig, and write one.
 
-Fields that are known are read; fields that would change what the model computes, in a way that
-ours cannot, are refused by name; the rest is reported and ignored, so that a new field of the next
-transformers stops no import.
+Known fields are read. Fields that change what the model computes in a way ours cannot are refused
+by name. The rest are reported and ignored, so that a new field in the next transformers breaks no
+import.
 """
 
 import re
@@ -23,7 +23,7 @@ ACTIVATIONS = {  # theirs to ours
     "relu2": "relu2",
 }
 
-# Fields that mean the same as one of ours: our name, the type, and the value where it is absent.
+# Fields that mean the same as one of ours: our name, the type, and the default.
 REQUIRED: Any = object()
 GPT2_FIELDS = {
     "vocab_size": ("vocab_size", int, REQUIRED),
@@ -56,9 +56,9 @@ ROPE_SCALING_FIELDS = {
     "original_max_position_embeddings": ("rope_context", int, REQUIRED),
 }
 
-# Features that change what a model computes and that ours lacks, refused wherever they are on:
-# code and quantized weights of its own, encoders, mixtures of experts, factors and caps on scores
-# and logits, attention of other forms.
+# Features that change what a model computes and that ours lacks, refused if switched on: custom
+# code, quantized weights, encoders, mixtures of experts, scaling and capping of scores and logits,
+# other forms of attention.
 UNSUPPORTED = re.compile(
     r"auto_map|quantization_config|pruned_heads|add_cross_attention|is_encoder_decoder|"
     r"tie_encoder_decoder|scale_attn_by_inverse_layer_idx|rope_interleaved|use_mrope|"
@@ -66,7 +66,7 @@ UNSUPPORTED = re.compile(
     r"query_pre_attn_scalar|clip_qkv|qk_layernorm|use_qk_norm|(use_)?alibi|(use_)?parallel_\w+|"
     r"attention_chunk_size|no_rope_layers?|.*attention_sinks?.*"
 )
-# Fields that say nothing about the function: names, types, training, and how text is generated.
+# Fields that do not change what the model computes: names, types, training, text generation.
 IGNORED = re.compile(
     r"architectures|model_type|transformers_version|transformers\.js_config|_name_or_path|dtype|"
     r"torch_dtype|use_cache|(bos|eos|pad|unk|sep)_token_id|attention_dropout|summary_.*|"
@@ -77,16 +77,16 @@ IGNORED = re.compile(
 
 @dataclass
 class Fields:
-    """The fields of a JSON object as they are read, and all that is found to be wrong with them."""
+    """Reads the fields of a JSON object and collects all problems with them."""
 
     values: dict[str, Any]
     problems: list[str] = field(default_factory=list)
     read: set[str] = field(default_factory=set)
 
     def get(self, name: str, kind: Any, default: Any = REQUIRED) -> Any:
-        """The field `name` of type `kind`, or `default` where it is null or absent.
+        """The field `name` of type `kind`, or `default` if it is null or absent.
 
-        A wrong value is added to `problems`, and an empty one of its type is returned.
+        A wrong value is added to `problems`, and an empty one of its type returned.
         """
         self.read.add(name)
         value = self.values.get(name)
@@ -101,7 +101,7 @@ class Fields:
         return kind()
 
     def get_all(self, table: dict[str, tuple[str, type, Any]]) -> dict[str, Any]:
-        """The fields of a table, under our names."""
+        """The fields of `table` under our names."""
         return {
             ours: self.get(theirs, kind, default) for theirs, (ours, kind, default) in table.items()
         }
@@ -111,7 +111,7 @@ class Fields:
         self.read.add(name)
         value = self.values.get(name)
         if value is not None and value != expected:
-            self.refuse(name, value, f"{expected!r}, the only one that is supported")
+            self.refuse(name, value, f"{expected!r}, the only supported value")
 
     def refuse(self, name: str, value: Any, expected: str) -> None:
         self.problems.append(f"{name} is {reprlib.repr(value)}, expected {expected}")
@@ -121,9 +121,9 @@ class Fields:
 
 
 def read_config(values: dict[str, Any]) -> tuple[ModelConfig, Family, list[str]]:
-    """The model that a config.json describes, how its tensors are named, and the fields ignored.
+    """The model that a config.json describes, how its tensors are named, and the ignored fields.
 
-    UserError lists all that is missing, of a wrong type, or not supported.
+    UserError lists everything missing, of the wrong type, or not supported.
     """
     kind = values.get("model_type")
     require(
@@ -152,7 +152,7 @@ def read_gpt2(fields: Fields) -> dict[str, Any]:
     activation = fields.get("activation_function", str, "gelu_new")
     if activation not in ACTIVATIONS:
         fields.refuse("activation_function", activation, f"one of {', '.join(ACTIVATIONS)}")
-    # Ours has one rate for all places; it matters only for training.
+    # Ours has one dropout rate for all places; it matters only for training.
     dropouts = {fields.get(f"{place}_pdrop", float, 0.1) for place in ("embd", "attn", "resid")}
     dropout = dropouts.pop() if len(dropouts) == 1 else 0.0
     return fields.get_all(GPT2_FIELDS) | {"mlp": ACTIVATIONS.get(activation), "dropout": dropout}
@@ -166,8 +166,8 @@ def read_llama(fields: Fields, kind: str) -> dict[str, Any]:
     if kind == "qwen3":
         settings["d_head"] = settings["d_head"] or 128
 
-    # Attention has to look back over the whole context. Qwen's window has a switch, off by default;
-    # Mistral's is 4,096 tokens where the field is absent (not null).
+    # Attention must cover the whole context. Qwen's window has a switch, off by default; Mistral's
+    # is 4,096 tokens if the field is absent (not null).
     layers = fields.get("layer_types", list, [])
     if any(layer != "full_attention" for layer in layers):
         fields.refuse("layer_types", layers, "'full_attention' everywhere")
@@ -178,7 +178,7 @@ def read_llama(fields: Fields, kind: str) -> dict[str, Any]:
         expected = f"max_position_embeddings, {settings['context_length']}, or more"
         fields.refuse("sliding_window", window, expected)
 
-    # Where Mistral and Qwen2 have biases does not depend on what the file says.
+    # Mistral's and Qwen2's biases do not depend on the file.
     if kind in ("llama", "qwen3"):
         attention_bias = fields.get("attention_bias", bool, False)
     else:
@@ -196,8 +196,8 @@ def read_llama(fields: Fields, kind: str) -> dict[str, Any]:
 
 
 def read_rope(fields: Fields) -> dict[str, Any]:
-    """RoPE's base and scaling: in rope_parameters as transformers 5 writes them, or in rope_theta
-    and rope_scaling as before."""
+    """RoPE's base and scaling, from transformers 5's rope_parameters or the earlier rope_theta and
+    rope_scaling."""
     fields.expect("partial_rotary_factor", 1.0)
     older = fields.get("rope_scaling", dict, {})
     rope = Fields(fields.get("rope_parameters", dict, older) or older, fields.problems)
@@ -219,8 +219,8 @@ def read_rope(fields: Fields) -> dict[str, Any]:
 def to_hf_config(config: ModelConfig) -> tuple[dict[str, Any], Family]:
     """A config.json for `config`, and how its tensors are named.
 
-    A bias that the form declares and `config` lacks has to be written as zeros. Raises UserError,
-    which lists the flags that would help, if no form of transformers expresses the model.
+    A bias that the form declares and `config` lacks must be written as zeros. Raises UserError with
+    the flags that would help if transformers has no form for the model.
     """
     gpt2, llama = flags_to_export(config)
     if not gpt2:
@@ -246,7 +246,7 @@ def to_hf_config(config: ModelConfig) -> tuple[dict[str, Any], Family]:
         "attention_dropout": config.dropout,
     }
 
-    # The one among Llama, Qwen2 and Qwen3 that has exactly these parts.
+    # Whichever of Llama, Qwen2 and Qwen3 has exactly these parts.
     plain_heads = config.head_width * config.n_heads == config.d_model
     only_qkv_biased = config.biased("qkv") and not config.biased("out") and not config.biased("mlp")
     attention_bias = config.biased("qkv") or config.biased("out")
@@ -259,7 +259,7 @@ def to_hf_config(config: ModelConfig) -> tuple[dict[str, Any], Family]:
         values |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
         values |= {"attention_bias": attention_bias, "mlp_bias": config.biased("mlp")}
 
-    # RoPE in the form that every transformers since 4.43 reads.
+    # RoPE in the form that every transformers release since 4.43 reads.
     values |= {"rope_theta": config.rope_theta, "rope_scaling": None}
     if config.rope_factor != 1:
         scaling = {

@@ -1,7 +1,7 @@
-"""The tokenizer files of a Hugging Face folder, in and out.
+"""Import and export the tokenizer files of a Hugging Face folder.
 
-A tokenizer.json that comes in stays what it is (gpt/data/hf_tokenizer.py). One of our own goes out
-as a tokenizer.json that AutoTokenizer reads; it is checked by encoding a text with both.
+An imported tokenizer.json stays as it is (gpt/data/hf_tokenizer.py). Our own tokenizers are
+exported as a tokenizer.json for AutoTokenizer, checked by encoding a text with both.
 """
 
 import json
@@ -18,7 +18,7 @@ from gpt.data import tokenizers
 from gpt.data.hf_tokenizer import CHARACTER_OF_BYTE, FILE, HFTokenizer, find_end, load_library
 from gpt.errors import UserError, is_of, require
 
-# What is kept with the run beside tokenizer.json, and goes out again as it came.
+# Files kept with the run besides tokenizer.json, and exported unchanged.
 GENERATION = "generation_config.json"
 COMPANIONS = (
     "tokenizer_config.json",
@@ -28,7 +28,7 @@ COMPANIONS = (
     "chat_template.json",
     GENERATION,
 )
-# Tokenizers in forms that the `tokenizers` library does not read alone.
+# Tokenizer formats that the `tokenizers` library cannot read by itself.
 OTHER_FORMS = ("vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 SAMPLE = (
     "The cat sat on the mat; DON'T we'll 1234567 times.  \t\r\n\n   def f(x):\n        return x\n"
@@ -39,10 +39,10 @@ SAMPLE = (
 def import_tokenizer(
     folder: Path, config: dict[str, Any], n_vocab: int, ids_only: bool, log: Callable[[str], None]
 ) -> tokenizers.Tokenizer:
-    """The tokenizer of a model's folder, or that of ids alone where it has none.
+    """The tokenizer of a model folder, or an IdTokenizer if it has none.
 
-    config: the folder's config.json. n_vocab: the model's number of ids. UserError if there is a
-    tokenizer that cannot be read, or none of its tokens is known to end a text.
+    config: the folder's config.json. n_vocab: the model's vocabulary size. UserError if there is a
+    tokenizer that cannot be read, or if none of its tokens is known to end a text.
     """
     found = [name for name in (FILE, *OTHER_FORMS) if (folder / name).is_file()]
     ends = end_ids(config, n_vocab)
@@ -53,8 +53,8 @@ def import_tokenizer(
     try:
         require(
             FILE in found,
-            f"{folder} has {', '.join(found)} but no {FILE}: load the tokenizer with AutoTokenizer "
-            "of transformers, which can save one with save_pretrained(NEW_FOLDER)",
+            f"{folder} has {', '.join(found)} but no {FILE}: load the tokenizer with transformers' "
+            "AutoTokenizer and save it with save_pretrained(NEW_FOLDER)",
         )
         names = [name for name in (FILE, *COMPANIONS) if (folder / name).is_file()]
         files = {name: (folder / name).read_bytes() for name in names}
@@ -85,14 +85,14 @@ def import_tokenizer(
 
 
 def end_ids(config: dict[str, Any], n_vocab: int) -> list[int]:
-    """The ids that end a text, of which a file names one, several or none."""
+    """The ids that end a text; a file may name one, several or none."""
     value = config.get("eos_token_id")
     ends = value if isinstance(value, list) else [value]
     return [i for i in ends if is_of(i, int) and 0 <= i < n_vocab]
 
 
 def export_tokenizer(tokenizer: tokenizers.Tokenizer, context_length: int) -> dict[str, bytes]:
-    """The files of a tokenizer by name; none for one of ids alone.
+    """A tokenizer's files by name; none for an IdTokenizer.
 
     UserError if no tokenizer.json gives the same ids.
     """
@@ -134,11 +134,11 @@ def export_tokenizer(tokenizer: tokenizers.Tokenizer, context_length: int) -> di
 
 
 def byte_level_tokenizer(tokenizer: tokenizers.ByteLevelTokenizer) -> library.Tokenizer:
-    """The library's tokenizer for a tiktoken encoding.
+    """A tokenizer of the library for a tiktoken encoding.
 
-    tiktoken joins the two neighbours whose union has the lowest rank; the library joins those that
-    come first in a list of merges. So every cut of a token into two tokens is a merge, in the order
-    of the tokens' ranks. Both take a whole piece of text first, if it is a token.
+    tiktoken merges the two neighbours whose union has the lowest rank; the library merges those
+    that come first in a list of merges. So every split of a token into two tokens is listed, in the
+    order of the tokens' ranks. Both first check whether a whole piece of text is a token.
     """
     spelled = {
         token: "".join(CHARACTER_OF_BYTE[byte] for byte in token) for token in tokenizer.tokens
@@ -153,7 +153,7 @@ def byte_level_tokenizer(tokenizer: tokenizers.ByteLevelTokenizer) -> library.To
     made = library.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
 
     # Oniguruma reads two things differently from tiktoken's engine: "{1,3}+" repeats a repetition
-    # (where nothing can fail after it, it may be plain), and "$" also stands before a last newline.
+    # (if nothing after it can fail, drop the "+"), and "$" also matches before a last newline.
     pattern = re.sub(r"(\{\d+,\d+\})\+(?=\||$)", r"\1", tokenizer.pattern)
     pattern = pattern.replace("++$", r"++\z")
     made.pre_tokenizer = pre_tokenizers.Sequence(
@@ -163,7 +163,7 @@ def byte_level_tokenizer(tokenizer: tokenizers.ByteLevelTokenizer) -> library.To
         ]
     )
     made.decoder = decoders.ByteLevel()
-    # The library gives them the next free ids.
+    # The library assigns them the next free ids.
     special = sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.__getitem__)
     made.add_special_tokens([AddedToken(text, normalized=False) for text in special])
     return made

@@ -1,7 +1,7 @@
-"""The tensors of a Hugging Face folder as our parameters, and back.
+"""Convert the tensors of a Hugging Face folder to our parameters, and back.
 
-One table per family says which of their modules is which of ours. Tensors are read and written one
-at a time, so that a conversion needs hardly more memory than the model. The format of the files:
+One table per family maps our modules to theirs. Tensors are read and written one at a time, so a
+conversion needs hardly more memory than the model. The file format:
 https://huggingface.co/docs/safetensors
 """
 
@@ -29,7 +29,7 @@ from gpt.model import transformer
 FLOATS = {"F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
-BUFFERS = re.compile(r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")  # of old files
+BUFFERS = re.compile(r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")  # in old files
 
 
 # ---------------------------------------------------------------- which tensor is which parameter
@@ -37,11 +37,11 @@ BUFFERS = re.compile(r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")  # of
 
 @dataclass(frozen=True)
 class Family:
-    """How a family names its tensors, and how they lie in memory.
+    """How a family names its tensors and lays them out.
 
-    prefix: what files of a bare body leave out of all names but the head's.
+    prefix: missing from all names but the head's in files of a model without a head.
     modules: their modules by the path of ours; `{}` stands for the layer.
-    out_first: a linear layer's matrix is [out, in], where ours is [in, out].
+    out_first: linear layers' matrices are [out, in], while ours are [in, out].
     fused_qkv: queries, keys and values are the thirds of one tensor's last axis.
     """
 
@@ -95,12 +95,12 @@ LLAMA = Family(
 
 @dataclass(frozen=True)
 class Weight:
-    """One of our arrays in one layer, and the tensor that holds it.
+    """One layer's part of one of our arrays, and the tensor that holds it.
 
-    path, layer: our stacked array, and the index in it: (layer,), or () outside the blocks.
+    path, layer: our stacked array, and the index into it: (layer,), or () outside the blocks.
     shape: with the axes of heads and their width merged, as in all their tensors ([in, out] for a
     matrix), and without the rows that pad the vocabulary.
-    third: which third of the tensor's last axis; None where the tensor holds nothing else.
+    third: which third of the tensor's last axis; None if the tensor holds nothing else.
     """
 
     path: str
@@ -112,7 +112,7 @@ class Weight:
 
 
 def weights_of(config: ModelConfig, family: Family) -> list[Weight]:
-    """All weights of a model of `config` by the tensors' names, queries before keys and values."""
+    """All weights of a model of `config`, sorted by tensor name, with q before k before v."""
     weights = []
     for path, leaf in named_leaves(transformer.abstract(config)).items():
         module, _, kind = path.rpartition("/")  # as in blocks/attention/q, kernel
@@ -153,9 +153,9 @@ def tensor_shapes(config: ModelConfig, family: Family) -> dict[str, tuple[int, .
 
 
 def open_folder(folder: Path) -> dict[str, Any]:
-    """The tensors of a model's folder by name, as slices of the library, of which `[:]` reads all.
+    """A model folder's tensors by name, as the library's lazy slices; `[:]` reads a whole tensor.
 
-    UserError if the folder has neither one file nor shards with an index, or a file is damaged.
+    UserError if the folder has neither one file nor shards with an index, or if a file is damaged.
     """
     require(folder.exists(), f"{folder} does not exist: expected a model's folder")
     if (folder / WEIGHTS).is_file():
@@ -174,7 +174,7 @@ def open_folder(folder: Path) -> dict[str, Any]:
     for path in (folder / file for file in files):
         require(path.is_file(), f"{path} cannot be read: it is not a file")
         try:
-            # The pages of a mapped file would count as ours for as long as it is open.
+            # A mapped file's pages would count as our memory for as long as it is open.
             opened = safe_open(path, "numpy", backend="pread")
             tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
@@ -194,20 +194,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shorten(names: Sequence[str]) -> str:
-    """The first six of many names from files of others, on one line."""
+    """Names from other people's files on one line: the first six, each cut to 100 characters."""
     more = f" and {len(names) - 6:,} more" if len(names) > 6 else ""
     return ", ".join(name[:100] for name in names[:6]) + more
 
 
 def match_tensors(config: ModelConfig, family: Family, stored: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of a model by their whole names.
+    """The tensors of a model by their full names.
 
-    UserError lists the tensors that are missing, unexpected, of another shape or not floats.
+    UserError lists the tensors that are missing, unexpected, of the wrong shape or not floats.
     """
     tensors = {}
     for name, tensor in stored.items():
         if name == HEAD and config.tied:
-            continue  # as in transformers, a head beside a tied table is not used
+            continue  # as in transformers, a head stored next to a tied table is ignored
         if name != HEAD:
             name = family.prefix + name.removeprefix(family.prefix)
         if not BUFFERS.fullmatch(name):
@@ -230,12 +230,12 @@ def match_tensors(config: ModelConfig, family: Family, stored: dict[str, Any]) -
 
 
 def read_params(config: ModelConfig, family: Family, tensors: dict[str, Any]) -> dict[str, Any]:
-    """All weights as stacked arrays on the first device; UserError if one is not finite."""
+    """All weights as stacked arrays on the first device; UserError if any is not finite."""
     weights = weights_of(config, family)
     leaves = named_leaves(transformer.abstract(config))
     params: dict[str, jax.Array] = {}
-    # For a moment there are two copies of an array, and one of its tensors. The largest come first,
-    # while memory is empty.
+    # For a moment there are two copies of an array and one of its tensors in memory. The largest
+    # come first, while memory is empty.
     for path in sorted(leaves, key=lambda path: -math.prod(leaves[path].shape)):
         array = np.zeros(leaves[path].shape, leaves[path].dtype)
         for weight in weights:
@@ -278,17 +278,17 @@ def to_tensors(
 def write_safetensors(
     path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, tensors: Iterable[np.ndarray]
 ) -> None:
-    """Write `tensors` under the names and shapes of `shapes`, each as it comes.
+    """Write `tensors` one by one under the names and shapes of `shapes`.
 
-    The library's own writer wants all of them in memory at once.
+    The library's own writer needs all of them in memory at the same time.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     end = 0
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * FLOATS[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the data start at a multiple of 8
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor, shape in zip(tensors, shapes.values(), strict=True):

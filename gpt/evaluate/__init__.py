@@ -1,1 +1,1 @@
-"""Evaluation on the tasks of lm-eval, with our engine."""
+"""Evaluation on lm-eval tasks with our engine."""

@@ -1,9 +1,9 @@
-"""Evaluate a model on the tasks of lm-eval: python -m gpt.evaluate RUN --tasks NAMES
+"""Evaluate a model on lm-eval tasks: python -m gpt.evaluate RUN --tasks NAMES
 
     python -m gpt.evaluate runs/tiny --tasks python_code
     python -m gpt.evaluate runs/gpt2 --tasks hellaswag,lambada_openai --limit 200
 
-Needs lm-eval: pip install -e '.[eval]'. The results are printed as a table, and kept in the
+Needs lm-eval: pip install -e '.[eval]'. The results are printed as a table and saved in the
 run's folder for its report.
 """
 
@@ -31,7 +31,7 @@ from gpt.config import (
 from gpt.errors import not_negative, positive, require, require_file_path
 from gpt.sampling.settings import Prefix
 
-BOOTSTRAP_ITERS = 1000  # for standard errors that have no formula; their own error is then 2 %
+BOOTSTRAP_ITERS = 1000  # for standard errors without a formula; their own error is then 2 %
 
 
 @dataclass(frozen=True)
@@ -41,27 +41,27 @@ class Args:
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """A run's folder, as made by train.py or by gpt.convert."""
     tasks: Annotated[str, tyro.conf.arg(metavar="NAME,NAME,...")]
-    """Names of tasks, of groups or of patterns, separated by commas."""
+    """Tasks, groups or patterns, separated by commas."""
     include_path: Annotated[Path | None, optional("DIR")] = None
-    """A folder with tasks of your own, each a YAML file with its data beside it."""
+    """A folder of your own tasks, each a YAML file with its data next to it."""
     limit: Annotated[int | None, optional("INT", "all")] = None
-    """Use only the first questions of each task, this many: for a quick look, not to compare."""
+    """Use only this many questions per task, the first ones; for a quick look, not comparisons."""
     num_fewshot: Annotated[int | None, optional("INT", "what the task says")] = None
     """Solved examples before each question."""
     batch_size: int = 16
-    """Answers read together."""
+    """Answers per batch."""
     prefix: Annotated[Prefix | None, optional("{bos,eos,none}", "as the tokenizer does")] = None
-    """The token before each text. An empty context is always replaced by a token."""
+    """The token to put before each text. An empty context is always replaced by a token."""
     json: Annotated[Path | None, optional("FILE")] = None
-    """Write the harness's whole result to this file."""
+    """Write the harness's full results to this file."""
     step: Annotated[int | None, optional("INT", "the newest")] = None
-    """Take the checkpoint of this step."""
+    """Use the checkpoint from this step."""
     dtype: Annotated[Dtype | None, optional(DTYPES, BY_PLATFORM)] = None
     """Data type to compute in."""
     weights: Annotated[Weights | None, optional("{ema,raw}", "the average if one is kept")] = None
     """The average over the run, or the last weights."""
     quantize: Annotated[Quantize | None, optional("{int8}")] = None
-    """Keep matrices and tables as int8."""
+    """Store matrices and embedding tables as int8."""
     mesh: MeshConfig = ONE_DEVICE
     compile_cache: bool = True
     """Keep compiled programs in your cache folder for the next run."""
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
         "--tasks needs lm-eval, which is not installed: pip install -e '.[eval]'",
     )
     cli.prepare_jax(cache=args.compile_cache)
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork a process that runs JAX
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # or lm-eval would fork a process that runs JAX
     import gpt
     from gpt.evaluate import harness
     from gpt.training.metrics import to_line
@@ -124,7 +124,7 @@ def main(argv: list[str]) -> None:
         whole = results | {"run": str(args.run), "step": model.step, "settings": settings}
         args.json.write_text(json.dumps(whole, default=str, indent=1) + "\n", encoding="utf-8")
     report = cli.command("-m", "gpt.report", str(args.run))
-    terminal.note(f"kept in {path}; see it beside the curves: {report}")
+    terminal.note(f"saved in {path}; to see it next to the curves: {report}")
 
 
 if __name__ == "__main__":

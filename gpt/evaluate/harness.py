@@ -1,8 +1,8 @@
-"""Our engine as a model of lm-eval, EleutherAI's evaluation harness, under the name gpt-jax.
+"""Our engine as a model for lm-eval, EleutherAI's evaluation harness, under the name gpt-jax.
 
-`evaluate` runs loaded tasks on a LanguageModel. This file is also lm-eval's own program with our
-model registered: python -m gpt.evaluate.harness --model gpt-jax --model_args run=RUN ...
-takes every flag of `lm_eval`. Neither lm-eval nor this file imports torch.
+`evaluate` runs loaded tasks on a LanguageModel. Run as a program, this file is lm-eval's own
+command line with our model registered: python -m gpt.evaluate.harness --model gpt-jax
+--model_args run=RUN ... takes every flag of `lm_eval`. Neither lm-eval nor this file imports torch.
 """
 
 import contextlib
@@ -32,18 +32,18 @@ from gpt.sampling.settings import Settings
 
 TASKS = Path(__file__).parent / "tasks"  # our own
 BATCH_SIZE = 16
-MAX_NEW_TOKENS = 256  # where a task names no limit, as in the harness
+MAX_NEW_TOKENS = 256  # if a task sets no limit, as in the harness
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 NO_EFFECT = {"do_sample", "until", "max_gen_toks"}  # read by name in `_prompt`
 
 
 @register_model("gpt-jax")
 class GPTJax(TemplateLM):
-    """A LanguageModel for the harness: `model` itself or, from the harness's command line, the
-    folder of a `run` and the fields of `gpt.load`, with `data` and `tensor` for the mesh.
+    """A LanguageModel for the harness: `model` itself or, from the harness's command line, a `run`
+    folder and arguments of `gpt.load`, with `data` and `tensor` for the mesh.
 
-    `n_cut`: requests so far whose context did not fit and was cut from the left. `model.prefix`
-    precedes each text; an empty context and a rolled text always get a token before them.
+    `n_cut`: requests so far whose context was cut from the left to fit. `model.prefix` precedes
+    each text; an empty context and a rolled text always get a token.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class GPTJax(TemplateLM):
         **options,
     ):
         super().__init__()
-        for name in ("device", "max_batch_size"):  # lm_eval's flags that mean nothing here
+        for name in ("device", "max_batch_size"):  # lm_eval flags that mean nothing here
             options.pop(name, None)
         if model is None:
             require(run is not None, "--model_args has no run: expected run=FOLDER")
@@ -68,7 +68,7 @@ class GPTJax(TemplateLM):
         self.batch_size = BATCH_SIZE if batch_size in (None, "auto") else int(batch_size)
         self.n_cut = 0
 
-    # How texts become tokens: as the harness's adapter of transformers does it.
+    # Tokenization, as in the harness's adapter for transformers.
 
     @property
     def eot_token_id(self) -> int:
@@ -77,22 +77,22 @@ class GPTJax(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The token that replaces an empty context and precedes a rolled text: beginning-of-text if
-        the model has it, else end-of-text."""
+        the model has one, else end-of-text."""
         special = self.model.special_ids
         has_bos = special.bos is not None and self.model.prefix != "eos"
         return special.bos if has_bos else self.eot_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """Token ids of a text, after the model's prefix."""
+        """Token ids of a text, preceded by the model's prefix."""
         ids = self.model.tokenizer.encode_ordinary(without_lone_surrogates(string))
         if add_special_tokens is False:
             return ids
         return self.model.special_ids.prefix(self.model.prefix) + ids
 
-    # What the harness asks of a model.
+    # The methods the harness calls.
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_):
-        """(log-likelihood, is greedy) of each ((context, continuation) as texts, and their ids)."""
+        """(log-likelihood, is greedy) per ((context, continuation), context ids, answer ids)."""
         pairs = [(context, continuation) for _, context, continuation in requests]
         room = self.model.config.context_length + 1
         self.n_cut += sum(len(context) + len(answer) > room for context, answer in pairs)
@@ -115,7 +115,7 @@ class GPTJax(TemplateLM):
         return found
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """The text after each context, up to a stop string of its task."""
+        """The text generated after each context, up to one of its stop strings."""
         prompts = [self._prompt(*request.args) for request in requests]
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i][0]))
         found = [None] * len(requests)
@@ -132,14 +132,14 @@ class GPTJax(TemplateLM):
         return found
 
     def _prompt(self, context: str, wanted: dict[str, Any]) -> tuple[list[int], Settings]:
-        """The ids of a context, cut from the left so that what is generated fits, and how to
-        generate it. A model whose context is too short for both keeps half of it for the prompt."""
+        """A context's ids, cut from the left to leave room for the generated text, and the sampling
+        settings. A model whose context is too short for both keeps half of it for the prompt."""
         wanted = normalize_gen_kwargs(wanted, MAX_NEW_TOKENS)
         unknown = wanted.keys() - {*SAMPLING, *NO_EFFECT}
         require(
             not unknown,
             f"a task generates with {', '.join(sorted(unknown))}, which this sampler does not "
-            f"have: expected only {', '.join(SAMPLING)}; leave out this task",
+            f"support: expected only {', '.join(SAMPLING)}; leave out this task",
         )
         context_length = self.model.config.context_length
         n_new = wanted["max_gen_toks"]
@@ -155,21 +155,21 @@ class GPTJax(TemplateLM):
 
 
 def require_text(tokenizer) -> None:
-    """Raise UserError if the model has no tokenizer: tasks are texts."""
+    """Raise UserError if the model has no tokenizer, since tasks are text."""
     require(
         not isinstance(tokenizer, IdTokenizer),
-        "the model has no tokenizer, and tasks are texts: import it from a folder that has one",
+        "the model has no tokenizer, but tasks are text: import it from a folder that has one",
     )
 
 
 def load_tasks(names: Sequence[str], include_path: Path | None) -> list:
-    """The tasks and groups of these names, with their data: those of `include_path` first, then
-    ours, then the harness's. A name may be a pattern, as in `arc_*`.
+    """The tasks and groups with these names, and their data: from `include_path` first, then our
+    own, then the harness's. A name may be a pattern such as `arc_*`.
 
-    Raises UserError for an unknown name, and for a task whose data cannot be read.
+    Raises UserError for an unknown name or a task whose data cannot be read.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # no progress messages
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it reports each of 5 tries
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs each of its 5 tries
     own_folders = [TASKS] if include_path is None else [TASKS, include_path.absolute()]
     managers = [TaskManager(include_path=own_folders, include_defaults=False)]
     if not all(managers[0].match_tasks([name]) for name in names):
@@ -184,8 +184,8 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> list:
             close = difflib.get_close_matches(name, known, n=3)
             advice = f"did you mean {' or '.join(close)}?" if close else "see `lm_eval ls tasks`"
             raise UserError(
-                f"unknown task {name!r}: expected a task of lm-eval, or one from "
-                f"the folder that --include-path names; {advice}"
+                f"unknown task {name!r}: expected an lm-eval task, or one from the folder given "
+                f"with --include-path; {advice}"
             )
         for match in manager.match_tasks([name]):
             found += load_task(match, manager, include_path)
@@ -193,11 +193,11 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> list:
 
 
 def load_task(name: str, manager: TaskManager, include_path: Path | None) -> list:
-    """The task or group of that name, or the tasks with that tag, with their data; UserError if the
-    data cannot be read."""
+    """The task or group with that name, or the tasks with that tag, and their data; UserError if
+    the data cannot be read."""
     entry = manager.task_index[name]
-    # Relative paths of data begin at the file of a user's task, or at a folder with copies of the
-    # hub's data.
+    # Relative data paths start at the user's task file, or at a folder with copies of the hub's
+    # data.
     folder = (include_path or Path()).absolute()
     if entry.yaml_path and not entry.yaml_path.is_relative_to(Path(lm_eval.__file__).parent):
         folder = entry.yaml_path.parent
@@ -225,13 +225,12 @@ def evaluate(
     num_fewshot: int | None = None,
     bootstrap_iters: int = 0,
 ) -> dict[str, Any]:
-    """The harness's results of a model on loaded tasks: see `figures`.
+    """The harness's results for a model on loaded tasks.
 
-    `limit`: documents of each task, for a quick look. `num_fewshot`: examples before each question,
-    in place of what the task says. `bootstrap_iters`: resamples for the standard errors, 0 for
-    none.
+    `limit`: documents per task, for a quick look. `num_fewshot`: examples before each question,
+    overriding the task's number. `bootstrap_iters`: resamples for the standard errors, 0 for none.
     """
-    with contextlib.redirect_stdout(sys.stderr):  # the harness prints its progress there
+    with contextlib.redirect_stdout(sys.stderr):  # the harness prints progress to stdout
         return lm_eval.simple_evaluate(
             lm,
             tasks=list(tasks),
@@ -244,7 +243,7 @@ def evaluate(
 
 
 def figures(results: dict[str, Any]) -> dict[str, float]:
-    """Every number among the harness's results, as `task/metric`, such as hellaswag/acc_norm."""
+    """All numbers in the harness's results by `task/metric`, such as hellaswag/acc_norm."""
     found = {}
     for task, values in (results["results"] | results.get("groups", {})).items():
         for name, value in values.items():
@@ -256,7 +255,7 @@ def figures(results: dict[str, Any]) -> dict[str, float]:
 
 
 def describe(results: dict[str, Any]) -> str:
-    """The harness's own tables: tasks, then groups of them, if there are any."""
+    """The harness's own tables: tasks, then groups if there are any."""
     tables = [lm_eval.utils.make_table(results)]
     if results.get("groups"):
         tables.append(lm_eval.utils.make_table(results, "groups"))

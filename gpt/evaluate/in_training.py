@@ -1,4 +1,4 @@
-"""What a model writes while it is trained, and how it does on the tasks of --eval-tasks."""
+"""Samples from a model in training, and its scores on --eval-tasks."""
 
 import contextlib
 import importlib.util
@@ -12,15 +12,14 @@ from gpt.errors import require
 if TYPE_CHECKING:
     from gpt.sampling.language_model import LanguageModel
 
-# The sampler and lm-eval are imported where they are used, so that training starts without them.
+# The sampler and lm-eval are imported inside functions, so that training starts without them.
 
 
 def language_model_of(run, weights: dict) -> "LanguageModel | None":
-    """The model of a run in training. `run` has `config`, `tokenizer` and `mesh`, on which the
-    stacked `weights` lie.
+    """The model of a run in training. `run` has `config`, `tokenizer` and the `mesh` that holds the
+    stacked `weights`.
 
-    If several processes train, the first one has it on one of its devices, and None is returned in
-    the others.
+    If several processes train, the first gets the model on one of its devices, the others None.
     """
     weights = distributed.copy_to_first_process(weights)
     if weights is None:
@@ -37,15 +36,15 @@ def language_model_of(run, weights: dict) -> "LanguageModel | None":
 
 
 def write_sample(run, weights: dict) -> str | None:
-    """What a model in training writes without a prompt; None where `language_model_of` is None.
+    """What a model in training writes without a prompt; None if `language_model_of` returns None.
     Raises UserError if the model or its cache does not fit."""
     model = language_model_of(run, weights)
     return None if model is None else str(model.generate(max_new_tokens=200))
 
 
 def load_tasks(run) -> list | None:
-    """The tasks of --eval-tasks with their data; None without that flag, and an empty list in
-    processes that do not evaluate. UserError in all processes if they cannot be loaded."""
+    """The tasks of --eval-tasks with their data; None without the flag, and an empty list in
+    processes that do not evaluate. Raises UserError in all processes if they cannot be loaded."""
     args = run.args
     if args.eval_tasks is None or args.is_trial:
         return None
@@ -66,7 +65,7 @@ def load_tasks(run) -> list | None:
 
 
 def evaluate_tasks(run, tasks: list, weights: dict) -> dict[str, float] | None:
-    """The figures of the stacked `weights` of a run on its tasks; None in processes that do not
+    """The scores of a run's stacked `weights` on its tasks; None in processes that do not
     evaluate."""
     model = language_model_of(run, weights)
     if model is None:
@@ -74,6 +73,6 @@ def evaluate_tasks(run, tasks: list, weights: dict) -> dict[str, float] | None:
     from gpt.evaluate import harness
 
     limit = run.args.eval_tasks_limit
-    with contextlib.redirect_stderr(io.StringIO()):  # hides the harness's bars
+    with contextlib.redirect_stderr(io.StringIO()):  # hides progress bars
         results = harness.evaluate(harness.GPTJax(model=model), tasks, limit)
     return harness.figures(results) | {"limit": limit}

@@ -1,9 +1,9 @@
-"""Log-likelihoods of answers after their contexts, for many of them, batched by length.
+"""Log-likelihoods of many answers given their contexts, batched by length.
 
-A context with several answers is read once, and its cache is forked for them. A context with one
-answer is read together with it, in one pass without a cache. Either way logits are computed only at
-the positions that predict the tokens of an answer.
-Shape letters: see model/transformer.py; here P are the predicted tokens of a row, C contexts.
+A context with several answers is read once, and its cache is forked for each. A context with one
+answer is read together with it, in one pass without a cache. Either way, logits are computed only
+at the positions that predict an answer's tokens.
+Shape letters are those of model/transformer.py, and P: predicted tokens of a row, C: contexts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,16 +23,16 @@ from gpt.sampling import engine, sampler, scoring
 from gpt.sampling.completion import require_number
 from gpt.sharding import on_mesh
 
-LOGITS_AT_ONCE = 256  # positions: the logits of a whole batch would be larger than the model
+LOGITS_AT_ONCE = 256  # positions; a whole batch's logits would be larger than the model
 
-Request = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of what follows it
+Request = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
 Context = tuple[int, ...]
-Answer = tuple[int, Sequence[int]]  # the number of a request, and what follows its context
+Answer = tuple[int, Sequence[int]]  # a request's number and its continuation
 Group = tuple[Context, list[Answer]]
 
 
 class Likelihood(NamedTuple):
-    """log p(continuation | context) in nats; `is_greedy`: each of its tokens is the likeliest."""
+    """log p(continuation | context) in nats; `is_greedy`: each token is the likeliest."""
 
     logprob: float
     is_greedy: bool
@@ -41,12 +41,11 @@ class Likelihood(NamedTuple):
 def loglikelihoods(
     model, requests: Sequence[Request], batch_size: int
 ) -> Iterator[dict[int, Likelihood]]:
-    """The likelihood of each request under a LanguageModel, by its number: a batch at a time, the
+    """Yield each request's likelihood under a LanguageModel by its number, a batch at a time,
     longest first.
 
-    `batch_size`: continuations read together. A context that does not fit is cut from the left.
-    UserError for a continuation longer than the model's context, or where the model gives no
-    numbers.
+    `batch_size`: continuations per batch. A context that does not fit is cut from the left.
+    UserError if a continuation is longer than the model's context, or if the model's output is NaN.
     """
     context_length = model.config.context_length
     answers: dict[Context, list[Answer]] = {}
@@ -59,7 +58,7 @@ def loglikelihoods(
         )
         answers.setdefault(tuple(context[-room:]), []).append((number, continuation))
 
-    # A context with several answers is read apart; so is a long one, which is read in pieces.
+    # Contexts with several answers are read on their own, and so are long ones, in pieces.
     apart = []
     whole = []
     for context, its_answers in answers.items():
@@ -68,7 +67,7 @@ def loglikelihoods(
         kind.append((context, its_answers))
 
     for groups, is_apart in ((apart, True), (whole, False)):
-        # Sorting by length saves padding; the longest come first and take the most memory.
+        # Sorting by length saves padding; the longest, which take the most memory, come first.
         groups.sort(key=size, reverse=True)
         for batch in in_batches(groups, batch_size):
             with on_mesh(model.mesh):
@@ -84,7 +83,7 @@ def loglikelihoods(
 
 
 def size(group: Group) -> tuple[int, int]:
-    """Tokens of a context, padded, and of its longest answer."""
+    """The padded length of a context, and the length of its longest answer."""
     context, answers = group
     return padded(len(context)), max(len(continuation) for _, continuation in answers)
 
@@ -105,14 +104,13 @@ def in_batches(groups: Sequence[Group], batch_size: int) -> Iterator[list[Group]
 
 
 def padded(n: int) -> int:
-    """`n` rounded up to a power of two or to three quarters of one: few enough sizes to compile a
-    program for each."""
+    """`n` rounded up to a power of two or three quarters of one, so that few sizes are compiled."""
     power = 1 << (n - 1).bit_length()
     return power * 3 // 4 if n <= power * 3 // 4 else power
 
 
 def pad(sequences: Sequence[Sequence[int]], least: int = 1) -> np.ndarray:
-    """Token ids as rows of at least `least`, padded on the right, and with rows at the end."""
+    """Token ids as rows of at least `least`, padded on the right and with more rows."""
     width = padded(max(least, *map(len, sequences)))
     tokens_RT = np.zeros((padded(len(sequences)), width), np.int32)
     for row, ids in enumerate(sequences):
@@ -121,10 +119,10 @@ def pad(sequences: Sequence[Sequence[int]], least: int = 1) -> np.ndarray:
 
 
 def read(model, batch: Sequence[Group], is_apart: bool):
-    """log p of each token of the answers, and whether it is the likeliest one, both [R, P].
+    """log p of each answer token, and whether it is the likeliest, both [R, P].
 
-    A row is a context with one answer. Or, `is_apart`, each context is read once but for its last
-    token, which predicts the first of an answer, and a row is an answer on a fork of its cache.
+    A row is a context with one answer. If `is_apart`, each context is read once, except for its
+    last token, which predicts an answer's first, and a row is an answer on a fork of the cache.
     """
     config, params = model.config, model.params
     rows = []
@@ -160,8 +158,8 @@ select = jax.jit(kv.select)
 
 @partial(jax.jit, static_argnames="config")
 def score(config: ModelConfig, params: dict, cache, tokens_RT, first_R, targets_RP):
-    """Read rows, on top of a cache if there is one; row r predicts `targets_RP[r]` from its
-    position `first_R[r]` on. Returns log p of each target and whether it is the likeliest token."""
+    """Read rows, on top of a cache if there is one; row r predicts `targets_RP[r]` starting at
+    position `first_R[r]`. Returns log p of each target and whether it is the likeliest token."""
     model = transformer.bind(config, params)
     x_RTD, _ = model.hidden(tokens_RT, cache)
     where_RP = first_R[:, None] + jnp.arange(targets_RP.shape[1])

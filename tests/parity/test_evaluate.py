@@ -164,7 +164,7 @@ def test_what_cannot_be_evaluated(finished, tmp_path, monkeypatch):
     for task, message in {
         "here": f"the data of task here cannot be read: Unable to find '{tmp_path}/missing.jsonl'",
         "there": there,
-        "python_cod": "unknown task 'python_cod': expected a task of lm-eval, or one from the ",
+        "python_cod": "unknown task 'python_cod': expected an lm-eval task, or one from the ",
     }.items():
         done = evaluate(finished, "--tasks", task, "--include-path", tmp_path)
         assert done.code == 2 and message in done.err, done.err
@@ -174,7 +174,7 @@ def test_what_cannot_be_evaluated(finished, tmp_path, monkeypatch):
     (tmp_path / "theirs/tokenizer_config.json").unlink()
     succeed("gpt/convert/__main__", "import", tmp_path / "theirs", tmp_path / "bare")
     done = evaluate(tmp_path / "bare", "--tasks", "python_code")
-    assert done.code == 2 and "the model has no tokenizer, and tasks are texts" in done.err
+    assert done.code == 2 and "the model has no tokenizer, but tasks are text" in done.err
     assert not (tmp_path / "bare/evaluations.jsonl").exists()
 
 
