@@ -1,1 +1,1 @@
-"""From a prompt to text: prefill, decode, draw, stop. Knows nothing of training."""
+"""From prompt to text: prefill, decode, sample, stop. Independent of training."""

@@ -1,17 +1,17 @@
-"""Beam search: the likeliest texts, found by following several at once on the device.
+"""Beam search: the likeliest texts, found by extending several at once on the device.
 
-Every prompt has `width` live texts, one row of the cache each, and a pool of the `width` best texts
-that have ended. A step scores all continuations of the live texts. Of the `2 * width` likeliest
-(more where several ids end a text), those that end and are among the first `width` move to the
-pool, and the first `width` that do not end live on, so that endings do not crowd out live texts.
+Each prompt has `width` live texts, one cache row each, and a pool of the `width` best ended texts.
+A step scores all continuations of the live texts. Of the `2 * width` likeliest (more if several ids
+end a text), those that end and are among the first `width` move to the pool, and the first `width`
+that do not end stay live, so that endings do not crowd out live texts.
 
-The score of a text is the sum of the log-probabilities that the search followed (the model's own
-unless bias, penalty or `ignore_eos` changed them), divided by length ** length_penalty. The length
-counts what was generated, end-of-text included, as in Hugging Face transformers
-(generation/utils.py, `_update_finished_beams`).
+A text's score is the sum of the log-probabilities used in the search (the model's own unless bias,
+penalty or `ignore_eos` changed them), divided by length ** length_penalty. The length counts the
+generated tokens, including end-of-text, as in Hugging Face transformers (generation/utils.py,
+`_update_finished_beams`).
 
-Shape letters: see gpt/model/transformer.py; P prompts, W width, C candidates; S is also the room
-for the tokens of a text.
+Shape letters: see gpt/model/transformer.py; P prompts, W width, C candidates; S is also the maximum
+length of a text.
 """
 
 from collections.abc import Sequence
@@ -35,32 +35,32 @@ from gpt.sampling.sampler import SamplingParams
 from gpt.sampling.settings import Settings
 from gpt.sharding import on_mesh
 
-CHUNK = 64  # steps per call of the device; Ctrl-C is noticed between two calls
-FORBIDDEN = MASKED * 1e-6  # adjusted logits below this belong to forbidden tokens
+CHUNK = 64  # steps per device call; Ctrl-C is noticed between calls
+FORBIDDEN = MASKED * 1e-6  # adjusted logits below this mark forbidden tokens
 
 
 @dataclass(frozen=True)
 class BeamSettings:
-    """How to search.
+    """Settings of a beam search.
 
-    `early_stopping` says when the search of a prompt ends, as in Hugging Face transformers. True:
-    as soon as `width` texts have ended; a width of 1 is then greedy decoding. False: when `width`
+    `early_stopping` sets when a prompt's search ends, as in Hugging Face transformers. True: as
+    soon as `width` texts have ended; a width of 1 is then greedy decoding. False: when `width`
     texts have ended and the best live one, if it ended now, would not beat the worst of them; a
-    longer text may still have a better score if `length_penalty` is above 0. "never": when no live
-    text can still become one of the `n_best`. That is exact: the sum of a text's log-probabilities
-    only falls as it grows, so it bounds the sums of all its continuations; divided by the length
-    that favours it most (the longest allowed if `length_penalty` is above 0, else the next) it
-    bounds their scores. A positive penalty makes this bound loose and the search long.
+    longer text may still have scored better if `length_penalty` is above 0. "never": when no live
+    text can still become one of the `n_best`. This is exact: a text's summed log-probability only
+    falls as the text grows, so it bounds the sums of all continuations; divided by the length that
+    favours it most (the longest allowed if `length_penalty` is above 0, else the next) it bounds
+    their scores. A positive penalty makes this bound loose and the search long.
     """
 
     width: int = 4
-    """Texts followed at once for each prompt. The only setting that compiles anew."""
+    """Live texts per prompt. The only setting whose change recompiles."""
     n_best: int = 1
-    """Texts returned for each prompt."""
+    """Texts returned per prompt."""
     length_penalty: float = 1.0
-    """Exponent of the length that divides a sum of log-probabilities (above 0: favour long)."""
+    """Divide a text's summed log-probability by its length to this power (above 0: favour long)."""
     early_stopping: bool | Literal["never"] = False
-    """When to stop, see above."""
+    """When to stop; see above."""
     max_new_tokens: int = 200  # this and the rest as in Settings
     logit_bias: dict[int, float] = field(default_factory=dict)
     repetition_penalty: float = 1.0
@@ -77,7 +77,7 @@ class BeamSettings:
             self.n_best <= self.width,
             f"n_best is {self.n_best}: it must not exceed the width, {self.width}",
         )
-        # Within this range the powers of any length stay far from the limits of float32.
+        # In this range, powers of any length stay far from the limits of float32.
         require(
             -5 <= self.length_penalty <= 5,
             f"length_penalty is {self.length_penalty}: expected a number from -5 to 5",
@@ -85,7 +85,7 @@ class BeamSettings:
         self.as_settings()
 
     def as_settings(self) -> Settings:
-        """What beam search and sampling have in common, checked there."""
+        """The settings shared with sampling, validated by `Settings`."""
         return Settings(
             on_context_full="stop",
             temperature=0,
@@ -99,10 +99,10 @@ class BeamSettings:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Texts:
-    """Generated texts of each prompt, the best first, W or C of them.
+    """Each prompt's W or C generated texts, best first.
 
-    `value_PW`: the sum of log-probabilities of a live text, the score of an ended one; -inf where
-    there is no text. `logprobs_PWS`: the model's own. Entries after the end of a text mean nothing.
+    `value_PW`: a live text's summed log-probability, or an ended text's score; -inf if there is no
+    text. `logprobs_PWS`: the model's own. Entries past the end of a text are meaningless.
     """
 
     value_PW: jax.Array
@@ -110,7 +110,7 @@ class Texts:
     logprobs_PWS: jax.Array
 
     def best(self, n: int) -> tuple["Texts", jax.Array]:
-        """The `n` texts of largest value, earlier ones first among equals, and their indices."""
+        """The `n` texts of largest value, ties in their existing order, and their indices."""
         value_PW, index_PW = jax.lax.top_k(self.value_PW, n)
         tokens_PWS, logprobs_PWS = pick((self.tokens_PWS, self.logprobs_PWS), index_PW)
         return Texts(value_PW, tokens_PWS, logprobs_PWS), index_PW
@@ -119,8 +119,8 @@ class Texts:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rules:
-    """The settings of a search, traced. `max_tokens_P`: tokens that a text may have. `sampling` has
-    one row, which serves all."""
+    """The search settings, traced. `max_tokens_P`: maximum tokens per text. `sampling` has one row,
+    shared by all texts."""
 
     max_tokens_P: jax.Array
     sampling: SamplingParams
@@ -134,9 +134,9 @@ class Rules:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SearchState:
-    """What the device carries. Each live text has `n_tokens`, the last not yet in the cache.
+    """State kept on the device. Each live text has `n_tokens`, the last not yet in the cache.
 
-    Row p * W + w of the cache and of `seen_BV` (tokens of prompt and text) is live text w of
+    Row p * W + w of the cache and of `seen_BV` (tokens in prompt or text) is live text w of
     prompt p. A prompt without live texts is done.
     """
 
@@ -148,21 +148,21 @@ class SearchState:
 
     @property
     def running_P(self) -> jax.Array:
-        """Prompts that are not done. One with NaN goes on, so that NaN shows in the result."""
+        """Prompts that are not done. One with NaN keeps running, so that the result shows it."""
         return self.live.value_PW[:, 0] != -jnp.inf
 
     @property
     def running_B(self) -> jax.Array:
-        """The same for each row of the cache."""
+        """The same, per cache row."""
         return jnp.repeat(self.running_P, self.live.value_PW.shape[1])
 
 
 def search(model, prompts: Sequence[Prompt], settings: BeamSettings) -> list[list[Completion]]:
-    """The `n_best` likeliest texts after each prompt (text or token ids), the best first; fewer if
-    no more are possible. Their seconds are those of the search.
+    """Find the `n_best` likeliest texts for each prompt (text or token ids), best first; fewer if
+    there are no more. Their times are those of the whole search.
 
-    `model` as in `generate.stream`. Raises UserError if a prompt exceeds the context, if every
-    token is forbidden, or if the model gives no numbers.
+    `model`: as in `generate.stream`. Raises UserError if a prompt exceeds the context, every token
+    is forbidden, or the model's output is NaN.
     """
     rows = make_rows(model, prompts, settings.as_settings(), beam_width=settings.width)
     prefill_timer, decode_timer = Stopwatch(), Stopwatch()
@@ -176,7 +176,7 @@ def search(model, prompts: Sequence[Prompt], settings: BeamSettings) -> list[lis
                 state = search_chunk(model.config, model.params, state, rules, CHUNK)
         ended = jax.device_get(state.ended)
 
-    # The best `n_best` ended texts of each prompt, or as many as there are.
+    # Each prompt's best `n_best` ended texts, or all if there are fewer.
     found = []
     for p, row in enumerate(rows):
         n = min(settings.n_best, np.sum(ended.value_PW[p] != -np.inf))
@@ -193,7 +193,7 @@ def search(model, prompts: Sequence[Prompt], settings: BeamSettings) -> list[lis
 
 
 def start_search(model, rows: Sequence[Row], settings: BeamSettings) -> tuple[SearchState, Rules]:
-    """Read each prompt once, and find the first tokens of its texts."""
+    """Read each prompt once and find the first tokens of its texts."""
     config = model.config
     shared = settings.as_settings()
     rules = Rules(
@@ -221,13 +221,13 @@ def start_search(model, rows: Sequence[Row], settings: BeamSettings) -> tuple[Se
 
 @partial(jax.jit, static_argnames="width")
 def begin(cache: kv.KVCache, logits_PV, seen_PV, rules: Rules, width: int) -> SearchState:
-    """The search after a prefill of the prompts, which their texts share, one token on."""
+    """The search state after the first token, from a prefill shared by each prompt's texts."""
     P, W, S = len(logits_PV), width, cache.capacity
     cache, logits_BV = engine.fork(cache, logits_PV, jnp.repeat(jnp.arange(P), W))
     tokens_PWS = jnp.zeros((P, W, S), jnp.int32)
     logprobs_PWS = jnp.zeros((P, W, S))
     none = Texts(jnp.full((P, W), -jnp.inf), tokens_PWS, logprobs_PWS)
-    # One live text, which is empty: else all would have the same continuations.
+    # Start with one live text, empty: several would all have the same continuations.
     live = replace(none, value_PW=none.value_PW.at[:, 0].set(0.0))
     seen_BV = jnp.repeat(seen_PV, W, axis=0)
     return advance(SearchState(cache, seen_BV, live, none, jnp.int32(0)), logits_BV, rules)
@@ -237,7 +237,7 @@ def begin(cache: kv.KVCache, logits_PV, seen_PV, rules: Rules, width: int) -> Se
 def search_chunk(
     config: ModelConfig, params: dict, state: SearchState, rules: Rules, size
 ) -> SearchState:
-    """Up to `size` more tokens, until every prompt is done."""
+    """Search up to `size` more tokens, until every prompt is done."""
 
     def goes_on(carry):
         i, state = carry
@@ -253,17 +253,17 @@ def search_chunk(
 
 
 def advance(state: SearchState, logits_BV: jax.Array, rules: Rules) -> SearchState:
-    """One more token for every live text, from the logits after its last."""
+    """Extend every live text by one token, from the logits after its last."""
     P, W = state.live.value_PW.shape
     last = state.n_tokens  # the index of the new token
     n_tokens = state.n_tokens + 1
 
-    # Score the continuations of all live texts; keep twice as many as may live.
+    # Score all continuations of the live texts and keep the best.
     candidates, parent_PC = find_candidates(state, logits_BV, rules)
     token_PC = candidates.tokens_PWS[:, :, last]
     is_end_PC = jnp.any(token_PC[..., None] == rules.end_ids, axis=-1)
 
-    # Move those that end here, and are among the first W, to the pool of ended texts.
+    # Move those that end here and are among the first W to the pool of ended texts.
     is_last_PC = is_end_PC | (n_tokens >= rules.max_tokens_P)[:, None]
     ends_PC = is_last_PC & (jnp.arange(token_PC.shape[1]) < W)
     score_PC = candidates.value_PW / n_tokens**rules.length_penalty
@@ -277,7 +277,7 @@ def advance(state: SearchState, logits_BV: jax.Array, rules: Rules) -> SearchSta
     done_P = is_done(rules, live.value_PW[:, 0], ended, n_tokens)
     live = replace(live, value_PW=jnp.where(done_P[:, None], -jnp.inf, live.value_PW))
 
-    # Give each live text the cache of the text that it continues.
+    # Give each live text the cache of its parent.
     parent_B = (jnp.arange(P)[:, None] * W + pick(parent_PC, index_PW)).reshape(-1)
     token_B = live.tokens_PWS[:, :, last].reshape(-1)
     seen_BV = state.seen_BV[parent_B].at[jnp.arange(P * W), token_B].set(True)
@@ -287,9 +287,9 @@ def advance(state: SearchState, logits_BV: jax.Array, rules: Rules) -> SearchSta
 def find_candidates(
     state: SearchState, logits_BV: jax.Array, rules: Rules
 ) -> tuple[Texts, jax.Array]:
-    """The likeliest continuations of each prompt's live texts, and parent_PC, what they continue.
+    """The likeliest continuations of each prompt's live texts, and parent_PC, what they extend.
 
-    So many that `width` of them go on, however many ids end a text.
+    There are enough that `width` of them can go on, however many ids end a text.
     """
     live, V = state.live, logits_BV.shape[-1]
     P, W = live.value_PW.shape
@@ -308,7 +308,7 @@ def find_candidates(
 
 
 def is_done(rules: Rules, best_P: jax.Array, ended: Texts, n_tokens: jax.Array) -> jax.Array:
-    """Whether each prompt is done; its live texts of `n_tokens` have sums of at most `best_P`."""
+    """Whether each prompt is done; `best_P` is the best sum of its live texts of `n_tokens`."""
     longest_P = jnp.where(rules.length_penalty > 0, rules.max_tokens_P, n_tokens + 1)
     length_P = jnp.where(rules.is_exact, longest_P, n_tokens)
     bound_P = best_P / length_P**rules.length_penalty  # see BeamSettings
@@ -319,6 +319,6 @@ def is_done(rules: Rules, best_P: jax.Array, ended: Texts, n_tokens: jax.Array) 
 
 
 def pick(tree, index_PC: jax.Array):
-    """Of each [P, W, ...] array in `tree` the entries `index_PC` of axis 1."""
+    """Entries `index_PC` along axis 1 of each [P, W, ...] array in `tree`."""
     prompt_P1 = jnp.arange(len(index_PC))[:, None]
     return jax.tree.map(lambda a: a[prompt_P1, index_PC], tree)

@@ -2,18 +2,18 @@
 
 1. Cached equals uncached: reading a text through the cache, in any pieces, gives the logits of one
    full forward pass with plain attention, which defines the model.
-2. Rows are independent: to the bit within one compiled shape, within rounding across shapes.
+2. Rows are independent: to the bit within one compiled shape, up to rounding across shapes.
 3. Nothing recompiles in steady state.
-4. Speculation draws the tokens that plain decoding draws.
-5. Where the platform has a fused attention kernel, it equals plain attention.
+4. Speculation samples the same tokens as plain decoding.
+5. The platform's fused attention kernel, if it has one, equals plain attention.
 
 Logits are compared by the root mean square of their difference over the vocabulary, at the worst
-position of any row: a maximum over the vocabulary would grow with its size. What rounding may do is
-measured on the model itself. In bfloat16 the full pass is some `error` away from the same pass in
-float32. A pass through the cache adds the same numbers in another order, by other kernels, and may
-be twice as far away, so the two differ by at most 3 * `error`; a wrong mask, slot or position
-changes logits by far more. A float32 model has no such reference: it is allowed a few units of its
-rounding.
+position of any row; a maximum over the vocabulary would grow with its size. The tolerance for
+rounding is measured on the model itself. In bfloat16 the full pass is some `error` away from the
+same pass in float32. A pass through the cache adds the same numbers in another order, with other
+kernels, and may be twice as far away, so the two differ by at most 3 * `error`; a wrong mask, slot
+or position changes logits by far more. A float32 model has no such reference, so it is allowed a
+few units of rounding.
 """
 
 from collections.abc import Iterator
@@ -28,10 +28,10 @@ from gpt.sampling import engine, generate
 from gpt.sampling.settings import Settings
 from gpt.sharding import on_mesh, platform
 
-FLOAT32_TOLERANCE = 5e-6  # times max(1, std of the logits), as the next one
-INT8_TOLERANCE = 3e-4  # activations meet int8 weights cut to 15 bits (model/int8.py)
+FLOAT32_TOLERANCE = 5e-6  # times max(1, std of the logits), like INT8_TOLERANCE
+INT8_TOLERANCE = 3e-4  # int8 products cut activations to 15 bits (model/int8.py)
 N_TOKENS = 48
-N_FUSED_TOKENS = 256  # at most; kernels want multiples of 128
+N_FUSED_TOKENS = 256  # at most; kernels need multiples of 128
 N_ROWS = 3
 SWEEP = (
     Settings(temperature=0),
@@ -40,13 +40,13 @@ SWEEP = (
     Settings(top_p=0.9, min_p=0.05),
     Settings(temperature=0, repetition_penalty=1.3, logit_bias={0: 2.0}),
 )
-SPECULATED = SWEEP[1], SWEEP[3], SWEEP[4]  # drawn, filtered, greedy with a penalty: a row each
+SPECULATED = SWEEP[1], SWEEP[3], SWEEP[4]  # one row each: sampled, filtered, greedy with a penalty
 forward = jax.jit(transformer.forward, static_argnums=0, static_argnames="attend")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the contract: what was compared, the largest difference, and what is allowed."""
+    """Result of one check: what was compared, the largest difference, and what is allowed."""
 
     name: str
     difference: float
@@ -63,7 +63,7 @@ class Check:
 
 
 def rms(difference: np.ndarray) -> float:
-    """Root mean square over the vocabulary, the last axis, of the worst position."""
+    """Root mean square over the vocabulary (the last axis) at the worst position."""
     return float(np.sqrt(np.mean(np.square(difference), axis=-1)).max())
 
 
@@ -76,7 +76,7 @@ class Probe:
         shape = (N_ROWS, self.T)
         tokens_BT = np.random.default_rng(0).integers(self.config.vocab_size, size=shape)
         self.tokens_BT = tokens_BT.astype(np.int32)
-        # A different length for each row, and how many steps all of them can take.
+        # A different length for each row, and the steps that all of them can take.
         lengths = [max(1, self.T // 2 - row * (self.T // 6)) for row in range(N_ROWS)]
         self.ragged_B = np.array(lengths, np.int32)
         self.steps = min(6, self.T - lengths[0])
@@ -97,11 +97,11 @@ class Probe:
 
     def through_cache(self, rows, n_B, steps: int, *, chunk: int = 1, width=None, capacity=None):
         """logits [steps + 1, B, V] after a prefill of `n_B` tokens of `rows`, padded to `width`,
-        and after each of the `steps` pieces of `chunk` tokens that follow, in a cache of
-        `capacity`. Both default to T."""
+        and after each of the next `steps` pieces of `chunk` tokens, in a cache of `capacity`.
+        `width` and `capacity` default to T."""
         width = width or self.T
         tokens_BT = self.tokens_BT[rows, :width]
-        # Not padded with the tokens that follow, whose keys and values would be right by chance.
+        # Pad with wrong tokens: the actual next ones would have the right keys and values.
         is_read_BT = np.arange(width) < n_B[:, None]
         tokens_BT = np.where(is_read_BT, tokens_BT, (tokens_BT + 1) % self.config.vocab_size)
         cache, logits_BV = engine.prefill(self.config, self.params, tokens_BT, n_B)
@@ -126,7 +126,7 @@ ROWS = np.arange(N_ROWS)
 
 
 def check_causality(probe: Probe) -> Check:
-    """Changing a token changes no logit before it, to the bit."""
+    """Changing a token leaves every logit before it unchanged, to the bit."""
     cut = probe.T // 2
     changed = probe.tokens_BT.copy()
     changed[:, cut:] = (changed[:, cut:] + 1) % probe.config.vocab_size
@@ -136,8 +136,8 @@ def check_causality(probe: Probe) -> Check:
 
 
 def check_cached(probe: Probe) -> Check:
-    """Invariant 1: prompts that fill their bucket or are padded, with a cache that grows or not,
-    token by token or in pieces."""
+    """Invariant 1, for full and padded buckets, growing and fixed caches, single tokens and
+    pieces."""
     T = probe.T
     third = max(1, T // 3)
     differences = []
@@ -154,7 +154,7 @@ def check_cached(probe: Probe) -> Check:
 
 
 def check_ragged(probe: Probe) -> Check:
-    """Invariant 2 across shapes: each row of a ragged batch equals itself alone."""
+    """Invariant 2 across shapes: each row of a ragged batch equals the same row alone."""
     n_B, steps = probe.ragged_B, probe.steps
     together = probe.through_cache(ROWS, n_B, steps)
     alone = [probe.through_cache(ROWS[[r]], n_B[[r]], steps) for r in ROWS]
@@ -163,7 +163,7 @@ def check_ragged(probe: Probe) -> Check:
 
 
 def check_order(probe: Probe) -> Check:
-    """Invariant 2 within one shape: place and neighbours change no bit."""
+    """Invariant 2 within one shape: a row's place and neighbours change no bit of it."""
     n_B, steps = probe.ragged_B, probe.steps
     straight = probe.through_cache(ROWS, n_B, steps)
     turned = probe.through_cache(ROWS[::-1], n_B[::-1], steps)[:, ::-1]
@@ -174,10 +174,10 @@ def check_order(probe: Probe) -> Check:
 
 
 def check_programs(probe: Probe) -> Check:
-    """Invariant 3: other lengths and settings, in the shapes of the first, compile nothing.
+    """Invariant 3: new lengths and settings in shapes already compiled compile nothing.
 
-    On an accelerator the settings choose among a few programs (sampler.py), so the first time that
-    each is used compiles.
+    On an accelerator the settings choose among a few programs (sampler.py), and each compiles on
+    first use.
     """
     n_programs, n_that_compile = 0, 1 if platform() == "cpu" else len(SWEEP)
     for turn, settings in enumerate(SWEEP * 2):
@@ -194,10 +194,10 @@ def check_programs(probe: Probe) -> Check:
 
 
 def check_speculation(probe: Probe) -> Check:
-    """Invariant 4, in float32: proposals change no token, though every 12th of them is wrong.
+    """Invariant 4, in float32: proposals change no token, even though every 12th is wrong.
 
-    The difference is the number of rows that get another text. One is allowed, since rounding may
-    decide a draw that is very close to the border between two tokens.
+    The difference is the number of rows whose text changes. One is allowed, since rounding may
+    decide a sample that falls very close to the boundary between two tokens.
     """
     exact = replace(probe.config, compute_dtype="float32", cache_dtype="float32")
     model = replace(probe.model, config=exact)
@@ -216,8 +216,8 @@ def check_speculation(probe: Probe) -> Check:
 
 
 def check_fused(model) -> Check | None:
-    """What training and prefill really run: the platform's fused attention, in the precision of the
-    model, equals plain attention. None if the platform has no kernel for this model."""
+    """The platform's fused attention, which training and prefill actually run, equals plain
+    attention in the model's own precision. None if the platform has no kernel for this model."""
     config = model.config
     T = min(N_FUSED_TOKENS, config.context_length // 128 * 128)
     shape = (N_ROWS, T, config.n_heads, config.head_width)
@@ -240,9 +240,9 @@ CHECKS = (
 
 
 def run_checks(model) -> Iterator[Check]:
-    """The whole contract on a model as `gpt.load` returns it, one check after the other.
+    """Run the whole contract on a model from `gpt.load`, one check at a time.
 
-    All but the last are computed with products in full precision, which a TPU's kernel excludes.
+    All but the last use full-precision matrix products, which a TPU's kernel does not support.
     """
     with jax.default_matmul_precision("highest"), on_mesh(model.mesh):
         probe = Probe(model)

@@ -1,7 +1,7 @@
-"""The completion of one prompt as it grows: its tokens, its text, why it ended. Imports no JAX.
+"""One prompt's completion as it grows: tokens, text and why it ended. Imports no JAX.
 
-A byte-level token may end in the middle of a character; the text that is handed out never does.
-What may be the beginning of a stop string is held back until it is clear whether it is one.
+A byte-level token may end in the middle of a character; emitted text never does. Text that may
+begin a stop string is held back until it is clear whether it does.
 """
 
 import codecs
@@ -16,22 +16,22 @@ import numpy as np
 from gpt.errors import require
 from gpt.sampling.settings import Settings
 
-NO_TOKEN = -1  # stands where a row gained no token
+NO_TOKEN = -1  # marks places where a row gained no token
 
 
 @dataclass
 class Completion:
-    """One row of a batch: its prompt, and what has been generated after it so far.
+    """One row of a batch: its prompt and what has been generated so far.
 
-    `prompt_ids`: what the model read, with what stands before the prompt. `logprobs`: the model's
-    own, in nats, before bias, temperature and filters. `top`: for each token the likeliest ones at
-    its place, (id, the model's own probability), if asked for; also for an end-of-text that was
-    sampled. `sample`: the number among the completions of one prompt. `finish_reason`: "stop" (a
-    stop string, whose last token is still in `token_ids`), "eos", "length" or "context"; None while
-    it grows. `end_id`: the end-of-text that was sampled. `prefill_seconds` and `decode_seconds` are
-    those of the whole batch until this row ended, without compilation. `proposed` and `accepted`:
-    tokens that speculation guessed, and how many of them were right. `score`: of a text that beam
-    search found, see beam_search.py; `sample` is then its rank, 0 the best.
+    `prompt_ids`: what the model read, including any prefix. `logprobs`: the model's own, in nats,
+    before bias, temperature and filters. `top`: if requested, the likeliest tokens at each step as
+    (id, the model's own probability), including the step that sampled end-of-text. `sample`: the
+    index among the prompt's completions. `finish_reason`: "stop" (a stop string, whose last token
+    is still in `token_ids`), "eos", "length" or "context"; None while it grows. `end_id`: the
+    sampled end-of-text id. `prefill_seconds` and `decode_seconds` are the whole batch's until this
+    row ended, excluding compilation. `proposed` and `accepted`: how many tokens speculation
+    proposed, and how many of them were right. `score`: set by beam search (see beam_search.py);
+    `sample` is then the rank, 0 being the best.
     """
 
     prompt: str
@@ -52,7 +52,7 @@ class Completion:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens of this row per second of decoding; the first token belongs to the prefill."""
+        """This row's tokens per second of decoding; the first token belongs to the prefill."""
         n_decoded = len(self.token_ids) - 1
         if n_decoded <= 0 or not self.decode_seconds:
             return None
@@ -64,7 +64,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that one completion has just gained, whole characters only. `row`: of the batch."""
+    """Text that a completion has just gained, in whole characters. `row`: its row in the batch."""
 
     row: int
     text: str
@@ -73,8 +73,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """A prompt as text, as its `own_ids`, and as the `ids` that the model reads, which may begin
-    with others. `unfinished`: the first bytes of a character in the middle of which the ids end."""
+    """A prompt as text, as its `own_ids`, and as the `ids` that the model reads, which may start
+    with a prefix. `unfinished`: the bytes of an incomplete character at the end of the ids."""
 
     text: str
     own_ids: list[int]
@@ -83,16 +83,15 @@ class PromptTokens:
 
     @property
     def checksum(self) -> int:
-        """32 bits that depend on every own id, and 0 for none."""
+        """CRC-32 of the own ids; 0 if there are none."""
         return zlib.crc32(array("i", self.own_ids).tobytes())
 
 
 class Row:
-    """A completion in progress: `completion` is what users see of it, `prompt` what it continues.
+    """A completion in progress: `completion` is what users see, `prompt` what it continues.
 
-    `text`: decodes its tokens. `window`: what is read of the prompt. `room`: how many tokens it may
-    have until the context is full. `hint`: tokens that speculation looks through in addition to the
-    row's own.
+    `text` decodes its tokens. `window`: the part of the prompt to read. `room`: how many tokens it
+    may gain before the context is full. `hint`: extra tokens for speculation to search.
     """
 
     def __init__(self, model, prompt: PromptTokens, sample: int, settings: Settings):
@@ -103,7 +102,7 @@ class Row:
         self.end_ids = model.special_ids.ends
         self.window = prompt.ids
         self.hint: list[int] = []
-        # A token may stand at the end of the context, but none after it: it would have no position.
+        # One more token can follow a full context, but it has no position, so nothing follows it.
         self.room = model.config.context_length + 1 - len(prompt.ids)
         if settings.on_context_full == "slide":
             self.window = prompt.ids[-model.config.context_length :]
@@ -115,10 +114,10 @@ class Row:
         return self.completion.finish_reason is not None
 
     def add(self, tokens_C, logprobs_C, top_ids_CK=None, top_probs_CK=None) -> str:
-        """Append a chunk of C tokens; returns the whole characters that the text gained.
+        """Append a chunk of C tokens; return the whole characters that the text gained.
 
-        `top_ids_CK`, `top_probs_CK`: the K likeliest tokens at each place, and the model's own
-        probabilities of them, NumPy arrays. Raises UserError where the model gave no numbers.
+        `top_ids_CK`, `top_probs_CK`: NumPy arrays of the K likeliest tokens at each place and the
+        model's own probabilities of them. Raises UserError if the model's output is NaN.
         """
         done = self.completion
         gained = ""
@@ -145,14 +144,14 @@ class Row:
                 done.finish_reason = "context"
         if self.has_ended:
             gained += self.text.finish()
-            if self.text.stopped:  # perhaps by the last character only
+            if self.text.stopped:  # perhaps only by the last character
                 done.finish_reason = "stop"
         done.text += gained
         return gained
 
 
 def require_number(logprob: float, token: int) -> None:
-    """Raise UserError if the model gave NaN for the token with this number, counted from 1."""
+    """Raise UserError if the model gave NaN for the `token`-th token, counting from 1."""
     require(
         not math.isnan(logprob),
         f"the model's output is not a number at token {token}: its training diverged or its "
@@ -161,7 +160,7 @@ def require_number(logprob: float, token: int) -> None:
 
 
 class TextStream:
-    """Decodes the tokens of one row as they come. `stopped`: one of `stops` has been reached.
+    """Decodes one row's tokens as they arrive. `stopped`: whether one of `stops` was reached.
 
     `before`: the first bytes of a character that the first token may complete.
     """
@@ -180,20 +179,20 @@ class TextStream:
         self.stopped = False
 
     def push(self, tokens: Sequence[int]) -> str:
-        """The characters that `tokens` complete, without a stop string and what follows it."""
+        """The characters completed by `tokens`, up to any stop string."""
         return self.release(self.decoder.decode(self.decode_bytes(tokens)))
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD if the model stopped in the middle of a character."""
+        """The remaining text, with U+FFFD if the model stopped in the middle of a character."""
         released = self.release(self.decoder.decode(b"", final=True)) + self.held
         self.held = ""
         return released
 
     def release(self, text: str) -> str:
-        """`text` after what was held back, without a stop string or what may become one.
+        """The held text plus `text`, up to any stop string and without what may become one.
 
-        Of several matches the one that ends first counts, and of those that end together the
-        longest: the result does not depend on how the text was cut into pieces.
+        The match that ends first wins, then the longest, so the result does not depend on how the
+        text was split into pieces.
         """
         if self.stopped:
             return ""
@@ -208,7 +207,7 @@ class TextStream:
             _, start = min(matches)
             return text[:start]
 
-        # Hold back the longest end of the text that is the beginning of a stop string.
+        # Hold back the longest suffix of the text that begins a stop string.
         beginnings = [stop[:n] for stop in self.stops for n in range(1, len(stop))]
         n_held = max((len(one) for one in beginnings if text.endswith(one)), default=0)
         self.held = text[len(text) - n_held :]
@@ -216,6 +215,6 @@ class TextStream:
 
 
 def split_end(data: bytes) -> tuple[str, bytes]:
-    """Bytes as text, with U+FFFD for invalid UTF-8, and the bytes of an unfinished character."""
+    """`data` as text, with U+FFFD for invalid UTF-8, and the bytes of an unfinished character."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     return decoder.decode(data), decoder.getstate()[0]

@@ -1,21 +1,21 @@
 """Decoding on the device: one token per row and step, several steps per call.
 
 One step, end to end. `decode_chunk` is the program, `run_steps` its loop, `decode_and_sample` the
-body of the loop:
+loop body:
 1. `engine.decode_step` binds the weights to the model (`transformer.bind`) and calls `GPT.hidden`
-   with `token_B`, the token that each row drew last. It is not in the cache yet: that holds
-   `length_B` tokens of each row, so this one stands at position `length_B`.
+   with `token_B`, the last token sampled for each row. It is not yet in the cache, which holds
+   `length_B` tokens per row, so its position is `length_B`.
 2. In each layer (`loop_blocks`, `Block`), `Attention` computes the token's query, key and value.
-   `kv_cache.write` puts the key and the value at slot `length_B`, and `decode_attention` mixes the
-   values of all slots up to that one.
-3. `GPT.unembed` gives logits_BV of the next token, and `KVCache.advanced` adds 1 to the length of
-   each row that still runs.
-4. `draw` samples the next token of each row (sampler.py), which becomes `token_B` of the next step.
-Before the first step, `start_decoding` draws a token from the logits of the prefill.
+   `kv_cache.write` puts the key and value in slot `length_B`, and `decode_attention` attends to all
+   slots up to that one.
+3. `GPT.unembed` gives the next token's logits_BV, and `KVCache.advanced` adds 1 to the length of
+   each running row.
+4. `draw` samples each row's next token (sampler.py), which becomes the next step's `token_B`.
+Before the first step, `start_decoding` samples a token from the prefill's logits.
 
-There is one program of `sample_first` for each batch size, and one of `decode_chunk` for each
-batch size and cache capacity: lengths, settings, and which rows have ended are traced. (On an
-accelerator there is one for each set of sampling stages too, see sampler.py.)
+`sample_first` compiles once per batch size, and `decode_chunk` once per batch size and cache
+capacity; lengths, settings and which rows have ended are traced. (On an accelerator, both also
+compile once per set of sampling stages; see sampler.py.)
 Shape letters: see gpt/model/transformer.py; C steps of a chunk.
 """
 
@@ -38,23 +38,23 @@ from gpt.sharding import constrain, platform
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """What the device carries from one chunk to the next."""
+    """State kept on the device from one chunk to the next."""
 
     cache: kv.KVCache
-    token_B: jax.Array  # the last token of each row, not yet in the cache
-    remaining_B: jax.Array  # tokens that each row may still gain; 0: the row is done
-    seen_BV: jax.Array  # tokens of the prompt and of the text so far
-    dropped_B: jax.Array  # tokens of the text that are no longer in the cache
-    end_ids: jax.Array  # the tokens that end a text: one, several or none
+    token_B: jax.Array  # each row's last token, not yet in the cache
+    remaining_B: jax.Array  # tokens each row may still gain; 0 if done
+    seen_BV: jax.Array  # tokens in the prompt or the text so far
+    dropped_B: jax.Array  # tokens of each row no longer in the cache
+    end_ids: jax.Array  # tokens that end a text: one, several or none
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SampledTokens:
-    """What each row gained in a chunk; NO_TOKEN where it gained nothing.
+    """The tokens each row gained in a chunk; NO_TOKEN where it gained none.
 
     `logprobs_BC`: the model's own log-probabilities. `top_ids_BCK`, `top_probs_BCK`: the K
-    likeliest tokens at each step, and the model's own probabilities of them.
+    likeliest tokens at each step and the model's own probabilities of them.
     """
 
     tokens_BC: jax.Array
@@ -64,19 +64,19 @@ class SampledTokens:
 
 
 def find_running_rows(state: DecodeState) -> jax.Array:
-    """Which rows the next step gives a token, bool [B]: not those that are done, nor those that
-    have filled the cache."""
+    """Rows that gain a token in the next step, bool [B]: those that are not done and have not
+    filled the cache."""
     return (state.remaining_B > 0) & (state.cache.length_B < state.cache.capacity)
 
 
 def start_decoding(
     state: DecodeState, logits_BV: jax.Array, sampling: SamplingParams, top: int = 0
 ) -> tuple[DecodeState, SampledTokens]:
-    """Sample the first token of each row, from the logits of a prefill.
+    """Sample each row's first token from the prefill's logits.
 
-    `state` is consumed; its `token_B` holds nothing yet. `top`: likeliest tokens to report.
+    `state` is consumed; its `token_B` is not set yet. `top`: number of likeliest tokens to report.
     """
-    # Without keys and values the program is the same for every capacity.
+    # Without keys and values, one program serves every capacity.
     k, v = state.cache.k, state.cache.v
     state = replace(state, cache=replace(state.cache, k=(), v=()))
     state, sampled = sample_first(state, logits_BV, sampling, top)
@@ -103,11 +103,11 @@ def decode_chunk(
     size: int,
     top: int = 0,
 ) -> tuple[DecodeState, SampledTokens]:
-    """Up to `size` tokens for each row, until it is done or has filled the cache.
+    """Decode up to `size` tokens per row, until it is done or has filled the cache.
 
-    `state` is consumed. Rows that are not active are done from here on. A CPU takes no more steps
-    when every row is done or one has filled the cache. An accelerator always takes `size` steps:
-    deciding from its own results would need a round trip to the host.
+    `state` is consumed. Inactive rows become done. A CPU stops early when every row is done or one
+    has filled the cache. An accelerator always runs `size` steps, because deciding from its own
+    results would need a round trip to the host.
     """
     state = replace(state, remaining_B=jnp.where(active_B, state.remaining_B, 0))
 
@@ -128,10 +128,10 @@ def run_steps(
     top: int,
     pays: Callable = lambda state, carried: True,
 ) -> tuple[DecodeState, Any, SampledTokens]:
-    """The loop of a chunk: up to `size` steps, each of which gives a row up to `width` tokens.
+    """Run a chunk's loop: up to `size` steps, each adding up to `width` tokens per row.
 
-    `step(state, carried)` returns both and a SampledTokens of `width` columns. `carried` is
-    whatever else one step hands to the next. A CPU takes no more steps once they no longer pay.
+    `step(state, carried)` returns both and a SampledTokens of `width` columns. `carried` is any
+    other state passed between steps. A CPU also stops early once `pays(state, carried)` is False.
     """
     B, C = len(state.token_B), size * width
     sampled = SampledTokens(
@@ -163,7 +163,7 @@ def run_steps(
 def decode_and_sample(
     config: ModelConfig, params: dict, state: DecodeState, sampling: SamplingParams, top: int
 ) -> tuple[DecodeState, SampledTokens]:
-    """One decode step of all rows, and the token that each gains, if it is running."""
+    """Run one decode step for all rows and sample a token for each running row."""
     running_B = find_running_rows(state)
     cache, logits_BV = engine.decode_step(config, params, state.cache, state.token_B, running_B)
     return draw(replace(state, cache=cache), logits_BV, running_B, sampling, top)
@@ -176,7 +176,7 @@ def draw(
     sampling: SamplingParams,
     top: int,
 ) -> tuple[DecodeState, SampledTokens]:
-    """A token for each running row, from the logits after what is in the cache."""
+    """Sample a token for each running row from the logits after its cached tokens."""
     position_B = state.cache.length_B + state.dropped_B
     token_B = sampler.sample(logits_BV, sampling, state.seen_BV, position_B)
     token_B = jnp.where(running_B, token_B, state.token_B)
@@ -192,7 +192,7 @@ def draw(
 
 
 def count_remaining(state: DecodeState, token_B: jax.Array) -> jax.Array:
-    """Tokens that each row may still gain after `token_B`: none after end-of-text."""
+    """Tokens each row may still gain after `token_B`; 0 after end-of-text."""
     has_ended_B = jnp.any(token_B[:, None] == state.end_ids, axis=-1)
     return jnp.where(has_ended_B, 0, state.remaining_B - 1)
 
@@ -202,7 +202,7 @@ def mark_seen(seen_BV: jax.Array, token_B: jax.Array) -> jax.Array:
 
 
 def as_sampled_tokens(logits_BV: jax.Array, token_B: jax.Array, top: int) -> SampledTokens:
-    """`token_B` as a chunk of one step, with its log-probabilities and the likeliest tokens."""
+    """`token_B` as a one-step chunk, with its log-probabilities and the likeliest tokens."""
     log_total_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
     top_logits_BK, top_ids_BK = jax.lax.top_k(logits_BV, top)
     return SampledTokens(
@@ -217,10 +217,10 @@ def as_sampled_tokens(logits_BV: jax.Array, token_B: jax.Array, top: int) -> Sam
 def reread(
     config: ModelConfig, params: dict, state: DecodeState, tokens_BT, slid_B, kept: int
 ) -> DecodeState:
-    """`state`, which is consumed, with the cache of the rows `slid_B` computed anew from their last
-    `kept` tokens, which `tokens_BT` holds, padded.
+    """Recompute the cache of rows `slid_B` from their last `kept` tokens, given padded in
+    `tokens_BT`. `state` is consumed.
 
-    Dropping cached positions instead would change what the other positions mean. The other rows are
+    Just dropping cached positions would change what the remaining ones mean. The other rows are
     computed too and discarded.
     """
     n_B = jnp.full(len(tokens_BT), kept, jnp.int32)
@@ -242,9 +242,9 @@ def constrain_state(state: DecodeState) -> DecodeState:
 
 
 def constrain_rows(tree):
-    """Arrays whose first axis is rows, and caches, laid out on the mesh as the sharding table says.
-    Left to the compiler the layout could change from one program to the next, and each change would
-    recompile the next program."""
+    """Lay out caches, and arrays whose first axis is rows, on the mesh by the sharding table. Left
+    to the compiler, the layout could differ between programs, and each change would recompile the
+    next program."""
 
     def lay_out(a: jax.Array) -> jax.Array:
         names = kv.AXES if a.ndim == len(kv.AXES) else ("batch", None)[: a.ndim]

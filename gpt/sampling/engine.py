@@ -1,9 +1,9 @@
-"""The two regimes, as functions over one model and one cache.
+"""Prefill and decode, as functions of one model and one cache.
 
-Prefill reads whole prompts at once: large matrix products, bound by arithmetic. Decode reads one
-token per row and re-reads every weight and the cache to do so: bound by memory bandwidth. `extend`
-stands between: several tokens per row on top of a cache.
-One program each per (batch, bucket, capacity): lengths and positions are traced.
+Prefill reads whole prompts in large matrix products and is bound by compute. Decode reads one token
+per row, rereading every weight and the cache, and is bound by memory bandwidth. `extend` is in
+between: several tokens per row on top of a cache.
+Each compiles once per (batch, bucket, capacity); lengths and positions are traced.
 Shape letters: see model/transformer.py.
 """
 
@@ -19,12 +19,12 @@ from gpt.model import kv_cache as kv
 from gpt.sharding import platform
 
 SMALLEST_BUCKET = 32
-PIECE = 1024  # tokens per row read at once: the scores of a piece are PIECE x capacity numbers
+PIECE = 1024  # tokens per row read at once; a piece's attention scores are PIECE x capacity numbers
 
 
 def bucket(n_tokens: int, context_length: int) -> int:
-    """The smallest size of a cache that holds `n_tokens`: a power of two or, from 192 up, three
-    quarters of one; at least 32 and at most the context.
+    """The smallest cache size that holds `n_tokens`: a power of two or, from 192 up, three quarters
+    of one; at least 32 and at most the context.
 
     Fewer sizes mean fewer programs, but each decode step reads the unused slots too.
     """
@@ -42,7 +42,7 @@ def last_logits(model: transformer.GPT, x_BTD: jax.Array, n_B: jax.Array) -> jax
 
 @partial(jax.jit, static_argnames="config")
 def prefill(config: ModelConfig, params: dict, tokens_BT: jax.Array, n_B: jax.Array):
-    """Read prompts from nothing: the cache (capacity T) and logits_BV of each row's next token.
+    """Read prompts into a new cache of capacity T; return it and each next token's logits_BV.
 
     `tokens_BT` is padded on the right; row b holds `n_B[b]` >= 1 tokens. `params` is unstacked.
     """
@@ -54,10 +54,10 @@ def prefill(config: ModelConfig, params: dict, tokens_BT: jax.Array, n_B: jax.Ar
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def extend(config: ModelConfig, params: dict, cache: kv.KVCache, tokens_BT, n_B: jax.Array):
-    """Read `n_B` more tokens per row on top of `cache`, which is consumed; as `prefill`.
+    """Read `n_B` more tokens per row into `cache`, which is consumed; returns what `prefill` does.
 
-    The caller makes sure that they fit: what lies past the capacity is dropped. The logits of a row
-    that reads none mean nothing.
+    The caller ensures that they fit: tokens past the capacity are dropped. The logits of a row that
+    reads none are meaningless.
     """
     model = transformer.bind(config, params)
     x_BTD, cache = model.hidden(tokens_BT, cache)
@@ -65,9 +65,9 @@ def extend(config: ModelConfig, params: dict, cache: kv.KVCache, tokens_BT, n_B:
 
 
 def prefill_in_pieces(config: ModelConfig, params: dict, tokens_BT, n_B, piece: int = PIECE):
-    """As `prefill`, for prompts of any length: in pieces of `piece` tokens where T exceeds that.
+    """Like `prefill`, but prompts longer than `piece` tokens are read in pieces of that size.
 
-    A host function over two programs; the pieces bound the memory that the scores take.
+    A host function over two programs; the pieces bound the memory for attention scores.
     """
     T = tokens_BT.shape[1]
     cache, logits_BV = prefill(config, params, tokens_BT[:, :piece], np.minimum(n_B, piece))
@@ -84,14 +84,14 @@ def prefill_in_pieces(config: ModelConfig, params: dict, tokens_BT, n_B, piece: 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(config: ModelConfig, params: dict, cache: kv.KVCache, token_B, running_B):
-    """Read one token per row on top of `cache`, which is consumed. Returns the cache with
-    them in it and the logits of the next tokens, [B, V].
+    """Read one token per row into `cache`, which is consumed. Returns the new cache and the next
+    tokens' logits, [B, V].
 
-    Rows that are not running are computed like the others, and keep their length.
+    Rows that are not running are computed too, but keep their length.
     """
     model = transformer.bind(config, params)
-    # On a GPU XLA turns a product of one row into sums that copy whole matrices. So a batch of one
-    # reads its token twice; the second result is dropped, and its slot is overwritten.
+    # On a GPU, XLA turns a one-row product into sums that copy whole matrices. So a batch of one
+    # reads its token twice; the second result is dropped and its slot overwritten.
     n_times = 2 if len(token_B) == 1 and platform() == "gpu" else 1
     tokens_BT = jnp.repeat(token_B[:, None], n_times, axis=1)
     x_BTD, cache = model.hidden(tokens_BT, cache, attend=flash_attention.decode_attention)
@@ -104,5 +104,5 @@ grow = jax.jit(kv.grow, static_argnames="capacity")
 
 @jax.jit
 def fork(cache: kv.KVCache, logits_BV: jax.Array, row_R: jax.Array):
-    """The rows `row_R` of a prefill, repeats included: several samples from one prefill."""
+    """Rows `row_R` of a prefill, with repeats: several samples from one prefill."""
     return kv.select(cache, row_R), logits_BV[row_R]

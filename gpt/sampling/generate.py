@@ -1,8 +1,8 @@
-"""The one driver of generation: prompts in, completions out, streamed or collected.
+"""The generation driver: prompts in, completions out, streamed or collected.
 
 `stream` reads the prompts (prefill), then runs chunks of decode steps on the device
-(decode_loop.py). Between chunks the host hands out text, ends rows at stop strings, and grows or
-slides the cache. `complete` is `stream` drained.
+(decode_loop.py). Between chunks the host yields text, ends rows at stop strings, and grows or
+slides the cache. `complete` collects what `stream` yields.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,19 +32,19 @@ from gpt.sharding import on_mesh, platform
 
 
 def chunk_size(device: str) -> int:
-    """Decode steps per call of a device of this platform; text appears this often.
+    """Decode steps per device call, and so between pieces of text, on this platform.
 
-    Each call costs a GPU's host some 2 ms, in which the GPU has nothing to do: as long as five
-    steps of gpt2.
+    Each call costs a GPU's host about 2 ms, during which the GPU is idle: the time of five gpt2
+    steps.
     """
     return 16 if device == "cpu" else 64
 
 
 def steps_ahead(device: str, chunk: int) -> int:
-    """Steps for which the cache must have room before a chunk begins.
+    """Steps that the cache must have room for before a chunk begins.
 
-    A CPU reads all slots in each step, and ends a chunk when the cache is full. An accelerator
-    reads only the filled slots, and takes all steps of a chunk even if the cache is full.
+    A CPU reads all slots in each step and ends a chunk when the cache is full. An accelerator reads
+    only the filled slots and runs all of a chunk's steps even if the cache is full.
     """
     return 1 if device == "cpu" else chunk
 
@@ -57,16 +57,15 @@ def stream(
     top: int = 0,
     hints: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[Piece]:
-    """Complete `prompts`, texts or token ids, together; hand out each row's text as it appears.
+    """Complete `prompts`, texts or token ids, in one batch; yield each row's text as it appears.
 
-    `model` is a LanguageModel. `settings`: for all prompts, or one for each. `chunk`: decode steps
-    per call of the device, by default `chunk_size`; it changes no token. `top`: likeliest tokens to
-    report at each step.
-    `hints`: for each row, token ids that its text may resemble; speculation looks through them
-    too.
-    Raises UserError here, not at the first piece, if a prompt exceeds the context or the settings
-    cannot be used with this model; and later, if the text exceeds the context where the settings
-    say that this is an error.
+    `model` is a LanguageModel. `settings`: one for all prompts, or one per prompt. `chunk`: decode
+    steps per device call, by default `chunk_size`; it changes no token. `top`: number of likeliest
+    tokens to report at each step. `hints`: for each row, token ids that its text may resemble, for
+    speculation to search too.
+    Raises UserError immediately, not at the first piece, if a prompt exceeds the context or the
+    settings cannot be used with this model; and later, if the context fills up and
+    `on_context_full` is "error".
     """
     rows = make_rows(model, prompts, settings, top)
     windows = [row.window for row in rows if row.completion.sample == 0]
@@ -90,8 +89,8 @@ def _stream(
     chunk: int | None,
     top: int,
 ) -> Iterator[Piece]:
-    """`stream` after its checks, which a generator would put off until its first piece is asked
-    for."""
+    """`stream` after its checks, which a generator would defer until its first piece is
+    requested."""
     prefill_timer, decode_timer = Stopwatch(), Stopwatch()
     with prefill_timer, on_mesh(model.mesh):
         chunk = chunk or chunk_size(platform())
@@ -105,7 +104,7 @@ def _stream(
     proposed_B = accepted_B = np.zeros(len(rows), np.int32)
     recompilations = RecompilationCheck()
     while True:
-        # What each row has gained.
+        # Collect what each row has gained.
         pieces = []
         for index, row in enumerate(rows):
             if not row.has_ended:
@@ -124,8 +123,8 @@ def _stream(
             yield from pieces
             break
 
-        # Up to `chunk` more tokens for each row that has not ended. The device is at work on them
-        # while the text of the last ones is handed out, so that counts as time of decoding.
+        # Decode up to `chunk` more tokens for each row that has not ended. The device works on them
+        # while the previous text is yielded, so that time counts as decoding.
         with decode_timer:
             recompilations.begin()
             capacity = state.cache.capacity
@@ -163,7 +162,7 @@ def _stream(
 def complete(
     model, prompts: Sequence[Prompt], settings: Settings | Sequence[Settings], **options
 ) -> list[Completion]:
-    """`stream` drained: the finished completions, row by row. `options`: those of `stream`."""
+    """Run `stream` to the end; return the completions in row order. `options`: as in `stream`."""
     completions = {}
     for piece in stream(model, prompts, settings, **options):
         completions[piece.row] = piece.completion
@@ -180,12 +179,12 @@ def prefill_and_sample(
     sampling: SamplingParams,
     top: int,
 ) -> tuple[DecodeState, SampledTokens]:
-    """Read each prompt once, and sample the first token of each row."""
+    """Read each prompt once and sample each row's first token."""
     config = model.config
     tokens_BT, n_B = padded
     with compilations.of(batch=len(n_B), bucket=tokens_BT.shape[1]):
         cache, logits_BV = engine.prefill_in_pieces(config, model.params, tokens_BT, n_B)
-    # The samples of a prompt are consecutive rows.
+    # A prompt's samples are consecutive rows.
     prompt_of_row = np.cumsum([row.completion.sample == 0 for row in rows]) - 1
     if len(rows) > len(n_B):
         cache, logits_BV = engine.fork(cache, logits_BV, prompt_of_row)
@@ -208,8 +207,8 @@ def prefill_and_sample(
 
 
 def count_slots(length_B: np.ndarray, remaining_B: np.ndarray, n_steps: int) -> int:
-    """Slots of the cache that the next `n_steps` steps fill: those of the row that will be the
-    longest, counting no more tokens than it may still gain; 0 if all rows are done."""
+    """Cache slots needed for the next `n_steps` steps: those of the row that will be longest, which
+    gains no more tokens than it may; 0 if all rows are done."""
     gained_B = np.minimum(remaining_B, n_steps)
     return int(np.max(np.where(gained_B > 0, length_B + gained_B, 0)))
 
@@ -217,8 +216,8 @@ def count_slots(length_B: np.ndarray, remaining_B: np.ndarray, n_steps: int) -> 
 def make_room(
     model, state: DecodeState, rows: Sequence[Row], n_slots: int, full_B: np.ndarray
 ) -> DecodeState:
-    """The state with room for the next token of each row: the cache grows to `n_slots`, but at most
-    to the context, and rows that have filled that, `full_B`, are set back to its last half."""
+    """Make room for each row's next token: grow the cache to `n_slots`, but at most to the context,
+    and reset rows that have filled it, `full_B`, to its last half."""
     config = model.config
     if state.cache.capacity < min(n_slots, config.context_length):
         return grow(config, state, n_slots)
@@ -236,7 +235,7 @@ def make_room(
 
 
 def grow(config: ModelConfig, state: DecodeState, n_slots: int) -> DecodeState:
-    """The state with a cache of at least `n_slots`, up to the context."""
+    """Grow the cache to at least `n_slots`, up to the context."""
     capacity = engine.bucket(min(n_slots, config.context_length), config.context_length)
     with compilations.of(capacity=capacity):
         return replace(state, cache=engine.grow(state.cache, capacity))

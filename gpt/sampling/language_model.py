@@ -1,4 +1,4 @@
-"""A trained model as an object: weights ready for decoding, its config and its tokenizer."""
+"""A trained model as an object: weights ready for decoding, config and tokenizer."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -37,13 +37,13 @@ forward = jax.jit(transformer.forward, static_argnums=0)
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A trained model: what `gpt.load` returns.
+    """A trained model, as returned by `gpt.load`.
 
-    `params`: the weights, a subtree per layer. `step`: training steps done. `weights`: "ema" for
-    their average over the run, or "raw". `notes`: what loading has to say. `mesh`: the devices it
-    is split over, None for one. `prefix`: what stands before every prompt and scored text; by
-    default what the model's tokenizer puts there, or else end-of-text before a scored text and
-    before an empty prompt. `draft`: see `with_draft`.
+    `params`: the weights, one subtree per layer. `step`: training steps done. `weights`: "ema" for
+    their average over the run, or "raw". `notes`: messages from loading. `mesh`: the devices the
+    model is split over; None for one. `prefix`: what precedes every prompt and scored text; by
+    default whatever the tokenizer adds, or else end-of-text before scored texts and empty prompts.
+    `draft`: see `with_draft`.
     """
 
     config: ModelConfig
@@ -57,8 +57,8 @@ class LanguageModel:
     draft: "LanguageModel | None" = field(default=None, repr=False)
 
     def with_draft(self, draft: "LanguageModel") -> "LanguageModel":
-        """This model with a smaller one that proposes tokens where `Settings.speculate` asks for
-        them. UserError if it has a different tokenizer or a shorter context."""
+        """This model with a smaller one to propose the tokens for `Settings.speculate`. UserError
+        if the draft has a different tokenizer or a shorter context."""
         require(
             tokenizers.to_json(self.tokenizer) == tokenizers.to_json(draft.tokenizer),
             "the draft has a different tokenizer: expected a model with the same one, such as a "
@@ -79,24 +79,24 @@ class LanguageModel:
     def generate(
         self, prompt: Prompts = "", settings: PerPrompt = None, **fields
     ) -> Completion | list[Completion]:
-        """Complete a prompt, or several together; each is text or token ids.
+        """Complete one or more prompts, each text or token ids.
 
-        `settings`: a Settings for all prompts, or a list with one for each; or its fields by name.
-        One prompt and one sample give one Completion (printing it shows the text), else a list,
-        prompt by prompt.
+        `settings`: one Settings for all prompts, or a list with one per prompt; or pass its fields
+        by name. One prompt with one sample gives a Completion (print it to see the text), otherwise
+        a list, prompt by prompt.
         """
         prompts, is_one = as_list(prompt)
         completions = generate.complete(self, prompts, as_settings(settings, fields))
         return completions[0] if is_one and len(completions) == 1 else completions
 
     def stream(self, prompt: Prompts = "", settings: PerPrompt = None, **fields) -> Iterator[Piece]:
-        """Like `generate`, but hand out pieces of text as they appear."""
+        """Like `generate`, but yield pieces of text as they appear."""
         prompts, _ = as_list(prompt)
         return generate.stream(self, prompts, as_settings(settings, fields))
 
     def search(self, prompt: Prompts = "", **settings) -> list:
-        """Beam search: the likeliest texts after a prompt, the best first, each with its `score`;
-        for several prompts a list of such lists. `settings`: the fields of BeamSettings."""
+        """Beam search: the likeliest completions of a prompt, best first, each with its `score`;
+        for several prompts, a list of such lists. `settings`: the fields of BeamSettings."""
         prompts, is_one = as_list(prompt)
         found = beam_search.search(self, prompts, beam_search.BeamSettings(**settings))
         return found[0] if is_one else found
@@ -104,12 +104,12 @@ class LanguageModel:
     def score(
         self, text: str | Sequence[int], stride: int | None = None, window: int | None = None
     ) -> scoring.Score:
-        """Log-probability of each token of a text (or of token ids), its mean loss, bits per byte
-        and perplexity. `stride`, `window`: see gpt/sampling/scoring.py."""
+        """Per-token log-probabilities of a text (or of token ids), mean loss, bits per byte and
+        perplexity. `stride`, `window`: see gpt/sampling/scoring.py."""
         return scoring.score(self, text, stride, window)
 
     def logits(self, text: str | Sequence[int]) -> np.ndarray:
-        """float32 logits [T, V] of the next token after each token of a text (or of token ids)."""
+        """Next-token logits after each token of a text (or of token ids), float32 [T, V]."""
         prompt = read_prompt(self, text)
         tokens_BT, n_B = pad_prompts([prompt.ids], self.config.context_length)
         with sharding.on_mesh(self.mesh):
@@ -122,14 +122,14 @@ class LanguageModel:
 
 
 def as_list(prompt: Prompts) -> tuple[Sequence[str] | Sequence[Sequence[int]], bool]:
-    """The prompts as a list, and whether a single one, text or token ids, was given."""
+    """The prompts as a list, and whether a single one (text or token ids) was given."""
     if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))):
         return [prompt], True
     return prompt, False
 
 
 def as_settings(settings: PerPrompt, fields: dict) -> Settings | Sequence[Settings]:
-    """The settings given whole, or made of their fields."""
+    """The settings as given, or built from `fields`."""
     require(settings is None or not fields, "give settings or their fields by name, not both")
     return Settings(**fields) if settings is None else settings
 
@@ -143,14 +143,14 @@ def load(
     quantize: Quantize | None = None,
     prefix: Prefix | None = None,
 ) -> LanguageModel:
-    """The model of a run's folder: its newest whole checkpoint, or the one of `step`.
+    """Load a model from a run folder: the newest whole checkpoint, or the one at `step`.
 
-    `dtype`: type of the computation (default: float32 on CPU, bfloat16 on accelerators).
-    `weights`: "ema", their average over the run, or "raw" (default: the average where one is
-    kept). `mesh`: devices among which rows (data) and heads, MLP and vocabulary (tensor) are split.
-    `quantize`: "int8" for matrices and tables as int8, with a scale per output (default: none).
-    `prefix`: see LanguageModel. UserError if the checkpoint is missing or damaged, if it lacks the
-    average or the prefix that is asked for, or if the mesh does not divide the model.
+    `dtype`: dtype of the computation (default: float32 on CPU, bfloat16 on accelerators).
+    `weights`: "ema", their average over the run, or "raw" (default: the average if one is kept).
+    `mesh`: devices over which to split rows (data) and heads, MLP and vocabulary (tensor).
+    `quantize`: "int8" to store matrices and tables as int8, with a scale per output (default:
+    none). `prefix`: see LanguageModel. UserError if the checkpoint is missing or damaged, lacks the
+    requested average or prefix, or cannot be divided over the mesh.
     """
     run = Path(run).expanduser()
     checkpoint.require_run(run)
@@ -174,7 +174,7 @@ def load(
         if tree == "ema_params":
             notes.append("these are the averaged weights; use --weights raw for the last ones")
 
-        # Each part of the stacked weights is read by the device that keeps it.
+        # Each device reads its own part of the stacked weights.
         shapes = transformer.abstract(config)
         axes = transformer.logical_axes(config)
         shardings = sharding.state_shardings(devices, axes, shapes, sharding.DECODING_RULES)
@@ -207,8 +207,8 @@ def load(
 
 
 def choose_tree(run: str | Path, metadata: dict[str, Any], weights: Weights | None) -> str:
-    """The tree of a checkpoint that holds the wanted weights: by default the average, if one is
-    kept. Raises UserError if it is asked for and there is none."""
+    """The checkpoint tree with the requested weights: by default the average, if one is kept.
+    Raises UserError if the average is requested and there is none."""
     has_average = from_json(TrainConfig, metadata["train"]).ema_decay > 0
     require(
         has_average or weights != "ema",
@@ -220,8 +220,8 @@ def choose_tree(run: str | Path, metadata: dict[str, Any], weights: Weights | No
 
 
 def for_decoding(config: ModelConfig, mesh: Mesh, quantize: Quantize | None, params: dict) -> dict:
-    """Stacked weights as decoding keeps them on `mesh`: layer by layer, in the type that
-    `config.for_sampling()` names."""
+    """Convert stacked weights for decoding on `mesh`: one subtree per layer, in the `param_dtype`
+    of `config.for_sampling()`."""
 
     def convert(params: dict) -> dict:
         params = transformer.unstack(params)

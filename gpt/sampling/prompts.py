@@ -1,4 +1,4 @@
-"""Prompts become token ids and rows of a batch, and are checked before the device is used.
+"""Turn prompts into token ids and rows of a batch, checked before the device is used.
 
 Shape letters: see gpt/model/transformer.py.
 """
@@ -27,10 +27,10 @@ def make_rows(
     top: int = 0,
     beam_width: int = 1,
 ) -> list[Row]:
-    """A row for each sample of each prompt, with nothing generated yet, those of a prompt together.
+    """Make an empty row for each sample of each prompt, grouped by prompt.
 
-    Raises UserError unless they can be completed by this model on this machine. `beam_width`: texts
-    that beam search follows for each row.
+    Raises UserError if this model cannot complete them on this machine. `beam_width`: live texts
+    per row in beam search.
     """
     require(len(prompts) > 0, "no prompts were given: expected at least one, which may be empty")
     if isinstance(settings, Settings):
@@ -51,7 +51,7 @@ def make_rows(
         )
     read = [read_prompt(model, prompt) for prompt in prompts]
 
-    # Keys and values of the last token are not kept.
+    # The last token's keys and values are not kept.
     pairs = list(zip(read, settings, strict=True))
     longest = max(len(prompt.ids) + one.max_new_tokens - 1 for prompt, one in pairs)
     n_rows = sum(one.num_samples for one in settings) * beam_width
@@ -65,7 +65,7 @@ def make_rows(
 
 
 def read_prompt(model, prompt: Prompt) -> PromptTokens:
-    """A prompt, text or token ids, as both, after what stands before it (`model.prefix`)."""
+    """A prompt (text or token ids) as both, preceded by what `model.prefix` puts before it."""
     own_ids = to_ids(model, prompt)
     if isinstance(prompt, str):
         text, unfinished = without_lone_surrogates(prompt), b""
@@ -81,7 +81,7 @@ def read_prompt(model, prompt: Prompt) -> PromptTokens:
 
 
 def to_ids(model, text: Prompt) -> list[int]:
-    """The ids of a text, or those that are given in its place; UserError if one does not exist."""
+    """The ids of a text, or the ids given instead; UserError if one does not exist."""
     if isinstance(text, str):
         return model.tokenizer.encode_ordinary(without_lone_surrogates(text))
     vocab_size = model.config.vocab_size
@@ -96,8 +96,8 @@ def to_ids(model, text: Prompt) -> list[int]:
 def pad_prompts(
     prompts: Sequence[Sequence[int]], context_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens_BT, n_B): the prompts, padded on the right to their bucket, and their lengths.
-    UserError if one is too long."""
+    """(tokens_BT, n_B): the prompts, right-padded to their bucket, and their lengths. UserError if
+    one is too long."""
     n_B = np.array([len(prompt) for prompt in prompts], np.int32)
     longest = int(n_B.argmax())
     require(
@@ -112,11 +112,11 @@ def pad_prompts(
 
 
 def require_room(model, n_rows: int, longest: int, n_read: int = 1) -> None:
-    """Raise UserError if weights, KV cache and per-token buffers of `n_rows` of up to `longest`
-    tokens exceed the memory of a device. `n_read`: tokens of a row that a step reads."""
+    """Raise UserError if weights, KV cache and per-token buffers for `n_rows` of up to `longest`
+    tokens exceed a device's memory. `n_read`: tokens read per row in a step."""
     config = model.config
     slots = engine.bucket(min(longest, config.context_length), config.context_length)
-    # Per token read and token of the vocabulary: bias, logit, and whether it was seen.
+    # Per token read and vocabulary entry: bias, logit, and whether it was seen.
     shared = flops.cache_bytes(config, n_rows, slots) + 9 * n_rows * n_read * config.vocab_size
     if model.draft is not None:
         shared += flops.cache_bytes(model.draft.config, n_rows, slots)
@@ -129,9 +129,8 @@ def require_room(model, n_rows: int, longest: int, n_read: int = 1) -> None:
 
 
 def require_memory(model, shared: int, what: str, advice: str) -> None:
-    """Raise UserError if the weights, and `shared` bytes that all devices hold together, exceed the
-    memory of a device."""
-    weights = 0  # on the first device: its part of those that are split, the whole of the others
+    """Raise UserError if the weights plus a device's part of `shared` bytes exceed its memory."""
+    weights = 0  # on the first device: its part of split arrays, plus all of the others
     draft_params = None if model.draft is None else model.draft.params
     for leaf in jax.tree.leaves((model.params, draft_params)):
         shape = leaf.sharding.shard_shape(leaf.shape) if hasattr(leaf, "sharding") else leaf.shape

@@ -1,11 +1,11 @@
-"""From logits to a token: bias, penalty, temperature, filters, the draw.
+"""From logits to a token: bias, penalty, temperature, filters, sampling.
 
 Settings are traced arrays with one entry per row: no value recompiles anything, and the rows of a
-batch may differ in all of them. A stage that no row needs is not computed. A CPU decides that while
-a program runs. For a GPU that would be a round trip to the host at each token, so the host decides
-beforehand, by `SamplingParams.stages`, and there is a program for each set of stages in use.
+batch may differ in all of them. Stages that no row needs are skipped. A CPU decides this while a
+program runs. A GPU would need a round trip to the host for each token, so the host decides in
+advance (`SamplingParams.stages`), and there is one program per set of stages in use.
 
-The order is that of Hugging Face transformers: logit bias (which also forbids end-of-text),
+The order follows Hugging Face transformers: logit bias (which also forbids end-of-text),
 repetition penalty, temperature, top-k, top-p over what top-k kept, min-p over what both kept. Ties
 at a threshold are all kept.
 """
@@ -25,9 +25,9 @@ from gpt.sampling.completion import PromptTokens
 from gpt.sampling.settings import Settings
 from gpt.sharding import platform
 
-BLOCK = 256  # tokens whose probabilities are summed before one of them is looked up
-DIGIT = 3  # bits of a threshold that an accelerator finds at once
-PART = 1024  # entries of a row that an accelerator sums before it sums these sums
+BLOCK = 256  # tokens per sum of probabilities in `inverse_cdf`
+DIGIT = 3  # bits of the threshold that an accelerator finds per step
+PART = 1024  # row entries per partial sum on an accelerator
 
 
 @jax.tree_util.register_dataclass
@@ -35,10 +35,9 @@ PART = 1024  # entries of a row that an accelerator sums before it sums these su
 class SamplingParams:
     """How each row of a batch samples: the settings of the same names, one entry per row.
 
-    `bias_BV` is added to the logits. `filters`: the setting of each of FILTERS. A row's noise
-    depends on its `seed`, its `sample` (the number among the completions of one prompt) and the
-    position, and on nothing else. `stages`: those of `needed_stages` that some row needs; None:
-    found out while the program runs.
+    `bias_BV` is added to the logits. `filters`: the setting for each of FILTERS. A row's noise
+    depends only on its `seed`, its `sample` (the index among the prompt's completions) and the
+    position. `stages`: the `needed_stages` of this batch; None to find out while the program runs.
     """
 
     bias_BV: jax.Array
@@ -56,9 +55,9 @@ def sampling_params(
     prompts: Sequence[PromptTokens] | None = None,
     samples: Sequence[int] | None = None,
 ) -> SamplingParams:
-    """The settings of each row as arrays. `bias_BV`: see logit_bias. The numbers of the `samples`
-    and the ids of the `prompts` enter the noise: without the latter all prompts of one length would
-    share one random number per step."""
+    """Each row's settings as arrays. `bias_BV`: see logit_bias. The noise depends on `samples` and
+    on the ids of `prompts`; without the ids, all prompts of one length would share one random
+    number per step."""
 
     def column(name: str) -> jax.Array:
         return jnp.array([float(getattr(one, name)) for one in settings], jnp.float32)
@@ -74,13 +73,13 @@ def sampling_params(
         seed=seed,
         sample=jnp.array(samples or [0] * len(settings), jnp.uint32),
     )
-    # A CPU finds out while it decodes which stages are needed, and so has one program for all.
+    # A CPU finds out while decoding which stages are needed, so one program serves all.
     return params if platform() == "cpu" else with_known_stages(params)
 
 
 def logit_bias(model, settings: Settings) -> np.ndarray:
-    """What is added to each logit: the user's bias, and a mask on ids without a token, and on those
-    that end a text if they are ignored. Raises UserError if this leaves no token."""
+    """The bias added to the logits: the user's, plus a mask on ids without a token and, if ignored,
+    on end-of-text. Raises UserError if this leaves no token."""
     vocab_size = model.config.vocab_size
     bias_V = np.zeros(vocab_size, np.float32)
     for token, value in settings.logit_bias.items():
@@ -97,7 +96,7 @@ def logit_bias(model, settings: Settings) -> np.ndarray:
 
 
 def needed_stages(sampling: SamplingParams) -> dict[str, jax.Array]:
-    """For each stage of sampling, whether some row needs it."""
+    """Whether any row needs each stage of sampling."""
     adjusts = jnp.any(sampling.bias_BV != 0) | jnp.any(sampling.repetition_penalty != 1)
     needed = {
         "adjust": adjusts,
@@ -112,7 +111,7 @@ def needed_stages(sampling: SamplingParams) -> dict[str, jax.Array]:
 def do_if_needed(
     stage: str, sampling: SamplingParams, function: Callable, x_BV: jax.Array, otherwise: jax.Array
 ) -> jax.Array:
-    """`function(x_BV)` if some row needs the stage, else `otherwise`."""
+    """`function(x_BV)` if any row needs the stage, else `otherwise`."""
     if sampling.stages is not None:
         return function(x_BV) if stage in sampling.stages else otherwise
     needed = needed_stages(sampling)[stage]
@@ -120,7 +119,7 @@ def do_if_needed(
 
 
 def with_known_stages(sampling: SamplingParams) -> SamplingParams:
-    """`sampling` with its stages found out now, on the host."""
+    """`sampling` with its stages determined now, on the host."""
     needed = jax.device_get(needed_stages(sampling))
     return replace(sampling, stages=frozenset(stage for stage in needed if needed[stage]))
 
@@ -128,7 +127,7 @@ def with_known_stages(sampling: SamplingParams) -> SamplingParams:
 def adjust_logits(logits_BV: jax.Array, sampling: SamplingParams, seen_BV: jax.Array) -> jax.Array:
     """Logits after bias and repetition penalty (Keskar et al. 2019, section 4.1).
 
-    `seen_BV` is True for tokens of the prompt and of the text so far. The penalty lowers logits of
+    `seen_BV` is True for tokens in the prompt or the text so far. The penalty lowers logits of
     either sign, as in Hugging Face transformers.
     """
     penalty_B1 = sampling.repetition_penalty[:, None]
@@ -144,9 +143,9 @@ def adjust_logits(logits_BV: jax.Array, sampling: SamplingParams, seen_BV: jax.A
 
 
 def keep_largest(x_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) -> jax.Array:
-    """True at the smallest set of largest entries whose weights sum to at least the target, and at
-    all entries that equal the smallest of them."""
-    # uint32 in the same order as the float32 numbers, of which -0 equals 0.
+    """True for the fewest largest entries whose weights sum to at least the target, and for all
+    entries equal to the smallest of them."""
+    # Map float32 to uint32 in the same order, with -0 equal to 0.
     bits_BV = jax.lax.bitcast_convert_type(jnp.where(x_BV == 0, 0.0, x_BV), jnp.uint32)
     bits_BV = jnp.where(bits_BV >> 31 == 1, ~bits_BV, bits_BV | jnp.uint32(1 << 31))
     find_threshold = by_halves if platform() == "cpu" else by_digits
@@ -154,9 +153,9 @@ def keep_largest(x_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) -> 
 
 
 def by_halves(bits_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) -> jax.Array:
-    """The largest threshold such that the entries from it on reach the target; 0 if none does.
+    """The largest threshold at which the entries not below it reach the target; 0 if none does.
 
-    Bisection on its bits: 32 masked sums, which on a CPU cost a tenth of a sort.
+    Bisection on its bits: 32 masked sums, which cost a tenth of a sort on a CPU.
     """
 
     def halve(i, low_B):
@@ -168,11 +167,11 @@ def by_halves(bits_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) -> 
 
 
 def by_digits(bits_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) -> jax.Array:
-    """As `by_halves`, several bits at a time, with a sum for each value that they may have: for
-    accelerators, which compute the sums side by side but wait for every step.
+    """Like `by_halves`, but several bits per step, with a sum for each possible value: for
+    accelerators, which compute the sums in parallel but wait for every step.
 
-    The sums are taken over parts of a row, and then over the parts. Only then does XLA compute all
-    sums of a step in one kernel, which reads the row once.
+    Each row is summed in parts, then over the parts: only in this form does XLA compute all of a
+    step's sums in one kernel that reads the row once.
     """
     padding = [(0, 0), (0, -bits_BV.shape[1] % PART)]
     bits_BRC = jnp.pad(bits_BV, padding).reshape(len(bits_BV), -1, PART)
@@ -194,16 +193,15 @@ def by_digits(bits_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) -> 
 
 
 def keep_top_k(top_k_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
-    """Logits with all but the `top_k_B` largest masked; 0 keeps all of them."""
+    """Mask all but the `top_k_B` largest logits; 0 keeps all."""
     V = logits_BV.shape[-1]
     target_B = jnp.where(top_k_B > 0, jnp.minimum(top_k_B, V), V)
     return jnp.where(keep_largest(logits_BV, jnp.ones_like(logits_BV), target_B), logits_BV, MASKED)
 
 
 def keep_top_p(top_p_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
-    """Logits, the largest of which is 0, with all masked but the smallest set of likeliest tokens
-    that together reach probability `top_p_B` (Holtzman et al. 2019, section 3.1); 1 keeps all, 0
-    the likeliest.
+    """Mask all but the fewest likeliest tokens that together reach probability `top_p_B` (Holtzman
+    et al. 2019, section 3.1); 1 keeps all, 0 the likeliest. Each row's largest logit must be 0.
     """
     weight_BV = jnp.exp(logits_BV)
     keep_BV = keep_largest(logits_BV, weight_BV, top_p_B * weight_BV.sum(-1))
@@ -212,21 +210,21 @@ def keep_top_p(top_p_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
 
 
 def keep_min_p(min_p_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
-    """Logits, the largest of which is 0, with those masked that are less than `min_p_B` times as
-    likely as the likeliest."""
+    """Mask tokens less than `min_p_B` times as likely as the likeliest. Each row's largest logit
+    must be 0."""
     return jnp.where(logits_BV >= jnp.log(min_p_B)[:, None], logits_BV, MASKED)
 
 
 class Filter(NamedTuple):
-    """A setting that forbids tokens: `keep(setting_B, logits_BV)` masks those that it does not
-    keep. At the value `off` it keeps all of them. The largest logit of each row is 0, before and
-    after."""
+    """A setting that forbids tokens: `keep(setting_B, logits_BV)` masks those it does not keep. At
+    `off` it keeps all. Each row's largest logit is 0 before and must be 0 after: a filter that may
+    drop the likeliest token subtracts the largest logit it keeps."""
 
     keep: Callable[[jax.Array, jax.Array], jax.Array]
     off: float
 
 
-# By the name of the field of `Settings`, in the order in which they are applied.
+# Keyed by field of `Settings`, in the order of application.
 FILTERS = {
     "top_k": Filter(keep_top_k, off=0),
     "top_p": Filter(keep_top_p, off=1),
@@ -235,7 +233,7 @@ FILTERS = {
 
 
 def filter_logits(logits_BV: jax.Array, sampling: SamplingParams) -> jax.Array:
-    """Logits divided by the temperature, with all masked that may not be drawn; the largest is 0.
+    """Logits divided by the temperature, with filtered tokens masked; the largest is 0.
 
     A temperature of 0 counts as 1.
     """
@@ -251,14 +249,14 @@ def filter_logits(logits_BV: jax.Array, sampling: SamplingParams) -> jax.Array:
 
 
 def argmax(logits_BV: jax.Array) -> jax.Array:
-    """First index of the largest logit; on a CPU several times faster than jnp.argmax."""
+    """First index of the largest logit; several times faster than jnp.argmax on a CPU."""
     V = logits_BV.shape[-1]
     top_B1 = logits_BV.max(-1, keepdims=True)
     return jnp.min(jnp.where(logits_BV == top_B1, jnp.arange(V), V - 1), axis=-1)
 
 
 def uniform(sampling: SamplingParams, position_B: jax.Array) -> jax.Array:
-    """A uniform number in [0, 1) per row, a function of its seed, sample and position alone."""
+    """A uniform number in [0, 1) per row, which depends only on its seed, sample and position."""
 
     def draw(seed, sample, position):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
@@ -271,8 +269,8 @@ def find_in_cumulative(weight_BC: jax.Array, target_B: jax.Array) -> tuple[jax.A
     """(index_B, before_B): where the running sum of weights first exceeds the target, and the sum
     before that entry.
 
-    A parallel sum may change by a rounding error where nothing is added, so only entries with a
-    positive weight count. Where rounding leaves none of them above the target, it is the last one.
+    A parallel sum may change by a rounding error even where 0 is added, so only entries with a
+    positive weight count. If rounding leaves none of them above the target, the last one is taken.
     """
     C = weight_BC.shape[-1]
     has_weight_BC = weight_BC > 0
@@ -287,11 +285,11 @@ def find_in_cumulative(weight_BC: jax.Array, target_B: jax.Array) -> tuple[jax.A
 
 
 def inverse_cdf(logits_BV: jax.Array, u_B: jax.Array) -> jax.Array:
-    """The token at which the cumulative probability first exceeds `u_B`; never a masked one.
-    The largest logit of each row is 0.
+    """The token at which the cumulative probability first exceeds `u_B`, never a masked one. Each
+    row's largest logit must be 0.
 
-    It is looked up among the sums of blocks, then within one block: a running sum over the whole
-    vocabulary would cost several times as much.
+    The search runs over block sums, then within one block; a running sum over the whole vocabulary
+    would cost several times as much.
     """
     B, V = logits_BV.shape
     weight_BV = jnp.exp(logits_BV)
@@ -307,9 +305,9 @@ def inverse_cdf(logits_BV: jax.Array, u_B: jax.Array) -> jax.Array:
 def sample(
     logits_BV: jax.Array, sampling: SamplingParams, seen_BV: jax.Array, position_B: jax.Array
 ) -> jax.Array:
-    """One token per row, int32: the likeliest where the temperature is 0, else a random one.
+    """Sample one int32 token per row, or take the likeliest if the temperature is 0.
 
-    `position_B`: the position of the token in its text.
+    `position_B`: the token's position in its text.
     """
     logits_BV = adjust_logits(logits_BV, sampling, seen_BV)
     greedy_B = argmax(logits_BV)

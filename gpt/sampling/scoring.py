@@ -1,10 +1,10 @@
 """How likely a given text is: log-probabilities of its tokens.
 
-A text longer than a window, by default the context, is read in several. Each begins `stride` tokens
-after the one before and predicts only what that one did not, so that every token is predicted once,
-from at least window - stride tokens before it (the strided perplexity of Hugging Face's
-documentation). A long window is read in pieces over a cache: the scores of all its pairs of tokens
-at once would take memory by the square of its length.
+A text longer than a window (by default the context) is read in several windows. Each begins
+`stride` tokens after the previous one and predicts only what that one did not, so that every token
+is predicted once, from at least window - stride preceding tokens (the strided perplexity of Hugging
+Face's documentation). A long window is read in pieces through a cache: attention scores for all of
+it at once would take memory quadratic in its length.
 """
 
 import math
@@ -26,16 +26,16 @@ from gpt.sampling.completion import require_number
 from gpt.sampling.prompts import require_memory, to_ids
 from gpt.sharding import on_mesh
 
-ROWS = 8  # windows read together; the remaining ones, and those in several pieces, one by one
+ROWS = 8  # windows read together; leftover windows, and those read in pieces, go one by one
 
 
 @dataclass(frozen=True)
 class Score:
     """`logprobs[i]` is log p(token_ids[i] | what precedes it) in nats; the first one follows
-    `prefix`, whose text is `before`. If nothing stands before the text, `before` is None, and
-    `prefix` is the text's own first token, which is not scored. `n_bytes`: length of the text in
-    UTF-8, without special tokens; None for a model without a tokenizer. `context`, `stride`: tokens
-    a window reads, and tokens from one window to the next."""
+    `prefix`, whose text is `before`. If nothing precedes the text, `before` is None and `prefix` is
+    the text's own first token, which is not scored. `n_bytes`: the text's length in UTF-8, without
+    special tokens; None for a model without a tokenizer. `context`, `stride`: tokens per window,
+    and from one window to the next."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -52,12 +52,12 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(mean_nll); infinite where that overflows."""
+        """exp(mean_nll); infinite if that overflows."""
         return math.inf if self.mean_nll >= 700 else math.exp(self.mean_nll)
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Mean loss in bits per byte; None for no bytes, or a model without a tokenizer."""
+        """Mean loss in bits per byte; None if there are no bytes or no tokenizer."""
         if not self.n_bytes:
             return None
         return -math.fsum(self.logprobs) / math.log(2) / self.n_bytes
@@ -74,7 +74,7 @@ class Score:
         )
 
     def to_json(self) -> dict:
-        """All of it as JSON values."""
+        """The score as JSON values."""
         return {
             "tokens": len(self.token_ids),
             "mean_nll": self.mean_nll,
@@ -92,12 +92,12 @@ class Score:
 def score(
     model, text: str | Sequence[int], stride: int | None = None, window: int | None = None
 ) -> Score:
-    """Score of a text, or of token ids, under a LanguageModel, after what stands before it
-    (`model.prefix`); the first token is not scored if that is nothing.
+    """Score a text, or token ids, with a LanguageModel, preceded by what `model.prefix` puts before
+    it; if that is nothing, the first token is not scored.
 
-    `stride`, `window`: see the top of this file (default: half the window; the context). UserError
+    `stride`, `window`: see the module docstring (default: half the window; the context). UserError
     if there is nothing to score, if an id, the stride or the window is out of range, if memory does
-    not suffice, or if the model gives no numbers.
+    not suffice, or if the model's output is NaN.
     """
     config, special = model.config, model.special_ids
     ids = to_ids(model, text)
@@ -116,7 +116,7 @@ def score(
     require(1 <= stride <= window, f"stride is {stride}: expected 1 to {window}, the window")
     with on_mesh(model.mesh):
         logprobs = score_ids(model, [*prefix, *ids], window, stride)[len(prefix) - 1 :]
-    suspect = int(np.isnan(logprobs).argmax())  # the first NaN, if there is one
+    suspect = int(np.isnan(logprobs).argmax())  # the first NaN, if any
     require_number(logprobs[suspect], suspect + 1)
 
     n_bytes = None
@@ -135,8 +135,8 @@ def score_ids(model, ids: Sequence[int], window: int, stride: int) -> np.ndarray
     rows = ROWS if width <= engine.PIECE else 1
     T = min(width, engine.PIECE)
 
-    # Attention scores of a layer and logits of a row, before and after their softmax; the cache
-    # that a piece reads, and the one that it writes.
+    # One layer's attention scores and one row's logits, before and after softmax; the cache that a
+    # piece reads and the one it writes.
     scores = 8 * rows * config.n_heads * T * width + 8 * T * config.vocab_size
     require_memory(
         model,
@@ -145,7 +145,7 @@ def score_ids(model, ids: Sequence[int], window: int, stride: int) -> np.ndarray
         "score in smaller ones (window)",
     )
 
-    # (first token read, first and end of those predicted) of each window
+    # For each window: first token read, and first and end of those predicted.
     windows = []
     predicted = 0
     for i in range(1 + max(0, math.ceil((n - window) / stride))):
@@ -182,10 +182,10 @@ def score_ids(model, ids: Sequence[int], window: int, stride: int) -> np.ndarray
 def target_logprobs(
     config: ModelConfig, params: dict, cache: kv.KVCache, tokens_BT, targets_BT, width: int
 ):
-    """log p(targets_BT) after reading tokens_BT up to each position on top of `cache`; and, if that
-    is not yet `width` tokens, the cache for the next piece.
+    """log p(targets_BT) after reading tokens_BT up to each position on top of `cache`, and the
+    cache for the next piece if tokens_BT is shorter than `width`.
 
-    The logits of one row at a time: those of all would be larger than the model.
+    Logits are computed for one row at a time: those of all would be larger than the model.
     """
     model = transformer.bind(config, params)
     T = tokens_BT.shape[1]

@@ -1,4 +1,4 @@
-"""How to complete prompts, checked at construction. Imports no JAX."""
+"""Sampling settings, validated at construction. Imports no JAX."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,44 +13,43 @@ from gpt.errors import (
     require,
 )
 
-MAX_TEMPERATURE = 1e30  # within float32; all tokens are equally likely long before
+MAX_TEMPERATURE = 1e30  # within float32; all tokens are equally likely well below it
 Full = Literal["auto", "stop", "error", "slide"]
-Prefix = Literal["bos", "eos", "none"]  # what stands before a text
+Prefix = Literal["bos", "eos", "none"]  # what precedes a text
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to complete a prompt. The filters are applied in the order of their fields."""
+    """How to complete a prompt. Filters apply in the order of their fields."""
 
     max_new_tokens: PositiveInt = 200
-    """Most tokens to generate for each completion."""
+    """Maximum number of tokens per completion."""
     logit_bias: dict[int, float] = field(default_factory=dict, hash=False)
-    """Added to the logit of a token: its id, then how much (-inf forbids it)."""
+    """Bias to add to a token's logit: its id, then the amount (-inf forbids it)."""
     repetition_penalty: PositiveFloat = 1.0
-    """Divides positive and multiplies negative logits of tokens already in the text (1: none)."""
+    """Divide positive and multiply negative logits of tokens in the text by this (1: off)."""
     ignore_eos: bool = False
     """Never sample end-of-text."""
     temperature: NonNegativeFloat = 0.8
-    """Divides the logits; 0 always takes the likeliest token."""
+    """Divide the logits by this; 0 always takes the likeliest token."""
     top_k: NonNegativeInt = 0
-    """Sample among the k likeliest tokens only (0: all)."""
+    """Sample only from the k likeliest tokens (0: all)."""
     top_p: float = 1.0
-    """Sample among the fewest likeliest tokens whose probabilities add up to this (1: all)."""
+    """Sample only from the fewest likeliest tokens whose probabilities add up to this (1: all)."""
     min_p: float = 0.0
-    """Sample only tokens at least this many times as likely as the likeliest (0: all)."""
+    """Sample only tokens at least this fraction as likely as the likeliest (0: all)."""
     stop: tuple[str, ...] = ()
-    """End before this text; it is not printed."""
+    """Stop before this text, without printing it."""
     on_context_full: Full = "auto"
-    """When the context is full: auto continues after rereading its last half; slide does too, and
-    also accepts a prompt that is too long; stop ends the text there; error fails."""
+    """When the context is full: auto rereads its last half and continues; slide does too, and also
+    accepts prompts that are too long; stop ends the text; error fails."""
     num_samples: PositiveInt = 1
-    """Completions of each prompt, from one prefill."""
+    """Completions per prompt, from one prefill."""
     seed: int = 0
-    """Seed of the sampling: the same seed gives the same text."""
+    """Random seed; the same seed gives the same text."""
     speculate: NonNegativeInt = 0
-    """Propose up to this many tokens in each step, those that followed when the last tokens of the
-    text occurred before, and read them together. The text stays the same; repetitive text takes
-    less time (0: none)."""
+    """Propose up to this many tokens per step, copied from an earlier occurrence of the latest
+    tokens, and read them together. The text stays the same; repetitive text is faster (0: off)."""
 
     def __post_init__(self):
         check_fields(self)

@@ -1,4 +1,4 @@
-"""Ids that are not text: what ends a text, what stands before one, what must not be drawn."""
+"""Special token ids: those that end a text, precede it or must not be sampled."""
 
 import json
 import re
@@ -9,14 +9,14 @@ from gpt.data.tokenizers import END_OF_TEXT, IdTokenizer
 from gpt.errors import require
 from gpt.sampling.settings import Prefix
 
-UNUSED = re.compile(r"<\|unused_\d+\|>")  # what tokenizers.py calls an id without a token
+UNUSED = re.compile(r"<\|unused_\d+\|>")  # tokenizers.py's name for an id without a token
 
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """ends: the ids that end a text, the first of which is also put before one. before: what the
-    tokenizer puts before a text. bos: the id that config.json calls so. not_text: ids that stand
-    for no text. unused: ids without a token."""
+    """ends: ids that end a text; the first also serves as a prefix. before: what the tokenizer
+    puts before a text. bos: config.json's beginning-of-text id. not_text: ids that represent no
+    text. unused: ids without a token."""
 
     ends: tuple[int, ...] = ()
     before: tuple[int, ...] = ()
@@ -27,11 +27,11 @@ class SpecialIds:
     def prefix(
         self, wanted: Prefix | None, before_ids: bool = False, is_needed: bool = False
     ) -> list[int]:
-        """The ids that stand before a text or, `before_ids`, before ids that were given as such.
+        """The ids to put before a text or, if `before_ids`, before a prompt given as ids.
 
-        By default a text gets what its tokenizer puts there, and ids nothing; where that is nothing
-        and `is_needed`, it is end-of-text, with which every document began. UserError if the model
-        does not have what is wanted.
+        By default a text gets what its tokenizer adds, and ids get nothing; if that is empty and
+        `is_needed`, they get end-of-text, which preceded every training document. UserError if the
+        model lacks the `wanted` token.
         """
         if wanted == "bos":
             require(self.bos is not None, "prefix bos: the model has no beginning-of-text token")
@@ -46,7 +46,7 @@ class SpecialIds:
 
 
 def find_special_ids(tokenizer) -> SpecialIds:
-    """The special ids of any tokenizer of gpt/data/tokenizers.py."""
+    """The special ids of any tokenizer from gpt/data/tokenizers.py."""
     eot = tokenizer.eot_token
     ends = (eot,) if eot >= 0 else ()
     if isinstance(tokenizer, IdTokenizer):
@@ -56,7 +56,7 @@ def find_special_ids(tokenizer) -> SpecialIds:
         unused = [i for name, i in names.items() if UNUSED.fullmatch(name)]
         return SpecialIds(ends, not_text=frozenset(names.values()), unused=tuple(unused))
 
-    # Every end that config.json or generation_config.json names.
+    # Every end-of-text id in config.json or generation_config.json.
     generation = json.loads(tokenizer.files.get("generation_config.json", "{}"))
     for named in (tokenizer.special_ids.get("eos_token_id"), generation.get("eos_token_id")):
         ends += tuple(named) if isinstance(named, list) else (named,)

@@ -1,29 +1,29 @@
-"""Speculative decoding: several tokens for one reading of the weights, and exactly the same text.
+"""Speculative decoding: several tokens per pass over the weights, with exactly the same text.
 
-A decode step reads all weights to draw one token for each row; drawing five from the same reading
-takes little longer. So tokens are proposed and read together with the last one, and the model draws
-a token after each of them. Proposals are kept up to the first that is not what was drawn, and the
-token that was drawn in its place is kept too. Proposals are looked up in the text so far, or drawn
-by a draft, a smaller model with the same tokenizer. With three proposals, two of which are right:
+A decode step reads all weights to sample one token per row; sampling five in the same pass takes
+little longer. So proposed tokens are read together with the last one, and the model samples a token
+after each. Proposals are kept up to the first that differs from the sampled token, which is kept in
+its place. Proposals are looked up in the text so far, or sampled by a draft, a smaller model with
+the same tokenizer. With three proposals, two of them right:
 
-    text so far         a b c d e f . . . a b c            "a b c" was there before
+    text so far         a b c d e f . . . a b c            "a b c" occurred before
     proposed                                    d e f
     read in one step                          c d e f
-    drawn after each                            d e x y
-    kept                                        d e x      three tokens for one reading
+    sampled after each                          d e x y
+    kept                                        d e x      three tokens in one pass
 
-The token drawn at a position depends on the text before it, the seed, the sample and the position,
-and on nothing else: a proposal is accepted exactly when plain decoding would have drawn it. (Up to
+The token sampled at a position depends only on the text before it, the seed, the sample and the
+position, so a proposal is accepted exactly when plain decoding would have sampled it. (Up to
 rounding: a step that reads several tokens adds the same numbers in another order.)
 
-The draft draws with the settings and the noise of the model, so where both find the same tokens
-likely it draws the same ones. Its cache holds the tokens that the model's holds, slot by slot.
+The draft samples with the model's settings and noise, so when both find the same tokens likely,
+they sample the same ones. Its cache holds the same tokens as the model's, slot by slot.
 
-Reading a proposal that is then refused wastes time. So every row keeps count of how often its
-proposals are right, whether they are read or not, and none is read while they would cost more time
-than they save.
+Reading a proposal that is then rejected wastes time. So every row tracks how often its proposals
+are right, whether they are read or not, and none are read while they would cost more time than they
+save.
 Shape letters: see gpt/model/transformer.py; C as in decode_loop.py; N proposals, T = N + 1 tokens
-read, R tokens of the text that are looked through.
+read, R tokens of text searched.
 """
 
 from collections.abc import Sequence
@@ -46,22 +46,22 @@ from gpt.sampling.decode_loop import DecodeState, SampledTokens
 from gpt.sampling.sampler import SamplingParams
 from gpt.sharding import platform
 
-LONGEST_MATCH = 4  # last tokens of the text that are looked up; longer matches count as this long
+LONGEST_MATCH = 4  # latest tokens of the text to match; longer matches count as this long
 NEWEST_WEIGHT = 1 / 16  # of the newest token in the moving average `agreement_B`
-IDLE_GAIN = 1 / 1024  # added to the agreement of a draft at each step in which it does not run
-N_JUDGED = 16  # last tokens of the prompt, from which `agreement_B` starts
+IDLE_GAIN = 1 / 1024  # added to a draft's agreement at each step in which it does not run
+N_JUDGED = 16  # last tokens of the prompt, to initialize `agreement_B`
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Speculation:
-    """What the device carries for proposals from one chunk to the next.
+    """State of the proposals, kept on the device from one chunk to the next.
 
-    `text_BR`: the last R tokens of each row, prompt included, the newest on the right; NO_TOKEN
-    before the first. `limit_B`: proposals that a row may have in a step. `agreement_B`: the share
-    of recent tokens that were proposed, or would have been, as a moving average. `proposed_B`,
-    `accepted_B`: proposals that were read, and those that were right. `draft_cache`: keys and
-    values of the draft; None without a draft, and while it does not run.
+    `text_BR`: each row's last R tokens, prompt included, newest on the right; NO_TOKEN before the
+    first. `limit_B`: maximum proposals per step. `agreement_B`: the share of recent tokens that
+    were or would have been proposed, as a moving average. `proposed_B`, `accepted_B`: how many
+    proposals were read, and how many were right. `draft_cache`: the draft's keys and values; None
+    without a draft and while it does not run.
     """
 
     text_BR: jax.Array
@@ -73,8 +73,8 @@ class Speculation:
 
 
 class ChunkShape(NamedTuple):
-    """What a chunk is compiled for: `size` steps, `n_proposals` in each, the `top` likeliest tokens
-    to report, and the draft that proposes (None: proposals are looked up)."""
+    """What a chunk is compiled for: `size` steps, `n_proposals` per step, the `top` likeliest
+    tokens to report, and the draft that proposes (None: look proposals up in the text)."""
 
     size: int
     n_proposals: int
@@ -82,7 +82,7 @@ class ChunkShape(NamedTuple):
     draft: ModelConfig | None
 
 
-# The host's part: how much to propose.
+# On the host: how much to propose.
 
 
 def run_speculative_chunk(
@@ -94,8 +94,8 @@ def run_speculative_chunk(
     chunk: int,
     top: int,
 ) -> tuple[DecodeState, Speculation, SampledTokens]:
-    """Up to `chunk` steps for the rows that have not ended, with proposals if these will pay.
-    `state` and `speculation`, which is None for the first chunk, are consumed."""
+    """Run up to `chunk` steps for the rows that have not ended, with proposals if they should pay.
+    `state` and `speculation` (None for the first chunk) are consumed."""
     limit_B = np.array([row.settings.speculate for row in rows], np.int32)
     active_B = np.array([not row.has_ended for row in rows])
     if speculation is None:
@@ -114,15 +114,15 @@ def run_speculative_chunk(
     draft_cost = cost_of_draft(draft_config, model.config)
     agreement_B = np.asarray(speculation.agreement_B)
     n_proposals = choose_n_proposals(limit_B * active_B, agreement_B, draft_cost)
-    # An accelerator takes all steps of a chunk, even if no row needs them: as many as gain the same
-    # number of tokens where all proposals are right.
+    # An accelerator runs all of a chunk's steps, even if no row needs them, so run only as many as
+    # gain `chunk` tokens when all proposals are right.
     if platform() != "cpu":
         chunk = max(chunk // (n_proposals + 1), 1)
 
     with compilations.of(capacity=state.cache.capacity, top=top, proposals=n_proposals):
         if draft is not None and n_proposals == 0:
-            # The draft rests. Whether it would have been right is unknown: it is tried again after
-            # some time.
+            # The draft does not run. Whether it would have been right is unknown, so it is tried
+            # again later.
             state, sampled = decode_loop.decode_chunk(
                 model.config, model.params, state, sampling, active_B, chunk, top
             )
@@ -146,8 +146,8 @@ def run_speculative_chunk(
 def catch_up_draft(
     draft, cache: kv.KVCache | None, rows: Sequence[Row], state: DecodeState
 ) -> kv.KVCache:
-    """The draft's cache before a chunk: with as many slots as the model's, and the same tokens.
-    The draft reads them again at the start, after a slide, and after chunks without proposals."""
+    """The draft's cache before a chunk, with as many slots as the model's and the same tokens. The
+    draft rereads them at the start, after a slide and after chunks without proposals."""
     length_B = np.asarray(state.cache.length_B)
     active_B = np.array([not row.has_ended for row in rows])
     if cache is not None and np.all((np.asarray(cache.length_B) == length_B)[active_B]):
@@ -157,7 +157,7 @@ def catch_up_draft(
 
     tokens_BT = np.zeros((len(rows), state.cache.capacity), np.int32)
     for b, (row, n) in enumerate(zip(rows, length_B, strict=True)):
-        # The last token is in no cache yet. A row that has ended may have fewer than its cache.
+        # The last token is not cached yet. A row that has ended may have fewer than its cache.
         ids = (row.prompt.ids + row.completion.token_ids)[-n - 1 : -1]
         tokens_BT[b, : len(ids)] = ids
     cache, _ = engine.prefill_in_pieces(draft.config, draft.params, tokens_BT, length_B)
@@ -165,23 +165,23 @@ def catch_up_draft(
 
 
 def cost_of_draft(draft: ModelConfig | None, model: ModelConfig) -> float:
-    """The time of a step of the draft, as a share of a plain step of the model."""
+    """The time of a draft step as a fraction of a plain model step."""
     if draft is None:
         return 0.0
     share_of_bytes = flops.weight_bytes(draft) / flops.weight_bytes(model)
     if platform() == "cpu":
         return share_of_bytes
-    # A step of a small model takes as long as launching its kernels does, of which each layer has
-    # the same number.
+    # A small model's step takes as long as launching its kernels, of which each layer has the same
+    # number.
     return max(share_of_bytes, draft.n_layers / model.n_layers)
 
 
 def choose_n_proposals(
     limit_B: np.ndarray, agreement_B: np.ndarray, draft_cost: float = 0.0
 ) -> int:
-    """Proposals to read in each step: the largest limit of a row, or 0 if they would not pay.
+    """Proposals to read per step: the largest row limit, or 0 if they would not pay.
 
-    `limit_B`: 0 for a row that has ended. `draft_cost`: see `cost_of_draft`.
+    `limit_B`: 0 for rows that have ended. `draft_cost`: see `cost_of_draft`.
     """
     N = int(limit_B.max())
     if N == 0 or not proposals_pay(np, N, limit_B, agreement_B, draft_cost):
@@ -190,8 +190,8 @@ def choose_n_proposals(
 
 
 def proposals_pay(numpy, N: int, limit_B, agreement_B, draft_cost: float):
-    """Whether rows would gain more time by steps with `N` proposals than those cost. `numpy`: the
-    module of that name on the host, or JAX's in a program."""
+    """Whether steps with `N` proposals would save more time than they cost. `numpy`: NumPy on the
+    host, jax.numpy in a program."""
     is_on_B = limit_B > 0
     n_rows = numpy.sum(is_on_B)
     # If each proposal is right with probability p, a step gains 1 + p + ... + p^N tokens.
@@ -204,24 +204,24 @@ def proposals_pay(numpy, N: int, limit_B, agreement_B, draft_cost: float):
         gain = numpy.min(numpy.where(is_on_B, gain_B, np.inf))
         cost = 1.5 + n_rows * N / 16
     else:
-        # A step takes as long as reading the weights does, however many tokens it reads, and
-        # launches some kernels more: expected for gpt2 on an H100, see docs/sampling.md.
+        # A step takes as long as reading the weights, however many tokens it reads, plus a few more
+        # kernel launches: expected for gpt2 on an H100, see docs/sampling.md.
         gain = numpy.sum(gain_B) / n_rows
         cost = 1.2
     return 1 + gain > cost + (N + 1) * draft_cost
 
 
-# The device's part: proposals, and which of them to keep.
+# On the device: proposals, and which of them to keep.
 
 
 @partial(jax.jit, static_argnames="has_draft")
 def start_speculation(
     remaining_B: jax.Array, text_BR: jax.Array, limit_B: jax.Array, has_draft: bool
 ) -> Speculation:
-    """Before the first chunk: `agreement_B` is the share of the last N_JUDGED tokens of the text
-    that would have been proposed. It is 1 for a draft, which is trusted until it has been tried."""
-    # Computed from the state, so that it is placed on the devices as the state is: otherwise the
-    # second chunk, which is given the result of the first, would compile anew.
+    """The state before the first chunk. `agreement_B` is the share of the text's last N_JUDGED
+    tokens that would have been proposed, or 1 for a draft, which is trusted until it is tried."""
+    # Computed from the state, so that it is placed on the devices like the state: otherwise the
+    # second chunk, which takes the result of the first, would recompile.
     limit_B = jnp.where(remaining_B > 0, limit_B, 0)
     R = text_BR.shape[1]
 
@@ -242,14 +242,14 @@ def start_speculation(
 
 
 def look_up(text_BR: jax.Array, n: int) -> jax.Array:
-    """proposals_BN: the `n` tokens that followed when the last tokens of the text occurred before;
+    """proposals_BN: the `n` tokens that followed an earlier occurrence of the text's last tokens;
     NO_TOKEN in a row whose last token is new.
 
-    Of several such places the longest match is taken, and of equally long ones the latest. Where
-    fewer than `n` tokens follow, the text is taken to repeat with the same period.
+    The longest match wins, and among equally long ones the latest. If fewer than `n` tokens follow
+    it, the text is assumed to repeat with the same period.
     """
     R = text_BR.shape[1]
-    # How many tokens that end at each place equal the last ones of the text.
+    # At each place, how many tokens up to it equal the last ones of the text.
     n_equal_BR = jnp.zeros_like(text_BR)
     is_equal_BR = text_BR != NO_TOKEN
     for age in range(min(LONGEST_MATCH, R)):
@@ -259,8 +259,8 @@ def look_up(text_BR: jax.Array, n: int) -> jax.Array:
     places_R = jnp.arange(R)
     n_equal_BR = jnp.where(places_R < R - 1, n_equal_BR, 0)  # the end itself does not count
 
-    # One number orders the places by the length of the match, then by how late they are: a CPU
-    # finds the largest of them several times faster than argmax would.
+    # One number orders places by match length, then by lateness: finding the largest is several
+    # times faster than argmax on a CPU.
     best_B1 = jnp.max(n_equal_BR * R + places_R, axis=-1, keepdims=True)
     longest_B1, place_B1 = jnp.divmod(best_B1, R)
     period_B1 = jnp.maximum(R - 1 - place_B1, 1)
@@ -276,10 +276,10 @@ def propose_by_draft(
     sampling: SamplingParams,
     n: int,
 ) -> tuple[jax.Array, kv.KVCache]:
-    """proposals_BN, what the draft draws after the last token of each row, and its cache.
+    """proposals_BN, sampled by the draft after each row's last token, and the draft's cache.
 
-    It reads the last proposal too, in case the model keeps it. The caller sets the lengths of
-    the cache when it knows what has been kept.
+    The draft reads the last proposal too, in case the model keeps it. The caller sets the cache
+    lengths once it knows what was kept.
     """
     running_B = decode_loop.find_running_rows(state)
 
@@ -309,16 +309,15 @@ def speculate_chunk(
     active_B: jax.Array,
     shape: ChunkShape,
 ) -> tuple[DecodeState, Speculation, SampledTokens]:
-    """As `decode_chunk`, with `n_proposals` read in each step, in which a row gains at most one
-    token more than that. With 0, and no draft, it decodes plainly and counts how many proposals
-    would have been right. `weights`: the model's and the draft's. `state` and `speculation` are
-    consumed."""
+    """Like `decode_chunk`, but each step reads `n_proposals`, and a row gains at most one token
+    more than that. With 0 and no draft, it decodes plainly and counts how many proposals would have
+    been right. `weights`: the model's and the draft's. `state` and `speculation` are consumed."""
     params, draft_params = weights
     size, n_proposals, top, draft_config = shape
     state = replace(state, remaining_B=jnp.where(active_B, state.remaining_B, 0))
 
     def step(state: DecodeState, speculation: Speculation):
-        # Propose. A plain step looks up one token, to count whether it would have been right.
+        # Propose. A plain step looks up one token to count whether it would have been right.
         draft_cache = speculation.draft_cache
         if draft_config is None:
             proposals_BN = look_up(speculation.text_BR, max(n_proposals, 1))
@@ -329,7 +328,7 @@ def speculate_chunk(
         is_allowed_BN = jnp.arange(proposals_BN.shape[1]) < speculation.limit_B[:, None]
         proposals_BN = jnp.where(is_allowed_BN, proposals_BN, NO_TOKEN)
 
-        # Read and draw.
+        # Read and sample.
         if n_proposals == 0:
             state, new = decode_loop.decode_and_sample(config, params, state, sampling, top)
         else:
@@ -348,7 +347,7 @@ def speculate_chunk(
     draft_cost = cost_of_draft(draft_config, config)
 
     def pays(state: DecodeState, speculation: Speculation):
-        """Else the rest of the chunk is for the program that reads no proposals."""
+        """If not, the rest of the chunk is left to the program that reads no proposals."""
         if n_proposals == 0:
             return True
         limit_B = jnp.where(state.remaining_B > 0, speculation.limit_B, 0)
@@ -368,8 +367,8 @@ def read_and_accept(
     proposals_BN: jax.Array,
     top: int,
 ) -> tuple[DecodeState, SampledTokens]:
-    """One step that reads the last token of each row and its proposals: the tokens that each row
-    gains, T columns. NO_TOKEN is never right."""
+    """Read each row's last token and proposals in one step; return the tokens each row gains, in T
+    columns. A proposal of NO_TOKEN is never right."""
     running_B = decode_loop.find_running_rows(state)
     read_BT = jnp.concatenate([state.token_B[:, None], jnp.maximum(proposals_BN, 0)], axis=1)
     B, T = read_BT.shape
@@ -377,7 +376,7 @@ def read_and_accept(
     x_BTD, cache = model.hidden(read_BT, state.cache)
     logits_MV = model.unembed(x_BTD).reshape(B * T, -1)
 
-    # Draw after each of them, as if all before it were right: at its position, after its text.
+    # Sample after each one as if all before it were right: at its position, after its text.
     seen_BV = state.seen_BV
     seen_TBV = [seen_BV]
     for proposal_B in read_BT[:, 1:].T:
@@ -392,8 +391,8 @@ def read_and_accept(
     )
     drawn_BT = drawn_M.reshape(B, T)
 
-    # Keep what was drawn up to the first draw that is not what was proposed, the last token that
-    # the row may have, or the last slot of the cache.
+    # Keep sampled tokens up to the first that differs from its proposal, the last token that the
+    # row may have, or the last slot of the cache.
     is_right_BN = drawn_BT[:, :-1] == proposals_BN
     goes_on_BT = jnp.pad(is_right_BN, [(0, 0), (1, 0)], constant_values=True)  # up to each draw
     room_B = jnp.minimum(state.remaining_B, cache.capacity - cache.length_B)
@@ -401,9 +400,9 @@ def read_and_accept(
     is_kept_BT &= jnp.arange(T) < room_B[:, None]
     n_kept_B = jnp.sum(is_kept_BT, axis=1)
 
-    # The last token kept is not yet in the cache; what was read after the others is overwritten.
+    # The last kept token is not yet in the cache; slots read after the others are overwritten.
     last_B = jnp.take_along_axis(drawn_BT, jnp.maximum(n_kept_B - 1, 0)[:, None], axis=1)[:, 0]
-    # An end of text may be among those kept; the host drops what follows it.
+    # End-of-text may be among those kept; the host drops what follows it.
     is_end_BT = jnp.any(drawn_BT[..., None] == state.end_ids, axis=-1)
     has_ended_B = jnp.any(is_end_BT & is_kept_BT, axis=1)
     state = replace(
@@ -421,7 +420,7 @@ def read_and_accept(
 def count_right(
     speculation: Speculation, proposals_BN: jax.Array, tokens_BT: jax.Array
 ) -> Speculation:
-    """`speculation` after a step in which each row gained `tokens_BT`, NO_TOKEN after its last.
+    """Update the counts after a step in which each row gained `tokens_BT`, NO_TOKEN after its last.
     Proposals were read if a row could gain more than one token."""
     N, T = proposals_BN.shape[1], tokens_BT.shape[1]
     is_kept_BT = tokens_BT != NO_TOKEN
@@ -444,7 +443,7 @@ def count_right(
 
 
 def append(text_BR: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """The last R tokens of each row after it has gained `tokens_BT`, NO_TOKEN after its last."""
+    """Each row's last R tokens after it gained `tokens_BT`, NO_TOKEN after its last."""
     n_gained_B = jnp.sum(tokens_BT != NO_TOKEN, axis=1)
     longer = jnp.concatenate([text_BR, tokens_BT], axis=1)
     slice_row = partial(jax.lax.dynamic_slice_in_dim, slice_size=text_BR.shape[1])
