@@ -25,7 +25,7 @@ HEAD = """# Benchmark
 
 Made by `python benchmarks/document.py RUN` on {date}: {machine}, Python {python}. The card
 says what each column means; `python -m gpt.bench --formulas` prints how FLOPs and bytes are
-counted. Prefill and decode are apart everywhere: the tokens per second of decode never include
+counted. Prefill and decode are separate everywhere: decode's tokens per second never include
 reading the prompt.
 """
 
