@@ -24,7 +24,7 @@ LONGEST = 3600  # seconds that tests may take, since a fault may make a loop end
 
 
 class Fault(NamedTuple):
-    """`old` stands once in `file` and becomes `new`; `tests`: the files that should notice it."""
+    """`old` occurs once in `file` and becomes `new`; `tests`: the files that should notice it."""
 
     name: str
     old: str
@@ -238,7 +238,7 @@ def find_problems(faults: list[Fault]) -> list[str]:
         path = ROOT / fault.file
         found = path.read_text(encoding="utf-8").count(fault.old) if path.exists() else 0
         if found != 1:
-            problems.append(f"{fault.name}: {fault.old!r} stands {found} times in {fault.file}")
+            problems.append(f"{fault.name}: {fault.old!r} occurs {found} times in {fault.file}")
         missing = [test for test in fault.tests if not (ROOT / test).exists()]
         problems += [f"{fault.name}: there is no {test}" for test in missing]
     return problems
@@ -256,7 +256,7 @@ def first_failure(copy: Path, *tests: str) -> str | None:
                 cwd=copy, env=environment, capture_output=True, text=True, timeout=LONGEST,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            return "the tests do not end"
+            return "the tests time out"
         if done.returncode not in (0, NO_TESTS):
             failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
             return failed[1] if failed else f"pytest ends with code {done.returncode}"

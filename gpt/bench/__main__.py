@@ -160,7 +160,7 @@ def check(args: Args) -> None:
     )
     require(
         args.speculate == 0 or args.checkpoint is not None,
-        "--speculate needs a trained model, since what random weights write cannot be predicted: "
+        "--speculate needs a trained model, since text from random weights cannot be predicted: "
         "give a run's folder",
     )
     for flag, is_given, needed, is_there in (

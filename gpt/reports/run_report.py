@@ -106,7 +106,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def read_settings(folder: Path) -> tuple[dict[str, Any], str]:
     """The settings of a run, and a note if some are missing."""
     if not checkpoint.saved_steps(folder):
-        return {}, "it has no checkpoint yet, and its settings are stored there"
+        return {}, "its settings are stored in checkpoints, and it has none yet"
     try:
         _, metadata, _ = checkpoint.latest_good(
             folder, lambda step: checkpoint.read_metadata(folder, step)

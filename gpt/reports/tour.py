@@ -266,11 +266,11 @@ def explain_choice(sampled: SampledToken, shown: DisplayToken) -> str:
     """How the token was chosen from those left."""
     chosen = chip(shown, is_new=True)
     if sampled.uniform is None:
-        return f"Temperature 0: the likeliest token is taken, {chosen}."
+        return f"Temperature 0 takes the likeliest token, {chosen}."
     probs = list(sampled.stages.values())[-1]
     low = float(probs[: sampled.token].sum(dtype=np.float64))
     high = low + float(probs[sampled.token])
     return (
-        "The probabilities laid end to end, in the order of the vocabulary, cover 0 to 1. The "
+        "Laid end to end in vocabulary order, the probabilities cover 0 to 1. The "
         f"random number {sampled.uniform:.4f} falls between {low:.4f} and {high:.4f}: {chosen}."
     )
