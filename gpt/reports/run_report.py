@@ -106,7 +106,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def read_settings(folder: Path) -> tuple[dict[str, Any], str]:
     """The settings of a run, and a note if some are missing."""
     if not checkpoint.saved_steps(folder):
-        return {}, "its settings are stored in checkpoints, and it has none yet"
+        return {}, "it has no checkpoint yet, which is where settings are stored"
     try:
         _, metadata, _ = checkpoint.latest_good(
             folder, lambda step: checkpoint.read_metadata(folder, step)
@@ -151,7 +151,7 @@ def build_report(runs: Sequence[Run]) -> str:
         titles.remove("Loss")
         charts = (
             '<p class="soft">The runs have different tokenizers, so their losses per token cannot '
-            "be compared: bits per byte can.</p>\n"
+            "be compared; bits per byte can.</p>\n"
         )
     for title in titles:
         figure = draw_chart(title, runs)
