@@ -1,10 +1,10 @@
-"""Text to token shards, once, on all cores: python -m gpt.data prepare SOURCE... --out FOLDER
+"""Turn text into token shards once, on all cores: python -m gpt.data prepare SOURCE... --out FOLDER
 
     python -m gpt.data prepare 'fineweb-edu/*.parquet' --tokenizer gpt2 --out tokens/fineweb-edu
     python train.py gpt2 --data tokens/fineweb-edu
 
-The same command continues after a stop or a kill. The shards are the same, byte for byte, for any
-number of workers, and can be used on any machine. docs/data.md.
+The same command continues after a stop or a kill. The shards are byte-for-byte the same for any
+number of workers, and work on any machine. See docs/data.md.
 """
 
 import os
@@ -25,21 +25,21 @@ from gpt.errors import positive, require
 
 @dataclass(frozen=True)
 class Prepare:
-    """Tokenize text of any format into a folder that train.py --data takes."""
+    """Tokenize text in any format into a folder for train.py --data."""
 
     sources: Annotated[
         tyro.conf.Positional[tuple[Path, ...]],
         tyro.conf.arg(metavar="SOURCE ...", help_behavior_hint=""),
     ]
-    """Files, folders and patterns of text."""
+    """Text files, folders and patterns."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
-    """The folder to make."""
+    """The folder to create."""
     tokenizer: str
     """byte, char, bpe, gpt2, cl100k_base, o200k_base, or the path of a tokenizer."""
     vocab_size: int = 32_768
-    """Ids of a bpe, which is trained on the text."""
+    """Vocabulary size of a bpe, which is trained on the text."""
     workers: Annotated[int | None, optional("INT", "one per core")] = None
-    """Processes that tokenize."""
+    """Number of tokenizing processes."""
     reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
 
     def __post_init__(self):
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
         try:
             prepare.tokenize(job, command.out, fingerprint, files)
         except KeyboardInterrupt:
-            console.print("stopped        to continue: repeat the command")
+            console.print("stopped        repeat the command to continue")
             raise
     seconds = time.monotonic() - start
     console.print(token_files.describe(command.out))

@@ -1,9 +1,9 @@
 """Batches: which tokens a step sees, as a pure function of the seed and the step.
 
 Each epoch cuts the tokens into windows of T+1 at stride T, from its own starting offset, and visits
-each window once, in its own order. Nothing is shuffled or remembered: the order is a keyed
-permutation computed for the requested rows, so a run resumes from its step number alone.
-Knows nothing of files or text, nor of JAX.
+each window once, in its own order. Nothing is shuffled or stored: the order is a keyed permutation
+computed for the requested rows, so a run resumes from its step number alone.
+Independent of files, text and JAX.
 """
 
 from collections import deque
@@ -18,8 +18,8 @@ from gpt.errors import require
 
 Made = TypeVar("Made")
 ROUNDS = 6  # of the Feistel network
-PHASE = 2**32 - 1  # used in place of a round's number to draw the epoch's offset
-BLOCK = 1000  # sequences in which each source of a mixture has exactly its share
+PHASE = 2**32 - 1  # used in place of a round's number to get the epoch's offset
+BLOCK = 1000  # sequences in which each source of a mixture gets exactly its share
 
 
 def require_length(tokens: Tokens | Mixture, seq_len: int) -> None:
@@ -40,11 +40,11 @@ def batch(
     seq_len: int,
     rows: slice | np.ndarray = slice(None),
 ) -> np.ndarray:
-    """The sequences of batch `index`, counted from 0: int32 [rows, T+1], which hold T inputs and,
+    """The sequences of batch `index`, counted from 0: int32 [rows, T+1], holding T inputs and,
     shifted by one, their T targets. Step n of a run, counted from 1, trains on batch n - 1.
 
-    `rows` selects some of the `batch_size` rows, for a process that holds only those: a slice of
-    them or their numbers. Raises UserError if the text is shorter than one sequence.
+    `rows`: which of the `batch_size` rows to return, as a slice or row numbers, for a process that
+    holds only those. Raises UserError if the text is shorter than one sequence.
     """
     require_length(tokens, seq_len)
     row = np.arange(batch_size, dtype=np.uint64)[rows]
@@ -54,7 +54,7 @@ def batch(
     source, turn = draw_sources(tokens.weights, seed, sequence)
     out = np.empty((len(row), seq_len + 1), np.int32)
     for i, one in enumerate(tokens.sources):
-        # With one seed, two sources of the same size would be read in the same order.
+        # With the same seed, two sources of the same size would be read in the same order.
         out[source == i] = windows(one, seed + (i << 32), turn[source == i], seq_len)
     return out
 
@@ -62,9 +62,9 @@ def batch(
 def draw_sources(
     weights: list[float], seed: int, sequence: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The source of each of a run's sequences, and which sequence of that source it is.
+    """The source of each of a run's sequences, and the sequence's number within that source.
 
-    Each block of BLOCK sequences has the exact share of each source, in an order of its own.
+    Each block of BLOCK sequences has exactly each source's share, in its own order.
     """
     ends = np.round(np.cumsum(weights) * BLOCK).astype(np.uint64)
     starts = np.concatenate([[np.uint64(0)], ends[:-1]])
@@ -76,7 +76,7 @@ def draw_sources(
 
 
 def windows(tokens: Tokens, seed: int, sequence: np.ndarray, seq_len: int) -> np.ndarray:
-    """The sequences of these numbers, counted from 0 over all epochs: int32 [rows, T+1]."""
+    """The sequences with these numbers, counted from 0 over all epochs: int32 [rows, T+1]."""
     n_windows, n_phases = count_windows(len(tokens), seq_len)
     epoch, place = np.divmod(sequence, np.uint64(n_windows))
     key = mix(mix(np.full_like(epoch, seed)) ^ epoch)
@@ -86,13 +86,13 @@ def windows(tokens: Tokens, seed: int, sequence: np.ndarray, seq_len: int) -> np
 
 
 def count_windows(n_tokens: int, seq_len: int) -> tuple[int, int]:
-    """How many windows an epoch has, and from how many offsets that many fit."""
+    """The number of windows in an epoch, and the number of offsets from which that many fit."""
     n_windows = max(1, (n_tokens - seq_len) // seq_len)
     return n_windows, min(seq_len, n_tokens - n_windows * seq_len)
 
 
 def gather(tokens: Tokens, starts: np.ndarray, seq_len: int) -> np.ndarray:
-    """The windows of T+1 tokens that begin at `starts`, with zeros after the last token: int32
+    """The windows of T+1 tokens starting at `starts`, with zeros after the last token: int32
     [rows, T+1]."""
     out = np.zeros((len(starts), seq_len + 1), np.int32)
     for row, start in zip(out, starts.tolist(), strict=True):
@@ -102,10 +102,10 @@ def gather(tokens: Tokens, starts: np.ndarray, seq_len: int) -> np.ndarray:
 
 
 def permute(place: np.ndarray, key: np.ndarray, size: int) -> np.ndarray:
-    """Where a permutation of range(size), one for each key, sends each place: uint64 arrays.
+    """Each place under a permutation of range(size) chosen by its key: uint64 arrays.
 
     A Feistel network over pairs of digits in base ceil(sqrt(size)): each round adds to one digit
-    modulo the base, which can be undone, so the network is a bijection of range(base * base). The
+    modulo the base, which is invertible, so the network is a bijection of range(base * base). The
     few results outside range(size) go through it again until they are inside (cycle walking).
     """
     base = np.uint64(max(1, int(np.ceil(np.sqrt(size)))))
@@ -124,12 +124,12 @@ def feistel(place: np.ndarray, key: np.ndarray, base: np.uint64) -> np.ndarray:
 
 
 def keyed(key: np.ndarray, number: int, value: np.ndarray) -> np.ndarray:
-    """64 random-looking bits of `value` for each key and round."""
+    """64 pseudorandom bits from `value`, for each key and round."""
     return mix(key ^ mix(value ^ np.uint64(number << 32)))
 
 
 def mix(bits: np.ndarray) -> np.ndarray:
-    """SplitMix64's step: flipping any bit of the input changes about half of the output's."""
+    """SplitMix64's step: flipping any input bit changes about half of the output bits."""
     bits = bits + np.uint64(0x9E3779B97F4A7C15)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -141,13 +141,13 @@ def evaluation_windows(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The windows an evaluation reads: int32 [B, T+1] tokens and float32 [B, T] target weights.
 
-    With `max_tokens` 0, or as many as there are, every token but the first is a target of weight 1
-    exactly once; otherwise whole windows are taken, evenly spread. Weight 0 marks targets that were
-    counted before and the padding of the last batch: all batches have one shape.
+    If `max_tokens` is 0 or covers all tokens, every token but the first is a target of weight 1
+    exactly once; otherwise evenly spread whole windows are taken. Weight 0 marks targets already
+    counted and the last batch's padding, so that all batches have the same shape.
     """
     n_targets = len(tokens) - 1
     n_whole = n_targets // seq_len
-    first = np.arange(0, n_targets, seq_len)  # target that each window is the first to reach
+    first = np.arange(0, n_targets, seq_len)  # the first target that each window counts
     if 0 < max_tokens < n_targets and n_whole:
         n_chosen = max(1, min(max_tokens // seq_len, n_whole))
         first = np.arange(n_chosen) * n_whole // n_chosen * seq_len
@@ -163,9 +163,9 @@ def evaluation_windows(
 
 
 def prefetch(make: Callable[[int], Made], first: int, end: int, depth: int = 2) -> Iterator[Made]:
-    """make(index) for each index from `first` up to, not including, `end`.
+    """Yield make(index) for each index in range(first, end).
 
-    One background thread keeps `depth` of them ready; an exception in it is raised here, when its
+    A background thread keeps `depth` results ready; an exception in it is raised here when its
     index is due. Closing the generator ends the thread.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")

@@ -1,8 +1,8 @@
-"""From what the user asked for to a tokenizer and a dataset: text of any format, or tokens.
+"""Load the tokenizer and the dataset the user asked for, from text in any format or from tokens.
 
-Tokens of text are kept in a folder that is named after their fingerprint, which depends on the
-contents of the files. Files whose names, sizes and times are those of an earlier run are not read
-again (token_store.py).
+A text's tokens are kept in a folder named after their fingerprint, which depends on the files'
+contents. Files whose names, sizes and times match those of an earlier run are not read again
+(token_store.py).
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from gpt.data.token_store import TokenStore
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError, require
 
-MOST_NAMES = 10_000  # names of files in a checkpoint, to tell which one has changed
+MOST_NAMES = 10_000  # file names kept in a checkpoint, to tell which file has changed
 LEARNED = ("bpe", "char")  # tokenizers that are trained on the text
-SMALL = 2**26  # bytes of files; the tokens of a larger text are only estimated for a plan
+SMALL = 2**26  # bytes of files; for a plan, a larger text's tokens are only estimated
 SAMPLED_FILES = 4  # of each format, for an estimate
 SAMPLED_TEXT = 2**25  # characters of each of these files
 
@@ -33,11 +33,11 @@ Log = Callable[[str], None]
 
 @dataclass(eq=False)
 class Origin:
-    """One source of data: text, or a folder of our tokens, or files of others' tokens.
+    """One source of data: text, a folder of our tokens, or files of other projects' tokens.
 
-    weight: its share in the batches; None for the only source. held_out: as in `prepare.Job`.
-    folder: of a text, once its tokens are known. files: a digest of each file by name. splits: the
-    tokens, once they are open.
+    weight: its share of the batches; None for the only source. held_out: as in `prepare.Job`.
+    folder: where our tokens are, once known. files: each file's digest by name. splits: the
+    tokens, once open.
     """
 
     weight: float | None
@@ -50,7 +50,7 @@ class Origin:
     splits: dict[str, Tokens] = field(default_factory=dict)
 
     def start_key(self, tokenizer: Tokenizer, options: Reading) -> list:
-        """Changes whenever the tokens of a text do, and is known without reading it."""
+        """A key that changes whenever a text's tokens do, known without reading the text."""
         settings = prepare.token_settings(tokenizer, options, self.held_out)
         return [*settings, [file.stat for file in self.text.files]]
 
@@ -71,14 +71,14 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
 ) -> tuple[Tokenizer, Dataset]:
     """The tokenizer and the tokens of `paths`, or of Python's standard library if there are none.
 
-    paths: files, folders and patterns of text or of tokens; several sources as PATH=WEIGHT.
-    tokenizer, vocab_size: as of `tokenizers.create`, for a run that has no tokenizer yet.
-    store: the folder of kept tokens, unless `options` names one. keep: store new tokens there.
-    saved_tokenizer: the tokenizer of an earlier run as JSON, which is used instead.
-    expected: `fingerprint` and `files` of the data of a run that is resumed.
-    estimate: only estimate the number of tokens of a large text that has none yet.
+    paths: files, folders and patterns of text or tokens; several sources as PATH=WEIGHT.
+    tokenizer, vocab_size: as for `tokenizers.create`, for a run without a tokenizer.
+    store: the folder for tokens, unless `options` names one. keep: store new tokens there.
+    saved_tokenizer: an earlier run's tokenizer as JSON, to use instead.
+    expected: `fingerprint` and `files` of a resumed run's data.
+    estimate: only estimate the token count of a large text that has no tokens yet.
 
-    Raises UserError for text or tokens that cannot be read, and if they differ from `expected`.
+    Raises UserError for text or tokens that cannot be read or that differ from `expected`.
     """
     origins = find_origins(paths, options)
     with TokenStore(options.tokens or store, keep) as kept:
@@ -94,7 +94,7 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
         if is_sample and not all(origin.folder for origin in texts):
             return chosen, estimate_tokens([origin.text for origin in texts], chosen, options, log)
 
-        # Identify all origins first: text that has changed is refused before it is tokenized.
+        # Identify all origins first, so that changed text is refused before it is tokenized.
         for origin in origins:
             identify(origin, chosen, options, log)
         fingerprint = origins[0].fingerprint
@@ -106,7 +106,7 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
             files = {}
         require_same(expected, fingerprint, files)
 
-        # Make the tokens that do not exist yet, and open all.
+        # Make the missing tokens, and open all.
         for origin in origins:
             if origin.text and not origin.folder:
                 origin.folder = kept.folder(origin.fingerprint)
@@ -127,7 +127,7 @@ def load_dataset(  # noqa: PLR0913 - each is one decision of the user
 def combine(
     origins: list[Origin], options: DataOptions, log: Log
 ) -> tuple[Tokens | Mixture, Tokens]:
-    """The tokens for training and those for validation, of all origins."""
+    """The training and validation tokens of all origins."""
     splits = [origin.splits for origin in origins]
     if options.val_data:
         *splits, last = splits
@@ -151,7 +151,7 @@ def combine(
 
 
 def find_origins(paths: Sequence[Path], options: DataOptions) -> list[Origin]:
-    """The sources that --data and --val-data name; UserError for one that does not exist."""
+    """The sources that --data and --val-data name; UserError if one does not exist."""
     weighted = [split_weight(path) for path in paths]
     weights = [weight for _, weight in weighted]
     require(
@@ -174,7 +174,7 @@ def find_origins(paths: Sequence[Path], options: DataOptions) -> list[Origin]:
         prepared = [path for path in group if token_files.is_prepared(path)]
         require(
             len(group) == 1 or not prepared,
-            "--data names prepared tokens beside other paths: give each a weight, as in "
+            "--data mixes prepared tokens with other paths: give each a weight, as in "
             "--data A=0.7 B=0.3, or name one alone",
         )
         if prepared:
@@ -188,7 +188,7 @@ def find_origins(paths: Sequence[Path], options: DataOptions) -> list[Origin]:
 
 
 def split_weight(path: Path) -> tuple[Path, float | None]:
-    """A path and its weight, if it has one: `web=0.7`."""
+    """A path and its weight, if it has one, as in `web=0.7`."""
     name, _, weight = str(path).rpartition("=")
     with contextlib.suppress(ValueError):
         if name and not path.exists() and float(weight) > 0:
@@ -204,9 +204,9 @@ def choose_tokenizer(
     kept: TokenStore,
     is_sample: bool,
 ) -> Tokenizer:
-    """The tokenizer of a new run: the one of a folder of our tokens, or the one called `name`.
+    """A new run's tokenizer: the one in a folder of our tokens, or the one called `name`.
 
-    is_sample: train a tokenizer on a sample of the text, and do not keep it.
+    is_sample: train it on a sample of the text, and do not keep it.
     """
     folders = [origin.folder for origin in origins if origin.folder]
     if folders:
@@ -217,9 +217,9 @@ def choose_tokenizer(
     texts = [origin.text for origin in origins if origin.text and origin.held_out != 1]
     require(
         bool(texts),
-        f"--data has no tokenizer beside its tokens, and a {name} tokenizer cannot be trained on "
-        "tokens: name the one that made them with --tokenizer, or give the text that they were "
-        "made from (a meta.pkl is not opened: a pickle can run any program)",
+        f"--data has tokens without a tokenizer, and a {name} tokenizer cannot be trained on "
+        "tokens: name the one that made them with --tokenizer, or give the text they were made "
+        "from (a meta.pkl is not opened, since a pickle can run any program)",
     )
     stats = [file.stat for text in texts for file in text.files]
     key = [VERSION, name, vocab_size, options.document_settings, stats]
@@ -242,8 +242,8 @@ def choose_tokenizer(
 
 
 def identify(origin: Origin, tokenizer: Tokenizer, options: DataOptions, log: Log) -> None:
-    """Fill in the fingerprint and the files of an origin: by reading a text whose tokens are not
-    in a known folder, or is to be verified."""
+    """Fill in an origin's fingerprint and files; a text is only read if its tokens are not in a
+    known folder, or to verify it."""
     if origin.shards:
         origin.splits, origin.fingerprint = token_files.open_others(
             origin.shards, tokenizer, origin.held_out, options.verify_data
@@ -281,7 +281,7 @@ def require_same(expected: dict | None, fingerprint: str, files: dict[str, str])
     ]
     differing += [f"{name} is new" for name in files if name not in before]
     differing += [f"{name} is missing" for name in before if name not in files]
-    listed = "; ".join(differing[:3]) or "the tokenizer or how the text is read differs"
+    listed = "; ".join(differing[:3]) or "the tokenizer or the way the text is read differs"
     if not files or not before:
         listed = "it is unknown which files differ"
     raise UserError(
@@ -293,7 +293,7 @@ def require_same(expected: dict | None, fingerprint: str, files: dict[str, str])
 def estimate_tokens(
     texts: list[Source], tokenizer: Tokenizer, options: DataOptions, log: Log
 ) -> Dataset:
-    """An estimate: the tokens per character of a sample, times the characters of the texts."""
+    """A dataset of estimated size: a sample's tokens per character, times the texts' characters."""
     n_tokens = 0
     for text in texts:
         opened = open_text(text, options)
@@ -311,7 +311,7 @@ def sample(text: Source, options: Reading) -> tuple[list[str], int]:
     """The first megabyte of a few files, and an estimate of the characters in all files."""
     pieces = []
     n_characters = 0
-    # Each format by itself: compressed text takes a third of the bytes.
+    # Each format by itself, since compressed text takes a third of the bytes.
     for file_format in sorted({file.file_format for file in text.files}):
         files = [file for file in text.files if file.file_format == file_format]
         n_read = 0  # bytes

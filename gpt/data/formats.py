@@ -1,8 +1,8 @@
-"""Documents from files of text, JSON lines, JSON arrays, parquet and arrow, plain or compressed.
+"""Read documents from text, JSON lines, JSON arrays, parquet and arrow, plain or compressed.
 
-A file's format is told by its content; its name is only a hint. Every reader yields chunks `(text,
-ends)`: text in order, and whether a document ends with it. `read_pieces` turns them into pieces of
-bounded size, which are the same for the same document in every format. Knows no tokens.
+A file's format is recognized by its content; its name is only a hint. Every reader yields chunks
+`(text, ends)`: text in order, and whether a document ends with it. `read_pieces` turns them into
+pieces of bounded size, the same for a document in every format. Independent of tokens.
 """
 
 import bz2
@@ -24,33 +24,33 @@ from gpt.data.options import Reading
 from gpt.data.tokenizers import without_lone_surrogates
 from gpt.errors import UserError, one_line, require
 
-PIECE = 2**20  # most characters in a piece, and bytes of text read at once
+PIECE = 2**20  # maximum characters in a piece, and bytes of text per read
 HEAD = 2**16  # bytes read to recognize a format
-ROWS = 256  # of a table read at once
+ROWS = 256  # of a table per read
 MIN_SHARE = 0.9  # a file is text if at least this share of its first characters is valid UTF-8
 
 READ_ERRORS = (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError)
 
-# Formats that are not read here, by their first bytes.
+# Unsupported formats, by their first bytes.
 UNREADABLE = {
     b"version https://git-lfs": "a Git LFS pointer, `git lfs pull` fetches the file itself",
     b"\xff\xfe": "UTF-16, convert it: iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "UTF-16, convert it: iconv -f UTF-16 -t UTF-8",
     b"PK\x03\x04": "a zip archive, unpack it",
-    (20240520).to_bytes(4, "little"): "a token shard, name it without text beside it",
-    (20240801).to_bytes(4, "little"): "a token shard, name it without text beside it",
+    (20240520).to_bytes(4, "little"): "a token shard, name it without any text",
+    (20240801).to_bytes(4, "little"): "a token shard, name it without any text",
 }
 TABLE_NAMES = {".parquet", ".arrow", ".feather"}
 RECORD = re.compile(rb'\[?\s*\{\s*"')  # how a JSON record begins, in an array or not
 
 
 class NotText(Exception):
-    """A file is not text but, say, a picture; the message is the reason."""
+    """A file is not text but, say, an image; the message is the reason."""
 
 
 @dataclass
 class BadDocuments:
-    """Documents of a file that cannot be read: an error, or with `skip` left out and counted."""
+    """A file's unreadable documents: an error, or with `skip` left out and counted."""
 
     path: Path
     skip: bool
@@ -58,7 +58,7 @@ class BadDocuments:
     first: str = ""
 
     def add(self, where: str, reason: str) -> None:
-        """Count one; UserError without `skip`."""
+        """Count a bad document; UserError without `skip`."""
         message = f"{self.path}, {where}: {reason}"
         require(self.skip, f"{message}; repair it, or leave it out with --skip-bad-documents")
         self.count += 1
@@ -71,7 +71,7 @@ class BadDocuments:
 def recognize(path: Path, reading: Reading) -> str:
     """The name of a file's format, and of its compression; "" for an empty file.
 
-    Raises NotText for a picture and the like, and UserError for data that we cannot read.
+    Raises NotText for images and the like, and UserError for data that cannot be read.
     """
     try:
         with path.open("rb") as raw:
@@ -102,7 +102,7 @@ def recognize_content(path: Path, head: bytes, stream: BinaryIO, reading: Readin
     named_table = TABLE_NAMES & suffixes
     require(
         not named_table,
-        f"{path} is damaged: it is named {min(named_table, default='')}, but does not hold one",
+        f"{path} is damaged: it is named {min(named_table, default='')}, but holds something else",
     )
 
     if head.startswith(b"%PDF"):
@@ -123,11 +123,11 @@ def recognize_content(path: Path, head: bytes, stream: BinaryIO, reading: Readin
 def recognize_json(
     path: Path, head: bytes, stream: BinaryIO, suffixes: set[str], column: str
 ) -> str:
-    """JSON lines, a JSON array, or plain text that only begins like JSON.
+    """Tell JSON lines, JSON arrays, and plain text that only starts like JSON apart.
 
-    Records have a field `column`. Two objects with the same fields, but without that one, are
-    records whose text is in another field: UserError names their fields. EOFError if the file ends
-    inside its first record.
+    Records have a field `column`. Two objects with the same fields, but not that one, are taken for
+    records with their text in another field, and UserError lists their fields. EOFError if the file
+    ends inside its first record.
     """
     head = head.removeprefix(codecs.BOM_UTF8).lstrip()
     values = []
@@ -138,7 +138,7 @@ def recognize_json(
         if RECORD.match(head) and not values:
             raise
     except (ValueError, RecursionError):
-        pass  # plain text, or a damaged second record, which its reader will name
+        pass  # plain text, or a damaged second record, which its reader will report
     first_line, ends, _ = head.partition(b"\n")
     is_line = head.startswith(b"{") and (not ends or first_line.rstrip().endswith(b"}"))
     name = "JSON lines" if is_line else "JSON"
@@ -167,7 +167,7 @@ def require_pyarrow(path: Path) -> None:
 
 
 def decompressed(raw: io.BufferedReader) -> tuple[BinaryIO, str]:
-    """The contents of a file, decompressed while they are read; the compression's name, or ""."""
+    """A stream that decompresses a file as it is read, and the compression's name, or ""."""
     head = raw.peek(8)
     if head.startswith(b"\x1f\x8b"):
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), PIECE), "gzip"
@@ -194,11 +194,11 @@ def read_pieces(
     bad: BadDocuments,
     report: Callable[[int], None] = lambda n_bytes: None,
 ) -> Iterator[tuple[str, bool]]:
-    """The documents of a file in pieces: text, and whether a document ends with it.
+    """A file's documents in pieces: text, and whether a document ends with it.
 
     file_format: from `recognize`. report: called with the bytes of the file read since the last
     call. A document of up to PIECE characters is one piece; the last piece of a longer one may be
-    empty. Raises UserError where the file is damaged.
+    empty. Raises UserError if the file is damaged.
     """
     last = True
     reported = 0
@@ -221,14 +221,14 @@ def read_pieces(
 
 
 def cut_documents(chunks: Iterable[tuple[str, bool]], separator: str) -> Iterator[tuple[str, bool]]:
-    """The chunks of a reader as pieces.
+    """Turn a reader's chunks into pieces.
 
     A document also ends at each `separator`, which is dropped. Long documents are cut at line ends,
-    at places that depend on the document alone.
+    at positions that depend only on the document.
     """
     lookahead = len(separator) + 4
-    text = ""  # the part of the current document that is not yielded yet
-    begun = False  # whether a part of it is yielded
+    text = ""  # the part of the current document not yet yielded
+    begun = False  # whether part of it has been yielded
     for chunk, ends in chunks:
         text += chunk
         documents = [text]
@@ -251,7 +251,7 @@ def cut_documents(chunks: Iterable[tuple[str, bool]], separator: str) -> Iterato
 
 
 def split_documents(text: str, separator: str) -> list[str]:
-    """The text between separators; one on a line of its own takes its line ends with it."""
+    """The text between separators; a separator alone on its line is dropped with its line ends."""
     parts = text.split(separator)
     for i in range(len(parts) - 1):
         before, after = parts[i], parts[i + 1]
@@ -262,7 +262,7 @@ def split_documents(text: str, separator: str) -> list[str]:
 
 
 def read_text(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[tuple[str, bool]]:
-    """A text file, one document."""
+    """A text file as one document."""
     position = 0
     while block := stream.read(PIECE) + stream.readline(PIECE):
         while b"\x80" <= stream.peek(1)[:1] < b"\xc0":  # the block ends inside a character
@@ -308,7 +308,7 @@ def read_json_lines(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterato
 
 
 def read_json(stream: BinaryIO, column: str, bad: BadDocuments) -> Iterator[tuple[str, bool]]:
-    """A document from each object, or string, of a JSON array or of JSON values in a row."""
+    """A document from each object or string in a JSON array or in consecutive JSON values."""
     for number, value in enumerate(json_values(stream), 1):
         try:
             yield from record_text(value, column)
@@ -323,15 +323,15 @@ def record_text(record: Any, column: str) -> Iterator[tuple[str, bool]]:
         if record is None:
             return
     if not isinstance(record, str):
-        raise ValueError(f"it has no text field with a string ({column!r})")
+        raise ValueError(f"it has no string in its text field ({column!r})")
     yield without_lone_surrogates(record), True
 
 
 def json_values(stream: BinaryIO, beginning: bytes = b"", errors: str = "strict") -> Iterator[Any]:
-    """The values of one JSON array, or several JSON values in a row, as the stream is read.
+    """The values of a JSON array, or consecutive JSON values, as the stream is read.
 
-    beginning: what has been read of the stream already. errors: of UTF-8, as of `bytes.decode`.
-    Raises EOFError if the last value is cut off, and ValueError for what is not JSON.
+    beginning: bytes already read from the stream. errors: in UTF-8, as for `bytes.decode`. Raises
+    EOFError if the last value is cut off, and ValueError for invalid JSON.
     """
     decode_some = codecs.getincrementaldecoder("utf-8-sig")(errors).decode
     parse = json.JSONDecoder().raw_decode
@@ -343,7 +343,7 @@ def json_values(stream: BinaryIO, beginning: bytes = b"", errors: str = "strict"
         try:
             value, end = parse(text)
         except json.JSONDecodeError as error:
-            # A value that continues beyond `text` fails at its end, or inside an open string.
+            # A value that continues beyond `text` fails at its end or inside an open string.
             may_continue = error.pos > len(text) - 16 or error.msg.startswith("Unterminated")
             if not may_continue:
                 raise
@@ -395,7 +395,7 @@ def require_column(schema: Any, column: str, path: Path) -> None:
 
 
 def rows_of(columns: Iterable[Any]) -> Iterator[tuple[str, bool]]:
-    """A document from each row; ValueError where a column is damaged."""
+    """A document from each row; ValueError if a column is damaged."""
     for column in columns:
         column.validate(full=True)  # arrow has no checksums and would trust damaged offsets
         for start in range(0, len(column), ROWS):

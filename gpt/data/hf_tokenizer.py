@@ -1,8 +1,8 @@
-"""A tokenizer of another model, run by the library that its tokenizer.json was written for.
+"""Another model's tokenizer, run by the library its tokenizer.json was written for.
 
-Nothing is translated: the file goes into our checkpoints and out again byte for byte, and the
-`tokenizers` library encodes. We add only the bytes of each token, which streaming needs in order to
-hold back half a character. Imports no JAX.
+Nothing is translated: checkpoints and exports contain the file byte for byte, and the `tokenizers`
+library encodes. We add only each token's bytes, which streaming needs to hold back an incomplete
+character. Imports no JAX.
 """
 
 import base64
@@ -28,8 +28,8 @@ PAIR = ("vocab.json", "merges.txt")
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>", "<eos>")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
-# In a byte-level vocabulary (GPT-2's) a printable character stands for each byte: itself where the
-# byte is one, and otherwise the next one from U+0100 on.
+# A byte-level vocabulary (GPT-2's) writes each byte as a printable character: as itself if it is
+# printable, and otherwise as the next character from U+0100 on.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 CHARACTER_OF_BYTE = {byte: chr(byte) for byte in PRINTABLE}
@@ -38,7 +38,7 @@ BYTE_OF_CHARACTER = {character: byte for byte, character in CHARACTER_OF_BYTE.it
 
 
 def load_library(content: bytes) -> library.Tokenizer:
-    """The library's tokenizer of a tokenizer.json; UserError if it cannot read that."""
+    """Load a tokenizer.json with the library; UserError if that fails."""
     try:
         loaded = library.Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises plain Exception
@@ -49,10 +49,10 @@ def load_library(content: bytes) -> library.Tokenizer:
 
 
 def open_file(path: Path) -> "HFTokenizer":
-    """The tokenizer of a tokenizer.json, to train a model with; UserError if it cannot be used.
+    """The tokenizer in a tokenizer.json, for training a model; UserError if it cannot be used.
 
-    The token that ends a text is tokenizer_config.json's `eos_token`, if that file is beside it,
-    or else one with a usual name.
+    The token that ends a text is the `eos_token` of a tokenizer_config.json next to it, or else
+    one with a common name.
     """
     files = {FILE: path.read_bytes()}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -62,7 +62,7 @@ def open_file(path: Path) -> "HFTokenizer":
 
 
 def open_pair(folder: Path) -> "HFTokenizer":
-    """The byte-level BPE of a folder's vocab.json and merges.txt, as GPT-2's came."""
+    """The byte-level BPE in a folder's vocab.json and merges.txt, GPT-2's original format."""
     paths = [folder / name for name in PAIR]
     missing = [path.name for path in paths if not path.is_file()]
     require(not missing, f"{folder} holds no {FILE}, and no {' and no '.join(missing)}")
@@ -78,7 +78,7 @@ def open_pair(folder: Path) -> "HFTokenizer":
 
 
 def from_files(files: dict[str, bytes]) -> "HFTokenizer":
-    """A tokenizer of its files alone, without a model's."""
+    """A tokenizer from its own files, without a model's config."""
     vocabulary = load_library(files[FILE]).get_vocab(with_added_tokens=True)
     eot = find_end(files, vocabulary)
     n_vocab = max(vocabulary.values()) + 1
@@ -86,7 +86,7 @@ def from_files(files: dict[str, bytes]) -> "HFTokenizer":
 
 
 def find_end(files: dict[str, bytes], vocabulary: dict[str, int]) -> int:
-    """The token that ends a text, by the tokenizer's files alone."""
+    """The token that ends a text, from the tokenizer's files alone."""
     config = json.loads(files.get("tokenizer_config.json", b"{}"))
     end = config.get("eos_token")
     if isinstance(end, dict):
@@ -95,23 +95,23 @@ def find_end(files: dict[str, bytes], vocabulary: dict[str, int]) -> int:
     require(
         bool(ends),
         f"no token of {FILE} is known to end a text: name one as eos_token in a "
-        "tokenizer_config.json beside it",
+        "tokenizer_config.json next to it",
     )
     return ends[0]
 
 
 class HFTokenizer:
-    """A tokenizer.json with the methods that all tokenizers here have.
+    """A tokenizer.json with the methods of all our tokenizers.
 
     files: the tokenizer.json and the files that came with it, by name, as bytes.
-    n_vocab: ids of the model, of which the tokenizer may know fewer.
+    n_vocab: the model's vocabulary size; the tokenizer may know fewer ids.
     special_ids: config.json's `bos_token_id`, `eos_token_id` (one id or several) and so on.
     eot_token: the id that ends a text.
 
-    Text is encoded as it is: special tokens in it are ordinary text, and none is put around it. As
-    in transformers, added tokens that are not special are found, and a character without a token is
-    left out where the tokenizer has no token for the unknown. UserError if the library cannot read
-    the file.
+    Text is encoded as is: special tokens in it are ordinary text, and none are added around it. As
+    in transformers, added tokens that are not special are recognized, and a character without a
+    token is dropped if the tokenizer has no unknown token. UserError if the library cannot read the
+    file.
     """
 
     name = KIND
@@ -138,17 +138,17 @@ class HFTokenizer:
         return self._ordinary.encode(text, add_special_tokens=False).ids
 
     def encode_ordinary_batch(self, texts: list[str], *, num_threads: int = 1) -> list[list[int]]:
-        """Ids of each text. The library chooses its threads itself."""
+        """Ids of each text. The library chooses its own number of threads."""
         encoded = self._ordinary.encode_batch_fast(texts, add_special_tokens=False)
         return [one.ids for one in encoded]
 
     @functools.cached_property
     def as_in_transformers(self) -> library.Tokenizer:
-        """The library's tokenizer, which finds special tokens in a text, and can add its own."""
+        """The library's tokenizer, which recognizes special tokens in text and can add its own."""
         return load_library(self.files[FILE])
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` in which special tokens are found, as transformers reads it."""
+        """Ids of `text`, recognizing special tokens as transformers does."""
         return self.as_in_transformers.encode(text, add_special_tokens=False).ids
 
     # ------------------------------------------------------------ ids to text
@@ -156,18 +156,18 @@ class HFTokenizer:
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The UTF-8 bytes of `ids`, which may end within a character.
 
-        A space that the tokenizer puts before a text is kept: a piece of a text cannot know whether
+        A space the tokenizer puts before a text is kept, since a piece of text cannot know whether
         it is the first. `decode` drops it.
         """
         return b"".join([self._token_bytes[i] for i in ids])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` as the library gives it, special tokens included."""
+        """The text of `ids` as decoded by the library, special tokens included."""
         return self._ordinary.decode(list(ids), skip_special_tokens=False)
 
     @functools.cached_property
     def _token_bytes(self) -> list[bytes]:
-        """The bytes of every id of the model; those without a token get a name."""
+        """The bytes of each of the model's ids; ids without a token get a name."""
         decoder = json.loads(self.files[FILE]).get("decoder") or {"decoders": []}
         steps = decoder.get("decoders", [decoder])
         tokens = [self._ordinary.id_to_token(i) for i in range(self.n_vocab)]
@@ -179,7 +179,7 @@ class HFTokenizer:
     # ------------------------------------------------------------ keeping it
 
     def files_as_json(self) -> dict[str, Any]:
-        """What `from_json` needs beside the contents."""
+        """What `from_json` needs besides `contents`."""
         packed = {
             name: base64.b64encode(zlib.compress(data)).decode()
             for name, data in self.files.items()
@@ -188,7 +188,7 @@ class HFTokenizer:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "HFTokenizer":
-        """The tokenizer of its contents and files; UserError if the files are damaged."""
+        """The tokenizer with these contents and files; UserError if the files are damaged."""
         packed = values["files"]
         files = {name: zlib.decompress(base64.b64decode(packed[name])) for name in packed}
         tokenizer = cls(files, values["n_vocab"], values["special_ids"], values["end"])
@@ -200,7 +200,7 @@ class HFTokenizer:
 
 
 def spell(token: str, decoders: list[dict[str, Any]]) -> bytes:
-    """The bytes that a token adds to a text, by the steps of a tokenizer.json's decoder."""
+    """The bytes a token adds to a text, following the steps of a tokenizer.json's decoder."""
     for step in decoders:
         match step:
             case {"type": "ByteLevel"}:

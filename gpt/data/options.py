@@ -17,11 +17,11 @@ class Reading:
     text_column: str = "text"
     """The column of parquet and arrow files, or the field of JSON records, that holds the text."""
     separator: str = "<|endoftext|>"
-    """Text that ends a document and is dropped: \\n for a line end, none for no separator."""
+    """Text that ends a document and is dropped; \\n for a line end, none for no separator."""
     val_fraction: Annotated[float | None, optional("FLOAT", "1 in 20 documents")] = None
-    """Share of the documents to hold out, or of the characters where documents are few."""
+    """Share of the documents to hold out, or of the characters if there are few documents."""
     skip_bad_documents: bool = False
-    """Leave out documents and files that cannot be read, and count them, instead of stopping."""
+    """Skip and count documents and files that cannot be read, instead of stopping."""
 
     def __post_init__(self):
         if self.val_fraction is not None:
@@ -45,7 +45,7 @@ class DataOptions(Reading):
     val_data: Annotated[tuple[Path, ...] | None, optional("PATH [PATH ...]", "part of --data")] = (
         None
     )
-    """Text or tokens for validation, in any format. Then all of --data is trained on."""
+    """Validation text or tokens, in any format; all of --data is then used for training."""
     tokens: Annotated[Path | None, optional("DIR", "tokens in your cache folder")] = None
     """Folder where tokens are kept for later runs."""
     verify_data: bool = False

@@ -1,8 +1,8 @@
-"""Text to token shards, on all cores, in bounded memory, and resumable after a kill.
+"""Turn text into token shards on all cores, in bounded memory, resumable after a kill.
 
-The files of a text are grouped into tasks, which depend on the files alone. Each task writes its
-own shards and a journal of its progress. So the bytes are the same for any number of workers, and a
-task that was killed reads its text again but encodes only what is missing.
+A text's files are grouped into tasks, which depend only on the files. Each task writes its own
+shards and a journal of its progress, so the bytes are the same for any number of workers, and a
+killed task reads its text again but encodes only what is missing.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ from gpt.data.token_files import HEADER, SPLITS, VERSION, hash_file, is_prepared
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError, require
 
-TASK_BYTES = 2**26  # of the files of one task, unless one file is larger
-GROUP = 2**22  # characters that are encoded at once, and then noted in the journal
-WORTH_WORKERS = 2**25  # for fewer bytes, starting processes takes longer than it saves
+TASK_BYTES = 2**26  # of files per task, unless one file is larger
+GROUP = 2**22  # characters to encode before each entry in the journal
+WORTH_WORKERS = 2**25  # with fewer bytes, starting processes takes longer than it saves
 MIN_DOCUMENTS = 20  # with at least this many, whole documents are held out
-HELD_OUT_DOCUMENTS = 0.05  # share of many documents
-HELD_OUT_TAIL = 0.1  # share of the characters of few documents
+HELD_OUT_DOCUMENTS = 0.05  # share of the documents, if there are many
+HELD_OUT_TAIL = 0.1  # share of the characters, if there are few documents
 UNFINISHED = ".unfinished-"
 
 Progress = Callable[[int, int], None]  # called with the bytes of files done, and the total
@@ -47,10 +47,10 @@ Part = tuple[str, str, bool]  # split, text, whether a document ends with it
 class HoldOut:
     """Which part of a text is held out for validation.
 
-    share: of the documents; 0 for none. A hash of its content chooses a document, so none of them
+    share: of the documents; 0 for none. Documents are chosen by a hash of their content, so none
         moves into training when the text grows.
-    tail_from: characters before the held-out tail of a text of few documents; else None.
-    marks_ends: end-of-text follows each document, unless there is only one.
+    tail_from: characters before the held-out tail of a text with few documents; else None.
+    marks_ends: whether end-of-text follows each document, as it does unless there is only one.
     """
 
     share: float
@@ -60,7 +60,7 @@ class HoldOut:
 
 @dataclass(frozen=True)
 class Task:
-    """Files that become the shards `number` of `folder`; `size`: their bytes."""
+    """Files to turn into the shards `number` of `folder`; `size`: their bytes."""
 
     number: int
     folder: Path
@@ -72,10 +72,10 @@ class Task:
 
 @dataclass
 class Counts:
-    """The results of a task, and its journal."""
+    """A task's results, and its journal."""
 
-    rule: str = ""  # for what is held out
-    groups: int = 0  # of text, with their tokens on disk
+    rule: str = ""  # the `HoldOut`
+    groups: int = 0  # of text whose tokens are on disk
     is_done: bool = False
     documents: int = 0
     bad_documents: int = 0
@@ -109,14 +109,14 @@ class Job:
 
 
 def token_settings(tokenizer: Tokenizer, reading: Reading, held_out: float | None) -> list:
-    """Everything but the files that changes the tokens of a text, as a JSON value."""
+    """Everything besides the files that changes a text's tokens, as a JSON value."""
     return [VERSION, tokenizers.digest(tokenizer), reading.document_settings, held_out]
 
 
 def fingerprint_text(
     text: Source, tokenizer: Tokenizer, reading: Reading, held_out: float | None
 ) -> tuple[str, dict[str, str]]:
-    """The fingerprint of a text's tokens, and the hash of each file by name; reads all files."""
+    """The fingerprint of a text's tokens, and each file's hash by name; reads all files."""
     with ThreadPoolExecutor(THREADS) as pool:
         hashes = list(pool.map(hash_file, [file.path for file in text.files]))
     names = [file.name for file in text.files]
@@ -126,10 +126,10 @@ def fingerprint_text(
 
 
 def tokenize(job: Job, folder: Path, fingerprint: str, files: dict[str, str]) -> None:
-    """Make the folder `folder` of tokens, unless it exists; UserError if that fails.
+    """Create the token folder `folder` unless it exists; UserError if that fails.
 
     It has another name until it is complete. An unfinished one with the same `fingerprint` is
-    completed. files: a digest of each file, for the header.
+    completed. files: each file's digest, for the header.
     """
     unfinished = folder.with_name(UNFINISHED + folder.name)
     begun = unfinished / "fingerprint"
@@ -162,13 +162,13 @@ def tokenize(job: Job, folder: Path, fingerprint: str, files: dict[str, str]) ->
                 journal.unlink()
             (unfinished / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
             unfinished.rename(folder)
-            lock.unlink(missing_ok=True)  # a process that waits for it finds the folder
+            lock.unlink(missing_ok=True)  # a process waiting for it finds the folder
     except OSError as error:
         raise UserError(f"cannot write tokens to {folder}: {error}") from None
 
 
 def fill(job: Job, folder: Path) -> dict[str, Any]:
-    """Write the shards of a text, and return what their header says of them."""
+    """Write a text's shards, and return their part of the header."""
     few = count_few(job)
     marks_ends = few is None or len(few) > 1
     tail = HELD_OUT_TAIL if job.held_out is None else job.held_out
@@ -184,7 +184,7 @@ def fill(job: Job, folder: Path) -> dict[str, Any]:
     if 0 < hold_out.share < 1:
         share = sum(result.characters["val"] for result in results) / max(characters, 1)
         if not hold_out.share / 5 <= share <= hold_out.share * 4:
-            # One document is a large part of the text: whole documents are a poor sample.
+            # One document is a large part of the text, so whole documents are a poor sample.
             remove_shards(folder)
             hold_out = HoldOut(0, int(characters * (1 - tail)))
             results = run_tasks(job, hold_out, folder)
@@ -244,14 +244,14 @@ def shard_name(split: str, number: int) -> str:
 
 
 def run_tasks(job: Job, hold_out: HoldOut, folder: Path) -> list[Counts]:
-    """Tokenize all files, here or in worker processes; what each task found."""
+    """Tokenize all files, here or in worker processes; returns each task's counts."""
     tasks = []
     files: list[SourceFile] = []
     size = 0
     for file in job.text.files:
         files.append(file)
         size += file.size
-        is_full = size >= TASK_BYTES and hold_out.tail_from is None  # a tail is of all the text
+        is_full = size >= TASK_BYTES and hold_out.tail_from is None  # a tail needs all the text
         if is_full or file is job.text.files[-1]:
             tasks.append(Task(len(tasks), folder, files, size, job.reading, hold_out))
             files = []
@@ -273,11 +273,11 @@ def run_tasks(job: Job, hold_out: HoldOut, folder: Path) -> list[Counts]:
 
 
 def run_in_workers(job: Job, tasks: list[Task], workers: int) -> list[Counts]:
-    """What each task found, in processes that end with this one."""
+    """Run the tasks in processes that end with this one; returns each task's counts."""
     total = sum(task.size for task in tasks)
     folder = tasks[0].folder
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    done = context.Array("q", len(tasks), lock=False)  # bytes of each task's files
+    done = context.Array("q", len(tasks), lock=False)  # bytes done per task
     threads = max(1, THREADS // workers)
     pool = ProcessPoolExecutor(workers, context, start_worker, (folder, threads, done))
     try:
@@ -296,7 +296,7 @@ def run_in_workers(job: Job, tasks: list[Task], workers: int) -> list[Counts]:
             "command to continue, with fewer --workers to need less memory"
         ) from None
     finally:
-        # After a failure none of the others continues.
+        # After a failure, stop all other workers.
         for process in multiprocessing.active_children():
             process.terminate()
         pool.shutdown(cancel_futures=True)
@@ -327,9 +327,9 @@ def run_in_worker(task: Task) -> Counts:
 def run_task(
     task: Task, tokenizer: Tokenizer, threads: int, report: Callable[[int], None]
 ) -> Counts:
-    """Write the shards of a task, from where its journal ends.
+    """Write a task's shards, continuing where its journal ends.
 
-    report: called with the bytes of files that were read since the last call.
+    report: called with the bytes of files read since the last call.
     """
     journal = task.folder / f"{task.number:05}.json"
     saved = Counts(rule=repr(task.hold_out))
@@ -340,7 +340,7 @@ def run_task(
         report(task.size)
         return saved
 
-    # What was written after the last entry of the journal is cut off.
+    # Cut off what was written after the journal's last entry.
     counts = Counts(rule=saved.rule, tokens=saved.tokens)
     dtype = token_type(tokenizer)
     paths = {split: task.folder / shard_name(split, task.number) for split in SPLITS}
@@ -371,7 +371,7 @@ def run_task(
 def encode(
     group: list[Part], tokenizer: Tokenizer, threads: int, marks_ends: bool
 ) -> Iterator[tuple[str, list[int]]]:
-    """The ids of each piece of a group, and its split."""
+    """The split and the ids of each piece of a group."""
     texts = [text for _, text, _ in group]
     encoded = tokenizer.encode_ordinary_batch(texts, num_threads=threads)
     for ids, (split, _, last) in zip(encoded, group, strict=True):
@@ -388,7 +388,7 @@ def write_journal(path: Path, counts: Counts) -> None:
 
 
 def assign(task: Task, counts: Counts, report: Callable[[int], None]) -> Iterator[Part]:
-    """Every piece of a task's text in order. Counts documents that cannot be read."""
+    """Every piece of a task's text in order, with its split. Counts unreadable documents."""
     threshold = int(task.hold_out.share * 2**64)
     tail_from = task.hold_out.tail_from
     position = 0  # characters before the piece

@@ -1,4 +1,4 @@
-"""The progress of tokenizing: a bar on a terminal, else a line every half a minute."""
+"""Tokenizing progress: a bar on a terminal, else a line every half minute."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 @contextmanager
 def tokenizing_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A function that shows the bytes of files that are tokenized, of a total."""
+    """Yield a function that shows how many bytes of the files are tokenized, out of a total."""
     bar = Progress(
         *Progress.get_default_columns(),
         DownloadColumn(),

@@ -1,4 +1,4 @@
-"""The files that text is read from: found in folders and by patterns, told apart by content."""
+"""Find the files to read text from, in folders and by patterns, and tell them by content."""
 
 import dataclasses
 import functools
@@ -30,16 +30,16 @@ NOT_LIBRARY |= {"encodings", "pydoc_data"}  # tables and manuals
 SPLIT_NAME = re.compile(
     r"(?:.*[-_.])?(train|test|validation|valid|val)(?:[-_.]\d+.*)?\.(?:parquet|jsonl?|arrow)(?:\.\w+)?"
 )
-# Files that describe the data beside them.
+# Files that describe the data next to them.
 ABOUT = re.compile(r"(readme|license|dataset_infos?|dataset_dict|state)\b.*", re.IGNORECASE)
 THREADS = min(os.cpu_count() or 1, 16)
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file to read. `name`: its path inside the folder that the user named.
+    """A file to read. `name`: its path inside the folder the user named.
 
-    file_format: as `formats.recognize` names it, once the file has been opened.
+    file_format: from `formats.recognize`, once the file has been opened.
     """
 
     path: Path
@@ -50,7 +50,7 @@ class SourceFile:
 
     @property
     def stat(self) -> list:
-        """Changes when the file does, and is known without reading it."""
+        """A key that changes when the file does, known without reading it."""
         return [self.name, self.size, self.modified_ns]
 
 
@@ -58,7 +58,7 @@ class SourceFile:
 class Source:
     """Files to read text from, in order.
 
-    named: those that the user named one by one. notes: on the files that `open_text` left out.
+    named: files the user named one by one. notes: on files that `open_text` left out.
     """
 
     title: str
@@ -79,17 +79,17 @@ class Source:
         return f"{counted(len(self.files), 'file')} ({kinds}), {filesize.decimal(self.size)}"
 
     def pieces(self, reading: Reading) -> Iterator[tuple[str, bool]]:
-        """The text in order, as `formats.read_pieces` gives it."""
+        """The text in order, as pieces from `formats.read_pieces`."""
         for file in self.files:
             bad = BadDocuments(file.path, reading.skip_bad_documents)
             yield from formats.read_pieces(file.path, file.file_format, reading, bad)
 
 
 def find(paths: Sequence[Path]) -> Source:
-    """All files of the paths: files, folders, and patterns such as data/*.parquet.
+    """All files at `paths`, which may be files, folders, or patterns such as data/*.parquet.
 
-    Hidden files and the folders of training runs are skipped. Raises UserError for a path that does
-    not exist, and for a folder with several splits.
+    Hidden files and run folders are skipped. Raises UserError for a path that does not exist, and
+    for a folder with several splits.
     """
     files = []
     named = set()
@@ -122,7 +122,7 @@ def find_in_folder(origin: Path) -> list[SourceFile]:
     visited = set()
     for folder, inside, files in os.walk(origin, followlinks=True):
         real = os.path.realpath(folder)
-        is_run = {"checkpoints", "tokenizer.json"} <= {*inside, *files}  # it changes as it trains
+        is_run = {"checkpoints", "tokenizer.json"} <= {*inside, *files}  # it changes in training
         if real in visited or is_run:
             inside.clear()
             continue
@@ -163,7 +163,7 @@ def standard_library() -> Source:
 def open_text(source: Source, reading: Reading) -> Source:
     """The source with only the files that hold text, recognized by their first bytes.
 
-    Pictures and the like are left out and noted. Raises UserError for a named file that is not
+    Images and the like are left out and noted. Raises UserError for a named file that is not
     text, for data that cannot be read (unless bad documents are skipped), and if more bytes would
     be left out than read.
     """
@@ -195,7 +195,7 @@ def open_text(source: Source, reading: Reading) -> Source:
         about = [file for file in used if ABOUT.fullmatch(file.path.name)]
         about = [file for file in about if file.path not in source.named]
         used = [file for file in used if file not in about]
-        notes += [f"not used       {file.name}: it is about the data" for file in about]
+        notes += [f"not used       {file.name}: it describes the data" for file in about]
 
     if skipped:
         listed = ", ".join(f"{file.name} ({reason})" for file, reason in skipped[:5])
@@ -205,7 +205,7 @@ def open_text(source: Source, reading: Reading) -> Source:
         n_used = sum(file.size for file in used)
         require(
             n_skipped <= n_used or reading.skip_bad_documents or not used,
-            f"{source.title}: most of it is not text, {n_skipped:,} bytes beside {n_used:,} of "
+            f"{source.title}: most of it is not text, {n_skipped:,} bytes against {n_used:,} of "
             f"text: {listed}; name the files to read, or add --skip-bad-documents",
         )
     require(bool(used), f"{source.title} holds no text: {EXPECTED}")

@@ -1,7 +1,7 @@
-"""Tokens on disk, memory-mapped: our own shards, llm.c's and modded-nanogpt's, and nanoGPT's.
+"""Memory-mapped tokens on disk: our own shards, llm.c's and modded-nanogpt's, and nanoGPT's.
 
-A folder of ours holds shards of ids (little-endian uint16, or uint32 for a large vocabulary), the
-tokenizer that made them, and `tokens.json`, which describes them. Knows nothing of batches or JAX.
+One of our folders holds shards of ids (little-endian uint16, or uint32 for a large vocabulary), the
+tokenizer that made them, and `tokens.json`, which describes them. Independent of batches and JAX.
 """
 
 import hashlib
@@ -22,21 +22,21 @@ from gpt.wording import counted
 
 HEADER = "tokens.json"
 VERSION = 3
-DAMAGED = "the tokens in {folder} are damaged: delete the folder, and they are made again"
-SPLITS = {"train": "training", "val": "validation"}  # names in file names, and in messages
+DAMAGED = "the tokens in {folder} are damaged: delete the folder and they will be made again"
+SPLITS = {"train": "training", "val": "validation"}  # name in file names: name in messages
 
-# llm.c's shards begin with 256 integers: one of these keys, the version, the number of ids. The
+# llm.c's shards start with 256 integers: one of these keys, the version, the number of ids. The
 # values are the version and the type of the ids. modded-nanogpt writes the first kind.
 LLMC = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
 LLMC_HEADER = 256 * 4  # bytes
-SAMPLE_CHUNKS = 64  # of a file are read to check its tokens
+SAMPLE_CHUNKS = 64  # read from a file to check its tokens
 SAMPLE_CHUNK = 2**14  # tokens in each
-HELD_OUT = 0.05  # of others' tokens without a validation file
+HELD_OUT = 0.05  # of other projects' tokens without a validation file
 SPLIT_NAME = re.compile(r"(?:^|[-_.])(train|val|valid|validation)(?:[-_.]|$)")
 
 
 class Tokens:
-    """One split: memory-mapped shards that are read as one array of ids, and its bytes of text."""
+    """One split: memory-mapped shards read as one array of ids, and its text's number of bytes."""
 
     def __init__(self, shards: Sequence[np.ndarray], n_bytes: int):
         self.shards = shards
@@ -62,7 +62,7 @@ class Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """Several sources to train on, and the share of each in the batches; the shares sum to 1."""
+    """Several sources to train on, and each one's share of the batches; the shares sum to 1."""
 
     sources: list[Tokens]
     weights: list[float]
@@ -75,7 +75,7 @@ class Mixture:
 class Dataset:
     """Both splits. The fingerprint changes with any of their tokens.
 
-    files: a digest of each file that they were made from, by its name.
+    files: a digest of each file they were made from, by name.
     """
 
     train: Tokens | Mixture
@@ -90,7 +90,7 @@ def token_type(tokenizer: Tokenizer) -> np.dtype:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 in hex of a file; UserError if it cannot be read."""
+    """A file's SHA-256 in hex; UserError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -118,7 +118,7 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def describe(folder: Path, is_kept: bool = True) -> str:
-    """A line of the plan about a folder of ours: its tokens, their origin, place and size."""
+    """A line of the plan about one of our folders: its tokens, their origin, place and size."""
     header = read_header(folder)
     n_train, n_val = (header["splits"][split]["tokens"] for split in SPLITS)
     size = (n_train + n_val) * np.dtype(header["dtype"]).itemsize
@@ -139,9 +139,9 @@ def describe(folder: Path, is_kept: bool = True) -> str:
 
 
 def open_shards(folder: Path, tokenizer: Tokenizer, verify: bool = False) -> dict[str, Tokens]:
-    """Both splits of a folder of ours; an empty one is left out.
+    """Both splits of one of our folders, without empty ones.
 
-    verify: hash every shard. UserError if it is damaged or another tokenizer made it.
+    verify: hash every shard. UserError if the folder is damaged or from another tokenizer.
     """
     damaged = DAMAGED.format(folder=folder)
     header = read_header(folder)
@@ -167,7 +167,7 @@ def open_shards(folder: Path, tokenizer: Tokenizer, verify: bool = False) -> dic
 
 
 def map_tokens(path: Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
-    """The ids in a file after `offset` bytes, mapped into memory; UserError if it has none."""
+    """A file's ids after `offset` bytes, memory-mapped; UserError if it has none."""
     try:
         size = path.stat().st_size - offset
         whole = size % dtype.itemsize == 0 and size > 0
@@ -181,9 +181,9 @@ def map_tokens(path: Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
 
 
 def find_shards(paths: Sequence[Path]) -> list[Path]:
-    """The token shards of llm.c, modded-nanogpt or nanoGPT that paths name, if all of them do.
+    """The token shards of llm.c, modded-nanogpt or nanoGPT at `paths`; none unless all are shards.
 
-    A path names .bin files of ids, or a folder in which all .bin files are named after a split.
+    A path names a .bin file of ids, or a folder whose .bin files are all named after a split.
     """
     found = []
     for path in paths:
@@ -200,7 +200,7 @@ def find_shards(paths: Sequence[Path]) -> list[Path]:
 
 
 def holds_ids(path: Path) -> bool:
-    """Whether a .bin file holds tokens, not text: it has llm.c's header, or zero bytes."""
+    """Whether a .bin file holds tokens, not text, judged by llm.c's header or zero bytes."""
     with path.open("rb") as file:
         head = file.read(2**12)
     return int.from_bytes(head[:4], "little") in LLMC or b"\0" in head
@@ -209,9 +209,9 @@ def holds_ids(path: Path) -> bool:
 def open_others(
     paths: Sequence[Path], tokenizer: Tokenizer, share: float | None, verify: bool = False
 ) -> tuple[dict[str, Tokens], str]:
-    """The splits of others' token shards, and a fingerprint of a sample of them.
+    """The splits of other projects' token shards, and a fingerprint of a sample of them.
 
-    A file belongs to the split in its name, else to training. Without a file for validation, the
+    A file belongs to the split in its name, else to training. Without a validation file, the
     last `share` of all tokens is held out. verify: check all tokens instead of a sample. Raises
     UserError if a token is not in the tokenizer's vocabulary.
     """
@@ -235,7 +235,7 @@ def open_others(
         named = SPLIT_NAME.search(path.stem)
         arrays["val" if named and named[1] != "train" else "train"].append(array)
 
-    # Without a file for validation, hold out the last tokens of the files for training.
+    # Without a validation file, hold out the last training tokens.
     if not arrays["val"] and share != 0:
         n_train = sum(len(array) for array in arrays["train"])
         left = int(n_train * (1 - (HELD_OUT if share is None else share)))
@@ -254,7 +254,7 @@ def open_others(
 
 
 def open_shard(path: Path, tokenizer: Tokenizer) -> np.ndarray:
-    """The ids of a shard. Their type is in llm.c's header, or is guessed from the ids."""
+    """A shard's ids. Their type is in llm.c's header, or is guessed from the ids."""
     with path.open("rb") as file:
         magic, version, count = np.frombuffer(file.read(12).ljust(12, b"\0"), "<i4").tolist()
     if magic in LLMC:
@@ -266,7 +266,7 @@ def open_shard(path: Path, tokenizer: Tokenizer) -> np.ndarray:
         array = map_tokens(path, np.dtype(dtype), LLMC_HEADER)
         require(
             len(array) == count,
-            f"{path} is damaged: it holds {len(array):,} tokens, and its header says {count:,}",
+            f"{path} is damaged: it holds {len(array):,} tokens, but its header says {count:,}",
         )
         return array
 
@@ -282,7 +282,7 @@ def open_shard(path: Path, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def take_sample(array: np.ndarray) -> np.ndarray:
-    """Up to a million ids, in stretches that are evenly spread over the file."""
+    """Up to a million ids, in chunks spread evenly over the file."""
     if len(array) <= SAMPLE_CHUNKS * SAMPLE_CHUNK:
         return np.array(array)
     starts = np.linspace(0, len(array) - SAMPLE_CHUNK, SAMPLE_CHUNKS).astype(np.int64) // 2 * 2

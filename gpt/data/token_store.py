@@ -1,7 +1,7 @@
-"""Tokens kept from one run to the next, each in a folder that is named after its fingerprint.
+"""Tokens kept from one run to the next, in folders named after their fingerprints.
 
-`starts/` beside them remembers what files looked like (names, sizes, times) when their tokens were
-made: files that still look so are not read again.
+Next to them, `starts/` records the names, sizes and times of files when their tokens were made, so
+that unchanged files are not read again.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from gpt.errors import UserError
 
 
 class TokenStore(contextlib.AbstractContextManager):
-    """The folder `kept`. Without `keep` new tokens are deleted at the end of the `with` block."""
+    """The folder `kept`. Without `keep`, new tokens are deleted at the end of the `with` block."""
 
     def __init__(self, kept: Path, keep: bool):
         self.kept = kept
@@ -27,7 +27,7 @@ class TokenStore(contextlib.AbstractContextManager):
         self.new = kept
         self.stack = contextlib.ExitStack()
         if not keep:
-            # Mapped into memory, tokens stay readable after their files are deleted (on POSIX).
+            # Memory-mapped tokens stay readable after their files are deleted (on POSIX).
             self.new = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
 
     def __exit__(self, *error) -> None:
@@ -38,19 +38,19 @@ class TokenStore(contextlib.AbstractContextManager):
         return kept if is_prepared(kept) else self.new / kept.name
 
     def recall(self, key: Any) -> Path | None:
-        """The file with what was remembered by the JSON value `key`, if it exists."""
+        """The file remembered under the JSON value `key`, if it exists."""
         path = self.kept / "starts" / sha256_of(key)
         return path if path.is_file() else None
 
     def recall_folder(self, key: Any) -> Path | None:
-        """The folder of the tokens that were made from `key`, if it exists."""
+        """The folder of the tokens made from `key`, if it exists."""
         file = self.recall(key)
         if file and is_prepared(self.kept / file.read_text()):
             return self.kept / file.read_text()
         return None
 
     def remember(self, key: Any, content: str) -> None:
-        """Let `recall` find the content by `key`, if new tokens are kept."""
+        """Store `content` under `key` for `recall`, if new tokens are kept."""
         if not self.keep:
             return
         starts = self.kept / "starts"

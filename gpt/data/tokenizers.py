@@ -1,8 +1,8 @@
 """Text to token ids and back: bytes, characters, a trained BPE, OpenAI's encodings.
 
-Every tokenizer has the methods of `Tokenizer` below. Its ids are 0..n_vocab-1 without a gap, so any
-id that a model can produce decodes; one of them ends a text, and no text ever encodes to it.
-Knows nothing of models, data files or JAX.
+Every tokenizer has the methods of `Tokenizer` below. Its ids are 0..n_vocab-1 without gaps, so any
+id a model can produce can be decoded; one of them ends a text, and no text ever encodes to it.
+Independent of models, data files and JAX.
 """
 
 import base64
@@ -29,10 +29,10 @@ OPENAI_ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project needs of a tokenizer.
+    """What the rest of the project needs from a tokenizer.
 
-    `eot_token` is the id that ends a text, or -1 for none (only `IdTokenizer`). `contents` is all
-    that decides the ids, as plain JSON.
+    `eot_token` is the id that ends a text, or -1 for none (only `IdTokenizer`). `contents` is
+    everything that determines the ids, as plain JSON.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Tokenizer(Protocol):
 
 
 def create(name: str, documents: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
-    """The tokenizer called `name` (byte, char, bpe, an OpenAI encoding), or saved in that file or
-    folder.
+    """The tokenizer called `name` (byte, char, bpe, an OpenAI encoding), or the one saved in that
+    file or folder.
 
-    `documents` yields the training text, read only by char and bpe; `vocab_size` is bpe's number
-    of ids, end-of-text included: there are fewer if the text is too small for that many merges.
-    Raises UserError for a wrong name, file or size, and for a vocabulary that cannot be downloaded.
+    `documents` yields the training text, read only by char and bpe. `vocab_size` is bpe's number of
+    ids including end-of-text; there are fewer if the text is too small for that many merges. Raises
+    UserError for an invalid name, file or size, and for a vocabulary that cannot be downloaded.
     """
     if name == "byte":
         return ByteLevelTokenizer("byte", BYTE_PATTERN, SINGLE_BYTES)
@@ -99,10 +99,10 @@ def create(name: str, documents: Callable[[], Iterable[str]], vocab_size: int) -
 
 
 class ByteLevelTokenizer(tiktoken.Encoding):
-    """A tiktoken encoding that remembers what it was made of.
+    """A tiktoken encoding that remembers what it was made from.
 
     pattern: the regular expression that cuts text into pieces before merging.
-    tokens: in the order of their ids, in which they are merged.
+    tokens: in the order of their ids, which is the order of merging.
     special_tokens: the ids of tokens that no text encodes to; by default only `END_OF_TEXT`.
     """
 
@@ -171,7 +171,7 @@ class IdTokenizer(Tokenizer):
         self.contents = {"n_vocab": n_vocab, "end": eot_token}
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """No ids for an empty text, if texts have an end here; UserError for any other."""
+        """No ids for an empty text, if there is an end-of-text id; UserError for any other."""
         require(
             text == "" and self.eot_token >= 0,
             "the model came without a tokenizer and cannot read text: give ids, as in "
@@ -186,13 +186,13 @@ class IdTokenizer(Tokenizer):
 # ------------------------------------------------------------ byte-level BPEs
 
 SINGLE_BYTES = [bytes([byte]) for byte in range(256)]
-BYTE_PATTERN = r"[\s\S]{1,32}"  # any 32 characters: nothing is ever merged, and short is fast
+BYTE_PATTERN = r"[\s\S]{1,32}"  # any 32 characters: nothing is ever merged, short ones are fast
 GPT4_PATTERN = (  # cl100k_base's: a run of spaces stays one piece, which suits source code
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
-TRAINING_BUFFER = 64  # texts handed to the BPE trainer at once: each may be a megabyte
-TRAINED_ON = 2**31  # characters of a text from which a BPE is trained, at most
+TRAINING_BUFFER = 64  # texts per batch for the BPE trainer; each may be a megabyte
+TRAINED_ON = 2**31  # maximum characters of text to train a BPE on
 
 
 def beginning(texts: Iterable[str]) -> Iterator[str]:
@@ -206,7 +206,7 @@ def beginning(texts: Iterable[str]) -> Iterator[str]:
 
 
 def openai_encoding(name: str) -> ByteLevelTokenizer:
-    """OpenAI's encoding; tiktoken finds its vocabulary in its cache or downloads it."""
+    """An OpenAI encoding; tiktoken finds its vocabulary in its cache or downloads it."""
     try:
         parts = openai_public.ENCODING_CONSTRUCTORS[name]()
     except (OSError, ValueError) as error:
@@ -219,7 +219,7 @@ def openai_encoding(name: str) -> ByteLevelTokenizer:
             "made from your text, needs no download"
         ) from None
 
-    # Ids without a token get a name, so that every id that a model can produce decodes.
+    # Ids without a token get a name, so that every id a model can produce can be decoded.
     special_tokens = parts["special_tokens"]
     ranks = parts["mergeable_ranks"]
     for i in range(len(ranks), max(special_tokens.values())):
@@ -242,8 +242,8 @@ def without_lone_surrogates(text: str) -> str:
 
 
 def load(path: Path) -> Tokenizer:
-    """The tokenizer in `path`: a JSON file written by `save`, or a Hugging Face tokenizer's
-    tokenizer.json or vocab.json and merges.txt, or a folder of one of these.
+    """The tokenizer in `path`: a JSON file written by `save`, a Hugging Face tokenizer.json, or
+    vocab.json and merges.txt; or a folder with one of these.
 
     UserError for a damaged file.
     """
@@ -275,7 +275,7 @@ def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def digest(tokenizer: Tokenizer) -> str:
-    """SHA-256 in hex of what decides the ids: equal on every machine, whatever the name."""
+    """SHA-256 in hex of what determines the ids: the same on every machine, whatever the name."""
     return sha256_of(tokenizer.contents)
 
 
@@ -284,7 +284,7 @@ def sha256_of(value: Any) -> str:
 
 
 def from_json(values: Any) -> Tokenizer:
-    """The tokenizer that `to_json` wrote; UserError unless the values have their digest."""
+    """The tokenizer written by `to_json`; UserError unless the values match their digest."""
     require(
         isinstance(values, dict)
         and values.get("format") == FORMAT

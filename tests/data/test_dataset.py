@@ -111,7 +111,7 @@ def test_changed_text_is_refused_by_the_name_of_the_file(load, text):
     (text / "c.txt").unlink()
     (text / "b.txt").write_text("second")
     assert load([text], **known)[1].fingerprint == dataset.fingerprint
-    with pytest.raises(UserError, match="the tokenizer or how the text is read differs"):
+    with pytest.raises(UserError, match="the tokenizer or the way the text is read differs"):
         load([text], options=DataOptions(separator="none"), **known)
 
 
@@ -249,7 +249,7 @@ def test_ctrl_c_says_how_to_go_on(lines, tmp_path, monkeypatch, capsys):
     argv = ["prepare", lines, "--text-column", "content", "--tokenizer", "byte", "--out", "x"]
     with pytest.raises(KeyboardInterrupt):
         program("gpt/data/__main__").main([str(word) for word in argv])
-    assert "to continue: repeat the command" in capsys.readouterr().err
+    assert "repeat the command to continue" in capsys.readouterr().err
 
 
 def test_options_survive_a_checkpoint(tmp_path):

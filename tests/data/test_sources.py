@@ -117,7 +117,7 @@ def test_several_splits_are_refused(files, tmp_path):
         ("x.zip", b"PK\x03\x04\x14\0\0\0", "zip archive"),
         ("x.gz", b"\x1f\x8b not gzip", "cannot be read"),
         ("x.json", b'{"content": "a"}\n' * 2, "--text-column"),
-        ("x.dat", b"\0" * 100, "most of it is not text, 100 bytes beside 4"),
+        ("x.dat", b"\0" * 100, "most of it is not text, 100 bytes against 4"),
     ],
 )
 def test_data_beside_text_that_cannot_be_read_stop_the_run(name, content, message, tmp_path):

@@ -127,7 +127,7 @@ def test_shards_of_llmc_and_modded_nanogpt(tmp_path):
     ("change", "message"),
     [
         ({"version": 2}, "version 2 of llm.c's tokens: expected version 1"),
-        ({"count": 7}, "damaged: it holds 40 tokens, and its header says 7"),
+        ({"count": 7}, "damaged: it holds 40 tokens, but its header says 7"),
         ({"magic": 20240801}, "version 1 of llm.c's tokens: expected version 7"),
         ({"ids": [300] * 40}, "holds token 300, but byte has only 257"),
         ({"ids": []}, "1024 bytes long: expected uint16 tokens"),
