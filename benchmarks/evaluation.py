@@ -42,7 +42,7 @@ class Args:
     """Number of blocks; everything else is as in the smallest GPT-2."""
 
 
-KINDS = {  # tokens of a context, answers, tokens of each
+KINDS = {  # context tokens, number of answers, tokens per answer
     "4 answers of 5 to 40 tokens after 30 to 120": ((30, 120), 4, (5, 40)),
     "4 answers of 1 token after 100 to 300": ((100, 300), 4, (1, 1)),
     "1 answer of 1 to 3 tokens after 60 to 110": ((60, 110), 1, (1, 3)),

@@ -51,7 +51,7 @@ def write_model(folder: Path, name: str, dtype: str) -> int:
 
 
 def measure(name: str, dtype: str) -> dict[str, float]:
-    """Bytes of the file, peak bytes of the process that imports it, and its seconds."""
+    """The file's bytes, and the importing process's peak bytes and seconds."""
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "model"
         source.mkdir()

@@ -1,4 +1,4 @@
-"""Make the table of docs/parallelism.md: three models on TPU slices, without having any.
+"""Make the table of docs/parallelism.md: three models on TPU slices, compiled without a TPU.
 
     python benchmarks/pods.py [ROW ...]        needs libtpu, no TPU; some minutes per row
 

@@ -2,8 +2,8 @@
 
     python benchmarks/sampling.py runs/tiny
 
-1. 64 tokens after a prompt of 64, with the same weights at context lengths 256 and 4,096 (RoPE's
-   weights do not depend on it): the cache grows with the text, so both must cost the same.
+1. 64 tokens after a prompt of 64, with the same weights at context lengths 256 and 4,096 (with
+   RoPE no weight depends on it): the cache grows with the text, so both must cost the same.
 2. Tokens per second over all rows, at 1, 8 and 32 rows.
 
 Times whole calls of `generate` on the host's clock: prefill, decoding and detokenizing. Contestants
