@@ -1,4 +1,4 @@
-"""Every setting of a model and of a training run, checked at construction."""
+"""All model and training settings, checked at construction."""
 
 import dataclasses
 import math
@@ -151,8 +151,8 @@ class ModelConfig:
 
     @property
     def ff_width(self) -> int:
-        """MLP width, F. The default with a gate is 8/3 of the model's, in multiples of 8, which
-        keeps the number of weights the same (Shazeer 2020)."""
+        """MLP width, F. With a gate the default is 8/3 of the model width, rounded to a multiple of
+        8, which keeps the number of weights about the same (Shazeer 2020)."""
         if self.d_ff:
             return self.d_ff
         if self.gated_mlp:
@@ -181,7 +181,8 @@ class ModelConfig:
         return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def computing_in(self, dtype: Dtype) -> "ModelConfig":
-        """The same model with unset compute and cache dtypes filled in, by default `dtype`."""
+        """The same model, computing in `dtype` and caching in the compute dtype, unless these are
+        set."""
         compute = self.compute_dtype or dtype
         cached = self.cache_dtype or compute
         return dataclasses.replace(self, compute_dtype=compute, cache_dtype=cached)
@@ -251,7 +252,7 @@ ONE_DEVICE = MeshConfig(data=1)
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained. One step is one optimizer update on `batch_size` sequences."""
+    """Training settings. One step is one optimizer update on `batch_size` sequences."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -81,7 +81,7 @@ def train_flops_per_token(c: ModelConfig) -> float:
 
 
 def palm_factor(c: ModelConfig) -> float:
-    """The factor that makes training MFU comparable with PaLM's and nanoGPT's: they count attention
+    """Multiply training MFU by this to compare it with PaLM's and nanoGPT's: they count attention
     to all T positions, 12 L N H T FLOPs per token, while train_flops_per_token counts only the half
     that the causal mask leaves visible."""
     masked_keys = (c.context_length - 1) / 2  # per token, on average

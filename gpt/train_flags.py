@@ -153,7 +153,7 @@ class Args:
     eval_tasks_every: Annotated[PositiveInt, tyro.conf.arg(metavar="STEPS")] = 1000
     """Steps between evaluations on these tasks; one always follows the last step."""
     eval_tasks_limit: PositiveInt = 200
-    """Maximum number of questions per task, from the first on."""
+    """Maximum number of questions per task, starting with the first."""
     eval_tasks_path: Annotated[Path | None, optional("DIR")] = None
     """A folder with your own tasks."""
     profile: Annotated[NonNegativeInt, tyro.conf.arg(metavar="STEPS")] = 0

@@ -54,7 +54,7 @@ DROPOUT_SITES = {"attention_weights": 0, "attention": 1, "mlp": 2, "embedding": 
 
 
 def dropout(x: jax.Array, dropout_key_B: jax.Array | None, rate: float, *, site: str) -> jax.Array:
-    """Inverted dropout with a key per row, so a row's mask is the same on any batch split or mesh.
+    """Inverted dropout with a key per row, so batch splits and meshes do not change a row's mask.
 
     `site` names a place in the model; each has its own random bits. Without keys, nothing is
     dropped.

@@ -340,7 +340,7 @@ def unstack(params: dict) -> dict:
 
 
 def require_fit(config: ModelConfig, mesh: Mesh, fsdp: bool = True) -> list[str]:
-    """Raise UserError unless the mesh divides the weights; return a note on what is kept whole.
+    """Raise UserError unless the mesh divides the weights; return notes on what is kept whole.
 
     `fsdp`: weights are also split over that axis, as in training.
     """
