@@ -1,15 +1,15 @@
 """Checkpoints: named trees of arrays and some JSON, each with a digest; orbax does the writing.
 
-Writing happens in the background and is atomic. Reading verifies, because orbax loads a flipped bit
-without complaint. Arrays are stored under plain names (`blocks/attention/q/kernel`), so that what
-is on disk depends on no Python class and on no mesh. In a run's folder (other files: run_dir.py):
+Saves are atomic and run in the background. Reads are verified, because orbax loads flipped bits
+without complaint. Arrays are stored under plain names (`blocks/attention/q/kernel`), so the files
+depend on no Python class and no mesh. In a run's folder (run_dir.py lists its other files):
 
     checkpoints/500/                  after 500 steps
         params/                       weights
-        optimizer/                    moments, and the number of the step
+        optimizer/                    moments and the step number
         ema_params/                   averaged weights, with --ema-decay
-        _CHECKPOINT_METADATA          settings, tokenizer, text (resume.checkpoint_metadata); and of
-                                      each array the shape, the type and a digest
+        _CHECKPOINT_METADATA          settings, tokenizer, text (resume.checkpoint_metadata), and
+                                      each array's shape, dtype and digest
 """
 
 import contextlib
@@ -37,13 +37,13 @@ from gpt.digest import digest, named_leaves
 from gpt.errors import UserError, require
 
 Tree = Any  # a pytree of jax arrays, or of ShapeDtypeStructs
-FORMAT = 2  # raise it whenever older checkpoints can no longer be read
+FORMAT = 2  # increment whenever older checkpoints can no longer be read
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 PARTIAL = ".orbax-checkpoint-tmp"  # orbax writes to a folder with this suffix, then renames it
 
 
 class Damaged(UserError):
-    """A checkpoint cannot be read as it was written; the message names it and the reason."""
+    """A checkpoint cannot be read back as written; the message names it and the reason."""
 
 
 class SaveFailed(UserError):
@@ -51,7 +51,7 @@ class SaveFailed(UserError):
 
 
 def saved_steps(folder: str | Path) -> list[int]:
-    """The steps saved in a run's folder, ascending, without partly written ones."""
+    """The steps saved in a run's folder, ascending; partly written ones are left out."""
     found = (Path(folder) / "checkpoints").glob("*")
     return sorted(int(path.name) for path in found if path.name.isdecimal() and path.is_dir())
 
@@ -62,7 +62,7 @@ def step_dir(folder: str | Path, step: int) -> Path:
 
 
 def require_run(folder: str | Path) -> None:
-    """Raise UserError unless `folder` is a run's and has a checkpoint."""
+    """Raise UserError unless `folder` is a run's folder with a checkpoint."""
     folder = Path(folder)
     require(folder.exists(), f"no folder {folder}: expected a run's folder made by train.py")
     if (folder / "config.json").exists():
@@ -76,25 +76,24 @@ def require_run(folder: str | Path) -> None:
 
 
 def advice_on_pickles(path: Path) -> str:
-    """What to do with another program's pickle, if `path` is one or a folder with one; else ""."""
+    """What to do if `path` is another program's pickle, or a folder with one; else ""."""
     if not PICKLE_SUFFIXES & {file.suffix for file in (path, *path.glob("*"))}:
         return ""
     return (
-        ". A pickle can run any program when it is opened, so none is opened here: if you trust "
-        "it, load it with transformers and save it with save_pretrained(NEW_FOLDER); "
-        "docs/weights.md says what to do with nanoGPT's ckpt.pt, and nanochat's models cannot be "
-        "imported"
+        ". Opening a pickle can run arbitrary code, so none is opened here: if you trust it, load "
+        "it with transformers and save it with save_pretrained(NEW_FOLDER); docs/weights.md says "
+        "what to do with nanoGPT's ckpt.pt, and nanochat's models cannot be imported"
     )
 
 
 class CheckpointManager(contextlib.AbstractContextManager):
-    """Saves a run's checkpoints in the background, and keeps the latest `keep` and the best. Its
-    `with` block waits for the last save.
+    """Saves a run's checkpoints in the background and keeps the latest `keep` and the best. Leaving
+    its `with` block waits for the last save.
 
-    `keep_best`: how many of those with the lowest loss are kept as well. `resumed`: the step this
-    run was restored from. Later steps in the folder are damaged; the next save replaces them.
-    `low_memory`: write each array piece by piece, in files of 32 MiB, instead of gathering the
-    whole compressed save in memory first.
+    `keep_best`: how many of those with the lowest loss to keep as well. `resumed`: the step this
+    run was restored from; later steps in the folder are damaged, and the next save replaces them.
+    `low_memory`: write each array in pieces, to files of 32 MiB, instead of first collecting the
+    whole compressed save in memory.
     """
 
     def __init__(
@@ -140,15 +139,15 @@ class CheckpointManager(contextlib.AbstractContextManager):
     ) -> None:
         """Save named `trees` and JSON `metadata` as `step`.
 
-        `loss` is what the best are chosen by. The arrays may be donated as soon as this returns.
-        A save that fails in the background raises SaveFailed from the next `save` or `wait`.
+        The best checkpoints are chosen by `loss`. The arrays may be donated as soon as this
+        returns. If the save fails in the background, the next `save` or `wait` raises SaveFailed.
         """
         self.wait()
         if self.failed:  # a slow thread of that save may have written more since
             self._discard_partial()
             self.failed = False
 
-        # Names, shapes and digests of the arrays go into one JSON record, with its own digest.
+        # All names, shapes and digests go into one JSON record, which has its own digest.
         arrays = {name: named_leaves(tree) for name, tree in trees.items()}
         described = {}
         for name, tree in arrays.items():
@@ -172,19 +171,19 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 self._orbax.delete(abandoned)
             self.abandoned = []
             self.latest = step
-            # By force: the caller decides when to save.
+            # Forced, because the caller decides when to save.
             self._orbax.save_checkpointables_async(step, arrays, force=True, custom_metadata=record)
         if wait:
             self.wait()
 
     def try_save(self, trees: Mapping[str, Tree], metadata: dict[str, Any]) -> None:
-        """Save as step 0 and remove it again: raises now the SaveFailed that would come later."""
+        """Save as step 0 and delete it again, so that a SaveFailed is raised now, not later."""
         self.save(0, trees, metadata, wait=True)
         self._orbax.delete(0)
         self.latest = None
 
     def wait(self) -> None:
-        """Return once the save in the background is on disk; SaveFailed if it failed."""
+        """Wait until the background save is on disk; SaveFailed if it failed."""
         with self._raising_save_failed(self.latest):
             self._orbax.wait()
 
@@ -205,7 +204,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 raise
             self.failed = True
             with contextlib.suppress(OSError, ValueError):
-                self._orbax.wait()  # or it would raise the same error at the next save
+                self._orbax.wait()  # otherwise the next save would raise the same error
             self._discard_partial()
             self._orbax.reload()
             self.latest = max(saved_steps(self.folder), default=None)
@@ -218,7 +217,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
             ) from None
 
     def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
-        """Orbax asks which checkpoints to keep. Its own BestN reads losses from a file without a
+        """Tell orbax which checkpoints to keep. Its own BestN reads losses from a file without a
         digest, and fails if that is damaged."""
         saved = sorted(checkpoint.step for checkpoint in checkpoints)
         rated = [step for step in saved if self._losses.get(step) is not None]
@@ -227,22 +226,22 @@ class CheckpointManager(contextlib.AbstractContextManager):
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
     def _discard_partial(self) -> None:
-        """Remove partly written checkpoints: they take the space that the next save needs."""
+        """Remove partly written checkpoints, whose space the next save needs."""
         if distributed.is_first():
             for path in (Path(self.folder) / "checkpoints").glob(f"*{PARTIAL}"):
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def read_record(folder: str | Path, step: int) -> dict[str, Any]:
-    """All that `save` wrote beside the arrays: format, step, loss, metadata, and the shape, dtype
-    and digest of each array by tree and name. Damaged if any of it has changed."""
+    """Everything `save` wrote besides the arrays: format, step, loss, metadata, and each array's
+    shape, dtype and digest by tree and name. Damaged if any of it has changed."""
     path = step_dir(folder, step)
     require(
         path.is_dir(), f"no checkpoint of step {step} in {folder}: it has {saved_steps(folder)}"
     )
     with _raising_damaged(path):
-        # Not read by orbax, which would start JAX's backend: --deterministic, which may be among
-        # these settings, must be known before.
+        # Not read by orbax, which would start JAX's backend: these settings may include
+        # --deterministic, which must be known before that.
         text = (path / "_CHECKPOINT_METADATA").read_text(encoding="utf-8")
         record = json.loads(text)["custom_metadata"]
     if record.pop("sha256", None) != _sha256(record):
@@ -256,7 +255,7 @@ def read_record(folder: str | Path, step: int) -> dict[str, Any]:
 
 
 def read_metadata(folder: str | Path, step: int) -> dict[str, Any]:
-    """The JSON given to `save`, verified, without reading an array."""
+    """The JSON given to `save`, verified, without reading any array."""
     return read_record(folder, step)["metadata"]
 
 
@@ -264,9 +263,9 @@ def restore(folder: str | Path, step: int, name: str, like: Tree) -> Tree:
     """The tree saved as `name`, verified; the other trees are not read.
 
     `like`: ShapeDtypeStructs; the result has their shardings (default: the first device) and
-    dtypes. UserError lists leaves that are missing, unknown or of another shape, Damaged those that
-    cannot be read or differ from their digest. Of several processes all raise, or none: none may
-    fall back alone to an earlier checkpoint.
+    dtypes. UserError lists leaves that are missing, unknown or of the wrong shape, Damaged those
+    that cannot be read or do not match their digest. With several processes all raise or none does,
+    so that no process falls back to an earlier checkpoint alone.
     """
     path = step_dir(folder, step) / name
     elsewhere = Damaged(f"{path} cannot be read by another process")
@@ -281,7 +280,7 @@ def restore(folder: str | Path, step: int, name: str, like: Tree) -> Tree:
                 differing += f"\n  {leaf}: stored {stored}, expected {expected}"
         require(not differing, f"{path} does not fit this configuration:{differing}")
 
-    # Each array in the dtype it was saved in, which its digest is of.
+    # Read each array in its saved dtype, since its digest was computed in that.
     first_device = SingleDeviceSharding(jax.devices()[0])
     saved_as = {}
     for leaf, x in wanted.items():
@@ -325,10 +324,10 @@ def _raising_damaged(path: Path) -> Iterator[None]:
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):
-            raise  # these say nothing about the files
+            raise  # these do not mean that the files are damaged
         except Exception as error:
             reason = _reason(error)
-            # What orbax began and never awaited is freed now: at exit Python would warn of it.
+            # Free what orbax started and never awaited; at exit, Python would warn about it.
             traceback.clear_frames(error.__traceback__)
             gc.collect()
             raise Damaged(f"{path} is damaged: {reason}") from None
@@ -344,8 +343,8 @@ def _reason(error: BaseException) -> str:
 
 @functools.cache
 def _quiet_orbax() -> None:
-    """Keep orbax's own reports from the terminal: it raises every failure as well. When one read
-    fails it abandons others, which report errors from their own threads later."""
+    """Keep orbax's own reports off the terminal: it raises every failure as well. When one read
+    fails, it abandons others, which report errors from their own threads later."""
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
     report_others = sys.unraisablehook

@@ -72,7 +72,7 @@ def parse(
     """Parse `argv` into the dataclass `kind`; fields it does not mention come from `default`.
 
     `--help` prints every flag and exits with code 0. Raises a one-line UserError for flags that
-    cannot be parsed; the dataclasses' own UserErrors pass through. `guesses` are for `suggest`.
+    cannot be parsed; the dataclasses' own UserErrors pass through. `guesses` is for `suggest`.
     """
     # tyro's help omits flags that were given, so pass --help alone, after any subcommand.
     has_subcommands = typing.get_origin(kind) in (typing.Union, types.UnionType)
@@ -210,8 +210,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     KeyboardInterrupt. If the reader closes the pipe (`| head`), the program ends quietly. Anything
     else is a bug in this project and keeps its traceback.
     """
-    # The locale makes no character fail: output that cannot be encoded is escaped, and input that
-    # cannot be decoded becomes U+FFFD.
+    # Never fail on a character that the locale lacks: escape output that cannot be encoded, and
+    # read input that cannot be decoded as U+FFFD.
     for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "replace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
@@ -329,7 +329,7 @@ def prepare_jax(cache: bool = True) -> None:
 
 
 # According to xla.proto, the first flag rules out operations whose result depends on thread order,
-# and choosing kernels by timing them; the second states the latter explicitly.
+# and also choosing kernels by timing them; the second flag states the latter explicitly.
 DETERMINISTIC_FLAGS = {"--xla_gpu_deterministic_ops": "true", "--xla_gpu_autotune_level": "0"}
 
 

@@ -1,7 +1,7 @@
-"""Several processes that train one model: how they find each other, agree, and end together.
+"""Several processes training one model: how they find each other, agree, and end together.
 
-jax.distributed does the work, with its coordination service and its heartbeats. A process that
-trains alone passes through every function here at no cost, and never calls jax.distributed at all.
+jax.distributed does the work, with its coordination service and heartbeats. For a process that
+trains alone, every function here costs nothing and jax.distributed is never started.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ LOST_PEER = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "oor
 
 
 def find_cluster(environ: Mapping[str, str]) -> tuple[str, int | None] | None:
-    """In words, the launcher's variable that makes this process one of several, and their number
-    (None where only the launcher's own service knows it); None if the process trains alone.
+    """The launcher's variable that makes this process one of several, in words, and their number
+    (None if only the launcher's own service knows it); None if the process trains alone.
 
     An allocation is not yet a launch: inside `salloc`, in a batch script, and in an interactive
-    `srun --pty` shell SLURM_NTASKS may be 4, but only one process of the step runs. Likewise every
-    Kubernetes pod sees KUBERNETES_SERVICE_HOST, but only the pods of an indexed Job
-    run one program together.
+    `srun --pty` shell, SLURM_NTASKS may be 4 although the step runs only one process. Likewise,
+    every Kubernetes pod sees KUBERNETES_SERVICE_HOST, but only an indexed Job's pods run one
+    program together.
     """
     for launcher, variable in (
         ("Open MPI", "OMPI_COMM_WORLD_SIZE"),
@@ -77,17 +77,17 @@ def find_cluster(environ: Mapping[str, str]) -> tuple[str, int | None] | None:
 
 
 def has_tpu_chips() -> bool:
-    """Whether there is a device that may be a TPU, and the library that drives one."""
+    """Whether there is a device that may be a TPU, and the library to drive it."""
     devices = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
     return bool(devices) and importlib.util.find_spec("libtpu") is not None
 
 
 def connect(processes: Any, environ: Mapping[str, str], log: Callable[[str], None]) -> None:
-    """Meet the other processes, if there are any; call it before anything asks for a device.
+    """Connect to the other processes, if any; call this before anything uses a device.
 
-    `processes`: the flags of that name in gpt/train_flags.py. UserError if the others cannot be
-    met. If they do not come within JOIN_SECONDS this logs one error line and ends the process with
-    exit code 2. Ctrl-C ends it at once meanwhile.
+    `processes`: the flags of that name in gpt/train_flags.py. UserError if connecting fails. If the
+    others do not join within JOIN_SECONDS, this logs one error line and ends the process with exit
+    code 2. Until then, Ctrl-C ends it immediately.
     """
     if processes.num_processes == 1:
         return
@@ -131,7 +131,7 @@ def connect(processes: Any, environ: Mapping[str, str], log: Callable[[str], Non
     deadline = threading.Timer(JOIN_SECONDS, give_up)
     deadline.daemon = True
     deadline.start()
-    # Python would hold Ctrl-C back until the call returns; the system's handler does not.
+    # Python would delay Ctrl-C until the call returns; the system's handler does not.
     previous_handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         jax.distributed.initialize(
@@ -140,7 +140,7 @@ def connect(processes: Any, environ: Mapping[str, str], log: Callable[[str], Non
             shutdown_timeout_seconds=JOIN_SECONDS,
             initialization_timeout=2 * JOIN_SECONDS,
         )
-    except Exception as error:  # whatever a launcher's own interface raises
+    except Exception as error:  # whatever the launcher's interface raises
         raise UserError(
             f"cannot join the processes of this run: {' '.join(str(error).split())[:300]}; "
             "give --coordinator, --num-processes and --process-id, or --num-processes 1 to train "
@@ -152,7 +152,7 @@ def connect(processes: Any, environ: Mapping[str, str], log: Callable[[str], Non
 
 
 def require_reachable(coordinator: str, listens: bool) -> None:
-    """Raise UserError if the port is taken or the host unknown: JAX would crash or wait forever."""
+    """Raise UserError if the port is taken or the host unknown; JAX would crash or wait forever."""
     host, _, port = coordinator.rpartition(":")
     try:
         if listens:
@@ -170,7 +170,7 @@ def disconnect() -> None:
         jax.distributed.shutdown()
 
 
-# Who is who, and what all agree on. Functions that ask the other processes must be called by all in
+# Who is who, and what all agree on. Functions that communicate must be called by all processes in
 # the same order, and while no training step is running.
 
 
@@ -180,12 +180,12 @@ def is_multi_process() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what is written once; true if it trains alone."""
+    """Whether this process does the writing that is done only once; true if it trains alone."""
     return not is_multi_process() or jax.process_index() == 0
 
 
 def agree_on_code(code: int) -> int:
-    """One exit code for all processes: the smallest that is not 0, or 0 if all are."""
+    """One exit code for all processes: the smallest nonzero one, or 0 if there is none."""
     if not is_multi_process():
         return code
     codes = process_allgather(np.uint32(code)).ravel().tolist()
@@ -210,7 +210,7 @@ def require_same(values: Mapping[str, object]) -> None:
 
 @contextlib.contextmanager
 def all_or_none(otherwise: Exception) -> Iterator[None]:
-    """The block succeeds in all processes or in none.
+    """Make the block succeed in all processes or in none.
 
     If it raises UserError or OSError in one process, the others raise `otherwise`. The block must
     not wait for another process.
@@ -229,7 +229,7 @@ def all_or_none(otherwise: Exception) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fail_together() -> Iterator[None]:
-    """Like `all_or_none`, where an error ends the run: the processes disconnect first."""
+    """Like `all_or_none`, for errors that end the run: the processes disconnect first."""
     try:
         with all_or_none(UserError("another process of this run reported an error")):
             yield
@@ -239,15 +239,15 @@ def fail_together() -> Iterator[None]:
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether an error of JAX or orbax means that another process of this run is gone."""
+    """Whether an error from JAX or orbax means that another process of this run is gone."""
     return is_multi_process() and any(word in str(error) for word in LOST_PEER)
 
 
 @contextlib.contextmanager
 def report_lost_peer() -> Iterator[None]:
-    """Raise Failed, one sentence, if a collective fails because another process is gone.
+    """Raise a one-sentence Failed if a collective fails because another process is gone.
 
-    A Failed from inside is one that all processes raise alike: they disconnect first.
+    If the block itself raises Failed, all processes do, and they disconnect first.
     """
     try:
         yield
@@ -265,10 +265,10 @@ def report_lost_peer() -> Iterator[None]:
 
 
 def copy_to_first_process(tree: Any) -> Any:
-    """The arrays of `tree` whole, on the first process's first device; None in the others.
+    """The unsharded arrays of `tree` on the first process's first device; None in the others.
 
-    Copied one after another, so that no other device ever holds more than one of them besides its
-    own part. A process that trains alone gets `tree` itself.
+    They are copied one at a time, so that no other device ever holds more than one of them on top
+    of its own shards. A process that trains alone gets `tree` itself.
     """
     if not is_multi_process():
         return tree

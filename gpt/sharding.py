@@ -1,7 +1,7 @@
-"""The mesh, and the one table from logical axes to mesh axes. Knows no model.
+"""The mesh, and the one table that maps logical axes to mesh axes, independent of any model.
 
-Weights, optimizer state, activations and the KV cache name their axes; this table says over which
-axis of the mesh each name is split. An axis that its devices do not divide is kept whole on each.
+Weights, optimizer state, activations and the KV cache name their axes; the table says which mesh
+axes each name is split over. An axis that does not divide evenly is replicated.
 """
 
 import contextlib
@@ -46,15 +46,15 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     )
     axis_types = (AxisType.Auto,) * 3
     try:
-        # Lays each axis along a ring of neighbouring devices where the hardware has one.
+        # Lays each axis along a ring of neighboring devices if the hardware has one.
         return jax.make_mesh(filled, AXES, axis_types=axis_types, devices=devices)
     except (NotImplementedError, AssertionError, ValueError):
-        # No such rings: several slices, a part of one, or an axis that is none of the hardware's.
+        # No such rings: several slices, part of one, or an axis that the hardware does not have.
         return Mesh(np.reshape(devices, filled), AXES, axis_types=axis_types)
 
 
 def make_decoding_mesh(config: MeshConfig) -> Mesh:
-    """A mesh of the first devices that `config` asks for; UserError if there are too few."""
+    """A mesh of as many of the first devices as `config` needs; UserError if there are too few."""
     sizes = (config.data, config.fsdp, config.tensor)
     devices = jax.devices()
     return make_mesh(config, devices if -1 in sizes else devices[: int(np.prod(sizes))])
@@ -62,14 +62,14 @@ def make_decoding_mesh(config: MeshConfig) -> Mesh:
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh | None) -> Iterator[None]:
-    """Trace and run on `mesh`: `constrain` takes effect inside. None: where JAX puts things."""
+    """Trace and run on `mesh`, so that `constrain` takes effect; None: on JAX's default device."""
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         yield
 
 
 def fitting(mesh, shape: tuple[int, ...], axes: tuple, rules: dict = RULES) -> PartitionSpec:
-    """The partition of an array of that shape whose axes bear these names (None: not split): split
-    only where it divides, and over axes of the mesh that no `shard_map` has split already."""
+    """The PartitionSpec of an array with this shape and these logical axes (None: not split). An
+    axis is split only if it divides evenly, and only over mesh axes no `shard_map` has split."""
     kept = []
     for size, axis in zip(shape, axes, strict=True):
         names = tuple(name for name in rules.get(axis, ()) if name not in mesh.manual_axes)
@@ -79,9 +79,9 @@ def fitting(mesh, shape: tuple[int, ...], axes: tuple, rules: dict = RULES) -> P
 
 
 def mesh_in_force() -> AbstractMesh | None:
-    """The mesh that is traced for and over which the compiler splits arrays; None where there is
-    one device, a mesh that is not ours, such as pmap's, or inside a `shard_map` that leaves the
-    compiler no axis to split."""
+    """The mesh being traced, if the compiler may still shard over it. None for a single device, for
+    a mesh that is not ours, such as pmap's, and inside a `shard_map` that leaves the compiler no
+    axis to split."""
     mesh = jax.sharding.get_abstract_mesh()
     is_ours = set(AXES) <= set(mesh.axis_names)
     n_parts = math.prod(mesh.shape[axis] for axis in mesh.auto_axes)
@@ -89,7 +89,7 @@ def mesh_in_force() -> AbstractMesh | None:
 
 
 def split_over(axis: str) -> tuple[str, ...]:
-    """The axes of the mesh in force over which the compiler splits an axis of that name."""
+    """The current mesh axes that the compiler splits logical axis `axis` over."""
     mesh = mesh_in_force()
     if mesh is None:
         return ()
@@ -97,30 +97,30 @@ def split_over(axis: str) -> tuple[str, ...]:
 
 
 def count_parts(axis: str) -> int:
-    """Parts into which the mesh in force splits an axis of that name."""
+    """The number of parts that logical axis `axis` is split into on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[name] for name in split_over(axis))
 
 
 def target_device():
-    """What the program being traced is for, which need not be here; has `platform` and
+    """The device being traced for, which need not be present; it has `platform` and
     `device_kind`."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.local_devices()[0] if device is None else device
 
 
 def platform() -> str:
-    """The platform of the devices that the program being traced is for: cpu, gpu, tpu."""
+    """The platform being traced for: cpu, gpu or tpu."""
     return platform_of(target_device())
 
 
 def platform_of(device) -> str:
-    """The platform of a device: cpu, gpu, tpu."""
-    return "gpu" if device.platform == "cuda" else device.platform  # cuda: where it is absent
+    """A device's platform: cpu, gpu or tpu."""
+    return "gpu" if device.platform == "cuda" else device.platform  # absent GPUs say cuda
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x`, partitioned as its logical axes say, if there is a mesh in force."""
+    """`x`, sharded by its logical axes if there is a current mesh."""
     mesh = mesh_in_force()
     if mesh is None:
         return x
@@ -128,16 +128,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """The sharding of a batch whose rows lie along `axis`."""
+    """The sharding of a batch with its rows along `axis`."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES["batch"]))
 
 
 def state_shardings(mesh: Mesh, axes: dict, state, rules: dict = RULES):
-    """Shardings for `state`: a leaf takes that of the weight whose path its own path ends with.
+    """Shardings for `state`: a leaf is sharded like the weight whose path its own path ends with.
 
-    `axes` is the tree of logical axes of the weights. Adam's moments, Muon's momentum and averages
-    repeat the paths of the weights below a prefix; what matches no weight is replicated. Inference
-    by the compiler would replicate the moments too.
+    `axes` is the weights' tree of logical axes. Adam's moments, Muon's momentum and averages repeat
+    the weights' paths under a prefix; leaves that match no weight are replicated. If left to the
+    compiler, the moments would be replicated too.
     """
     axes_by_path = {tuple(path): names for path, names in tree_leaves_with_path(axes)}
 
@@ -154,5 +154,5 @@ def state_shardings(mesh: Mesh, axes: dict, state, rules: dict = RULES):
 
 
 def with_shardings(shapes, shardings):
-    """A tree of shape structs, with the shardings that the other tree has in the same places."""
+    """A tree of ShapeDtypeStructs with the shardings of a second tree added."""
     return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, shardings)

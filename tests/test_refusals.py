@@ -35,7 +35,7 @@ TRAIN = {
     ),
     "too short": (["--data", "short.txt"], "too few for --seq-len 16"),
     "a missing checkpoint": (["--init-from", "gone"], "no folder gone"),
-    "a pickle to start from": (["--init-from", "nano.pt"], "A pickle can run any program"),
+    "a pickle to start from": (["--init-from", "nano.pt"], "a pickle can run arbitrary code"),
     "a file as --out": (["--out", "text.txt"], "--out text.txt cannot be used"),
     "a file above --out": (["--out", "text.txt/run"], "--out text.txt/run cannot be used"),
 }

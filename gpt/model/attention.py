@@ -67,7 +67,7 @@ def plain_attention(
 class Attention(nnx.Module):
     """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2.2).
 
-    With fewer key/value heads than query heads, it is grouped-query (Ainslie et al. 2023).
+    With fewer key/value than query heads, it is grouped-query attention (Ainslie et al. 2023).
     """
 
     def __init__(self, config: ModelConfig, key: jax.Array):

@@ -57,7 +57,7 @@ def empty(config: ModelConfig, batch_size: int) -> KVCache:
 def write(cache_BKSH: jax.Array, new_BKTH: jax.Array, pos_BT: jax.Array | None) -> jax.Array:
     """One layer's cached keys or values, with `new_BKTH` written to slots `pos_BT`.
 
-    Slots past the end are dropped. If `pos_BT` is None (token t at position t), the cache is empty
+    Tokens past the end are dropped. If `pos_BT` is None (token t at position t), the cache is empty
     and becomes `new_BKTH`.
 
     This form of scatter updates in place under donation and needs no communication when rows and

@@ -150,7 +150,7 @@ narrowing_matmul.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def gather_for_matmul(axes: tuple[str | None, ...], matrix: jax.Array) -> jax.Array:
-    """A matrix with these logical axes, gathered over fsdp; its gradient is sharded as it was.
+    """A matrix with these logical axes, gathered over fsdp; its gradient is sharded like the input.
 
     Left to itself, the compiler may gather it again for the backward pass, or move the activations
     instead.

@@ -159,11 +159,11 @@ def test_an_index_that_does_not_fit_is_refused(index, reason, tmp_path):
 @pytest.mark.parametrize(
     ("file", "advice"),
     {
-        "pytorch_model.bin": r"A pickle.*save it with save_pretrained\(NEW_FOLDER\)",
+        "pytorch_model.bin": r"a pickle.*save it with save_pretrained\(NEW_FOLDER\)",
         "ckpt.pt": r"docs/weights.md says what to do with nanoGPT's ckpt.pt, and nanochat's models",
         "model_000500.pt": "nanochat's models cannot be imported$",
-        "consolidated.00.pth": "A pickle can run any program",
-        "last.ckpt": "A pickle can run any program",
+        "consolidated.00.pth": "Opening a pickle can run arbitrary code",
+        "last.ckpt": "Opening a pickle can run arbitrary code",
         "readme.txt": "holds no model.safetensors.*shards with their index$",
     }.items(),
 )
