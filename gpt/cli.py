@@ -116,7 +116,7 @@ NO_VALUE = re.compile(r"Missing value for argument '(.*?)'\. Expected (\d+)")
 NO_CHOICE = re.compile(r"invalid choice '(.*?)' for argument '(.*?)'\. .*? of (\(.*\))")
 NO_PAIR = re.compile(r"Error parsing (--\S+): Failed to parse key-value pairs")
 NO_NUMBER = re.compile(r"Error parsing (--\S+): .*(int\(\)|to float).*?: ('.*?')")
-NO_WORD = re.compile(r"does not match choices \('(\w+)',\)")  # beside NO_NUMBER: "auto", or "None"
+NO_WORD = re.compile(r"does not match choices \('(\w+)',\)")  # with NO_NUMBER: "auto", or "None"
 
 
 def reword(problem: str) -> str:
@@ -252,7 +252,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, UserError | Failed):
         return str(error)
     if is_out_of_memory(error):
-        return "out of memory: ask for less at once, or use a smaller model"
+        return "out of memory: use a smaller batch, a shorter text or a smaller model"
     if isinstance(error, USER_OS_ERRORS) or getattr(error, "errno", None) in USER_ERRNOS:
         reason = error.strerror or str(error)
         return reason if error.filename is None else f"{error.filename}: {reason}"

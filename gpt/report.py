@@ -1,4 +1,4 @@
-"""Write one self-contained page about runs: python -m gpt.report RUN [RUN ...]
+"""Write a self-contained page about runs: python -m gpt.report RUN [RUN ...]
 
     python -m gpt.report runs/tiny
     python -m gpt.report runs/a runs/b --out both.html
