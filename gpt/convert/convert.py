@@ -30,7 +30,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class HFModel:
-    """A complete model folder whose weights are not read yet.
+    """A complete model folder whose weights have not been read yet.
 
     values: its config.json. unused_fields: fields of it that were ignored.
     """
@@ -96,14 +96,14 @@ def export_model(
 
     step: which checkpoint (default: the newest intact one). weights: the average over the run or
     the last weights (default: the average if one is kept). Raises UserError, writing nothing, if
-    transformers has no form for the model or its tokenizer.
+    transformers cannot represent the model or its tokenizer.
     """
     checkpoint.require_run(run)
 
     def read(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         about = checkpoint.read_metadata(run, step)
         config = from_json(ModelConfig, about["model"])
-        to_hf_config(config)  # refuse a model without a form before reading its arrays
+        to_hf_config(config)  # refuse an unsupported model before reading its arrays
         tree = choose_tree(run, about, weights)
         return about, checkpoint.restore(run, step, tree, transformer.abstract(config))
 
@@ -121,7 +121,7 @@ def export_model(
         if about.get("source", {}).get("dtypes") == ["F16"]:
             dtype = "F16"
 
-        # config.json names the ids that were imported, or our one end-of-text for both ends.
+        # config.json gets the imported ids, or our end-of-text as both beginning and end.
         tokenizer = tokenizers.from_json(about["tokenizer"])
         end = tokenizer.eot_token if tokenizer.eot_token >= 0 else None
         special_ids = {"bos_token_id": end, "eos_token_id": end}
@@ -138,7 +138,7 @@ def export_model(
         for name, content in export_tokenizer(tokenizer, config.context_length).items():
             (folder / name).write_bytes(content)
 
-        # The form may declare biases that the model lacks; they are written as zeros.
+        # The architecture may declare biases that the model lacks; they are written as zeros.
         declared, _, _ = read_config(values)
         shapes = hf_weights.tensor_shapes(declared, family)
         tensors = hf_weights.to_tensors(declared, family, params, FLOATS[dtype])

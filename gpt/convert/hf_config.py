@@ -1,8 +1,8 @@
 """Read a config.json of the GPT-2 or Llama family into a ModelConfig, and write one.
 
 Known fields are read. Fields that change what the model computes in a way ours cannot are refused
-by name. The rest are reported and ignored, so that a new field in the next transformers breaks no
-import.
+by name. The rest are reported and ignored, so that a new field in a transformers release
+breaks no import.
 """
 
 import re
@@ -86,7 +86,7 @@ class Fields:
     def get(self, name: str, kind: Any, default: Any = REQUIRED) -> Any:
         """The field `name` of type `kind`, or `default` if it is null or absent.
 
-        A wrong value is added to `problems`, and an empty one of its type returned.
+        A wrong value is added to `problems`, and an empty value of that type returned.
         """
         self.read.add(name)
         value = self.values.get(name)
@@ -219,8 +219,8 @@ def read_rope(fields: Fields) -> dict[str, Any]:
 def to_hf_config(config: ModelConfig) -> tuple[dict[str, Any], Family]:
     """A config.json for `config`, and how its tensors are named.
 
-    A bias that the form declares and `config` lacks must be written as zeros. Raises UserError with
-    the flags that would help if transformers has no form for the model.
+    A bias that the architecture declares but `config` lacks must be written as zeros. Raises
+    UserError with the flags that would help if transformers cannot represent the model.
     """
     gpt2, llama = flags_to_export(config)
     if not gpt2:

@@ -1,6 +1,6 @@
 """Import and export the tokenizer files of a Hugging Face folder.
 
-An imported tokenizer.json stays as it is (gpt/data/hf_tokenizer.py). Our own tokenizers are
+An imported tokenizer.json is kept unchanged (gpt/data/hf_tokenizer.py). Our own tokenizers are
 exported as a tokenizer.json for AutoTokenizer, checked by encoding a text with both.
 """
 
@@ -134,7 +134,7 @@ def export_tokenizer(tokenizer: tokenizers.Tokenizer, context_length: int) -> di
 
 
 def byte_level_tokenizer(tokenizer: tokenizers.ByteLevelTokenizer) -> library.Tokenizer:
-    """A tokenizer of the library for a tiktoken encoding.
+    """The `tokenizers` equivalent of a tiktoken encoding.
 
     tiktoken merges the two neighbours whose union has the lowest rank; the library merges those
     that come first in a list of merges. So every split of a token into two tokens is listed, in the

@@ -39,7 +39,7 @@ BUFFERS = re.compile(r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")  # in
 class Family:
     """How a family names its tensors and lays them out.
 
-    prefix: missing from all names but the head's in files of a model without a head.
+    prefix: of all names but the head's; files of a bare body omit it.
     modules: their modules by the path of ours; `{}` stands for the layer.
     out_first: linear layers' matrices are [out, in], while ours are [in, out].
     fused_qkv: queries, keys and values are the thirds of one tensor's last axis.
@@ -95,7 +95,7 @@ LLAMA = Family(
 
 @dataclass(frozen=True)
 class Weight:
-    """One layer's part of one of our arrays, and the tensor that holds it.
+    """One layer of one of our arrays, and the tensor that holds it.
 
     path, layer: our stacked array, and the index into it: (layer,), or () outside the blocks.
     shape: with the axes of heads and their width merged, as in all their tensors ([in, out] for a
@@ -174,7 +174,7 @@ def open_folder(folder: Path) -> dict[str, Any]:
     for path in (folder / file for file in files):
         require(path.is_file(), f"{path} cannot be read: it is not a file")
         try:
-            # A mapped file's pages would count as our memory for as long as it is open.
+            # A mapped file's pages would count as our memory as long as it is open.
             opened = safe_open(path, "numpy", backend="pread")
             tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
@@ -194,7 +194,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shorten(names: Sequence[str]) -> str:
-    """Names from other people's files on one line: the first six, each cut to 100 characters."""
+    """The first six names, each cut to 100 characters, on one line."""
     more = f" and {len(names) - 6:,} more" if len(names) > 6 else ""
     return ", ".join(name[:100] for name in names[:6]) + more
 
@@ -234,7 +234,7 @@ def read_params(config: ModelConfig, family: Family, tensors: dict[str, Any]) ->
     weights = weights_of(config, family)
     leaves = named_leaves(transformer.abstract(config))
     params: dict[str, jax.Array] = {}
-    # For a moment there are two copies of an array and one of its tensors in memory. The largest
+    # For a moment there are two copies of an array and one of its tensors in memory, so the largest
     # come first, while memory is empty.
     for path in sorted(leaves, key=lambda path: -math.prod(leaves[path].shape)):
         array = np.zeros(leaves[path].shape, leaves[path].dtype)

@@ -37,7 +37,7 @@ class Prepare:
     tokenizer: str
     """byte, char, bpe, gpt2, cl100k_base, o200k_base, or the path of a tokenizer."""
     vocab_size: int = 32_768
-    """Vocabulary size of a bpe, which is trained on the text."""
+    """Vocabulary size of a bpe tokenizer, which is trained on the text."""
     workers: Annotated[int | None, optional("INT", "one per core")] = None
     """Number of tokenizing processes."""
     reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)

@@ -28,7 +28,7 @@ def require_length(tokens: Tokens | Mixture, seq_len: int) -> None:
         require(
             len(source) > seq_len,
             f"the text has {len(source):,} tokens to train on, too few for --seq-len {seq_len}: "
-            f"at least {seq_len + 1:,} are needed, so give it more text or a smaller --seq-len",
+            f"at least {seq_len + 1:,} are needed, so use more text or a smaller --seq-len",
         )
 
 
@@ -102,7 +102,7 @@ def gather(tokens: Tokens, starts: np.ndarray, seq_len: int) -> np.ndarray:
 
 
 def permute(place: np.ndarray, key: np.ndarray, size: int) -> np.ndarray:
-    """Each place under a permutation of range(size) chosen by its key: uint64 arrays.
+    """The image of each place under a permutation of range(size) chosen by its key: uint64 arrays.
 
     A Feistel network over pairs of digits in base ceil(sqrt(size)): each round adds to one digit
     modulo the base, which is invertible, so the network is a bijection of range(base * base). The

@@ -325,7 +325,7 @@ def sample(text: Source, options: Reading) -> tuple[list[str], int]:
                 if length < PIECE:
                     pieces.append(piece)
                 length += len(piece)
-                if length > SAMPLED_TEXT:  # what was read ahead hardly counts
+                if length > SAMPLED_TEXT:  # read-ahead hardly matters
                     break
             n_read += sum(sizes)
             n_found += length

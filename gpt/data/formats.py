@@ -2,7 +2,7 @@
 
 A file's format is recognized by its content; its name is only a hint. Every reader yields chunks
 `(text, ends)`: text in order, and whether a document ends with it. `read_pieces` turns them into
-pieces of bounded size, the same for a document in every format. Independent of tokens.
+pieces of bounded size that do not depend on the format. Independent of tokens.
 """
 
 import bz2
@@ -26,7 +26,7 @@ from gpt.errors import UserError, one_line, require
 
 PIECE = 2**20  # maximum characters in a piece, and bytes of text per read
 HEAD = 2**16  # bytes read to recognize a format
-ROWS = 256  # of a table per read
+ROWS = 256  # rows of a table per read
 MIN_SHARE = 0.9  # a file is text if at least this share of its first characters is valid UTF-8
 
 READ_ERRORS = (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError)
@@ -50,7 +50,7 @@ class NotText(Exception):
 
 @dataclass
 class BadDocuments:
-    """A file's unreadable documents: an error, or with `skip` left out and counted."""
+    """A file's unreadable documents: errors or, with `skip`, left out and counted."""
 
     path: Path
     skip: bool
@@ -123,7 +123,7 @@ def recognize_content(path: Path, head: bytes, stream: BinaryIO, reading: Readin
 def recognize_json(
     path: Path, head: bytes, stream: BinaryIO, suffixes: set[str], column: str
 ) -> str:
-    """Tell JSON lines, JSON arrays, and plain text that only starts like JSON apart.
+    """Whether a file is "JSON lines", "JSON", or "text" that only starts like JSON.
 
     Records have a field `column`. Two objects with the same fields, but not that one, are taken for
     records with their text in another field, and UserError lists their fields. EOFError if the file
@@ -330,8 +330,8 @@ def record_text(record: Any, column: str) -> Iterator[tuple[str, bool]]:
 def json_values(stream: BinaryIO, beginning: bytes = b"", errors: str = "strict") -> Iterator[Any]:
     """The values of a JSON array, or consecutive JSON values, as the stream is read.
 
-    beginning: bytes already read from the stream. errors: in UTF-8, as for `bytes.decode`. Raises
-    EOFError if the last value is cut off, and ValueError for invalid JSON.
+    beginning: bytes already read from the stream. errors: for invalid UTF-8, as in `bytes.decode`.
+    Raises EOFError if the last value is cut off, and ValueError for invalid JSON.
     """
     decode_some = codecs.getincrementaldecoder("utf-8-sig")(errors).decode
     parse = json.JSONDecoder().raw_decode

@@ -101,7 +101,7 @@ def find_end(files: dict[str, bytes], vocabulary: dict[str, int]) -> int:
 
 
 class HFTokenizer:
-    """A tokenizer.json with the methods of all our tokenizers.
+    """A tokenizer.json with the methods of our other tokenizers.
 
     files: the tokenizer.json and the files that came with it, by name, as bytes.
     n_vocab: the model's vocabulary size; the tokenizer may know fewer ids.
@@ -176,7 +176,7 @@ class HFTokenizer:
             for i, token in enumerate(tokens)
         ]
 
-    # ------------------------------------------------------------ keeping it
+    # ------------------------------------------------------------ saving and loading
 
     def files_as_json(self) -> dict[str, Any]:
         """What `from_json` needs besides `contents`."""

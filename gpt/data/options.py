@@ -34,7 +34,7 @@ class Reading:
 
     @property
     def document_settings(self) -> list:
-        """The settings that change the documents of a file."""
+        """The settings that determine a file's documents."""
         return [self.text_column, self.end_of_document, self.skip_bad_documents]
 
 

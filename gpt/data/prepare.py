@@ -32,7 +32,7 @@ from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError, require
 
 TASK_BYTES = 2**26  # of files per task, unless one file is larger
-GROUP = 2**22  # characters to encode before each entry in the journal
+GROUP = 2**22  # characters encoded per journal entry
 WORTH_WORKERS = 2**25  # with fewer bytes, starting processes takes longer than it saves
 MIN_DOCUMENTS = 20  # with at least this many, whole documents are held out
 HELD_OUT_DOCUMENTS = 0.05  # share of the documents, if there are many
@@ -74,7 +74,7 @@ class Task:
 class Counts:
     """A task's results, and its journal."""
 
-    rule: str = ""  # the `HoldOut`
+    rule: str = ""  # repr of the HoldOut
     groups: int = 0  # of text whose tokens are on disk
     is_done: bool = False
     documents: int = 0
@@ -128,7 +128,7 @@ def fingerprint_text(
 def tokenize(job: Job, folder: Path, fingerprint: str, files: dict[str, str]) -> None:
     """Create the token folder `folder` unless it exists; UserError if that fails.
 
-    It has another name until it is complete. An unfinished one with the same `fingerprint` is
+    It has a temporary name until it is complete. An unfinished one with the same `fingerprint` is
     completed. files: each file's digest, for the header.
     """
     unfinished = folder.with_name(UNFINISHED + folder.name)
@@ -196,7 +196,7 @@ def fill(job: Job, folder: Path) -> dict[str, Any]:
         require(
             n_tokens >= 2 or is_empty,
             f"the text is too small: its {characters:,} characters leave fewer than two tokens "
-            f"for {purpose}, give it more text",
+            f"for {purpose}, use more text",
         )
         splits[split] = {
             "tokens": n_tokens,
@@ -394,7 +394,7 @@ def assign(task: Task, counts: Counts, report: Callable[[int], None]) -> Iterato
     position = 0  # characters before the piece
     for file in task.files:
         bad = BadDocuments(file.path, task.reading.skip_bad_documents)
-        is_first = True  # piece of its document
+        is_first = True  # whether the next piece starts a document
         split = "train"
         for text, last in read_pieces(file.path, file.file_format, task.reading, bad, report):
             if threshold and is_first:

@@ -1,4 +1,4 @@
-"""Find the files to read text from, in folders and by patterns, and tell them by content."""
+"""Find text files in folders and by patterns, and recognize their formats by content."""
 
 import dataclasses
 import functools

@@ -98,7 +98,7 @@ def hash_file(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
-# ------------------------------------------------------------ our own
+# ------------------------------------------------------------ our own tokens
 
 
 def is_prepared(path: Path) -> bool:
@@ -139,7 +139,7 @@ def describe(folder: Path, is_kept: bool = True) -> str:
 
 
 def open_shards(folder: Path, tokenizer: Tokenizer, verify: bool = False) -> dict[str, Tokens]:
-    """Both splits of one of our folders, without empty ones.
+    """The non-empty splits of one of our folders.
 
     verify: hash every shard. UserError if the folder is damaged or from another tokenizer.
     """
@@ -177,7 +177,7 @@ def map_tokens(path: Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
         raise UserError(f"cannot read the tokens in {path}: {error}") from None
 
 
-# ------------------------------------------------------------ those of others
+# ------------------------------------------------------------ other projects' tokens
 
 
 def find_shards(paths: Sequence[Path]) -> list[Path]:
@@ -270,7 +270,7 @@ def open_shard(path: Path, tokenizer: Tokenizer) -> np.ndarray:
         )
         return array
 
-    # nanoGPT's shards have no header. Read as a type of half their size, ids have zeros in between.
+    # nanoGPT's shards have no header. Ids read as a type half their size alternate with zeros.
     for name in ("<u2", "<u4", "<u8"):
         dtype = np.dtype(name)
         if dtype.itemsize < token_type(tokenizer).itemsize:

@@ -186,7 +186,7 @@ class IdTokenizer(Tokenizer):
 # ------------------------------------------------------------ byte-level BPEs
 
 SINGLE_BYTES = [bytes([byte]) for byte in range(256)]
-BYTE_PATTERN = r"[\s\S]{1,32}"  # any 32 characters: nothing is ever merged, short ones are fast
+BYTE_PATTERN = r"[\s\S]{1,32}"  # up to 32 characters; nothing is merged, and short pieces are fast
 GPT4_PATTERN = (  # cl100k_base's: a run of spaces stays one piece, which suits source code
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
@@ -238,7 +238,7 @@ def without_lone_surrogates(text: str) -> str:
     return text
 
 
-# ------------------------------------------------------------ saved and read again
+# ------------------------------------------------------------ saving and loading
 
 
 def load(path: Path) -> Tokenizer:

@@ -39,13 +39,13 @@ class Args:
     """Which model to evaluate, and on what."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """A run's folder, as made by train.py or by gpt.convert."""
+    """A run's folder, from train.py or gpt.convert."""
     tasks: Annotated[str, tyro.conf.arg(metavar="NAME,NAME,...")]
     """Tasks, groups or patterns, separated by commas."""
     include_path: Annotated[Path | None, optional("DIR")] = None
     """A folder of your own tasks, each a YAML file with its data next to it."""
     limit: Annotated[int | None, optional("INT", "all")] = None
-    """Use only this many questions per task, the first ones; for a quick look, not comparisons."""
+    """Use only the first INT questions of each task: for a quick look, not for comparisons."""
     num_fewshot: Annotated[int | None, optional("INT", "what the task says")] = None
     """Solved examples before each question."""
     batch_size: int = 16

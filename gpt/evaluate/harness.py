@@ -43,7 +43,7 @@ class GPTJax(TemplateLM):
     folder and arguments of `gpt.load`, with `data` and `tensor` for the mesh.
 
     `n_cut`: requests so far whose context was cut from the left to fit. `model.prefix` precedes
-    each text; an empty context and a rolled text always get a token.
+    each text; an empty context and a rolled text always get a prefix token.
     """
 
     def __init__(

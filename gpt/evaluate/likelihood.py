@@ -3,7 +3,7 @@
 A context with several answers is read once, and its cache is forked for each. A context with one
 answer is read together with it, in one pass without a cache. Either way, logits are computed only
 at the positions that predict an answer's tokens.
-Shape letters are those of model/transformer.py, and P: predicted tokens of a row, C: contexts.
+Shape letters are those of model/transformer.py, plus P: a row's predicted tokens, C: contexts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,7 +58,7 @@ def loglikelihoods(
         )
         answers.setdefault(tuple(context[-room:]), []).append((number, continuation))
 
-    # Contexts with several answers are read on their own, and so are long ones, in pieces.
+    # Contexts with several answers are read separately; so are long ones, in pieces.
     apart = []
     whole = []
     for context, its_answers in answers.items():
@@ -110,7 +110,7 @@ def padded(n: int) -> int:
 
 
 def pad(sequences: Sequence[Sequence[int]], least: int = 1) -> np.ndarray:
-    """Token ids as rows of at least `least`, padded on the right and with more rows."""
+    """Token ids in rows at least `least` wide, padded on the right and at the end."""
     width = padded(max(least, *map(len, sequences)))
     tokens_RT = np.zeros((padded(len(sequences)), width), np.int32)
     for row, ids in enumerate(sequences):

@@ -1,7 +1,7 @@
-"""Loads each step's batch from the token files onto the devices that train on it.
+"""Load each step's batch from the token files onto the devices that train on it.
 
-A batch's tokens depend only on the seed and the step (gpt/data/batches.py), so a resumed run reads
-on where it stopped.
+A batch's tokens depend only on the seed and the step (gpt/data/batches.py), so a resumed run
+continues where it stopped.
 """
 
 import functools

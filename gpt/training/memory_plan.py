@@ -20,7 +20,7 @@ from gpt.training import fused_loss
 from gpt.training.loss import count_chunks
 
 FEWEST_TOKENS = 4096  # per micro-batch and device, to keep an accelerator busy
-MOST_MICRO_BATCHES = 4096  # the maximum that `auto` considers
+MOST_MICRO_BATCHES = 4096  # the most that `auto` considers
 MEMORY_ADVICE = (
     "raise --grad-accum, or lower --batch-size, --seq-len, --model.d-model, --model.n-layers"
 )
@@ -167,7 +167,7 @@ def optimizer_bytes(config: TrainConfig) -> int:
 
 
 def require_room(need: Need) -> None:
-    """Raise UserError if a step needs more than a device has; a CPU process would be killed."""
+    """Raise UserError if a step exceeds a device's memory, since a CPU process would be killed."""
     limit, source = hardware.memory()
     require(
         need.total <= limit,

@@ -105,8 +105,7 @@ class RunLog:
         )
 
     def tasks(self, step: int, figures: Mapping[str, float] | None) -> None:
-        """Write and show the scores of evaluation tasks, such as hellaswag/acc; do nothing if they
-        are None, because another process has them."""
+        """Write and show task scores, such as hellaswag/acc. None: another process has them."""
         if figures is None:
             return
         self._write({"step": step} | figures)
@@ -115,7 +114,7 @@ class RunLog:
 
     def sample(self, step: int, text: str | None) -> None:
         """Show what the model wrote at `step` and append it to samples.jsonl, dropping samples that
-        an earlier process wrote at or after `step`; do nothing if another process has the text."""
+        an earlier process wrote at or after `step`. None: another process has the text."""
         if text is None:
             return
         self.console.print(f"--- sample ---\n{text}\n---")
@@ -127,7 +126,7 @@ class RunLog:
             self.trackers.sample(step, text)
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        """Append a whole line or nothing to metrics.jsonl, and send its numbers to the trackers."""
+        """Append a line to metrics.jsonl, whole or not at all; send its numbers to the trackers."""
         if self.file is not None:
             with self._tolerating_full_disk():
                 line = to_line(record)

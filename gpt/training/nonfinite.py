@@ -1,4 +1,4 @@
-"""Finds the first bad value in a step whose loss or gradient is not finite.
+"""Find the first bad value in a step whose loss or gradient is not finite.
 
 The training step itself skips such a step's update, on the device. After too many in a row the run
 ends, and the first of them is recomputed part by part.

@@ -9,7 +9,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from gpt.config import TrainConfig
 
-# Input and output axes of each linear layer's kernel, from the end: layers may be stacked in front.
+# Each linear kernel's input and output axes, counted from the end, since layers may be stacked.
 KERNEL_AXES = {
     "q": MuonDimensionNumbers((-3,), (-2, -1)),
     "k": MuonDimensionNumbers((-3,), (-2, -1)),
@@ -22,11 +22,11 @@ KERNEL_AXES = {
 
 
 def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Schedule:
-    """Learning rate by step, counted from 0: a linear warm-up that skips zero, then
-    config.schedule down to the minimum, which is reached at the last step and kept after it.
+    """Learning rate by step, counted from 0: a linear warm-up that starts above zero, then
+    config.schedule down to the minimum, reached at the last step and kept after it.
 
-    A warm-up as long as the run is shortened to end one step before the last. With a `peak` other
-    than config.learning_rate, the same shape is scaled.
+    A warm-up as long as the run is shortened to end one step before the last. Another `peak`
+    than config.learning_rate scales the whole schedule.
     """
     peak = config.learning_rate if peak is None else peak
     low = peak * config.min_learning_rate / config.learning_rate

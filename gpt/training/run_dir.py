@@ -1,4 +1,4 @@
-"""A run's folder: locking it, and what a run writes there besides `checkpoints/`."""
+"""A run's folder: its lock, and the files a run writes there besides `checkpoints/`."""
 
 import contextlib
 import os

@@ -58,7 +58,7 @@ def describe(
     ]
     if config.ema_decay:
         average = flops.weight_bytes(model, "float32")
-        lines.append(f"average        {filesize.decimal(average)}, evaluated and sampled from")
+        lines.append(f"average        {filesize.decimal(average)}, used to evaluate and sample")
     lines += [
         f"computation    {model.compute_dtype}, {flops_per_token / 1e6:,.2f} MFLOP per token to "
         "train",
@@ -132,7 +132,7 @@ def print_memory(
     """Print one device's memory: what the compiled step needs, and how large a micro-batch would
     fit.
 
-    `memory_bytes`: memory of a device (None: of a local device).
+    `memory_bytes`: a device's memory (None: that of a local device).
     """
     limit, source = hardware.memory()
     if memory_bytes is not None:

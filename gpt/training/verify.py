@@ -15,7 +15,7 @@ from gpt.training.run import Run
 from gpt.training.step_timer import SPEED_FIELDS
 from gpt.training.train_state import TrainState
 
-NOT_COMPARED = {"seconds", *SPEED_FIELDS}  # they depend on the clock and the process
+NOT_COMPARED = {"seconds", *SPEED_FIELDS}  # these depend on the clock and the process
 NAMES = {"params": "weights", "optimizer": "optimizer and step", "ema_params": "average"}
 MOST_STEPS = 3  # before the stop, and again after it
 
