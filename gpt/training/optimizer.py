@@ -25,7 +25,7 @@ def make_schedule(config: TrainConfig, peak: float | None = None) -> optax.Sched
     """Learning rate by step, counted from 0: a linear warm-up that starts above zero, then
     config.schedule down to the minimum, reached at the last step and kept after it.
 
-    A warm-up as long as the run is shortened to end one step before the last. Another `peak`
+    A warm-up as long as the run is shortened to end one step before the last. A `peak` other
     than config.learning_rate scales the whole schedule.
     """
     peak = config.learning_rate if peak is None else peak
