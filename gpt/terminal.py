@@ -197,7 +197,7 @@ def describe_end(completions: Sequence, context_length: int, speculates: bool = 
         else:
             line += ", 0 tokens proposed because too few would have been right"
     reasons = [f"{reason} ({n} times)" if n > 1 else reason for reason, n in counts.items()]
-    line += f" (compilation left out); stopped by {', '.join(reasons)}"
+    line += f" (compilation excluded); stopped by {', '.join(reasons)}"
     if "length" in counts:
         line += "; --max-new-tokens for more"
     if "context" in counts:

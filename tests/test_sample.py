@@ -62,7 +62,7 @@ def test_json_has_the_fields_that_others_read(folder):
     assert done["tokens_per_second"] == pytest.approx(rate)
     printed = call("sample", folder, *argv)
     assert printed.out == "the " + done["text"] + "\n"
-    assert "prefill" in printed.err and "compilation left out" in printed.err
+    assert "prefill" in printed.err and "compilation excluded" in printed.err
 
 
 def test_another_step_can_be_chosen(folder):

@@ -91,7 +91,7 @@ def test_the_end_is_told_in_words():
     assert one.endswith("stopped by context; the model's context of 16 tokens is full")
     several = [completion("eos"), completion("length", 0.7, n_tokens=1), completion("eos")]
     assert terminal.describe_end(several, 64).endswith(
-        "decode 0.70 s (compilation left out); stopped by eos (2 times), length; "
+        "decode 0.70 s (compilation excluded); stopped by eos (2 times), length; "
         "--max-new-tokens for more"
     )
     for proposed, said in ((6, "6 of 12 proposed tokens accepted"), (0, "0 tokens proposed")):

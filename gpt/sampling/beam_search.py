@@ -54,7 +54,7 @@ class BeamSettings:
     """
 
     width: int = 4
-    """Live texts per prompt. The only setting whose change recompiles."""
+    """Live texts per prompt. The only setting that recompiles when changed."""
     n_best: int = 1
     """Texts returned per prompt."""
     length_penalty: float = 1.0
@@ -110,7 +110,7 @@ class Texts:
     logprobs_PWS: jax.Array
 
     def best(self, n: int) -> tuple["Texts", jax.Array]:
-        """The `n` texts of largest value, ties in their existing order, and their indices."""
+        """The `n` texts of largest value, with ties kept in order, and their indices."""
         value_PW, index_PW = jax.lax.top_k(self.value_PW, n)
         tokens_PWS, logprobs_PWS = pick((self.tokens_PWS, self.logprobs_PWS), index_PW)
         return Texts(value_PW, tokens_PWS, logprobs_PWS), index_PW
@@ -237,7 +237,7 @@ def begin(cache: kv.KVCache, logits_PV, seen_PV, rules: Rules, width: int) -> Se
 def search_chunk(
     config: ModelConfig, params: dict, state: SearchState, rules: Rules, size
 ) -> SearchState:
-    """Search up to `size` more tokens, until every prompt is done."""
+    """Continue the search for up to `size` tokens, until every prompt is done."""
 
     def goes_on(carry):
         i, state = carry

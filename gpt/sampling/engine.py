@@ -42,7 +42,7 @@ def last_logits(model: transformer.GPT, x_BTD: jax.Array, n_B: jax.Array) -> jax
 
 @partial(jax.jit, static_argnames="config")
 def prefill(config: ModelConfig, params: dict, tokens_BT: jax.Array, n_B: jax.Array):
-    """Read prompts into a new cache of capacity T; return it and each next token's logits_BV.
+    """Read prompts into a new cache of capacity T; returns it and the next tokens' logits_BV.
 
     `tokens_BT` is padded on the right; row b holds `n_B[b]` >= 1 tokens. `params` is unstacked.
     """

@@ -207,8 +207,8 @@ def prefill_and_sample(
 
 
 def count_slots(length_B: np.ndarray, remaining_B: np.ndarray, n_steps: int) -> int:
-    """Cache slots needed for the next `n_steps` steps: those of the row that will be longest, which
-    gains no more tokens than it may; 0 if all rows are done."""
+    """Cache slots needed for the next `n_steps` steps: enough for the row that will be longest,
+    counting only tokens that it may still gain; 0 if all rows are done."""
     gained_B = np.minimum(remaining_B, n_steps)
     return int(np.max(np.where(gained_B > 0, length_B + gained_B, 0)))
 

@@ -25,7 +25,7 @@ from gpt.sampling.completion import PromptTokens
 from gpt.sampling.settings import Settings
 from gpt.sharding import platform
 
-BLOCK = 256  # tokens per sum of probabilities in `inverse_cdf`
+BLOCK = 256  # tokens per block in `inverse_cdf`
 DIGIT = 3  # bits of the threshold that an accelerator finds per step
 PART = 1024  # row entries per partial sum on an accelerator
 

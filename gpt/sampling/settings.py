@@ -37,7 +37,7 @@ class Settings:
     top_p: float = 1.0
     """Sample only from the fewest likeliest tokens whose probabilities add up to this (1: all)."""
     min_p: float = 0.0
-    """Sample only tokens at least this fraction as likely as the likeliest (0: all)."""
+    """Sample only tokens with at least this share of the likeliest token's probability (0: all)."""
     stop: tuple[str, ...] = ()
     """Stop before this text, without printing it."""
     on_context_full: Full = "auto"
@@ -48,8 +48,8 @@ class Settings:
     seed: int = 0
     """Random seed; the same seed gives the same text."""
     speculate: NonNegativeInt = 0
-    """Propose up to this many tokens per step, copied from an earlier occurrence of the latest
-    tokens, and read them together. The text stays the same; repetitive text is faster (0: off)."""
+    """Propose up to this many tokens per step, those that followed the latest tokens earlier in the
+    text, and read them together. The text stays the same; repetitive text is faster (0: off)."""
 
     def __post_init__(self):
         check_fields(self)
