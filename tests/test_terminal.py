@@ -87,7 +87,7 @@ def completion(reason, decode=0.5, n_tokens=9, proposed=0):
 
 def test_the_end_is_told_in_words():
     one = terminal.describe_end([completion("context")], 16)
-    assert one.startswith("prefill 10.0 ms, decode 0.50 s, 16 tokens/s per row (compilation left")
+    assert one.startswith("prefill 10.0 ms, decode 0.50 s, 16 tokens/s per row (compilation ex")
     assert one.endswith("stopped by context; the model's context of 16 tokens is full")
     several = [completion("eos"), completion("length", 0.7, n_tokens=1), completion("eos")]
     assert terminal.describe_end(several, 64).endswith(
