@@ -124,7 +124,7 @@ def test_other_meshes_sample_and_score_what_one_device_does():
     one, data, fsdp, tensor, more = found = on_eight(*(("sample", name, True) for name in names))
     assert all(mesh["check"].startswith("ok") for mesh in found)
     check_sampled(one, data, "data", None, 8, 1)
-    check_sampled(one, fsdp, None, None, 1, 1)
+    check_sampled(one, fsdp, "fsdp", None, 8, 1)
     check_sampled(one, tensor, None, "tensor", 4, 4)
     assert tensor["notes"] == []
     for what in ("greedy", "drawn", "alone", "beam"):

@@ -10,8 +10,8 @@ penalty or `ignore_eos` changed them), divided by length ** length_penalty. The 
 generated tokens, including end-of-text, as in Hugging Face transformers (generation/utils.py,
 `_update_finished_beams`).
 
-Shape letters: see gpt/model/transformer.py; P prompts, W width, C candidates; S is also the maximum
-length of a text.
+Shape letters are defined in gpt/model/transformer.py; P prompts, W width, C candidates; S is also
+the maximum length of a text.
 """
 
 from collections.abc import Sequence

@@ -16,7 +16,7 @@ Before the first step, `start_decoding` samples a token from the prefill's logit
 `sample_first` compiles once per batch size, and `decode_chunk` once per batch size and cache
 capacity; lengths, settings and which rows have ended are traced. (On an accelerator, both also
 compile once per set of sampling stages; see sampler.py.)
-Shape letters: see gpt/model/transformer.py; C steps of a chunk.
+Shape letters are defined in gpt/model/transformer.py; C steps of a chunk.
 """
 
 from collections.abc import Callable

@@ -4,7 +4,7 @@ Prefill reads whole prompts in large matrix products and is bound by compute. De
 per row, rereading every weight and the cache, and is bound by memory bandwidth. `extend` is in
 between: several tokens per row on top of a cache.
 Each compiles once per (batch, bucket, capacity); lengths and positions are traced.
-Shape letters: see model/transformer.py.
+Shape letters are defined in gpt/model/transformer.py.
 """
 
 from functools import partial

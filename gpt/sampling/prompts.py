@@ -1,6 +1,6 @@
 """Turn prompts into token ids and rows of a batch, checked before the device is used.
 
-Shape letters: see gpt/model/transformer.py.
+Shape letters are defined in gpt/model/transformer.py.
 """
 
 from collections.abc import Sequence

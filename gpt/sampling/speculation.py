@@ -22,8 +22,8 @@ they sample the same ones. Its cache holds the same tokens as the model's, slot 
 Reading a proposal that is then rejected wastes time. So every row tracks how often its proposals
 are right, whether they are read or not, and none are read while they would cost more time than they
 save.
-Shape letters: see gpt/model/transformer.py; C as in decode_loop.py; N proposals, T = N + 1 tokens
-read, R tokens of text searched.
+Shape letters are defined in gpt/model/transformer.py; C as in decode_loop.py; N proposals,
+T = N + 1 tokens read, R tokens of text searched.
 """
 
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""Pretraining: text in, weights out. Knows nothing of sampling, which reads what it leaves."""
+"""Pretraining: text in, weights out. Independent of sampling, which reads the checkpoints."""
