@@ -1,6 +1,6 @@
 """Pretrain a GPT: python train.py [PRESET] [flags].
 
-    python train.py                                    tiny, on Python's standard library
+    python train.py                                    tiny, on the source of Python's library
     python train.py shakespeare-char --data my.txt     another preset, your own text
 
 To continue a run where it stopped, repeat the command or use --resume FOLDER.
@@ -31,7 +31,7 @@ def train(args: Args, out: Path, console: "Console", stop: "StopSignal") -> int:
     from gpt.training import auto_settings, resume, run_plan
     from gpt.training.run import Run, load_text
 
-    dtype = hardware.default_dtype()  # before the text is read: there may be no device
+    dtype = hardware.default_dtype()  # first, so that a missing device fails before text is read
     note_once = cache(console.print)
     with distributed.fail_together():  # if one process fails here, all of them do
         # Where the weights come from: random, another run, or where this run stopped.
@@ -88,11 +88,12 @@ def fit(run: "Run", state: "TrainState", until: int) -> None:
     # memory than expected, `auto` picks more frugal settings and `run.config` changes.
     train_step, eval_step = auto_settings.compile_with_fallback(run)
     config = run.config
-    first_step = int(state.step)
-    # A run that is refused or stopped before this line leaves its folder untouched.
-    run.begin(first_step)
+    steps_done = int(state.step)
+    # From here on a signal waits for the end of a step. Until here the run's folder is untouched.
+    run.stop.defer(steps_done)
+    run.take_over_folder(steps_done)
 
-    batches = data_loader.load_batches(config, run.mesh, run.dataset.train, first_step, until)
+    batches = data_loader.load_batches(config, run.mesh, run.dataset.train, steps_done, until)
     with Recorder(run, state) as recorder:
         recorder.try_save(state)
         for step, batch in batches:
@@ -107,7 +108,7 @@ def fit(run: "Run", state: "TrainState", until: int) -> None:
             evaluates_tasks = tasks is not None and is_due(config, step, run.args.eval_tasks_every)
             if not (ending or evaluates or saves or samples or evaluates_tasks):
                 continue
-            # A step whose update was skipped is not saved, so training cannot end with it.
+            # A step whose update was skipped is never saved, so training cannot end on it.
             updated = recorder.wait_for_update(state)
             ending = ending and updated
             weights = state.ema_params or state.params

@@ -178,7 +178,7 @@ FAULTS = [
         ("rows of a device", "return read(first, end)", "return read(0, end - first)"),
     ),
     *faults_in("training/data_loader", "test_train",
-        ("tokens after a resume", "load, first_step, until)", "load, 0, until - first_step)"),
+        ("tokens after a resume", "load, steps_done, until)", "load, 0, until - steps_done)"),
     ),
     *faults_in("training/train_state", "test_train",
         ("average after a resume", 'step, "ema_params", like.ema_params)',

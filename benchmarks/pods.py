@@ -112,7 +112,7 @@ def measure(row: str) -> dict:
     config = dataclasses.replace(MODELS[model], tokenizer="char")
     config = absent.completed(config, "bfloat16")
     config = memory_plan.resolve_auto(config, training, chip.usable_bytes)
-    step_functions.require_fit(config, training)
+    step_functions.require_even_split(config, training)
     train, *_ = programs.planned(config, training)
     _, prefill, decode, _ = programs.planned(config, sampling)
 

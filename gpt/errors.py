@@ -60,6 +60,11 @@ def fraction(name: str, value: float) -> None:
     require(0 <= value < 1, f"{name} is {value}: expected 0 <= {name.split('.')[-1]} < 1")
 
 
+def probability(name: str, value: float) -> None:
+    """Raise UserError unless `value` is from 0 to 1."""
+    require(0 <= value <= 1, f"{name} is {value}: expected a number from 0 to 1")
+
+
 def require_file_path(flag: str, path: Path) -> None:
     """Raise UserError unless `path`, given with `flag`, can be a file in an existing folder."""
     folder = path.absolute().parent
@@ -73,7 +78,8 @@ PositiveFloat = Annotated[float, above_zero]
 NonNegativeInt = Annotated[int, not_negative]
 NonNegativeFloat = Annotated[float, not_negative]
 Fraction = Annotated[float, fraction]
-BOUNDS = (positive, above_zero, not_negative, fraction)
+Probability = Annotated[float, probability]
+BOUNDS = (positive, above_zero, not_negative, fraction, probability)
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "text"}
 TYPE_NAMES |= {type(None): "None"}
 

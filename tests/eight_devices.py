@@ -85,7 +85,7 @@ def train(name: str, n_kv_heads: int | None = None) -> dict:
     mesh = make_mesh(name)
     model = replace(MODEL, n_kv_heads=n_kv_heads)
     config = replace(CONFIG, model=model, mesh=MeshConfig(*MESHES[name]))
-    notes = step_functions.require_fit(config, mesh)
+    notes = step_functions.require_even_split(config, mesh)
     step, eval_step = step_functions.compile_steps(config, mesh)
     state = train_state.make_state(config, mesh)
     losses = []
@@ -109,7 +109,7 @@ def train(name: str, n_kv_heads: int | None = None) -> dict:
 def place(name: str):
     """The model on a mesh, and what is told of it."""
     mesh = make_mesh(name)
-    notes = transformer.require_fit(SAMPLED, mesh, fsdp=False)
+    notes = transformer.require_even_split(SAMPLED, mesh, fsdp=False)
     params, axes = weights(SAMPLED, 0, 6.0), transformer.logical_axes(SAMPLED, stacked=False)
     shardings = sharding.state_shardings(mesh, axes, params, sharding.DECODING_RULES)
     params = jax.device_put(params, shardings)

@@ -71,7 +71,7 @@ def test_weights_moments_and_average_are_split_over_their_axes(sizes):
 def test_heads_that_do_not_divide_are_kept_whole_and_told():
     few = ModelConfig(300, context_length=16, n_layers=2, n_heads=4, n_kv_heads=2, d_model=32)
     mesh = mesh_of(1, 1, 4)
-    assert transformer.require_fit(few, mesh) == [
+    assert transformer.require_even_split(few, mesh) == [
         "2 key/value heads do not divide evenly among 4 devices, so each keeps them all"
     ]
     state = train_state.abstract_state(TrainConfig(model=few), mesh)
@@ -85,7 +85,7 @@ def test_what_does_not_divide_is_refused():
         sharding.make_mesh(MeshConfig(fsdp=3), tpu_slice(4, 2))
     for sizes, words in (((1, 1, 3), "n_heads is 4, which --mesh.tensor 3"), ((1, 5, 1), "fsdp 5")):
         with pytest.raises(UserError, match=words):
-            transformer.require_fit(MODEL, mesh_of(*sizes))
+            transformer.require_even_split(MODEL, mesh_of(*sizes))
     config = TrainConfig(batch_size=8, grad_accum=8)
     with pytest.raises(UserError, match=r"a micro-batch of 1 sequences .* among 4 devices"):
-        step_functions.require_fit(config, mesh_of(2, 2, 2))
+        step_functions.require_even_split(config, mesh_of(2, 2, 2))

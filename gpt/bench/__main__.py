@@ -299,7 +299,7 @@ def choose_model(args: Args):
     name = args.preset or "tiny"
     config = preset(name).model.computing_in(args.dtype or hardware.default_dtype())
     mesh = sharding.make_decoding_mesh(args.mesh)
-    transformer.require_fit(config, mesh, fsdp=False)
+    transformer.require_even_split(config, mesh, fsdp=False)
 
     def make_params() -> dict:
         # Two programs: in a single one, the compiler would generate each layer's weights

@@ -268,7 +268,7 @@ def random_batch(config: TrainConfig, mesh: Mesh) -> jax.Array:
 
 def measure_train_step(config: TrainConfig, mesh: Mesh, repeats: int, ceilings: dict) -> dict:
     """One batch size's figures as JSON values: medians of `repeats` repeats."""
-    step_functions.require_fit(config, mesh)
+    step_functions.require_even_split(config, mesh)
     compiling = Stopwatch()
     with compiling:
         step, _ = step_functions.compile_steps(config, mesh)

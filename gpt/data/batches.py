@@ -1,9 +1,9 @@
 """Batches: which tokens a step sees, as a pure function of the seed and the step.
 
 Each epoch cuts the tokens into windows of T+1 at stride T, from its own starting offset, and visits
-each window once, in its own order. Nothing is shuffled or stored: the order is a keyed permutation
-computed for the requested rows, so a run resumes from its step number alone.
-Independent of files, text and JAX.
+each window once, in its own order. There is no shuffle buffer and no stored order: a keyed
+permutation is evaluated for the requested rows, so a run resumes from its step number alone.
+This module does not touch files, text or JAX.
 """
 
 from collections import deque

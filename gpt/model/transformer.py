@@ -339,7 +339,7 @@ def unstack(params: dict) -> dict:
     return params | {"blocks": {i: layer(i) for i in range(n_layers)}}
 
 
-def require_fit(config: ModelConfig, mesh: Mesh, fsdp: bool = True) -> list[str]:
+def require_even_split(config: ModelConfig, mesh: Mesh, fsdp: bool = True) -> list[str]:
     """Raise UserError unless the mesh divides the weights; return notes on what is kept whole.
 
     `fsdp`: weights are also split over that axis, as in training.

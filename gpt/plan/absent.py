@@ -45,7 +45,7 @@ def print_plan(args) -> int:
     mesh = sharding.make_mesh(args.config.mesh, found)
     config = completed(args.config, "bfloat16" if chip else "float32")
     config = memory_plan.resolve_auto(config, mesh, limit or math.inf)
-    notes = step_functions.require_fit(config, mesh)
+    notes = step_functions.require_even_split(config, mesh)
 
     # The run, and the arrays kept on each device.
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())

@@ -169,7 +169,7 @@ def load(
     def read(step: int) -> LanguageModel:
         metadata = checkpoint.read_metadata(run, step)
         config = from_json(ModelConfig, metadata["model"]).computing_in(dtype)
-        notes = transformer.require_fit(config, devices, fsdp=False)
+        notes = transformer.require_even_split(config, devices, fsdp=False)
         tree = choose_tree(run, metadata, weights)
         if tree == "ema_params":
             notes.append("these are the averaged weights; use --weights raw for the last ones")

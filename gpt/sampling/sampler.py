@@ -216,9 +216,9 @@ def keep_min_p(min_p_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
 
 
 class Filter(NamedTuple):
-    """A setting that forbids tokens: `keep(setting_B, logits_BV)` masks those it does not keep. At
-    `off` it keeps all. Each row's largest logit is 0 before and must be 0 after: a filter that may
-    drop the likeliest token must subtract the largest remaining logit from those it keeps."""
+    """A setting that rejects tokens: `keep(setting_B, logits_BV)` masks those it rejects, none if
+    the setting is `off`. Each row's largest logit is 0 before and must be 0 after: a filter that
+    may reject the likeliest token must subtract the largest remaining logit from the others."""
 
     keep: Callable[[jax.Array, jax.Array], jax.Array]
     off: float

@@ -9,6 +9,7 @@ from gpt.errors import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Probability,
     check_fields,
     require,
 )
@@ -34,9 +35,9 @@ class Settings:
     """Divide the logits by this; 0 always takes the likeliest token."""
     top_k: NonNegativeInt = 0
     """Sample only from the k likeliest tokens (0: all)."""
-    top_p: float = 1.0
-    """Sample only from the fewest likeliest tokens whose probabilities add up to this (1: all)."""
-    min_p: float = 0.0
+    top_p: Probability = 1.0
+    """Sample only from the fewest likeliest tokens whose probabilities reach this (1: all)."""
+    min_p: Probability = 0.0
     """Sample only tokens with at least this share of the likeliest token's probability (0: all)."""
     stop: tuple[str, ...] = ()
     """Stop before this text, without printing it."""
@@ -61,9 +62,6 @@ class Settings:
             self.temperature <= MAX_TEMPERATURE,
             f"temperature is {self.temperature}: expected at most {MAX_TEMPERATURE:g}",
         )
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"{name} is {value}: expected a number from 0 to 1")
         for token, bias in self.logit_bias.items():
             require(  # refuses NaN too
                 bias < math.inf,

@@ -68,7 +68,7 @@ def compile_with_fallback(run: Run) -> tuple[Callable, Callable]:
     for config in choices:
         if config != run.config:
             run.console.print(
-                "note: a step takes more memory than expected; it is compiled again with "
+                "note: a step needs more memory than expected; recompiling with "
                 f"--remat {config.remat} --grad-accum {config.grad_accum}"
             )
         try:

@@ -18,11 +18,11 @@ from gpt.data.token_files import Mixture, Tokens
 
 
 def load_batches(
-    config: TrainConfig, mesh: Mesh, tokens: Tokens | Mixture, first_step: int, until: int
+    config: TrainConfig, mesh: Mesh, tokens: Tokens | Mixture, steps_done: int, until: int
 ) -> Iterator[tuple[int, jax.Array]]:
-    """(step, batch) for each step after `first_step`, up to `until`."""
+    """(step, batch) for each step after `steps_done`, up to `until`."""
     load = functools.partial(load_batch, config, mesh, tokens)
-    return enumerate(batches.prefetch(load, first_step, until), first_step + 1)
+    return enumerate(batches.prefetch(load, steps_done, until), steps_done + 1)
 
 
 def load_batch(config: TrainConfig, mesh: Mesh, tokens: Tokens | Mixture, index: int) -> jax.Array:

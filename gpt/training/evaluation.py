@@ -16,8 +16,8 @@ def evaluate(
     """The loss on held-out text in nats per token, and in bits per byte.
 
     `eval_step`: compiled by step_functions.compile_steps. Reads at most `config.eval_tokens`
-    tokens. Bits per byte use the bytes per token of the whole held-out text, so they are an
-    estimate if only part of it is read.
+    tokens (0: all). Bits per byte use the bytes per token of the whole held-out text, so they are
+    an estimate if only part of it is read.
     """
     rows = config.batch_size // config.grad_accum
     total_loss = total_weight = 0.0

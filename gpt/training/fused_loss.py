@@ -39,17 +39,18 @@ def objective_and_loss(
 
     `x_MD`: hidden states in the compute dtype. `table_VD`: the padded head.
     """
-    means, _ = losses_and_gradients(config, x_MD, table_VD, target_M)
+    means, _ = objective_loss_and_gradients(config, x_MD, table_VD, target_M)
     return means
 
 
 def scale_gradients(config, gradients, cotangents):
+    """The backward pass: scale the gradients that the forward pass has computed."""
     scale, _ = cotangents
     scaled = [(gradient * scale).astype(gradient.dtype) for gradient in gradients]
     return *scaled, None
 
 
-def losses_and_gradients(
+def objective_loss_and_gradients(
     config: TrainConfig, x_MD: jax.Array, table_VD: jax.Array, target_M: jax.Array
 ) -> tuple[Means, tuple[jax.Array, jax.Array]]:
     """`objective_and_loss`, and the objective's gradients with respect to `x_MD` and `table_VD`,
@@ -72,7 +73,7 @@ def losses_and_gradients(
     )(x_MD, table_VD, target_M)
 
 
-objective_and_loss.defvjp(losses_and_gradients, scale_gradients)
+objective_and_loss.defvjp(objective_loss_and_gradients, scale_gradients)
 
 
 def device_losses(
@@ -83,8 +84,8 @@ def device_losses(
     table_VD: jax.Array,
     target_M: jax.Array,
 ) -> tuple[Means, tuple[jax.Array, jax.Array]]:
-    """`losses_and_gradients` for one device's tokens and table shard; `n_tokens` is the global
-    count."""
+    """`objective_loss_and_gradients` for one device's tokens and table shard; `n_tokens` is the
+    global count."""
     token_axes, vocab_axes, embed_axes = axes
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -173,7 +174,7 @@ def chunk_losses(
     if vocab_axes:
         max_C = jax.lax.pmax(max_C, vocab_axes)
     sum_C = jax.lax.psum(jnp.exp(logits_CV - max_C[:, None]).sum(-1), vocab_axes)
-    log_total_C = max_C + jnp.log(sum_C)
+    log_normalizer_C = max_C + jnp.log(sum_C)
 
     V = len(ids_V)
     is_here_C = (target_C >= 0) & (target_C < V)
@@ -182,22 +183,22 @@ def chunk_losses(
     target_logit_C = softcap(target_logit_C.astype(jnp.float32), cap)
     target_logit_C = jax.lax.psum(jnp.where(is_here_C, target_logit_C, 0), vocab_axes)
 
-    loss_C = log_total_C - target_logit_C
-    uniform_C = None
+    loss_C = log_normalizer_C - target_logit_C
+    smoothing_loss_C = None
     if smoothing:
         logit_sum_C = jax.lax.psum(jnp.where(is_token_V, logits_CV, 0).sum(-1), vocab_axes)
-        uniform_C = log_total_C - logit_sum_C / vocab_size
-    objective_C = add_regularizers(config, loss_C, log_total_C, uniform_C)
+        smoothing_loss_C = log_normalizer_C - logit_sum_C / vocab_size
+    objective_C = add_regularizers(config, loss_C, log_normalizer_C, smoothing_loss_C)
 
     # The derivative of the loss is the probability p, minus 1 at the target. A comparison finds the
     # target, since a scatter into all logits would cost more.
-    p_CV = jnp.exp(logits_CV - log_total_C[:, None])
+    p_CV = jnp.exp(logits_CV - log_normalizer_C[:, None])
     is_target_CV = jnp.arange(V) == target_C[:, None]
     gradient_CV = p_CV - (1 - smoothing) * is_target_CV
     if smoothing:
         gradient_CV -= smoothing / vocab_size * is_token_V
     if config.z_loss:
-        gradient_CV += (2 * config.z_loss * log_total_C)[:, None] * p_CV
+        gradient_CV += (2 * config.z_loss * log_normalizer_C)[:, None] * p_CV
     if cap:
         gradient_CV *= jnp.where(is_token_V, 1 - (logits_CV / cap) ** 2, 0)
     return objective_C, loss_C, gradient_CV

@@ -51,7 +51,7 @@ def find_in_chunks(row: jax.Array, n_chunks: int, stripe: int) -> tuple[jax.Arra
     return chunk, place
 
 
-def token_losses(
+def token_loss_terms(
     model: GPT, x_MD: jax.Array, target_M: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Per-token values, float32, in nats: -log p(target), the log of the softmax's denominator, and
@@ -90,8 +90,9 @@ def token_losses(
     )
     (max_M, sum_M, target_logit_M, logit_sum_M), _ = jax.lax.scan(add_chunk, start, chunks)
 
-    log_total_M = max_M + jnp.log(sum_M)
-    return log_total_M - target_logit_M, log_total_M, log_total_M - logit_sum_M / config.vocab_size
+    log_normalizer_M = max_M + jnp.log(sum_M)
+    smoothing_loss_M = log_normalizer_M - logit_sum_M / config.vocab_size
+    return log_normalizer_M - target_logit_M, log_normalizer_M, smoothing_loss_M
 
 
 def hidden_states_and_targets(
@@ -119,18 +120,21 @@ def attention_for(config: TrainConfig) -> Attend:
 
 
 def add_regularizers(
-    config: TrainConfig, loss: jax.Array, log_total: jax.Array, uniform: jax.Array | None
+    config: TrainConfig,
+    loss: jax.Array,
+    log_normalizer: jax.Array,
+    smoothing_loss: jax.Array | None,
 ) -> jax.Array:
-    """The training objective per token, from the three values that `token_losses` returns;
-    `uniform` may be None without label smoothing.
+    """The training objective per token, from the three values that `token_loss_terms` returns;
+    `smoothing_loss` may be None without label smoothing.
 
-    (1 - e) loss + e uniform (label smoothing, Szegedy et al. 2016), plus z log_total² (z-loss,
-    Chowdhery et al. 2022, section 5).
+    (1 - e) loss + e smoothing_loss (label smoothing, Szegedy et al. 2016), plus z log_normalizer²
+    (z-loss, Chowdhery et al. 2022, section 5).
     """
     smoothing = config.label_smoothing
     minimized = loss
     if smoothing:
-        minimized = (1 - smoothing) * loss + smoothing * uniform
+        minimized = (1 - smoothing) * loss + smoothing * smoothing_loss
     if config.z_loss:
-        minimized += config.z_loss * log_total**2
+        minimized += config.z_loss * log_normalizer**2
     return minimized

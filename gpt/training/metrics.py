@@ -26,14 +26,14 @@ SECONDS_BETWEEN_LINES = 10.0  # between lines of progress if there is no termina
 class RunLog:
     """Writes a run's numbers to files in `out` and to `console` as they arrive.
 
-    With `out=None` no files are kept. `first_step`: the step after which the run continues.
+    With `out=None` no files are kept. `steps_done`: the step after which the run continues.
     `peak_flops`: FLOP/s of all devices. `log_to`: tracker names. Close it after use.
     """
 
     def __init__(
         self,
         out: Path | None,
-        first_step: int,
+        steps_done: int,
         config: TrainConfig,
         console: Console,
         peak_flops: float,
@@ -42,14 +42,14 @@ class RunLog:
         self.out = out
         self.config = config
         self.console = console
-        self.timer = StepTimer(config, first_step, peak_flops)
-        self.file = None if out is None else open_metrics(out / "metrics.jsonl", first_step)
+        self.timer = StepTimer(config, steps_done, peak_flops)
+        self.file = None if out is None else open_metrics(out / "metrics.jsonl", steps_done)
         self.trackers = None
         if log_to and out is not None:
             from gpt.training.trackers import Trackers
 
             settings = flatten_dict(to_json(config), sep=".")
-            self.trackers = Trackers(log_to, out, first_step, settings, console.print)
+            self.trackers = Trackers(log_to, out, steps_done, settings, console.print)
         self.last_line_at = -math.inf
         self.bar = None
         if console.is_terminal:
@@ -61,7 +61,7 @@ class RunLog:
                 console=console,
                 refresh_per_second=4,
             )
-            self.bar_task = self.bar.add_task("", completed=first_step, total=config.steps)
+            self.bar_task = self.bar.add_task("", completed=steps_done, total=config.steps)
             self.bar.start()
 
     def write_step(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -20,19 +20,19 @@ from gpt.wording import counted
 
 
 def explain_divergence(
-    config: TrainConfig, first_step: int, n_steps: int, out: Path, params: dict, tokens_ABU
+    config: TrainConfig, first_bad: int, n_steps: int, out: Path, params: dict, tokens_ABU
 ) -> Failed:
     """The error that ends the run: which step and layer, the last good checkpoint, what to do.
 
-    `first_step`: the first of `n_steps` bad steps; its batch was `tokens_ABU`.
+    `first_bad`: the first of `n_steps` bad steps; its batch was `tokens_ABU`.
     """
-    where = locate_first_nonfinite(config, params, tokens_ABU, first_step - 1)
+    where = locate_first_nonfinite(config, params, tokens_ABU, first_bad - 1)
     saved = checkpoint.saved_steps(out)
     last_good = "no checkpoint was saved"
     if saved:
         last_good = f"the last good checkpoint is step {saved[-1]}"
     return Failed(
-        f"step {first_step}: the loss or a gradient is not finite, {counted(n_steps, 'step')} "
+        f"step {first_bad}: the loss or a gradient is not finite, {counted(n_steps, 'step')} "
         f"in a row; {where}; {last_good}. Start from its weights with a lower learning rate: "
         f"--init-from {out} --out ANOTHER --learning-rate LOWER"
     )

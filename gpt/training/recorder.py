@@ -32,21 +32,21 @@ class Recorder(contextlib.ExitStack):
         config = run.config
         is_first = distributed.is_first()  # the only process that writes
         self.run = run
-        self.first_step = int(state.step)
+        self.steps_done = int(state.step)
         self.unread = None  # the last step and its metrics, until they are read
-        self.skipped = self.first_step - int(step_functions.count_updates(state.opt_state))
+        self.skipped = self.steps_done - int(step_functions.count_updates(state.opt_state))
         self.n_bad = 0  # consecutive skipped steps, up to the last one read
         self.n_profiled = run.args.profile if is_first else 0
         self.metadata = checkpoint_metadata(run)
 
         self.checkpoints = self.enter_context(
             checkpoint.CheckpointManager(
-                run.out, config.keep, config.keep_best, resumed=self.first_step or None
+                run.out, config.keep, config.keep_best, resumed=self.steps_done or None
             )
         )
         self.log = RunLog(
             run.out if is_first else None,
-            self.first_step,
+            self.steps_done,
             config,
             run.console,
             peak_flops=hardware.matmul_rate(config.model.compute_dtype) * run.mesh.size,
@@ -66,8 +66,8 @@ class Recorder(contextlib.ExitStack):
             self._read_last_step(state)
 
     def wait_for_update(self, state: TrainState) -> bool:
-        """Wait for the last step to finish. Returns whether its update was applied; if not, it must
-        not be the last one, and is not saved."""
+        """Wait for the last step to finish. Returns whether its update was applied; if not, the
+        step must not be saved and the run must not end on it."""
         self._read_last_step(state)
         return self.n_bad == 0
 
@@ -96,7 +96,7 @@ class Recorder(contextlib.ExitStack):
 
     def _profile(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Trace the steps that --profile asks for. `metrics` is ready when `step` is computed."""
-        begin = self.first_step + PROFILE_AFTER
+        begin = self.steps_done + PROFILE_AFTER
         end = begin + self.n_profiled
         if begin < end and step in (begin, end):
             jax.block_until_ready(metrics)
@@ -108,8 +108,8 @@ class Recorder(contextlib.ExitStack):
                 self.run.console.print(f"profile        steps {begin + 1} to {end}: xprof {folder}")
 
     def try_save(self, state: TrainState) -> None:
-        """Before a run's first save, save the state and delete it again, so that a save that cannot
-        succeed fails before hours of training."""
+        """Write and delete a trial checkpoint if the run has none yet, so that a save that would
+        fail does so now and not after hours of training."""
         if self.checkpoints.latest is None:
             with self._explain_failed_save(continues=self.run.config.keep_going):
                 self.checkpoints.try_save(checkpoint_trees(state), self.metadata | {"step": 0})

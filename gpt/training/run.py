@@ -47,7 +47,7 @@ def load_text(
 
 @dataclass
 class Run:
-    """A run whose text, settings and devices are decided.
+    """A run, once its text, settings and devices are known.
 
     `args`: the flags of train.py. `config`: the settings to train with; auto_settings.py replaces
     them if a step is measured, or does not fit into memory.
@@ -71,7 +71,7 @@ class Run:
     def require_possible(self) -> None:
         """Raise UserError unless the run can do what was asked for, with its text and devices."""
         args, config, start = self.args, self.config, self.start
-        for note in step_functions.require_fit(config, self.mesh):
+        for note in step_functions.require_even_split(config, self.mesh):
             self.console.print(note)
         batches.require_length(self.dataset.train, config.sequence_length)
         if not args.dry_run:
@@ -118,15 +118,13 @@ class Run:
         )
         require_same_choices(self.config)
 
-    def begin(self, first_step: int) -> None:
-        """Defer signals to the end of a step, delete the run that --overwrite replaces, and write
-        the tokenizer."""
-        if first_step:
-            self.console.print(f"continues      from step {first_step:,}")
-        self.stop.defer(first_step)
+    def take_over_folder(self, steps_done: int) -> None:
+        """Delete the run that --overwrite replaces, and write the tokenizer."""
+        if steps_done:
+            self.console.print(f"continues      from step {steps_done:,}")
         with distributed.fail_together():
             if distributed.is_first():
-                if self.args.overwrite and first_step == 0:
+                if self.args.overwrite and steps_done == 0:
                     run_dir.remove_run(self.out)
                 tokenizers.save(self.tokenizer, self.out / "tokenizer.json")
 

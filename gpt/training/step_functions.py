@@ -2,9 +2,8 @@
 
 Gradients are averaged over devices in two ways. Over `data`, each device averages over its own rows
 of all micro-batches, and a single all-reduce at the end of the step averages over devices (if
-`reduces_over_data_once`). Over `fsdp` and `tensor`, the loss is a mean over all rows, so the
-compiler inserts the collectives in every micro-batch; only fused_loss.py has its own, for the
-gradient of the output head.
+`reduces_over_data_once`). Over `fsdp` and `tensor`, the compiler inserts the collectives in every
+micro-batch; only fused_loss.py has its own, for the gradient of the output head.
 
 Shape letters as in gpt/model/transformer.py; A micro-batches of one step, U = T + 1 tokens.
 """
@@ -23,7 +22,7 @@ from gpt.config import TrainConfig
 from gpt.errors import require
 from gpt.model import flash_attention, transformer
 from gpt.training import fused_loss, memory_plan
-from gpt.training.loss import add_regularizers, hidden_states_and_targets, token_losses
+from gpt.training.loss import add_regularizers, hidden_states_and_targets, token_loss_terms
 from gpt.training.optimizer import make_optimizer, make_schedule
 from gpt.training.train_state import TrainState, abstract_state, shardings_of
 
@@ -148,8 +147,8 @@ def objective(
     x_MD, target_M = hidden_states_and_targets(config, model, tokens_BU, dropout_key_B)
     if sharding.platform() != "cpu":
         return fused_loss.objective_and_loss(config, x_MD, model.head_table, target_M)
-    loss_M, log_total_M, uniform_M = token_losses(model, x_MD, target_M)
-    objective_M = add_regularizers(config, loss_M, log_total_M, uniform_M)
+    loss_M, log_normalizer_M, smoothing_loss_M = token_loss_terms(model, x_MD, target_M)
+    objective_M = add_regularizers(config, loss_M, log_normalizer_M, smoothing_loss_M)
     return objective_M.mean(), loss_M.mean()
 
 
@@ -157,7 +156,7 @@ def eval_step(config: TrainConfig, params: dict, tokens_BU: jax.Array, weight_BT
     """The loss in nats summed over the targets with their weights, and the sum of the weights."""
     config = dataclasses.replace(config, unroll=False)  # unrolling would only slow compilation
     model = transformer.bind(config.model, params)
-    loss_M, *_ = token_losses(model, *hidden_states_and_targets(config, model, tokens_BU))
+    loss_M, *_ = token_loss_terms(model, *hidden_states_and_targets(config, model, tokens_BU))
     losses_BT = loss_M.reshape(weight_BT.shape)
     return jnp.sum(losses_BT * weight_BT), jnp.sum(weight_BT)
 
@@ -193,11 +192,11 @@ def count_updates(opt_state: optax.OptState) -> jax.Array:
     return optax.tree.get_all_with_path(opt_state, "count")[0][1]
 
 
-def require_fit(config: TrainConfig, mesh: Mesh) -> list[str]:
+def require_even_split(config: TrainConfig, mesh: Mesh) -> list[str]:
     """Raise UserError unless weights and micro-batches divide evenly over the mesh. Return a note
     for everything that is kept whole on each device."""
     model = config.model
-    notes = transformer.require_fit(model, mesh)
+    notes = transformer.require_even_split(model, mesh)
     if config.attention == "fused":
         shape = (1, config.sequence_length, model.n_heads, model.head_width)
         with sharding.on_mesh(mesh):

@@ -19,17 +19,17 @@ SPEED_FIELDS = (
 
 
 class StepTimer:
-    """Times the steps after `first_step`, starting now.
+    """Times the steps after `steps_done`, starting now.
 
     `peak_flops`: measured FLOP/s of matrix products on all devices.
     """
 
-    def __init__(self, config: TrainConfig, first_step: int, peak_flops: float):
+    def __init__(self, config: TrainConfig, steps_done: int, peak_flops: float):
         self.tokens_per_step = config.batch_size * config.sequence_length
         self.flops_per_token = flops.train_flops_per_token(config.model)
         self.palm_factor = flops.palm_factor(config.model)
         self.peak_flops = peak_flops
-        self.first_step = first_step
+        self.steps_done = steps_done
         self.window_seconds: list[float] = []  # per step since the last `measure`
         self.earlier_seconds: list[float] = []
         self.started_at = self.last_at = time.perf_counter()
@@ -50,7 +50,7 @@ class StepTimer:
         measured = {
             "tokens_per_second": float(tokens_per_second),
             "seconds": self.last_at - self.started_at,
-            "since_step": self.first_step,
+            "since_step": self.steps_done,
             # Model FLOPs utilization: the model's FLOP/s as a fraction of the peak
             # (Chowdhery et al. 2022, PaLM, appendix B).
             "mfu": float(tokens_per_second * self.flops_per_token / self.peak_flops),

@@ -15,9 +15,7 @@ from gpt import distributed
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 NOTICE = "stopping       the run is saved after this step; Ctrl-C again stops at once"
-TOO_EARLY = (
-    "stopping       no step has finished yet, so nothing new is saved; Ctrl-C again stops at once"
-)
+TOO_EARLY = "stopping       as soon as possible; nothing new is saved; Ctrl-C again stops at once"
 
 
 class StopSignal:
@@ -27,8 +25,8 @@ class StopSignal:
     Until `defer` is called there is nothing to save, and a signal raises KeyboardInterrupt(code) as
     soon as Python runs again (a compilation cannot be interrupted). Afterwards it only sets `code`.
     Either way `log` gets a notice immediately. A Ctrl-C after any earlier signal calls
-    `before_exit` and ends the process immediately, whatever the main thread is doing. A signal that
-    is ignored stays ignored, such as SIGHUP under nohup.
+    `before_exit` and ends the process immediately, whatever the main thread is doing. Signals
+    that were ignored before, such as SIGHUP under nohup, stay ignored.
 
     If several processes train, the one that gets a signal informs the others: JAX's preemption
     service handles SIGTERM and chooses the step after which all stop, and the other signals are
@@ -40,7 +38,7 @@ class StopSignal:
         self.before_exit = before_exit
         self.code = 0
         self.deferred = False
-        self.first_step = 0
+        self.steps_done = 0
         self.reached_sync_point = False
 
     def __enter__(self) -> "StopSignal":
@@ -60,10 +58,10 @@ class StopSignal:
                 self.previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
-    def defer(self, first_step: int) -> None:
-        """From now on only note signals. `first_step`: the step that the run starts from."""
+    def defer(self, steps_done: int) -> None:
+        """From now on only note signals. `steps_done`: the step that the run starts from."""
         self.deferred = True
-        self.first_step = first_step
+        self.steps_done = steps_done
 
     def must_end_after(self, step: int) -> bool:
         """Whether the run must end after `step`, or should have ended before. Every process asks
@@ -71,7 +69,7 @@ class StopSignal:
         if not distributed.is_multi_process():
             return bool(self.code)
         # JAX picks a step that no process has passed. This takes about 20 microseconds.
-        self.reached_sync_point |= reached_preemption_sync_point(step - self.first_step)
+        self.reached_sync_point |= reached_preemption_sync_point(step - self.steps_done)
         if self.reached_sync_point and not self.code:
             self.code = 128 + signal.SIGTERM
             self.log(NOTICE)

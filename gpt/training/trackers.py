@@ -23,12 +23,12 @@ PROJECT = "gpt-jax"
 class TensorBoard:
     """Event files in DIR/tensorboard."""
 
-    def __init__(self, out: Path, first_step: int, settings: Mapping[str, Any]):
+    def __init__(self, out: Path, steps_done: int, settings: Mapping[str, Any]):
         from tensorboardX import SummaryWriter
 
         # An earlier process may have written events for steps that are now repeated.
-        self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
-        if first_step == 0:
+        self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=steps_done + 1)
+        if steps_done == 0:
             lines = [f"    {name}: {value}" for name, value in settings.items()]
             self.writer.add_text("settings", "\n".join(lines), 0)
 
@@ -78,19 +78,19 @@ class Trackers:
         self,
         names: Iterable[str],
         out: Path,
-        first_step: int,
+        steps_done: int,
         settings: Mapping[str, Any],
         log: Callable[[str], None],
     ):
         self.log = log
         self.open: dict[str, TensorBoard | Board] = {}
         id_file = out / ID_FILE
-        if first_step == 0 or not id_file.is_file():
+        if steps_done == 0 or not id_file.is_file():
             id_file.write_text(secrets.token_hex(4))
         for name in names:
             try:
                 if name == "tensorboard":
-                    self.open[name] = TensorBoard(out, first_step, settings)
+                    self.open[name] = TensorBoard(out, steps_done, settings)
                 else:
                     self.open[name] = Board(name, out, id_file.read_text(), settings)
             except Exception as error:  # a tracker may raise anything

@@ -69,7 +69,7 @@ def make_state(config: TrainConfig, mesh: Mesh) -> TrainState:
 
 def checkpoint_trees(state: TrainState) -> dict[str, dict]:
     """The trees of a checkpoint of `state`, by name. The weights are a separate tree so that
-    sampling can read them alone."""
+    sampling can load them without the optimizer's state."""
     trees = {
         "params": state.params,
         "optimizer": {"opt_state": state.opt_state, "step": state.step},

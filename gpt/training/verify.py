@@ -43,10 +43,10 @@ def verify_resume(
     with tempfile.TemporaryDirectory(prefix="gpt-jax-verify-") as temporary:
         whole = Path(temporary) / "whole"
         halves = Path(temporary) / "halves"
-        for folder, first_step, until in ((whole, 0, 2 * n), (halves, 0, n), (halves, n, 2 * n)):
+        for folder, steps_done, until in ((whole, 0, 2 * n), (halves, 0, n), (halves, n, 2 * n)):
             folder.mkdir(exist_ok=True)
-            log(f"verifying      steps {first_step + 1} to {until}, {folder.name}")
-            from_here = StartingPoint(folder, resuming=True) if first_step else run.start
+            log(f"verifying      steps {steps_done + 1} to {until}, {folder.name}")
+            from_here = StartingPoint(folder, resuming=True) if steps_done else run.start
             state = initial_state(config, run.mesh, from_here, log)
             fit(dataclasses.replace(run, out=folder), state, until)
             if run.stop.code:

@@ -107,14 +107,14 @@ def test_a_run_chooses_the_plain_form_or_insists_on_the_kernel(seen, monkeypatch
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     deterministic = dataclasses.replace(config, deterministic=True)
     for possible in (config, deterministic):
-        assert step_functions.require_fit(possible, mesh) == []
+        assert step_functions.require_even_split(possible, mesh) == []
     for refused in ({"dropout": 0.1}, {"compute_dtype": "float32"}):
         model = dataclasses.replace(CONFIG, **refused)
         with pytest.raises(UserError, match="--attention fused: no kernel fits"):
-            step_functions.require_fit(dataclasses.replace(config, model=model), mesh)
+            step_functions.require_even_split(dataclasses.replace(config, model=model), mesh)
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
     with pytest.raises(UserError, match="cannot be combined with --deterministic on a GPU"):
-        step_functions.require_fit(deterministic, mesh)
+        step_functions.require_even_split(deterministic, mesh)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_a_signal_before_the_first_step_leaves_everything_as_it_was(
             lambda: signal.raise_signal(signal.SIGUSR1),
         )
         done = call("train", *TINY, "--data", text, "--out", out, "--overwrite")
-        assert done.code == 128 + signal.SIGUSR1 and "so nothing new is saved" in done.err
+        assert done.code == 128 + signal.SIGUSR1 and "nothing new is saved" in done.err
         monkeypatch.undo()
     assert snapshot(tmp_path) == before_it
 
@@ -92,7 +92,7 @@ def test_every_signal_that_ends_programs_is_noted(name, monkeypatch):
         with pytest.raises(KeyboardInterrupt) as interrupt:
             signal.raise_signal(number)
         assert interrupt.value.args == (128 + number,)  # nothing could be lost yet
-        stop.defer(first_step=0)
+        stop.defer(steps_done=0)
         signal.raise_signal(number)
         assert stop.must_end_after(1)
     assert stop.code == 128 + number and len(log) == 1
@@ -103,7 +103,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignal(pytest.fail, lambda: None) as stop:
-            stop.defer(first_step=0)
+            stop.defer(steps_done=0)
             signal.raise_signal(signal.SIGHUP)
             assert not stop.must_end_after(1)
     finally:
