@@ -308,7 +308,7 @@ class TrainConfig:
     remat: Remat = "blocks"
     """What the backward pass recomputes instead of storing: none, products (all but matrix
     products) or blocks (each from its input: a third more work). auto: blocks on a CPU; elsewhere
-    the first of the three that should fit in memory, with --unroll turned on if that is none."""
+    the first of the three that should fit in memory (none also turns --unroll on)."""
     unroll: bool = False
     """Compile the blocks one after another instead of as a loop: compilation takes longer, but a
     CPU that does not recompute trains faster."""

@@ -185,7 +185,7 @@ def is_first() -> bool:
 
 
 def agree_on_code(code: int) -> int:
-    """One exit code for all processes: the smallest nonzero one, or 0 if there is none."""
+    """One exit code for all processes: the smallest nonzero one, or 0 if all are 0."""
     if not is_multi_process():
         return code
     codes = process_allgather(np.uint32(code)).ravel().tolist()

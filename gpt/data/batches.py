@@ -1,8 +1,8 @@
 """Batches: which tokens a step sees, as a pure function of the seed and the step.
 
 Each epoch cuts the tokens into windows of T+1 at stride T, from its own starting offset, and visits
-each window once, in its own order. There is no shuffle buffer and no stored order: a keyed
-permutation is evaluated for the requested rows, so a run resumes from its step number alone.
+each window once, in its own order. Nothing is buffered or stored: a keyed permutation gives the
+order of just the requested rows, so a run resumes from its step number alone.
 This module does not touch files, text or JAX.
 """
 

@@ -200,7 +200,7 @@ class HFTokenizer:
 
 
 def spell(token: str, decoders: list[dict[str, Any]]) -> bytes:
-    """The bytes a token adds to a text, following the steps of a tokenizer.json's decoder."""
+    """The bytes that a token stands for, by the decoder steps of a tokenizer.json."""
     for step in decoders:
         match step:
             case {"type": "ByteLevel"}:

@@ -17,8 +17,8 @@ class Positions:
     """Token positions for one forward pass, as attention needs them.
 
     `pos_BT`: each token's position in its row, which is also its slot in the KV cache. None means
-    that token t of each row is at position t: there is no cache, or an empty one that whole prompts
-    are read into. Attention is then simply causal (query t sees keys 0 to t), which fused kernels
+    that token t of each row is at position t: without a cache, or when whole prompts are read into
+    an empty one. Attention is then simply causal (query t sees keys 0 to t), which fused kernels
     support, and the new keys and values become the cache (`kv_cache.write`).
     `rope`: cosines and sines of RoPE's angles, computed once for all layers; None without RoPE.
     """

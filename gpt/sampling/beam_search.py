@@ -158,8 +158,8 @@ class SearchState:
 
 
 def search(model, prompts: Sequence[Prompt], settings: BeamSettings) -> list[list[Completion]]:
-    """Find the `n_best` likeliest texts for each prompt (text or token ids), best first; fewer if
-    there are no more. Their times are those of the whole search.
+    """Find the `n_best` likeliest texts for each prompt (text or token ids), best first; or
+    as many as exist. Each one's times are those of the whole search.
 
     `model`: as in `generate.stream`. Raises UserError if a prompt exceeds the context, every token
     is forbidden, or the model's output is NaN.

@@ -208,7 +208,7 @@ def load(
 
 def choose_tree(run: str | Path, metadata: dict[str, Any], weights: Weights | None) -> str:
     """The checkpoint tree with the requested weights: by default the average, if one is kept.
-    Raises UserError if the average is requested and there is none."""
+    Raises UserError if the average is requested but was not kept."""
     has_average = from_json(TrainConfig, metadata["train"]).ema_decay > 0
     require(
         has_average or weights != "ema",

@@ -57,7 +57,7 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Mean loss in bits per byte; None if there are no bytes or no tokenizer."""
+        """Mean loss in bits per byte; None for an empty text or without a tokenizer."""
         if not self.n_bytes:
             return None
         return -math.fsum(self.logprobs) / math.log(2) / self.n_bytes

@@ -11,7 +11,7 @@ from gpt.training.metrics import read_metrics
 
 def save_loss_curve(metrics_path: Path, png_path: Path) -> Any:
     """Plot the losses in a metrics.jsonl: batch losses as a faint line, their running mean, and
-    validation losses. Returns the matplotlib figure, or None if there are no losses."""
+    validation losses. Returns the matplotlib figure, or None without losses."""
     records = read_metrics(metrics_path)
     steps, losses = curve_of(records, "loss")
     val_steps, val_losses = curve_of(records, "val_loss")

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from gpt.config import TrainConfig, to_json
 from gpt.training.step_timer import StepTimer
 
-SECONDS_BETWEEN_LINES = 10.0  # between lines of progress if there is no terminal
+SECONDS_BETWEEN_LINES = 10.0  # between progress lines without a terminal
 
 
 class RunLog:
@@ -160,7 +160,7 @@ class RunLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl in order, without torn lines; empty if there is no file."""
+    """The records of a metrics.jsonl in order, without torn lines; empty without a file."""
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

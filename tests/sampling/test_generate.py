@@ -264,7 +264,7 @@ def test_a_character_begun_by_the_prompt_is_whole(model):
 
 @pytest.mark.parametrize(("longest", "slots"), [(29, 32), (30, 64)])
 def test_more_rows_than_memory_holds_are_refused(model, longest, slots, monkeypatch):
-    """Told to the last byte: weights, the cache, and nine bytes a token of the vocabulary. Beams
+    """Counted to the byte: weights, the cache, and nine bytes per vocabulary entry. Beams
     are rows, as samples are."""
     c, prompts = model.config, ["", "x" * longest]
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
